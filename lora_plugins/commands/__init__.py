@@ -1,0 +1,1 @@
+"""The commands of ``lora-plugins``, one module each."""

@@ -1,0 +1,188 @@
+"""Every error and warning of lora_plugins, in one tree.
+
+::
+
+    LoraPluginsError
+    ├── PluginError
+    │   ├── BrokenBuiltin
+    │   ├── ArchitectureConflict
+    │   └── QuantizerConflict
+    ├── TargetError (ValueError)
+    │   ├── UnknownScope
+    │   ├── UnmatchedTargets
+    │   ├── NoTargets
+    │   └── UnevenCoverage
+    ├── QuantizationError
+    │   ├── UnknownQuantizer (ValueError)
+    │   ├── QuantizerUnavailable
+    │   ├── QuantizerSelfTestFailed
+    │   ├── NothingQuantized
+    │   └── UnsupportedInitialization (ValueError)
+    ├── PreparationError
+    │   ├── UnknownArgument (TypeError)
+    │   ├── UnsupportedTraining
+    │   └── AdapterMismatch (ValueError)
+    ├── AttachError
+    │   ├── TrainerNotFound
+    │   └── OptimizerConflict
+    └── LivenessError
+        ├── NothingTrainable
+        ├── OptimizerMismatch
+        ├── FrozenHead
+        ├── ModelReplaced
+        ├── AdapterNotMoving
+        ├── NonFiniteLoss
+        ├── DeadLoss
+        └── BrokenCheckpoint
+
+    LoraPluginsWarning (UserWarning)
+    ├── PluginWarning
+    ├── TargetWarning
+    └── PreparationWarning
+"""
+
+from __future__ import annotations
+
+
+class LoraPluginsError(Exception):
+    """Root of all errors that lora_plugins raises on purpose."""
+
+
+class PluginError(LoraPluginsError):
+    """Something is wrong with a plugin or with two of them together."""
+
+
+class BrokenBuiltin(PluginError):
+    """A plugin that lora-plugins itself ships does not load: the installation is damaged."""
+
+
+class ArchitectureConflict(PluginError):
+    """Two third-party plugins register the same ``model_type``."""
+
+
+class QuantizerConflict(PluginError):
+    """Two third-party plugins register a quantization backend of the same name."""
+
+
+class TargetError(LoraPluginsError, ValueError):
+    """The modules that should get adapters can't be determined, or are not there."""
+
+
+class UnknownScope(TargetError):
+    """``target_modules`` names a scope that the architecture does not have."""
+
+
+class UnmatchedTargets(TargetError):
+    """At least one requested target name matches no module of the model."""
+
+
+class NoTargets(TargetError):
+    """Nothing in the model can take an adapter."""
+
+
+class UnevenCoverage(TargetError):
+    """The targets reach some of the repeated blocks of one kind and miss others."""
+
+
+class QuantizationError(LoraPluginsError):
+    """The base model can't be quantized as asked."""
+
+
+class UnknownQuantizer(QuantizationError, ValueError):
+    """No plugin registers a quantization backend of that name."""
+
+
+class QuantizerUnavailable(QuantizationError):
+    """The backend is registered and can't run here; the message has the reason and the install line."""
+
+
+class QuantizerSelfTestFailed(QuantizationError):
+    """The backend failed the small training run that every backend must pass before it is trusted."""
+
+
+class NothingQuantized(QuantizationError):
+    """The walk over the model found no linear layer to quantize."""
+
+
+class UnsupportedInitialization(QuantizationError, ValueError):
+    """The LoRA initialisation needs float weights and the base model is already quantized."""
+
+
+class PreparationError(LoraPluginsError):
+    """The model can't be prepared for training."""
+
+
+class UnknownArgument(PreparationError, TypeError):
+    """A keyword is neither ours nor a field of ``peft.LoraConfig``."""
+
+
+class UnsupportedTraining(PreparationError):
+    """An option of the Trainer can't be combined with the adapters as they were asked for."""
+
+
+class AdapterMismatch(PreparationError, ValueError):
+    """A stored adapter does not fit the model it should be continued on."""
+
+
+class AttachError(LoraPluginsError):
+    """The adapters can't be put into this Trainer."""
+
+
+class TrainerNotFound(AttachError):
+    """The callback can't find the Trainer that it belongs to; ``attach(trainer, …)`` is the way out."""
+
+
+class OptimizerConflict(AttachError):
+    """The Trainer's optimizer can't be changed to the adapter's parameters."""
+
+
+class LivenessError(LoraPluginsError):
+    """The run would finish green and has trained nothing, or not what was asked."""
+
+
+class NothingTrainable(LivenessError):
+    """No parameter requires a gradient."""
+
+
+class OptimizerMismatch(LivenessError):
+    """The optimizer misses a trainable tensor or holds a frozen one."""
+
+
+class FrozenHead(LivenessError):
+    """A head that was made for the task is frozen, so it would stay random."""
+
+
+class ModelReplaced(LivenessError):
+    """The model in the Trainer is no longer the one that got the adapters."""
+
+
+class AdapterNotMoving(LivenessError):
+    """Adapter weights did not change with the first steps that could change them."""
+
+
+class NonFiniteLoss(LivenessError):
+    """The loss is NaN or infinite."""
+
+
+class DeadLoss(LivenessError):
+    """The loss and every gradient are exactly zero."""
+
+
+class BrokenCheckpoint(LivenessError):
+    """A checkpoint was written without a usable adapter in it, or the best one was not restored."""
+
+
+class LoraPluginsWarning(UserWarning):
+    """Root of all warnings of lora_plugins."""
+
+
+class PluginWarning(LoraPluginsWarning):
+    """A third-party plugin is disabled."""
+
+
+class TargetWarning(LoraPluginsWarning):
+    """Something about the targets is unusual, and ``strict=False`` lets it pass."""
+
+
+class PreparationWarning(LoraPluginsWarning):
+    """The model was prepared differently from what was asked, for the reason given."""

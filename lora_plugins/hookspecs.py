@@ -1,0 +1,69 @@
+"""The three hooks of lora_plugins. Each collects; none decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from lora_plugins.types import Architecture, Quantizer
+
+#: pluggy's project name and the entry-point group.
+PROJECT = "lora_plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+
+#: Marks a function as an implementation of one of the hooks below.
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-body]
+    """Return the model types that this plugin knows.
+
+    ```python
+    from lora_plugins import Architecture, hookimpl
+
+    @hookimpl
+    def register_architectures():
+        return [Architecture("mytype", ("q", "v"))]
+    ```
+    """
+
+
+@hookspec
+def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
+    """Return the quantization backends that this plugin adds.
+
+    ```python
+    from lora_plugins import hookimpl
+    from mypackage.backend import MyInt8        # a subclass of lora_plugins.Quantizer
+
+    @hookimpl
+    def register_quantizers():
+        return [MyInt8()]
+    ```
+    """
+
+
+@hookspec
+def register_commands(app: typer.Typer) -> None:
+    """Add commands to ``lora-plugins``.
+
+    ```python
+    from lora_plugins import hookimpl
+
+    @hookimpl
+    def register_commands(app):
+        @app.command()
+        def hello() -> None:
+            print("hello")
+    ```
+
+    Args:
+        app: The command-line program. Import what is heavy inside the command, not beside it.
+    """

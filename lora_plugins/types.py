@@ -1,0 +1,145 @@
+"""The records that plugins return: `Architecture` and `Quantizer`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: What happens to the routed experts of mixture-of-experts blocks.
+ExpertPolicy = Literal["none", "routed", "shared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where LoRA adapters go in models of one ``model_type``.
+
+    The shortest useful record is ``Architecture("mytype", ("q", "v"))``; every other field has a
+    default. A *name* matches a module when it is the module's dotted path or the end of it at a dot,
+    as in ``peft.LoraConfig.target_modules``: ``"q"`` matches ``blocks.0.mix.q`` and not ``blocks.0.mix.pq``.
+
+    Attributes:
+        model_type: ``config.model_type`` of the models this record is for.
+        targets: Names of the modules that get adapters by default.
+        scopes: Names by scope, for ``target_modules="attention"``, ``"mlp"``, or a scope of your own.
+            ``"all-linear"`` needs no entry: it is every linear layer inside the blocks.
+        experts: Names of the routed-expert parameters (fused 3-D tensors) or expert modules.
+        expert_policy: What ``experts="default"`` means for this type.
+        text: Prefixes of the language part in a multimodal model; empty when there is only one part.
+        vision: Prefixes of the vision, audio or other encoders; never adapted unless the scope
+            ``"vision"`` is asked for.
+        never: Names that must not get an adapter in any scope: routers, weights read as raw tensors, …
+        heads: Names of the heads made new for a task; trained and saved whole.
+    """
+
+    model_type: str
+    targets: tuple[str, ...]
+    scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
+    expert_policy: ExpertPolicy = "none"
+    text: tuple[str, ...] = ()
+    vision: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("score", "classifier", "qa_outputs")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_type, str) or not self.model_type:
+            raise TypeError(f"Architecture.model_type must be a non-empty string, not {self.model_type!r}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("model_type", "scopes", "expert_policy"):
+                continue
+            object.__setattr__(self, item.name, _names(f"Architecture.{item.name}", value))
+        if not self.targets:
+            raise ValueError(f"Architecture({self.model_type!r}) names no targets")
+        if self.expert_policy not in ("none", "routed", "shared"):
+            raise ValueError(
+                f"Architecture.expert_policy must be 'none', 'routed' or 'shared', not {self.expert_policy!r}"
+            )
+        scopes = {name: _names(f"Architecture.scopes[{name!r}]", names) for name, names in self.scopes.items()}
+        object.__setattr__(self, "scopes", scopes)
+
+
+def _names(where: str, value: Any) -> tuple[str, ...]:
+    # A bare string is iterable letter by letter, which would register "q", "_", "p", … without a word.
+    if isinstance(value, str):
+        raise TypeError(f"{where} must be a sequence of names, not the string {value!r}; write ({value!r},)")
+    names = tuple(value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{where} must hold non-empty strings, not {name!r}")
+    return names
+
+
+class Quantizer(ABC):
+    """One way of storing the frozen linear layers of a base model in fewer bits.
+
+    Subclass it, set `name`, implement the four required methods, and return an instance from
+    ``register_quantizers``. Everything else (the walk over the model, which layers to skip, tagging the
+    model as transformers does, freezing, LoRA dispatch, logical counts, merging) is derived by the core,
+    which also runs a short training self-test on a small layer before it trusts a backend.
+
+    Attributes:
+        name: What users write in ``quantization="…"``.
+        bits: Bits that one weight takes, scales apart; below 8, merging in place is refused.
+        options: Names of the options that `quantize_linear` understands.
+    """
+
+    name: str
+    bits: float
+    options: tuple[str, ...] = ()
+
+    @abstractmethod
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        """Say whether this backend can run; must not raise and must not import heavy packages needlessly.
+
+        Args:
+            device: Where the quantized layers will live.
+            dtype: Dtype of the activations.
+            options: Options the user gave.
+
+        Returns:
+            ``None`` when it can run, else the reason and how to install what is missing.
+        """
+
+    @abstractmethod
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        """Return the quantized, frozen form of one layer, on the same device.
+
+        Args:
+            linear: A float layer with weight of shape ``[out_features, in_features]``. It is not used
+                afterwards, so it may be changed and returned.
+            options: Options the user gave.
+
+        Returns:
+            A module with ``in_features`` and ``out_features`` whose forward takes
+            ``[..., in_features]`` and gives ``[..., out_features]`` and lets gradients through to its input.
+        """
+
+    @abstractmethod
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a module is one that this backend made."""
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        """Return the float weight of a module of ours, shape ``[out_features, in_features]``.
+
+        The module must not change: some libraries drop their quantization state here.
+        """
+
+    def load_config(self, options: Mapping[str, Any]) -> Any | None:
+        """Return transformers' quantization config for ``from_pretrained``, or ``None`` if there is none."""
+        return None
+
+    def lora_layer(self, module: nn.Module) -> type[nn.Module] | None:
+        """Return the PEFT LoRA layer class for a module, or ``None`` where PEFT dispatches it itself."""
+        return None
+
+    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Set flags on the model that this backend's libraries look for; called once after the walk."""
+        return None
