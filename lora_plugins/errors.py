@@ -38,7 +38,8 @@
     LoraPluginsWarning (UserWarning)
     ├── PluginWarning
     ├── TargetWarning
-    └── PreparationWarning
+    ├── PreparationWarning
+    └── LivenessWarning
 """
 
 from __future__ import annotations
@@ -186,3 +187,7 @@ class TargetWarning(LoraPluginsWarning):
 
 class PreparationWarning(LoraPluginsWarning):
     """The model was prepared differently from what was asked, for the reason given."""
+
+
+class LivenessWarning(LoraPluginsWarning):
+    """A run ended and nothing could have been trained, without anything being broken."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,6 +140,13 @@ class Quantizer(ABC):
         """Return the PEFT LoRA layer class for a module, or ``None`` where PEFT dispatches it itself."""
         return None
 
+    def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
+        """Return what a module of ours stores outside its parameters and buffers, for counting bytes."""
+        return ()
+
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        """Set flags on the model that this backend's libraries look for; called once after the walk."""
+        """Set flags that this backend's libraries look for on a model with layers of ours.
+
+        Called after the walk, and also for a model that was loaded already quantized.
+        """
         return None

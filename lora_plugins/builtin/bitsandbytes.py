@@ -1,0 +1,191 @@
+"""The bitsandbytes backends: ``int8`` (LLM.int8()) and ``nf4``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins import Quantizer, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed; run `pip install bitsandbytes`"
+    return None
+
+
+def _is_layer(module: nn.Module, layer: str) -> bool:
+    # A model can only hold bitsandbytes layers once somebody has imported bitsandbytes.
+    loaded = sys.modules.get("bitsandbytes")
+    return loaded is not None and isinstance(module, getattr(loaded.nn, layer))
+
+
+class Int8(Quantizer):
+    """LLM.int8(): one int8 weight per value with a scale per output row, outlier columns kept in float.
+
+    In training mode the weight is dequantized and multiplied in the input's dtype; in evaluation mode the
+    activations are quantized too, with columns above ``threshold`` left in float. The two losses differ
+    slightly, and the second depends on the batch. Source: https://arxiv.org/abs/2208.07339
+
+    Options: ``threshold`` (default 6.0), the activation magnitude from which a column counts as outlier.
+    """
+
+    name = "int8"
+    bits = 8
+    options = ("threshold",)
+
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        return _missing()
+
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        import bitsandbytes as bnb
+
+        device = linear.weight.device
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=options.get("threshold", 6.0),
+            device="meta",
+        )
+        # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.
+        weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
+        layer.weight = weight.to(device)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer
+
+    def owns(self, module: nn.Module) -> bool:
+        return _is_layer(module, "Linear8bitLt")
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.functional.int8_vectorwise_dequant(module.weight.data, _int8_scale(module))
+
+    def load_config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=options.get("threshold", 6.0),
+            llm_int8_skip_modules=options.get("skip_modules"),
+        )
+
+    def lora_layer(self, module: nn.Module) -> type[nn.Module]:
+        from peft.tuners.lora.bnb import Linear8bitLt
+
+        return Linear8bitLt
+
+    def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
+        return [_int8_scale(module)]
+
+    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]
+
+
+def _int8_scale(module: nn.Module) -> torch.Tensor:
+    # The first forward pass moves the scale from the weight to the layer's state.
+    scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    assert scale is not None, "a Linear8bitLt without scale holds no quantized weight"
+    return scale
+
+
+class Nf4(Quantizer):
+    """4-bit NormalFloat in blocks of 64 with one scale each (QLoRA).
+
+    Options: ``double_quant`` (default false) quantizes the scales as well.
+    Source: https://arxiv.org/abs/2305.14314
+    """
+
+    name = "nf4"
+    bits = 4
+    options = ("double_quant",)
+
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        return _missing()
+
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        import bitsandbytes as bnb
+
+        device = linear.weight.device
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compress_statistics=options.get("double_quant", False),
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = bnb.nn.Params4bit(
+            linear.weight.data.to("cpu"),
+            requires_grad=False,
+            compress_statistics=options.get("double_quant", False),
+            quant_type="nf4",
+            module=layer,
+        )
+        layer.weight = weight.to(device)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        _keep_trainable(layer)
+        return layer
+
+    def owns(self, module: nn.Module) -> bool:
+        return _is_layer(module, "Linear4bit") and module.weight.quant_type == "nf4"
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+    def load_config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=options.get("double_quant", False),
+            # transformers' default of float32 would compute every layer in float32; the dtype of a
+            # bfloat16 or float32 input is what our in-place layers compute in as well.
+            bnb_4bit_compute_dtype=options.get("compute_dtype"),
+            llm_int8_skip_modules=options.get("skip_modules"),
+        )
+
+    def lora_layer(self, module: nn.Module) -> type[nn.Module]:
+        from peft.tuners.lora.bnb import Linear4bit
+
+        return Linear4bit
+
+    def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
+        state = module.weight.quant_state
+        parts = [state.absmax, state.code]
+        if state.nested:
+            parts += [state.offset, state.state2.absmax, state.state2.code]
+        return [part for part in parts if part is not None]
+
+    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+        for module in model.modules():
+            if _is_layer(module, "Linear4bit"):
+                _keep_trainable(module)
+
+
+def _keep_trainable(layer: nn.Module) -> None:
+    """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation
+    the adapters would get no gradient, without a word.
+    """
+    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@hookimpl
+def register_quantizers() -> list[Quantizer]:
+    return [Int8(), Nf4()]

@@ -1,0 +1,358 @@
+"""Checks that a LoRA run really trains: what is in the optimizer, what moves, what the loss is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import (
+    AdapterNotMoving,
+    DeadLoss,
+    FrozenHead,
+    LivenessWarning,
+    NonFiniteLoss,
+    NothingTrainable,
+    OptimizerMismatch,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
+DEAD_STEPS = 3
+#: Sum of learning rates from which B is large enough to pass a gradient on to A, also in float16, whose
+#: smallest number is 6e-8: a long warm-up starts below that.
+VISIBLE_RATE = 1e-6
+#: Counted steps after which tensors that are exempt (experts, towers) are no longer watched.
+WATCHED_STEPS = 20
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `NothingTrainable` for a model in which no parameter requires a gradient."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    raise NothingTrainable(
+        "No parameter of the model requires a gradient, so training would change nothing. Usual causes: "
+        "PeftModel.from_pretrained() without is_trainable=True; prepare_model_for_kbit_training() or "
+        "requires_grad_(False) called after the adapters were added."
+    )
+
+
+def check_heads(model: nn.Module, heads: Iterable[str]) -> None:
+    """Raise `FrozenHead` where a head that was made for the task would stay as it was initialised.
+
+    Args:
+        model: The model in the Trainer.
+        heads: Names of such heads; those that the model lacks are passed over.
+    """
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in heads and not any(p.requires_grad for p in module.parameters()) and any(True for _ in module.parameters()):
+            raise FrozenHead(
+                f"The head {path!r} is frozen, so it would keep its initial values and would not be saved. "
+                f"Set task_type in the LoraConfig (for example 'SEQ_CLS'), or modules_to_save=[{name!r}]."
+            )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raise `OptimizerMismatch` unless an optimizer holds every trainable tensor of a model and no frozen one.
+
+    Engines that keep flat copies of the parameters (DeepSpeed) are passed over.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None or _is_deepspeed(optimizer):
+        return
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    missing = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
+    frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in held]
+    foreign = len(held - {id(p) for p in named.values()})
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} trainable tensors are not in the optimizer, first {missing[0]}")
+    if frozen:
+        problems.append(f"{len(frozen)} frozen tensors are in it, first {frozen[0]}")
+    if foreign:
+        problems.append(f"{foreign} tensors in it belong to no parameter of the model")
+    if problems:
+        raise OptimizerMismatch(
+            "; ".join(problems) + ". The adapters were added after the optimizer was made, or it was made for "
+            "another model: call lora_plugins.attach(trainer, …) before train()."
+        )
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return "deepspeed" in type(inner).__module__ or "deepspeed" in type(optimizer).__name__.lower()
+
+
+@dataclass
+class Watched:
+    """One trainable adapter tensor until it has been seen to move.
+
+    Attributes:
+        name: Its name in the model.
+        parameter: The tensor itself.
+        due: After how many counted steps it must have moved: 1 for B, 2 for A (whose first gradient is zero).
+        exempt: Whether it may wait until a gradient reaches it (experts, towers, dropped layers).
+    """
+
+    name: str
+    parameter: torch.Tensor
+    due: int
+    exempt: bool
+    before: tuple[float, float] = (0.0, 0.0)
+    had_gradient: bool = False
+
+
+@dataclass
+class MovementWatch:
+    """Sees whether the adapters move with the first steps that can move them.
+
+    A step counts when its learning rate is above zero, it was not skipped, and some gradient is not zero.
+    """
+
+    watched: list[Watched]
+    counted: int = 0
+    steps: int = 0
+    zero_gradients: int = 0
+    skipped: int = 0
+    no_rate: int = 0
+    rate: float = 0.0
+    _pending: bool = field(default=False, repr=False)
+    _rate: float = field(default=0.0, repr=False)
+
+    @classmethod
+    def over(cls, model: nn.Module, exempt: Iterable[str] = ()) -> MovementWatch:
+        """Watch the trainable LoRA tensors of a model.
+
+        Args:
+            model: The model in the Trainer.
+            exempt: Path parts of modules that a batch may not reach: experts, vision towers.
+        """
+        parts = set(exempt)
+        everything = _drops_layers(model)
+        watched = [
+            Watched(name, p, 1 if ".lora_B" in name or ".lora_embedding_B" in name else 2, everything or _reached_by_chance(name, parts))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+            and ("lora_A" in name or "lora_B" in name or "lora_embedding_" in name)
+            and _local(p).numel()  # a rank may hold no part of a sharded tensor
+        ]
+        return cls(watched)
+
+    def before_step(self, rate: float) -> None:
+        """Take the gradients and values before the optimizer moves anything.
+
+        Args:
+            rate: The largest learning rate of the optimizer's groups.
+        """
+        self._pending = False
+        if not self.watched:
+            return
+        self.steps += 1
+        gradients = [has_gradient(item.parameter) for item in self.watched]
+        if not rate > 0:
+            self.no_rate += 1
+        elif not any(gradients):
+            self.zero_gradients += 1
+        else:
+            self._pending = True
+            self._rate = rate
+            for item, has in zip(self.watched, gradients, strict=True):
+                item.had_gradient = has
+                item.before = _fingerprint(item.parameter)
+
+    def after_step(self, skipped: bool) -> None:
+        """Compare with the values before.
+
+        Args:
+            skipped: Whether the gradient scaler skipped this step.
+
+        Raises:
+            AdapterNotMoving: A tensor that must have moved has not.
+        """
+        if not self._pending:
+            return
+        if skipped:
+            self.skipped += 1
+            return
+        self.counted += 1
+        still: list[Watched] = []
+        stuck: list[Watched] = []
+        for item in self.watched:
+            if _fingerprint(item.parameter) != item.before:
+                continue
+            still.append(item)
+            due = self.counted >= item.due and (item.due == 1 or self.rate >= VISIBLE_RATE)
+            if item.had_gradient or (due and not item.exempt):
+                stuck.append(item)
+        self.rate += self._rate
+        if stuck:
+            raise AdapterNotMoving(self._explain(stuck))
+        self.watched = [] if self.counted >= WATCHED_STEPS else still
+
+    def _explain(self, stuck: list[Watched]) -> str:
+        names = ", ".join(item.name for item in stuck[:3])
+        if any(item.had_gradient for item in stuck):
+            cause = "they have a gradient and the optimizer left them as they were: it may hold copies of them"
+        else:
+            cause = "no gradient reaches them: the layers around them may be detached, or read the base weight directly"
+        return (
+            f"{len(stuck)} adapter tensors have not moved after {self.counted} steps that should have moved them "
+            f"(first {names}); {cause}."
+        )
+
+    def at_end(self) -> None:
+        """Judge a run that is over before any step counted.
+
+        Raises:
+            AdapterNotMoving: Steps were taken with a learning rate above zero and every gradient was zero.
+        """
+        if self.counted or not self.steps:
+            return
+        if self.zero_gradients:
+            raise AdapterNotMoving(
+                f"All {self.zero_gradients} steps with a learning rate above zero had no gradient at any adapter: nothing was trained."
+            )
+        warnings.warn(
+            f"None of the {self.steps} steps could move the adapters (learning rate zero in {self.no_rate}, skipped by the "
+            f"gradient scaler in {self.skipped}): nothing was trained. Train longer or shorten the warm-up.",
+            LivenessWarning,
+            stacklevel=2,
+        )
+
+
+def _reached_by_chance(name: str, parts: set[str]) -> bool:
+    path = name.split(".")
+    return "experts" in path or any(part in path or f".{part}." in f".{name}." for part in parts)
+
+
+def _drops_layers(model: nn.Module) -> bool:
+    """Whether the model leaves whole layers out at random while training."""
+    config = getattr(model, "config", None)
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    return any((getattr(config, name, 0) or 0) > 0 for name in names)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
+    if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
+        return parameter.ds_tensor  # type: ignore[no-any-return]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def has_gradient(parameter: torch.Tensor) -> bool:
+    """Whether any value of a parameter's gradient is not zero; true where an engine hides gradients."""
+    import torch
+
+    if hasattr(parameter, "ds_id"):
+        # DeepSpeed keeps gradients elsewhere; whether the weight moves still shows.
+        return True
+    gradient = parameter.grad
+    return gradient is not None and bool(torch.count_nonzero(_local(gradient)))
+
+
+def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:
+    """Two sums that differ when any value has changed, without keeping a copy of the tensor."""
+    import torch
+
+    values = _local(parameter.detach()).to(torch.float64).flatten()
+    # Weights that depend on the position make a swap of two values visible as well.
+    positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+    return (values.sum().item(), (values * positions.sqrt()).sum().item())
+
+
+@dataclass
+class LossWatch:
+    """Reads the loss of every batch of a step and stops a run whose loss is not a number."""
+
+    fp16: bool = False
+    dead_steps: int = 0
+    _losses: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _batches: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
+
+    def start(self, *, fp16: bool) -> None:
+        """Forget an earlier run.
+
+        Args:
+            fp16: Whether the run is under float16 autocast, for the message.
+        """
+        self.fp16, self.dead_steps = fp16, 0
+        self._losses, self._batches = [], []
+
+    def add(self, loss: Any, inputs: Any) -> None:
+        """Note one batch's loss; nothing is synchronised with the device here.
+
+        Args:
+            loss: What the Trainer's ``training_step`` returned.
+            inputs: The batch, kept until the step ends so that it can be named.
+        """
+        import torch
+
+        if isinstance(loss, torch.Tensor):
+            self._losses.append(loss.detach())
+            self._batches.append(inputs if isinstance(inputs, Mapping) else {})
+
+    def step(self, number: int, *, zero_gradients: Any, distributed: bool) -> None:
+        """Judge the batches of one optimizer step.
+
+        Args:
+            number: The step's number, for the message.
+            zero_gradients: Called when every loss is zero: whether every gradient is zero too.
+            distributed: Whether other ranks wait for this one, so that all must stop together.
+
+        Raises:
+            NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
+            DeadLoss: Loss and gradients were exactly zero in several steps in a row.
+        """
+        import torch
+
+        if not self._losses:
+            return
+        losses = torch.stack([loss.float().mean() for loss in self._losses])
+        bad = (~torch.isfinite(losses)).any()
+        if distributed:
+            flag = bad.to(torch.float32)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        values = losses.tolist()
+        batches, self._losses, self._batches = self._batches, [], []
+        if bool(bad):
+            raise NonFiniteLoss(self._explain(values, batches, number))
+        if any(values) or not zero_gradients():
+            self.dead_steps = 0
+            return
+        self.dead_steps += 1
+        if self.dead_steps >= DEAD_STEPS:
+            raise DeadLoss(
+                f"Loss and every gradient were exactly zero in {DEAD_STEPS} steps in a row, up to step {number}. "
+                "Usual causes: labels that are all -100, a loss that does not depend on the adapters, or an int8 "
+                "base whose activations overflow."
+            )
+
+    def _explain(self, values: list[float], batches: list[Mapping[str, Any]], number: int) -> str:
+        index = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if index is None:
+            return f"The loss became non-finite on another rank in step {number}; its message has the cause."
+        return (
+            f"The loss is {values[index]} in step {number}, batch {index + 1} of {len(values)} in the step. "
+            f"{self._cause(batches[index])} The Trainer's log would have shown the mean of earlier losses instead."
+        )
+
+    def _cause(self, batch: Mapping[str, Any]) -> str:
+        import torch
+
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and labels.numel() and bool((labels == -100).all()):
+            return "Every label of this batch is -100, so there is nothing to average over: drop such examples."
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return f"The input {name!r} of this batch is itself not finite."
+        if self.fp16:
+            return "Activations probably overflowed in float16: use bf16=True, or upcast='norms'."
+        return "The learning rate may be too high, or the weights are damaged; try a lower rate or upcast='norms'."

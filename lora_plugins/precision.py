@@ -1,0 +1,129 @@
+"""In which dtype the frozen float part of a prepared model is held: ``compute_dtype`` and ``upcast``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lora_plugins.errors import PreparationError
+from lora_plugins.quantization import adapter_modules, owner_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Upcast = Literal["none", "norms", "all"]
+
+_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 natively.
+
+    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer.
+    """
+    import torch
+
+    if device.type == "cpu":
+        probe = getattr(torch.cpu, "get_capabilities", None)
+        flags = probe() if probe is not None else {}
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return False
+
+
+def resolve_compute_dtype(
+    wanted: str | torch.dtype, model: nn.Module, *, quantized: bool, autocast: bool
+) -> torch.dtype | None:
+    """Return the dtype that the frozen float weights are cast to, ``None`` to leave them.
+
+    ``"auto"`` leaves a model without quantization, a model already in 16 bits, and a model under autocast
+    as it is; a float32 base that is quantized gets bfloat16 activations where `fast_bfloat16` says so.
+
+    Raises:
+        PreparationError: ``wanted`` is no float dtype we know.
+    """
+    import torch
+
+    if isinstance(wanted, torch.dtype):
+        wanted = str(wanted).removeprefix("torch.")
+    if wanted == "auto":
+        parameters = [p for p in model.parameters() if p.is_floating_point()]
+        if not quantized or autocast or not parameters or any(p.dtype != torch.float32 for p in parameters):
+            return None
+        return torch.bfloat16 if fast_bfloat16(parameters[0].device) else None
+    if wanted not in _DTYPE_NAMES:
+        raise PreparationError(
+            f"compute_dtype must be 'auto', {', '.join(map(repr, _DTYPE_NAMES))} or a torch dtype, not {wanted!r}"
+        )
+    return getattr(torch, wanted)  # type: ignore[no-any-return]
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen float weights of a base model, except those the model keeps in float32.
+
+    Quantized layers, trainable tensors (adapters, heads) and buffers such as rotary frequencies stay.
+    """
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    adapters = adapter_modules(model)
+    for path, module in model.named_modules():
+        if module in adapters or owner_of(module) is not None or any(name in path.split(".") for name in keep):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+
+def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
+    """Hold norms (``"norms"``) or everything that is not quantized (``"all"``) in float32.
+
+    With ``"norms"`` each norm computes in float32 and gives back its input's dtype: without that, the
+    next 16-bit linear layer would refuse the float32 activations.
+
+    Returns:
+        Names of the modules that were cast.
+
+    Raises:
+        PreparationError: ``upcast`` is not one of the three.
+    """
+    import torch
+
+    if upcast not in get_args(Upcast):
+        raise PreparationError(f"upcast must be 'none', 'norms' or 'all', not {upcast!r}")
+    if upcast == "none":
+        return []
+    changed = []
+    adapters = adapter_modules(model)
+    for path, module in model.named_modules():
+        is_norm = _is_norm(module)
+        if module in adapters or owner_of(module) is not None or (upcast == "norms" and not is_norm):
+            continue
+        own = [p for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
+        if not own:
+            continue
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.float32)
+        changed.append(path)
+        if upcast == "norms":
+            _compute_in_float32(module)
+    return changed
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Norm layers have no common base class: they are known by their name and by holding vectors only."""
+    parameters = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and bool(parameters) and all(p.dim() == 1 for p in parameters)
+
+
+def _compute_in_float32(norm: nn.Module) -> None:
+    import torch
+
+    inner = norm.forward
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = inner(hidden.to(torch.float32), *args, **kwargs)
+        return output.to(hidden.dtype) if isinstance(output, torch.Tensor) else output
+
+    norm.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,457 @@
+"""Quantizing a live model in place, layer by layer, and marking it as transformers marks a loaded one."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import (
+    NothingQuantized,
+    QuantizationError,
+    QuantizerSelfTestFailed,
+    QuantizerUnavailable,
+)
+from lora_plugins.manager import PluginHost, plugin_host
+from lora_plugins.types import Quantizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Options that the core understands for every backend.
+CORE_OPTIONS = ("name", "skip_modules")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A backend together with the options it was asked for.
+
+    Attributes:
+        quantizer: The backend.
+        options: What the backend's methods get; ``skip_modules`` is always there.
+    """
+
+    quantizer: Quantizer
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.quantizer.name
+
+
+@dataclass(frozen=True)
+class QuantizedLayers:
+    """What one walk over a model did.
+
+    Attributes:
+        quantized: Dotted names of the layers that were quantized.
+        skipped: Dotted names of the linear layers left alone, with the reason.
+    """
+
+    quantized: list[str]
+    skipped: dict[str, str]
+
+
+def parse_quantization(
+    value: str | Mapping[str, Any] | Quantizer | Quantization | None, host: PluginHost | None = None
+) -> Quantization | None:
+    """Turn what users write in ``quantization=`` into a backend and its options.
+
+    Args:
+        value: ``None``, a backend's name, ``{"name": …, option: value, …}``, or a `Quantizer`.
+        host: Where to look names up; default is the process's plugin host.
+
+    Raises:
+        UnknownQuantizer: No plugin registers the name.
+        QuantizationError: An option is unknown, or ``name`` is missing.
+    """
+    if value is None or isinstance(value, Quantization):
+        return value
+    if isinstance(value, Quantizer):
+        return Quantization(value, {"skip_modules": []})
+    host = host or plugin_host()
+    if isinstance(value, str):
+        return Quantization(host.quantizer(value), {"skip_modules": []})
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise QuantizationError(
+            f"quantization must be a backend's name, a mapping with 'name', or a Quantizer, not {value!r}. "
+            f"Known backends: {', '.join(host.quantizer_names())}."
+        )
+    quantizer = host.quantizer(value["name"])
+    known = (*CORE_OPTIONS, *quantizer.options)
+    for option in value:
+        if option not in known:
+            near = difflib.get_close_matches(str(option), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise QuantizationError(
+                f"The backend {quantizer.name!r} has no option {option!r}.{hint} It has: {', '.join(known)}."
+            )
+    skip = value.get("skip_modules") or []
+    if isinstance(skip, str):
+        skip = [skip]
+    return Quantization(quantizer, {**value, "skip_modules": list(skip)})
+
+
+def quantization_config(
+    quantization: str | Mapping[str, Any] | Quantizer, *, host: PluginHost | None = None
+) -> Any:
+    """Return the config that ``from_pretrained(quantization_config=…)`` takes, for a backend of ours.
+
+    Args:
+        quantization: A backend's name, or a mapping with ``name`` and options.
+        host: Where to look names up; default is the process's plugin host.
+
+    Returns:
+        A config object of transformers, such as ``BitsAndBytesConfig``.
+
+    Raises:
+        UnknownQuantizer: No plugin registers the name.
+        QuantizationError: The backend can only quantize a model in place.
+    """
+    parsed = parse_quantization(quantization, host)
+    assert parsed is not None, "None is no backend"
+    options = {**parsed.options, "skip_modules": parsed.options["skip_modules"] or None}
+    config = parsed.quantizer.load_config(options)
+    if config is None:
+        raise QuantizationError(
+            f"The backend {parsed.name!r} can't quantize while loading. Load the model in float and "
+            f"write LoraCallback(quantization={parsed.name!r}) or prepare_model(model, quantization={parsed.name!r})."
+        )
+    return config
+
+
+def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | None:
+    """Return the backend that made a module, ``None`` for a module in float."""
+    for quantizer in _all_quantizers(host or plugin_host()):
+        if quantizer.owns(module):
+            return quantizer
+    return None
+
+
+def _all_quantizers(host: PluginHost) -> Iterator[Quantizer]:
+    for name in host.quantizer_names():
+        # A clash over one name must not hide the others; it is reported when that name is asked for.
+        with contextlib.suppress(Exception):
+            yield host.quantizer(name)
+
+
+def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Quantization | None:
+    """Return the backend of a model that arrives quantized; the first quantized layer decides."""
+    for module in model.modules():
+        quantizer = owner_of(module, host)
+        if quantizer is not None:
+            return Quantization(quantizer, {"skip_modules": []})
+    return None
+
+
+def check_usable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+    """Ask a backend whether it runs here and let it pass the self-test, once per process and device.
+
+    Raises:
+        QuantizerUnavailable: It can't run; the message has its reason.
+        QuantizerSelfTestFailed: It runs and can't train.
+    """
+    reason = quantization.quantizer.available(device, dtype, quantization.options)
+    if reason is not None:
+        raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} can't be used: {reason}")
+    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
+    failure = _self_test(quantization.quantizer, tuple(sorted(options.items())), device, dtype)
+    if failure is not None:
+        raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} can't be trained on: {failure}")
+
+
+@functools.lru_cache(maxsize=64)
+def _self_test(
+    quantizer: Quantizer, options: tuple[tuple[str, Any], ...], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Train a small layer through one evaluation and back; return what is wrong, or ``None``.
+
+    The evaluation in the middle is the point: some kernels repack the weight there and lose the gradient.
+    """
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear = nn.Linear(128, 96, bias=False, dtype=dtype).requires_grad_(False)
+        inputs = torch.randn(4, 7, 128, dtype=dtype)
+        upstream = torch.randn(4, 7, 96, dtype=dtype)
+    original = linear.weight.detach().float().clone()
+    linear, inputs, upstream = linear.to(device), inputs.to(device), upstream.to(device)
+    with _quiet():
+        try:
+            layer = quantizer.quantize_linear(linear, {**dict(options), "skip_modules": []})
+            if not quantizer.owns(layer):
+                return "owns() does not know the layer that quantize_linear() made"
+            stored = quantizer.dequantize(layer).detach().float()
+            for phase in ("training", "evaluation", "training after an evaluation"):
+                layer.train(phase != "evaluation")
+                if phase == "evaluation":
+                    with torch.no_grad():
+                        layer(inputs)
+                    continue
+                failure = _gradient_failure(quantizer, layer, inputs, upstream, phase)
+                if failure:
+                    return failure
+            after = quantizer.dequantize(layer).detach().float()
+        except (RuntimeError, AttributeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
+            return f"{type(error).__name__}: {error}"
+    if not torch.equal(stored, after):
+        return "the stored weight changed during training and evaluation"
+    error = ((stored.cpu() - original).norm() / original.norm()).item()
+    if not error < 0.5:
+        return f"the dequantized weight is {error:.0%} away from the original"
+    return None
+
+
+def _gradient_failure(
+    quantizer: Quantizer, layer: nn.Module, inputs: torch.Tensor, upstream: torch.Tensor, phase: str
+) -> str | None:
+    """Compare the gradient of the layer's input with ``upstream @ dequantize(layer)``."""
+    x = inputs.detach().clone().requires_grad_(True)
+    output = layer(x)
+    if not output.requires_grad:
+        return f"its output has no grad_fn in {phase}, so no adapter below it would ever get a gradient"
+    output.backward(upstream.to(output.dtype))
+    if x.grad is None:
+        return f"its input gets no gradient in {phase}"
+    expected = upstream.float() @ quantizer.dequantize(layer).float()
+    error = ((x.grad.float() - expected).norm() / expected.norm()).item()
+    if not error < 0.05:
+        return f"the gradient of its input in {phase} is {error:.0%} away from that of the dequantized weight"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings that backends give about their own kernels while they are only being tested."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize_in_place(
+    model: nn.Module,
+    quantization: Quantization,
+    *,
+    never: Iterable[str] = (),
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> QuantizedLayers:
+    """Replace the linear layers of a model by quantized ones, one after the other.
+
+    The float weight of a layer is dropped before the next one is quantized, so live tensors peak at the
+    model plus one layer. Layers under LoRA adapters are reached too (the adapters stay as they are).
+
+    Args:
+        model: A float model on real devices; changed in place.
+        quantization: The backend and its options.
+        never: More module names to leave alone (names match at the end of the path, at a dot).
+        progress: Wraps the iterable of layers and gets its length, for a progress bar.
+
+    Returns:
+        Which layers were quantized and which were skipped, with reasons.
+
+    Raises:
+        NothingQuantized: There was no layer to quantize.
+        QuantizationError: The model has no data (meta device).
+    """
+    targets, skipped = _layers_to_quantize(model, quantization, never)
+    if not targets:
+        raise NothingQuantized(
+            f"The model has no linear layer for the backend {quantization.name!r}"
+            + (f"; skipped: {', '.join(f'{name} ({why})' for name, why in list(skipped.items())[:5])}" if skipped else "")
+        )
+    first = next(iter(targets.values()))
+    if first.weight.device.type == "meta":
+        raise QuantizationError("The model is on the meta device and has no weights to quantize.")
+    check_usable(quantization, first.weight.device, first.weight.dtype)
+    parents = _parents(model)
+    names = list(targets)
+    for name in progress(names, len(names)) if progress else names:
+        layer = targets.pop(name)
+        new = _quantize_layer(layer, quantization)
+        new.train(layer.training)
+        for parent, attribute in parents[id(layer)]:
+            setattr(parent, attribute, new)
+        if new is not layer:
+            # Whoever else still holds the old layer object must not keep its weight alive.
+            layer.weight = None
+    return QuantizedLayers(names, skipped)
+
+
+def _quantize_layer(layer: nn.Module, quantization: Quantization) -> nn.Module:
+    import torch
+
+    with torch.no_grad():
+        new = quantization.quantizer.quantize_linear(_as_linear(layer), quantization.options)
+    for parameter in new.parameters():
+        parameter.requires_grad_(False)
+    return new
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    """Return the layer itself, or for transformers' ``Conv1D`` the linear layer with the same function."""
+    from torch import nn
+
+    if isinstance(layer, nn.Linear):
+        return layer
+    in_features, out_features = layer.nx, layer.nf
+    linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.data.T.contiguous(), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return linear
+
+
+def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place where each module hangs: a layer shared by two blocks is replaced in both."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, child in module._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((module, attribute))
+    return places
+
+
+def _layers_to_quantize(
+    model: nn.Module, quantization: Quantization, never: Iterable[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    reasons = {name: "never touched in this architecture" for name in never}
+    reasons |= {name: "head, tied weight or kept in float32 by the model" for name in _kept_by_model(model)}
+    reasons |= {name: "skip_modules" for name in quantization.options.get("skip_modules", ())}
+    trainable = adapter_modules(model)
+    targets: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module in trainable:
+            continue
+        name = _plain_path(path)
+        reason = next((why for skip, why in reasons.items() if _matches(name, skip)), None)
+        if type(module) not in (nn.Linear, Conv1D):
+            if owner_of(module) is None:
+                skipped[name] = f"{type(module).__name__} is read in its own way"
+        elif reason:
+            skipped[name] = reason
+        else:
+            targets[name] = module
+    return targets, skipped
+
+
+def _plain_path(path: str) -> str:
+    """The name that a module has in the base model, without what PEFT puts around it."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _matches(name: str, skip: str) -> bool:
+    # transformers matches its skip list the same way: a whole path, a prefix of it, or its last parts.
+    return name == skip or name.endswith("." + skip) or name.startswith(skip + ".") or f".{skip}." in name
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that belong to adapters: LoRA's own small linears and heads that are trained whole."""
+    import sys
+
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            inside.update(module.modules())
+        elif isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            inside.update(part for part in module.modules() if part is not base and part is not module)
+    return inside
+
+
+def _kept_by_model(model: nn.Module) -> list[str]:
+    """Names that transformers itself would not quantize: output embeddings, tied weights, fp32-only modules."""
+    from transformers import PreTrainedModel
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(base, PreTrainedModel):
+        keep = list(base._keep_in_fp32_modules or []) + list(base._keep_in_fp32_modules_strict or [])
+        return [_plain_path(name) for name in [*get_keys_to_not_convert(base), *keep]]
+    return _tied_with_embeddings(base)
+
+
+def _tied_with_embeddings(model: nn.Module) -> list[str]:
+    from torch import nn
+
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+    ]
+
+
+def tag_quantized(model: nn.Module, quantization: Quantization, layers: QuantizedLayers) -> None:
+    """Set all the flags that transformers sets on a model that was loaded quantized, or none.
+
+    Half of them is worse than none: with ``is_quantized`` alone the Trainer fails on a missing
+    ``hf_quantizer``; without the bitsandbytes flag PEFT picks a layer class that can't merge.
+    A backend without a load-time config leaves the model untagged, which the Trainer accepts.
+    """
+    from transformers import PreTrainedModel
+    from transformers.quantizers import AutoHfQuantizer
+
+    options = {**quantization.options, "skip_modules": sorted(layers.skipped) or None}
+    config = quantization.quantizer.load_config(options) if isinstance(model, PreTrainedModel) else None
+    if config is not None:
+        hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        hf_quantizer.modules_to_not_convert = sorted(layers.skipped)
+        model.hf_quantizer = hf_quantizer
+        model.is_quantized = True
+        model.quantization_method = config.quant_method
+        model.config.quantization_config = config
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = True
+    quantization.quantizer.after_quantize(model, options)
+
+
+def untag_dequantized(model: nn.Module) -> bool:
+    """Take the flags off a model that is marked quantized and holds only float weights.
+
+    A model loaded from GGUF is dequantized by transformers and still marked, so the Trainer refuses it.
+
+    Returns:
+        Whether there was something to take off.
+    """
+    if not getattr(model, "is_quantized", False) or detect_quantization(model) is not None:
+        return False
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        return False
+    model.is_quantized = False  # type: ignore[assignment]
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    config = getattr(model, "config", None)
+    if config is not None:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        for module in model.modules():
+            inner = getattr(module, "config", None)
+            if getattr(inner, "_is_quantized", False):
+                inner._is_quantized = False
+    return True
