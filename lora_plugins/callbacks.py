@@ -29,6 +29,7 @@ from lora_plugins.trainer import (
     find_trainer,
     is_training,
     put_model,
+    shadow_method,
     uses_autocast,
     wrap_model_init,
 )
@@ -190,12 +191,7 @@ def _observe_losses(trainer: Trainer, watch: liveness.LossWatch) -> Callable[[],
         watch.add(loss, inputs)
         return loss
 
-    trainer.training_step = training_step
-
-    def undo() -> None:
-        trainer.training_step = original
-
-    return undo
+    return shadow_method(trainer, "training_step", training_step)
 
 
 class LoraCallback(_PreparingCallback):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
 DEAD_STEPS = 3
-#: Sum of learning rates from which B is large enough to pass a gradient on to A, also in float16, whose
-#: smallest number is 6e-8: a long warm-up starts below that.
+#: Sum of learning rates from which a tensor that did not start as zero must show a change. Below it, as in
+#: the first steps of a long warm-up, updates drown in the optimizer's epsilon or in float16's smallest number.
 VISIBLE_RATE = 1e-6
 #: Counted steps after which tensors that are exempt (experts, towers) are no longer watched.
 WATCHED_STEPS = 20
@@ -99,12 +99,14 @@ class Watched:
         parameter: The tensor itself.
         due: After how many counted steps it must have moved: 1 for B, 2 for A (whose first gradient is zero).
         exempt: Whether it may wait until a gradient reaches it (experts, towers, dropped layers).
+        from_zero: Whether it started as zero, so that any update at all shows.
     """
 
     name: str
     parameter: torch.Tensor
     due: int
     exempt: bool
+    from_zero: bool
     before: tuple[float, float] = (0.0, 0.0)
     had_gradient: bool = False
 
@@ -117,6 +119,7 @@ class MovementWatch:
     """
 
     watched: list[Watched]
+    tensors: list[torch.Tensor] = field(default_factory=list, repr=False)
     counted: int = 0
     steps: int = 0
     zero_gradients: int = 0
@@ -134,16 +137,20 @@ class MovementWatch:
             model: The model in the Trainer.
             exempt: Path parts of modules that a batch may not reach: experts, vision towers.
         """
+        import torch
+
         parts = set(exempt)
         everything = _drops_layers(model)
-        watched = [
-            Watched(name, p, 1 if ".lora_B" in name or ".lora_embedding_B" in name else 2, everything or _reached_by_chance(name, parts))
-            for name, p in model.named_parameters()
-            if p.requires_grad
-            and ("lora_A" in name or "lora_B" in name or "lora_embedding_" in name)
-            and _local(p).numel()  # a rank may hold no part of a sharded tensor
-        ]
-        return cls(watched)
+        watched = []
+        for name, parameter in model.named_parameters():
+            # A rank may hold no part of a sharded tensor.
+            if not parameter.requires_grad or not _is_lora(name) or not _local(parameter).numel():
+                continue
+            is_b = "lora_B" in name or "lora_embedding_B" in name
+            exempt = everything or _reached_by_chance(name, parts)
+            from_zero = not bool(torch.count_nonzero(_local(parameter)))
+            watched.append(Watched(name, parameter, 1 if is_b else 2, exempt, from_zero))
+        return cls(watched, [item.parameter for item in watched])
 
     def before_step(self, rate: float) -> None:
         """Take the gradients and values before the optimizer moves anything.
@@ -155,16 +162,15 @@ class MovementWatch:
         if not self.watched:
             return
         self.steps += 1
-        gradients = [has_gradient(item.parameter) for item in self.watched]
         if not rate > 0:
             self.no_rate += 1
-        elif not any(gradients):
+        elif not any(has_gradient(tensor) for tensor in self.tensors):
             self.zero_gradients += 1
         else:
             self._pending = True
             self._rate = rate
-            for item, has in zip(self.watched, gradients, strict=True):
-                item.had_gradient = has
+            for item in self.watched:
+                item.had_gradient = has_gradient(item.parameter)
                 item.before = _fingerprint(item.parameter)
 
     def after_step(self, skipped: bool) -> None:
@@ -188,8 +194,9 @@ class MovementWatch:
             if _fingerprint(item.parameter) != item.before:
                 continue
             still.append(item)
-            due = self.counted >= item.due and (item.due == 1 or self.rate >= VISIBLE_RATE)
-            if item.had_gradient or (due and not item.exempt):
+            visible = item.from_zero or self.rate >= VISIBLE_RATE
+            due = self.counted >= item.due and not item.exempt
+            if visible and (item.had_gradient or due):
                 stuck.append(item)
         self.rate += self._rate
         if stuck:
@@ -225,6 +232,10 @@ class MovementWatch:
             LivenessWarning,
             stacklevel=2,
         )
+
+
+def _is_lora(name: str) -> bool:
+    return "lora_A" in name or "lora_B" in name or "lora_embedding_" in name
 
 
 def _reached_by_chance(name: str, parts: set[str]) -> bool:

@@ -161,12 +161,15 @@ def prepare_plain(
     """
     from peft import PeftModel
 
+    from lora_plugins.targets import task_heads
+
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
     untag_dequantized(model)
     arrived = _check_arrived(model, settings.quantization)
     record = Preparation(None, None, arrived, None, tensor_bytes(model))
+    record.heads = tuple(task_heads(model))
     prepare_base(
         model,
         record,
@@ -204,6 +207,7 @@ class _Pipeline:
         record.notes += notes
         if config is None:
             config = adapters.build_config(settings, plan)
+        record.heads = tuple(config.modules_to_save or ())
         base_first = adapters.initializes_from_base(
             config.init_lora_weights, record.quantization, already_quantized=arrived is not None
         )
@@ -218,7 +222,6 @@ class _Pipeline:
             adapters.exchange_layers(wrapped, _required(record.quantization))
         if stored:
             self._load(wrapped, stored, record)
-        record.heads = tuple(config.modules_to_save or ())
         return _finish(wrapped, record)
 
     def _resolve(self, stored: peft.LoraConfig | None) -> TargetPlan:
@@ -279,7 +282,6 @@ def prepare_base(
     if quantize is not None:
         never = record.plan.never if record.plan is not None else ()
         record.layers = quantize_in_place(model, quantize, never=(*never, *record.heads), progress=progress)
-        tag_quantized(base, quantize, record.layers)
         record.quantization = quantize
         if wrapped:
             adapters.exchange_layers(model, quantize)
@@ -292,6 +294,8 @@ def prepare_base(
     if dtype is not None:
         cast_frozen(base, dtype)
         record.compute_dtype = dtype
+    if quantize is not None and record.layers is not None:
+        tag_quantized(base, quantize, record.layers)
     record.upcast = upcast_frozen(base, upcast)
 
 

@@ -416,6 +416,8 @@ def tag_quantized(model: nn.Module, quantization: Quantization, layers: Quantize
     from transformers.quantizers import AutoHfQuantizer
 
     options = {**quantization.options, "skip_modules": sorted(layers.skipped) or None}
+    if "compute_dtype" in quantization.quantizer.options:
+        options.setdefault("compute_dtype", getattr(model, "dtype", None))
     config = quantization.quantizer.load_config(options) if isinstance(model, PreTrainedModel) else None
     if config is not None:
         hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)

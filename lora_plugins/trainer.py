@@ -88,10 +88,23 @@ def wrap_model_init(trainer: Trainer, prepare: Callable[[nn.Module], nn.Module])
             trainer._move_model_to_device(model, trainer.args.device)
         return prepare(model)
 
-    trainer.call_model_init = call_model_init
+    return shadow_method(trainer, "call_model_init", call_model_init)
+
+
+def shadow_method(trainer: Trainer, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function over a method of one Trainer.
+
+    Returns:
+        A function that takes it away again, and whatever was put over it since.
+    """
+    before = vars(trainer).get(name)
+    setattr(trainer, name, function)
 
     def undo() -> None:
-        trainer.call_model_init = original
+        if before is None:
+            vars(trainer).pop(name, None)
+        else:
+            setattr(trainer, name, before)
 
     return undo
 

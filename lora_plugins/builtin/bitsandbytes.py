@@ -101,13 +101,14 @@ def _int8_scale(module: nn.Module) -> torch.Tensor:
 class Nf4(Quantizer):
     """4-bit NormalFloat in blocks of 64 with one scale each (QLoRA).
 
-    Options: ``double_quant`` (default false) quantizes the scales as well.
+    Options: ``double_quant`` (default false) quantizes the scales as well; ``compute_dtype`` is the dtype of
+    the matrix products, by default that of the input (bfloat16 for a model loaded with `quantization_config`).
     Source: https://arxiv.org/abs/2305.14314
     """
 
     name = "nf4"
     bits = 4
-    options = ("double_quant",)
+    options = ("double_quant", "compute_dtype")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return _missing()
@@ -120,6 +121,7 @@ class Nf4(Quantizer):
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
+            compute_dtype=options.get("compute_dtype"),
             compress_statistics=options.get("double_quant", False),
             quant_type="nf4",
             device="meta",
@@ -152,9 +154,8 @@ class Nf4(Quantizer):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=options.get("double_quant", False),
-            # transformers' default of float32 would compute every layer in float32; the dtype of a
-            # bfloat16 or float32 input is what our in-place layers compute in as well.
-            bnb_4bit_compute_dtype=options.get("compute_dtype"),
+            # transformers' default would compute every layer in float32, whatever the model's dtype.
+            bnb_4bit_compute_dtype=options.get("compute_dtype") or "bfloat16",
             llm_int8_skip_modules=options.get("skip_modules"),
         )
 
