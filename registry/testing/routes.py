@@ -1,0 +1,107 @@
+"""The loopback Hub's table of routes, and the one function that every request goes through."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from registry.testing import routes_files, routes_repos, routes_upload
+from registry.testing.site import Site
+from registry.testing.store import HubFailure
+from registry.testing.wire import Request, Response, failure
+
+__all__ = ["ROUTES", "Route", "answer"]
+
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+# Clients quote the slashes of a revision; some don't quote those of refs/….
+_REV = r"(?P<rev>refs/(?:pr|heads|tags|convert)/[^/]+|[^/]+)"
+_PATH = r"(?P<path>.+)"
+_SHA256 = r"(?P<sha256>[0-9a-f]{64})"
+
+
+@dataclass(frozen=True)
+class Route:
+    """What answers which method and path; ``server`` is the origin it lives at."""
+
+    methods: str
+    pattern: str
+    function: Callable[[Site, Request], Response]
+    server: str = "hub"
+
+    def match(self, request: Request) -> dict[str, str] | None:
+        """The unquoted parts of the path, if this is the route of ``request``."""
+        if request.server != self.server or request.method not in self.methods.split():
+            return None
+        found = re.fullmatch(self.pattern, request.path)
+        if found is None:
+            return None
+        return {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+
+
+_API = f"/api/models/{_REPO}"
+
+#: Names for ``Faults`` and for the request log.
+ROUTES = {
+    "whoami": Route("GET", "/api/whoami-v2", routes_repos.whoami),
+    "create_repo": Route("POST", "/api/repos/create", routes_repos.create_repo),
+    "delete_repo": Route("DELETE", "/api/repos/delete", routes_repos.delete_repo),
+    "validate_yaml": Route("POST", "/api/validate-yaml", routes_upload.validate_yaml),
+    "list_models": Route("GET", "/api/models", routes_repos.list_models),
+    "settings": Route("PUT", f"{_API}/settings", routes_repos.settings),
+    "info": Route("GET HEAD", f"{_API}(?:/revision/{_REV})?", routes_repos.info),
+    "refs": Route("GET", f"{_API}/refs", routes_repos.refs),
+    "tree": Route("GET", f"{_API}/tree/{_REV}(?:/{_PATH})?", routes_repos.tree),
+    "paths_info": Route("POST", f"{_API}/paths-info/{_REV}", routes_repos.paths_info),
+    "commits": Route("GET", f"{_API}/commits/{_REV}", routes_repos.commits),
+    "tag": Route("POST", f"{_API}/tag/{_REV}", routes_repos.tag),
+    "delete_tag": Route("DELETE", f"{_API}/tag/{_REV}", routes_repos.delete_tag),
+    "branch": Route("POST", f"{_API}/branch/{_REV}", routes_repos.branch),
+    "delete_branch": Route("DELETE", f"{_API}/branch/{_REV}", routes_repos.delete_branch),
+    "super_squash": Route("POST", f"{_API}/super-squash/{_REV}", routes_repos.super_squash),
+    "preupload": Route("POST", f"{_API}/preupload/{_REV}", routes_upload.preupload),
+    "commit": Route("POST", f"{_API}/commit/{_REV}", routes_upload.commit),
+    "xet_write_token": Route("GET", f"{_API}/xet-write-token/{_REV}", routes_upload.xet_token),
+    "xet_read_token": Route("GET", f"{_API}/xet-read-token/{_REV}", routes_upload.xet_token),
+    "lfs_batch": Route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", routes_upload.lfs_batch),
+    "lfs_complete": Route("POST", f"/lfs/{_SHA256}/complete", routes_upload.lfs_complete),
+    "lfs_verify": Route("POST", "/lfs/verify", routes_upload.lfs_verify),
+    "resolve": Route("GET HEAD", f"/{_REPO}/resolve/{_REV}/{_PATH}", routes_files.resolve),
+    "resolve_cache": Route("GET HEAD", f"/api/resolve-cache/models/{_REPO}/{_REV}/{_PATH}", routes_files.resolve_cache),
+    "raw": Route("GET HEAD", f"/{_REPO}/raw/{_REV}/{_PATH}", routes_files.raw),
+    "storage": Route("GET HEAD", f"/storage/{_SHA256}", routes_files.storage, "storage"),
+    "lfs_upload": Route("PUT", f"/storage/{_SHA256}", routes_upload.lfs_upload, "storage"),
+    "lfs_part": Route("PUT", rf"/storage/{_SHA256}/(?P<number>\d+)", routes_upload.lfs_part, "storage"),
+}
+
+
+def answer(site: Site, request: Request, crashes: list[str]) -> Response:
+    """Route ``request``, with the faults that concern it; a bug of this server is added to ``crashes``."""
+    route = _find(request)
+    try:
+        early = site.faults.before(request)
+        if early is not None:
+            return early
+        if route is None:
+            raise HubFailure(404, f"No such route: {request.method} {request.path}")
+        if route.server == "hub":
+            request.user = site.store.user_of(request.headers.get("Authorization"))
+        response = route.function(site, request)
+    except HubFailure as error:
+        response = failure(error)
+    except Exception:
+        crashes.append(traceback.format_exc())
+        # Not a 5xx: on those clients wait and try again, for up to half a minute.
+        response = Response.of({"error": "The loopback Hub has a bug; see LoopbackHub.crashes"}, 400)
+    return site.faults.after(request, response)
+
+
+def _find(request: Request) -> Route | None:
+    for name, route in ROUTES.items():
+        parts = route.match(request)
+        if parts is not None:
+            request.route, request.parts = name, parts
+            return route
+    return None

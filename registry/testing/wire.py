@@ -1,0 +1,162 @@
+"""Requests, answers and the HTTP/1.1 loop of the loopback Hub."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from registry.testing.store import HubFailure, User
+
+__all__ = ["Application", "Request", "Response", "Server", "failure"]
+
+#: What answers a request; the name of the server that got it is in ``Request.server``.
+Application = Callable[["Request"], "Response"]
+
+
+@dataclass
+class Request:
+    """One request as the routes see it."""
+
+    method: str
+    target: str
+    headers: Message[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+    #: ``"hub"``, or ``"storage"`` for the second origin, to which downloads are redirected.
+    server: str
+    #: Set by routing: the route's name, the parts of the path, and who asks.
+    route: str = "unknown"
+    parts: dict[str, str] = field(default_factory=dict)
+    user: User | None = None
+
+    @property
+    def path(self) -> str:
+        """The path as sent, still quoted."""
+        return urlsplit(self.target).path
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query parameters, the last one where a name is repeated."""
+        parsed = parse_qs(urlsplit(self.target).query, keep_blank_values=True)
+        return {name: values[-1] for name, values in parsed.items()}
+
+    def json(self) -> dict[str, object]:
+        """The body as a JSON object."""
+        try:
+            value = json.loads(self.body or b"{}")
+        except ValueError:
+            raise HubFailure(400, "The request body is not JSON") from None
+        if not isinstance(value, dict):
+            raise HubFailure(400, "The request body is not a JSON object")
+        return value
+
+
+@dataclass
+class Response:
+    """One answer, and how badly it is to be delivered."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    #: Close the connection without a byte of an answer.
+    drop: bool = False
+    #: Send only so many bytes of the body, under the full Content-Length.
+    cut_at: int | None = None
+    #: Seconds between the bytes of the body.
+    drip: float = 0.0
+
+    @classmethod
+    def of(cls, value: object, status: int = 200, **headers: str) -> Response:
+        """``value`` as JSON."""
+        body = json.dumps(value).encode()
+        sent = {name.replace("_", "-"): text for name, text in headers.items()}
+        return cls(status, body, {"Content-Type": "application/json; charset=utf-8", **sent})
+
+
+def failure(error: HubFailure) -> Response:
+    """The answer by which clients recognise ``error``."""
+    answer = Response.of({"error": error.message, **error.extra}, error.status)
+    answer.headers.update(error.headers)
+    answer.headers["X-Error-Message"] = error.message.encode("ascii", "replace").decode().replace("\n", " ")
+    if error.code is not None:
+        answer.headers["X-Error-Code"] = error.code
+    return answer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # Head and body are written separately; with Nagle's algorithm the second write waits for a delayed ACK.
+    disable_nagle_algorithm = True
+    server: Server
+
+    def _serve(self) -> None:
+        request = Request(self.command, self.path, self.headers, self._read_body(), self.server.name)
+        response = self.server.application(request)
+        if response.drop:
+            self._drop()
+            return
+        self.send_response(response.status)
+        for name, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self._write_body(response)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _read_body(self) -> bytes:
+        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+            return b"".join(self._chunks())
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+
+    def _write_body(self, response: Response) -> None:
+        body = response.body if response.cut_at is None else response.body[: response.cut_at]
+        if response.drip:
+            for position in range(len(body)):
+                self.wfile.write(body[position : position + 1])
+                time.sleep(response.drip)
+        else:
+            self.wfile.write(body)
+        if response.cut_at is not None:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        # shutdown, not close: the socket's file objects would keep a closed one open.
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: ``LoopbackHub.requests`` is the log."""
+
+
+class Server(ThreadingHTTPServer):
+    """One listening socket on loopback; every connection has a thread of its own."""
+
+    daemon_threads = True
+    # Racing clients connect at once; the default backlog of 5 makes some of them wait a second.
+    request_queue_size = 128
+
+    def __init__(self, name: str, application: Application, port: int = 0) -> None:
+        self.name = name
+        self.application = application
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    @property
+    def origin(self) -> str:
+        """``http://127.0.0.1:<port>``."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients that hang up (or are killed) in the middle are what this server is for."""
