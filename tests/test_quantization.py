@@ -69,7 +69,7 @@ def test_every_linear_but_the_head_is_quantized(name: str, kind: type) -> None:
     assert sorted(layers.quantized) == sorted(path for path in linears if path != "lm_head")
     assert list(layers.skipped) == ["lm_head"]
     modules = dict(model.named_modules())
-    assert all(type(modules[path]) is kind for path in layers.quantized)
+    assert all(isinstance(modules[path], kind) for path in layers.quantized)
     assert all(not modules[path].weight.requires_grad for path in layers.quantized)
 
 

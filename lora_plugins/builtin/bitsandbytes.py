@@ -46,8 +46,10 @@ class Int8(Quantizer):
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
 
+        from lora_plugins.builtin.int8_layer import Int8Linear
+
         device = linear.weight.device
-        layer = bnb.nn.Linear8bitLt(
+        layer = Int8Linear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -88,7 +90,14 @@ class Int8(Quantizer):
         return [_int8_scale(module)]
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        import bitsandbytes as bnb
+
+        from lora_plugins.builtin.int8_layer import Int8Linear
+
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        for module in model.modules():
+            if type(module) is bnb.nn.Linear8bitLt:
+                module.__class__ = Int8Linear
 
 
 def _int8_scale(module: nn.Module) -> torch.Tensor:
