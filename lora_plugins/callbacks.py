@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     """What both preparing callbacks share: finding their Trainer, putting a model in, checking the run."""
 
+    settings: LoraSettings
+
     def __init__(self) -> None:
         self._trainer: weakref.ref[Trainer] | None = None
         self._undo: list[Callable[[], None]] = []
@@ -87,7 +89,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         """
         if is_training(trainer):
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
-        check_supported(trainer)
+        check_supported(trainer, self.settings.adapter_name)
         self.release()
         optimizer = OptimizerRebuild(trainer)
         before = trainer.model

@@ -109,8 +109,12 @@ def shadow_method(trainer: Trainer, name: str, function: Callable[..., Any]) -> 
     return undo
 
 
-def check_supported(trainer: Trainer) -> None:
+def check_supported(trainer: Trainer, adapter_name: str) -> None:
     """Refuse what can't be made to work with adapters, before anything is changed.
+
+    Args:
+        trainer: The Trainer as its user configured it.
+        adapter_name: Name that the adapter will have.
 
     Raises:
         UnsupportedTraining: Names the option and the way out.
@@ -127,6 +131,12 @@ def check_supported(trainer: Trainer) -> None:
         raise UnsupportedTraining(
             f"{name}=True casts the whole model for an evaluation outside training, adapters included, and they "
             "would stay in 16 bits. Use bf16=True or fp16=True."
+        )
+    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
+    if args.push_to_hub and strategy != "end" and adapter_name != "default":
+        raise UnsupportedTraining(
+            f"hub_strategy={strategy!r} pushes only an adapter called 'default' and this one is called "
+            f"{adapter_name!r}: the repository would stay without it. Use hub_strategy='end', or leave adapter_name out."
         )
     if getattr(args, "n_gpu", 1) > 1 and not trainer.is_model_parallel:
         raise UnsupportedTraining(
