@@ -135,10 +135,11 @@ def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int
 
     count = 0
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
-            if adapter_name in module.lora_dropout:
-                module.lora_dropout[adapter_name] = nn.Dropout(probability)
-                count += 1
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+            continue
+        if adapter_name in module.lora_dropout:
+            module.lora_dropout[adapter_name] = nn.Dropout(probability)
+            count += 1
     return count
 
 
@@ -161,7 +162,7 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
             continue
         wanted = quantization.quantizer.lora_layer(base)
         if wanted is not None and type(module) is not wanted:
-            module.__class__ = wanted  # type: ignore[assignment]
+            module.__class__ = wanted
             module.fan_in_fan_out = False
             changed += 1
     return changed
@@ -258,7 +259,7 @@ def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor
     from peft import get_peft_model_state_dict
 
     # "auto" asks the Hub for the base's vocabulary size, which a check must never do.
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)  # type: ignore[no-any-return]
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def adapter_shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -278,7 +279,9 @@ def check_same_tensors(
     """
     missing = sorted(set(live) - set(stored))
     extra = sorted(name for name in set(stored) - set(live) if "lora_" in name or "modules_to_save" in name)
-    shapes = [f"{n}: stored {stored[n]}, model {live[n]}" for n in sorted(set(stored) & set(live)) if stored[n] != live[n]]
+    shapes = [
+        f"{n}: stored {stored[n]}, model {live[n]}" for n in sorted(set(stored) & set(live)) if stored[n] != live[n]
+    ]
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors of the model are not in it, first {missing[0]}")

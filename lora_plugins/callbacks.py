@@ -20,7 +20,8 @@ from lora_plugins.errors import (
     PreparationError,
     TrainerNotFound,
 )
-from lora_plugins.model import Preparation, prepare, prepare_plain, preparation_of
+from lora_plugins.model import Preparation, preparation_of, prepare, prepare_plain
+from lora_plugins.quantization import base_of, detect_quantization
 from lora_plugins.report import ParameterReport, make_report
 from lora_plugins.settings import LoraSettings
 from lora_plugins.trainer import (
@@ -122,9 +123,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     # -- events --------------------------------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.take(find_trainer(self))
 
     def on_train_begin(
@@ -155,7 +154,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
         record = preparation_of(model)
         own = record.heads if record is not None else ()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         return tuple({*own, *task_heads(base)})
 
     def on_pre_optimizer_step(
@@ -166,8 +165,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self._movement.before_step(max(rates, default=0.0))
         self._loss.step(
             state.global_step + 1,
-            zero_gradients=lambda: not any(
-                liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad
+            zero_gradients=lambda: (
+                not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
             ),
             distributed=trainer.accelerator.num_processes > 1,
         )
@@ -263,9 +262,7 @@ class LoraCallback(_PreparingCallback):
             print(self.report.line(), flush=True)
         return prepared
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         if not args.should_save:
             return
@@ -372,8 +369,6 @@ class Int8PreparationCallback(_PreparingCallback):
 
     def _check_model(self, model: nn.Module) -> None:
         """Adapters from elsewhere may have wrapped the prepared model since: look at what is in it."""
-        from lora_plugins.quantization import detect_quantization
-
         found = detect_quantization(model)
         if found is None:
             raise ModelReplaced(

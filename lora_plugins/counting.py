@@ -85,9 +85,10 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
     return ParameterCount(trainable, total, quantized)
 
 
-def _logical_modules(model: nn.Module) -> Iterator[nn.Module]:
+def _logical_modules(model: nn.Module) -> Iterator[Any]:
     """All modules except the frozen originals that PEFT keeps beside a head it trains as a copy."""
     hidden: set[int] = set()
+    module: Any
     for module in model.modules():
         originals = getattr(module, "original_module", None)
         if originals is not None and hasattr(module, "modules_to_save") and len(module.modules_to_save):

@@ -51,7 +51,11 @@ def check_heads(model: nn.Module, heads: Iterable[str]) -> None:
     """
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        if name in heads and not any(p.requires_grad for p in module.parameters()) and any(True for _ in module.parameters()):
+        if (
+            name in heads
+            and not any(p.requires_grad for p in module.parameters())
+            and any(True for _ in module.parameters())
+        ):
             raise FrozenHead(
                 f"The head {path!r} is frozen, so it would keep its initial values and would not be saved. "
                 f"Set task_type in the LoraConfig (for example 'SEQ_CLS'), or modules_to_save=[{name!r}]."
@@ -147,9 +151,9 @@ class MovementWatch:
             if not parameter.requires_grad or not _is_lora(name) or not _local(parameter).numel():
                 continue
             is_b = "lora_B" in name or "lora_embedding_B" in name
-            exempt = everything or _reached_by_chance(name, parts)
+            by_chance = everything or _reached_by_chance(name, parts)
             from_zero = not bool(torch.count_nonzero(_local(parameter)))
-            watched.append(Watched(name, parameter, 1 if is_b else 2, exempt, from_zero))
+            watched.append(Watched(name, parameter, 1 if is_b else 2, by_chance, from_zero))
         return cls(watched, [item.parameter for item in watched])
 
     def before_step(self, rate: float) -> None:
@@ -224,11 +228,12 @@ class MovementWatch:
             return
         if self.zero_gradients:
             raise AdapterNotMoving(
-                f"All {self.zero_gradients} steps with a learning rate above zero had no gradient at any adapter: nothing was trained."
+                f"All {self.zero_gradients} steps with a learning rate above zero had no gradient at any adapter: "
+                "nothing was trained."
             )
         warnings.warn(
-            f"None of the {self.steps} steps could move the adapters (learning rate zero in {self.no_rate}, skipped by the "
-            f"gradient scaler in {self.skipped}): nothing was trained. Train longer or shorten the warm-up.",
+            f"None of the {self.steps} steps could move the adapters (learning rate zero in {self.no_rate}, skipped "
+            f"by the gradient scaler in {self.skipped}): nothing was trained. Train longer or shorten the warm-up.",
             LivenessWarning,
             stacklevel=2,
         )
@@ -253,7 +258,7 @@ def _drops_layers(model: nn.Module) -> bool:
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
     if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
-        return parameter.ds_tensor  # type: ignore[no-any-return]
+        return parameter.ds_tensor
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

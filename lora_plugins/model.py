@@ -14,6 +14,7 @@ from lora_plugins.precision import cast_frozen, resolve_compute_dtype, upcast_fr
 from lora_plugins.quantization import (
     Quantization,
     QuantizedLayers,
+    base_of,
     detect_quantization,
     quantize_in_place,
     tag_quantized,
@@ -217,7 +218,9 @@ class _Pipeline:
         wrapped, inject_notes = adapters.inject(self.model, config, settings.adapter_name, self.seed)
         record.notes += inject_notes
         if base_first:
-            record.notes.append(f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under")
+            record.notes.append(
+                f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under"
+            )
             self._prepare_base(record, arrived)
             adapters.exchange_layers(wrapped, _required(record.quantization))
         if stored:
@@ -275,7 +278,7 @@ def prepare_base(
 
     Adapters and trained heads that the model already has keep their trainability, names and values.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     wrapped = base is not model
     if not wrapped:
         base.requires_grad_(False)
@@ -288,9 +291,7 @@ def prepare_base(
     elif record.quantization is not None:
         # Loaded quantized: let the backend set what makes its layers trainable.
         record.quantization.quantizer.after_quantize(base, record.quantization.options)
-    dtype = resolve_compute_dtype(
-        compute_dtype, base, quantized=record.quantization is not None, autocast=autocast
-    )
+    dtype = resolve_compute_dtype(compute_dtype, base, quantized=record.quantization is not None, autocast=autocast)
     if dtype is not None:
         cast_frozen(base, dtype)
         record.compute_dtype = dtype
@@ -350,10 +351,15 @@ def _check_same_config(config: Any, settings: LoraSettings, name: str) -> None:
     """Refuse LoRA arguments that contradict the adapters a model already has: they would be ignored."""
     asked = dict(settings.lora)
     if settings.peft_config is not None:
-        asked = {key: value for key, value in settings.peft_config.to_dict().items() if key in ("r", "lora_alpha", "lora_dropout")}
+        asked = {
+            key: value
+            for key, value in settings.peft_config.to_dict().items()
+            if key in ("r", "lora_alpha", "lora_dropout")
+        }
     if settings.adapter is not None:
         raise PreparationError(
-            f"adapter={settings.adapter!r} was given and the model already has the adapter {name!r}. Pass the base model."
+            f"adapter={settings.adapter!r} was given and the model already has the adapter {name!r}. "
+            "Pass the base model."
         )
     different = {
         key: (value, getattr(config, key, None))

@@ -56,7 +56,7 @@ def resolve_compute_dtype(
         raise PreparationError(
             f"compute_dtype must be 'auto', {', '.join(map(repr, _DTYPE_NAMES))} or a torch dtype, not {wanted!r}"
         )
-    return getattr(torch, wanted)  # type: ignore[no-any-return]
+    return getattr(torch, wanted)
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
@@ -126,4 +126,4 @@ def _compute_in_float32(norm: nn.Module) -> None:
         output = inner(hidden.to(torch.float32), *args, **kwargs)
         return output.to(hidden.dtype) if isinstance(output, torch.Tensor) else output
 
-    norm.forward = forward  # type: ignore[method-assign]
+    norm.forward = forward

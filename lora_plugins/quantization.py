@@ -96,9 +96,7 @@ def parse_quantization(
     return Quantization(quantizer, {**value, "skip_modules": list(skip)})
 
 
-def quantization_config(
-    quantization: str | Mapping[str, Any] | Quantizer, *, host: PluginHost | None = None
-) -> Any:
+def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, host: PluginHost | None = None) -> Any:
     """Return the config that ``from_pretrained(quantization_config=…)`` takes, for a backend of ours.
 
     Args:
@@ -122,6 +120,11 @@ def quantization_config(
             f"write LoraCallback(quantization={parsed.name!r}) or prepare_model(model, quantization={parsed.name!r})."
         )
     return config
+
+
+def base_of(model: Any) -> nn.Module:
+    """Return the base model under a `peft.PeftModel`, and any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | None:
@@ -202,9 +205,9 @@ def _self_test(
             return f"{type(error).__name__}: {error}"
     if not torch.equal(stored, after):
         return "the stored weight changed during training and evaluation"
-    error = ((stored.cpu() - original).norm() / original.norm()).item()
-    if not error < 0.5:
-        return f"the dequantized weight is {error:.0%} away from the original"
+    distance = ((stored.cpu() - original).norm() / original.norm()).item()
+    if not distance < 0.5:
+        return f"the dequantized weight is {distance:.0%} away from the original"
     return None
 
 
@@ -272,7 +275,11 @@ def quantize_in_place(
     if not targets:
         raise NothingQuantized(
             f"The model has no linear layer for the backend {quantization.name!r}"
-            + (f"; skipped: {', '.join(f'{name} ({why})' for name, why in list(skipped.items())[:5])}" if skipped else "")
+            + (
+                f"; skipped: {', '.join(f'{name} ({why})' for name, why in list(skipped.items())[:5])}"
+                if skipped
+                else ""
+            )
         )
     first = next(iter(targets.values()))
     if first.weight.device.type == "meta":
@@ -302,7 +309,7 @@ def _quantize_layer(layer: nn.Module, quantization: Quantization) -> nn.Module:
     return new
 
 
-def _as_linear(layer: nn.Module) -> nn.Linear:
+def _as_linear(layer: Any) -> nn.Linear:
     """Return the layer itself, or for transformers' ``Conv1D`` the linear layer with the same function."""
     from torch import nn
 
@@ -328,15 +335,15 @@ def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _layers_to_quantize(
     model: nn.Module, quantization: Quantization, never: Iterable[str]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    reasons = {name: "never touched in this architecture" for name in never}
-    reasons |= {name: "head, tied weight or kept in float32 by the model" for name in _kept_by_model(model)}
-    reasons |= {name: "skip_modules" for name in quantization.options.get("skip_modules", ())}
+    reasons = dict.fromkeys(never, "never touched in this architecture")
+    reasons |= dict.fromkeys(_kept_by_model(model), "head, tied weight or kept in float32 by the model")
+    reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), "skip_modules")
     trainable = adapter_modules(model)
-    targets: dict[str, nn.Module] = {}
+    targets: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or module in trainable:
@@ -387,7 +394,7 @@ def _kept_by_model(model: nn.Module) -> list[str]:
     from transformers import PreTrainedModel
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if isinstance(base, PreTrainedModel):
         keep = list(base._keep_in_fp32_modules or []) + list(base._keep_in_fp32_modules_strict or [])
         return [_plain_path(name) for name in [*get_keys_to_not_convert(base), *keep]]
@@ -405,7 +412,7 @@ def _tied_with_embeddings(model: nn.Module) -> list[str]:
     ]
 
 
-def tag_quantized(model: nn.Module, quantization: Quantization, layers: QuantizedLayers) -> None:
+def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayers) -> None:
     """Set all the flags that transformers sets on a model that was loaded quantized, or none.
 
     Half of them is worse than none: with ``is_quantized`` alone the Trainer fails on a missing
@@ -432,7 +439,7 @@ def tag_quantized(model: nn.Module, quantization: Quantization, layers: Quantize
     quantization.quantizer.after_quantize(model, options)
 
 
-def untag_dequantized(model: nn.Module) -> bool:
+def untag_dequantized(model: Any) -> bool:
     """Take the flags off a model that is marked quantized and holds only float weights.
 
     A model loaded from GGUF is dequantized by transformers and still marked, so the Trainer refuses it.
@@ -444,7 +451,7 @@ def untag_dequantized(model: nn.Module) -> bool:
         return False
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         return False
-    model.is_quantized = False  # type: ignore[assignment]
+    model.is_quantized = False
     for attribute in ("hf_quantizer", "quantization_method"):
         if attribute in vars(model):
             delattr(model, attribute)
@@ -454,6 +461,6 @@ def untag_dequantized(model: nn.Module) -> bool:
             del config.quantization_config
         for module in model.modules():
             inner = getattr(module, "config", None)
-            if getattr(inner, "_is_quantized", False):
+            if inner is not None and getattr(inner, "_is_quantized", False):
                 inner._is_quantized = False
     return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_plugins.counting import count_parameters, tensor_bytes
 from lora_plugins.model import Preparation, preparation_of
+from lora_plugins.quantization import base_of, detect_quantization
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -176,9 +177,13 @@ class ParameterReport:
     def _repr_html_(self) -> str:
         from html import escape
 
-        cells = "".join(f"<tr><td>{escape(a.strip())}</td><td style='text-align:right'>{escape(b)}</td></tr>" for a, b in self._rows())
+        cells = "".join(
+            f"<tr><td>{escape(a.strip())}</td><td style='text-align:right'>{escape(b)}</td></tr>"
+            for a, b in self._rows()
+        )
         hits = "".join(
-            f"<tr><td>{escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>" for row in self.targets
+            f"<tr><td>{escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>"
+            for row in self.targets
         )
         return (
             f"<table><caption>{escape(self.model)}: parameters</caption>{cells}</table>"
@@ -195,7 +200,7 @@ def make_report(model: nn.Module) -> ParameterReport:
     count = count_parameters(model)
     size = tensor_bytes(model)
     record = preparation_of(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     names = list(getattr(model, "peft_config", {}))
     active = list(getattr(model, "active_adapters", [])) if names else []
     return ParameterReport(
@@ -222,8 +227,6 @@ def make_report(model: nn.Module) -> ParameterReport:
 
 
 def _backend(model: nn.Module, record: Preparation | None) -> str:
-    from lora_plugins.quantization import detect_quantization
-
     quantization = record.quantization if record else detect_quantization(model)
     return quantization.name if quantization else ""
 

@@ -65,7 +65,11 @@ class LoraSettings:
     def _check_sources(self) -> None:
         given = [
             name
-            for name, value in (("peft_config", self.peft_config), ("adapter", self.adapter), (_listed(self.lora), self.lora))
+            for name, value in (
+                ("peft_config", self.peft_config),
+                ("adapter", self.adapter),
+                (_listed(self.lora), self.lora),
+            )
             if value
         ]
         if len(given) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import OptimizerConflict, TrainerNotFound, UnsupportedTraining
@@ -28,13 +29,13 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
     Raises:
         TrainerNotFound: No calling frame belongs to such a Trainer.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         handler = getattr(owner, "callback_handler", None)
         if handler is not None and any(known is callback for known in getattr(handler, "callbacks", ())):
-            return owner  # type: ignore[no-any-return]
-        frame = frame.f_back  # type: ignore[assignment]
+            return owner
+        frame = frame.f_back
     raise TrainerNotFound(
         f"{type(callback).__name__} can't find the Trainer that it belongs to. "
         "Make the Trainer first and call lora_plugins.attach(trainer, …) instead of passing the callback."
@@ -46,11 +47,11 @@ def is_training(trainer: Trainer) -> bool:
 
     ``trainer.is_in_train`` stays true after a ``train()`` that raised, so the calling frames are asked.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_inner_training_loop" and frame.f_locals.get("self") is trainer:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -136,7 +137,8 @@ def check_supported(trainer: Trainer, adapter_name: str) -> None:
     if args.push_to_hub and strategy != "end" and adapter_name != "default":
         raise UnsupportedTraining(
             f"hub_strategy={strategy!r} pushes only an adapter called 'default' and this one is called "
-            f"{adapter_name!r}: the repository would stay without it. Use hub_strategy='end', or leave adapter_name out."
+            f"{adapter_name!r}: the repository would stay without it. "
+            "Use hub_strategy='end', or leave adapter_name out."
         )
     if getattr(args, "n_gpu", 1) > 1 and not trainer.is_model_parallel:
         raise UnsupportedTraining(

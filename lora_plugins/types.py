@@ -144,9 +144,8 @@ class Quantizer(ABC):
         """Return what a module of ours stores outside its parameters and buffers, for counting bytes."""
         return ()
 
-    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:  # noqa: B027 - optional
         """Set flags that this backend's libraries look for on a model with layers of ours.
 
         Called after the walk, and also for a model that was loaded already quantized.
         """
-        return None

@@ -222,8 +222,9 @@ def test_second_attach_is_refused_and_detach_gives_the_base_back(tmp_path: Path)
 
 
 def test_trainer_refuses_a_quantized_base_and_takes_it_from_prepare_model(tmp_path: Path) -> None:
-    from lora_plugins import quantization_config
     from transformers import AutoModelForCausalLM
+
+    from lora_plugins import quantization_config
 
     tiny.llama().save_pretrained(tmp_path / "base")
     for name in ("int8", "nf4"):
@@ -571,9 +572,15 @@ def test_given_optimizer_is_kept_and_gets_the_adapters(tmp_path: Path) -> None:
     model = tiny.llama()
     attention = [p for n, p in model.named_parameters() if "q_proj" in n]
     rest = [p for n, p in model.named_parameters() if "q_proj" not in n]
-    optimizer = torch.optim.AdamW([{"params": rest, "lr": 1e-3}, {"params": attention, "lr": 5e-3, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "lr": 1e-3}, {"params": attention, "lr": 5e-3, "weight_decay": 0.0}]
+    )
     trainer = tiny.trainer(
-        tmp_path, model, [LoraCallback(r=4)], trainer_arguments={"optimizers": (optimizer, None)}, lr_scheduler_type="constant"
+        tmp_path,
+        model,
+        [LoraCallback(r=4)],
+        trainer_arguments={"optimizers": (optimizer, None)},
+        lr_scheduler_type="constant",
     )
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer

@@ -269,8 +269,6 @@ def _zero(file: Path) -> None:
     ],
 )
 def test_broken_checkpoint_fails_the_save(tmp_path: Path, change: Any, message: str) -> None:
-    trainer = tiny.trainer(
-        tmp_path, callbacks=[Spoil(change), LoraCallback(r=4)], save_strategy="steps", save_steps=2
-    )
+    trainer = tiny.trainer(tmp_path, callbacks=[Spoil(change), LoraCallback(r=4)], save_strategy="steps", save_steps=2)
     with pytest.raises(BrokenCheckpoint, match=re.escape(message)):
         trainer.train()

@@ -113,7 +113,10 @@ def test_optimizers(tmp_path: Path, optim: str) -> None:
         states = [state["state1"].dtype for state in inner.state.values() if "state1" in state]
         assert torch.uint8 in states
     resumed = tiny.trainer(
-        tmp_path, tiny.llama(hidden_size=512, intermediate_size=128), [LoraCallback(r=8, quantization="int8")], optim=optim
+        tmp_path,
+        tiny.llama(hidden_size=512, intermediate_size=128),
+        [LoraCallback(r=8, quantization="int8")],
+        optim=optim,
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_trained(resumed)
@@ -134,12 +137,17 @@ def test_casting_the_whole_model_for_evaluation_is_refused(tmp_path: Path, optio
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
-def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, quantization: str | None, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_losses(
+    tmp_path: Path, quantization: str | None, reentrant: bool
+) -> None:
     losses = []
     for checkpointing in (False, True):
         arguments: dict[str, Any] = {}
         if checkpointing:
-            arguments = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+            arguments = {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+            }
         callback = LoraCallback(r=4, lora_dropout=0.0, quantization=quantization, compute_dtype="float32")
         trainer = tiny.trainer(tmp_path, callbacks=[callback], **arguments)
         trainer.train()
@@ -178,7 +186,16 @@ def test_our_preparation_makes_no_float32_copy_and_the_usual_one_does() -> None:
     assert torch.float32 in {p.dtype for p in usual.parameters()}
 
 
-@pytest.mark.parametrize("lora", [{"use_dora": True}, {"use_rslora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+)
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
 def test_lora_fields_pass_through(tmp_path: Path, quantization: str | None, lora: dict[str, Any]) -> None:
     trainer = tiny.trainer(

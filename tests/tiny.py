@@ -50,7 +50,18 @@ def bloom(seed: int = 0) -> BloomForCausalLM:
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 of 2 layers, whose linears are transformers' Conv1D."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            attn_pdrop=0,
+            resid_pdrop=0,
+            embd_pdrop=0,
+        )
+    )
 
 
 def bert_classifier(seed: int = 0) -> BertForSequenceClassification:

@@ -20,7 +20,7 @@ def _missing() -> str | None:
     return None
 
 
-def _is_layer(module: nn.Module, layer: str) -> bool:
+def _is_layer(module: Any, layer: str) -> bool:
     # A model can only hold bitsandbytes layers once somebody has imported bitsandbytes.
     loaded = sys.modules.get("bitsandbytes")
     return loaded is not None and isinstance(module, getattr(loaded.nn, layer))
@@ -64,10 +64,10 @@ class Int8(Quantizer):
             layer.bias = linear.bias
         return layer
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: Any) -> bool:
         return _is_layer(module, "Linear8bitLt")
 
-    def dequantize(self, module: nn.Module) -> torch.Tensor:
+    def dequantize(self, module: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
         return bnb.functional.int8_vectorwise_dequant(module.weight.data, _int8_scale(module))
@@ -86,21 +86,21 @@ class Int8(Quantizer):
 
         return Linear8bitLt
 
-    def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
+    def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         return [_int8_scale(module)]
 
-    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+    def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
         import bitsandbytes as bnb
 
         from lora_plugins.builtin.int8_layer import Int8Linear
 
-        model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        model.is_loaded_in_8bit = True
         for module in model.modules():
             if type(module) is bnb.nn.Linear8bitLt:
                 module.__class__ = Int8Linear
 
 
-def _int8_scale(module: nn.Module) -> torch.Tensor:
+def _int8_scale(module: Any) -> torch.Tensor:
     # The first forward pass moves the scale from the weight to the layer's state.
     scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
     assert scale is not None, "a Linear8bitLt without scale holds no quantized weight"
@@ -148,10 +148,10 @@ class Nf4(Quantizer):
         _keep_trainable(layer)
         return layer
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: Any) -> bool:
         return _is_layer(module, "Linear4bit") and module.weight.quant_type == "nf4"
 
-    def dequantize(self, module: nn.Module) -> torch.Tensor:
+    def dequantize(self, module: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -173,27 +173,27 @@ class Nf4(Quantizer):
 
         return Linear4bit
 
-    def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
+    def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         state = module.weight.quant_state
         parts = [state.absmax, state.code]
         if state.nested:
             parts += [state.offset, state.state2.absmax, state.state2.code]
         return [part for part in parts if part is not None]
 
-    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
+        model.is_loaded_in_4bit = True
         for module in model.modules():
             if _is_layer(module, "Linear4bit"):
                 _keep_trainable(module)
 
 
-def _keep_trainable(layer: nn.Module) -> None:
+def _keep_trainable(layer: Any) -> None:
     """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
 
     The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation
     the adapters would get no gradient, without a word.
     """
-    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    layer.support_avx512bf16_for_cpu = False
 
 
 @hookimpl

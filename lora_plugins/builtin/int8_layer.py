@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes as bnb
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):
+class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """``Linear8bitLt`` that keeps its scale.
 
     PEFT reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
