@@ -17,8 +17,8 @@ from registry.testing.wire import Request, Response
 
 __all__ = ["Faults"]
 
-#: The routes that hand out the bytes of files.
-_BYTES = ("resolve", "resolve_cache", "raw", "storage")
+#: The routes that hand out the bytes of files. (``resolve`` only redirects.)
+_BYTES = ("resolve_cache", "raw", "storage")
 
 
 @dataclass
@@ -31,8 +31,10 @@ class _Fault:
     #: Changes the route's answer.
     after: Callable[[Request, Response], Response] | None = None
 
-    def concerns(self, request: Request, path: str | None) -> bool:
+    def concerns(self, request: Request, path: str | None, response: Response | None) -> bool:
         if self.times == 0 or ("*" not in self.routes and request.route not in self.routes):
+            return False
+        if self.routes is _BYTES and (response is None or response.status not in (200, 206) or not response.body):
             return False
         return self.pattern is None or fnmatch(path or "", self.pattern)
 
@@ -129,9 +131,8 @@ class Faults:
 
         def flip(request: Request, response: Response) -> Response:
             middle = len(response.body) // 2
-            if response.status in (200, 206) and response.body:
-                changed = bytes([response.body[middle] ^ 1])
-                response.body = response.body[:middle] + changed + response.body[middle + 1 :]
+            changed = bytes([response.body[middle] ^ 1])
+            response.body = response.body[:middle] + changed + response.body[middle + 1 :]
             return response
 
         self._add(_Fault(_BYTES, times, path, after=flip))
@@ -140,12 +141,11 @@ class Faults:
         """Send half of each file whose path matches, then hang up; with ``declared`` its size is announced as half."""
 
         def halve(request: Request, response: Response) -> Response:
-            if response.status in (200, 206) and response.body:
-                half = len(response.body) // 2
-                if declared:
-                    response.body = response.body[:half]
-                else:
-                    response.cut_at = half
+            half = len(response.body) // 2
+            if declared:
+                response.body = response.body[:half]
+            else:
+                response.cut_at = half
             return response
 
         self._add(_Fault(_BYTES, times, path, after=halve))
@@ -154,8 +154,7 @@ class Faults:
         """Send ``content`` for each file whose path matches, under the original's ETag."""
 
         def exchange(request: Request, response: Response) -> Response:
-            if response.status in (200, 206):
-                response.body = content
+            response.body = content
             return response
 
         self._add(_Fault(_BYTES, times, path, after=exchange))
@@ -197,14 +196,14 @@ class Faults:
 
     def before(self, request: Request) -> Response | None:
         """What a fault answers instead of the route, if one does."""
-        for fault in self._due(request, early=True):
+        for fault in self._due(request, None):
             if fault.before is not None and (answer := fault.before(request)) is not None:
                 return answer
         return None
 
     def after(self, request: Request, response: Response) -> Response:
         """The route's answer as the faults leave it."""
-        for fault in self._due(request, early=False):
+        for fault in self._due(request, response):
             if fault.after is not None:
                 response = fault.after(request, response)
         return response
@@ -213,11 +212,15 @@ class Faults:
         with self._lock:
             self._faults.append(fault)
 
-    def _due(self, request: Request, *, early: bool) -> list[_Fault]:
+    def _due(self, request: Request, response: Response | None) -> list[_Fault]:
+        """The faults of this request, before there is a response or after; they are used up by being asked for."""
         path = self._path_of(request)
         with self._lock:
             due = [
-                fault for fault in self._faults if (fault.before is not None) == early and fault.concerns(request, path)
+                fault
+                for fault in self._faults
+                if (fault.after if response is not None else fault.before) is not None
+                and fault.concerns(request, path, response)
             ]
             for fault in due:
                 fault.spend()

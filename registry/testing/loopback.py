@@ -66,8 +66,10 @@ class LoopbackHub:
 
     def start(self) -> LoopbackHub:
         """Listen; both ports are free ones chosen by the system unless ``port`` was given for the Hub's."""
-        for name, port in (("hub", self._port), ("storage", 0)):
-            server = Server(name, self._answer, port)
+        # Two host names, as on the real Hub: some clients take another port of the same host for the same server, and
+        # then send it the token.
+        for name, host, port in (("hub", "127.0.0.1", self._port), ("storage", "localhost", 0)):
+            server = Server(name, self._answer, host, port)
             self._servers.append(server)
             # Polled often, so that closing takes 20 ms and not the default half second.
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -100,7 +102,7 @@ class LoopbackHub:
 
     @property
     def storage_origin(self) -> str:
-        """The second origin, at which large files are uploaded and to which their downloads are redirected."""
+        """``http://localhost:<port>``, where large files are uploaded and to which their downloads are redirected."""
         return self._site.storage_origin
 
     @property

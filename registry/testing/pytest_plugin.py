@@ -17,9 +17,22 @@ __all__ = ["loopback_hub"]
 
 
 @pytest.fixture
-def loopback_hub() -> Iterator[LoopbackHub]:
-    """A fresh, empty Hugging Face Hub on loopback; see ``registry.testing.LoopbackHub``."""
+def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A fresh, empty Hugging Face Hub on loopback; see ``registry.testing.LoopbackHub``.
+
+    During the test huggingface_hub is not offline (loopback is no network) and doesn't use xet (the hub has none).
+    """
     from registry.testing.loopback import LoopbackHub
 
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        pass  # the test has a client of its own
+    else:
+        # The client reads the variables when it is imported; child processes read them anew.
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with LoopbackHub() as hub:
         yield hub

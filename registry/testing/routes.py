@@ -53,7 +53,7 @@ ROUTES = {
     "settings": Route("PUT", f"{_API}/settings", routes_repos.settings),
     "info": Route("GET HEAD", f"{_API}(?:/revision/{_REV})?", routes_repos.info),
     "refs": Route("GET", f"{_API}/refs", routes_repos.refs),
-    "tree": Route("GET", f"{_API}/tree/{_REV}(?:/{_PATH})?", routes_repos.tree),
+    "tree": Route("GET", f"{_API}/tree/{_REV}(?:/{_PATH})?/?", routes_repos.tree),
     "paths_info": Route("POST", f"{_API}/paths-info/{_REV}", routes_repos.paths_info),
     "commits": Route("GET", f"{_API}/commits/{_REV}", routes_repos.commits),
     "tag": Route("POST", f"{_API}/tag/{_REV}", routes_repos.tag),

@@ -23,7 +23,7 @@ GITATTRIBUTES = "".join(
 _LFS_FROM_BYTES = 10 * 1024 * 1024
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 _SHORT_COMMIT_PATTERN = re.compile(r"[0-9a-f]{7,40}")
-_NAME_PATTERN = re.compile(r"[\w.-]{1,96}", re.ASCII)
+_REPO_PATTERN = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 # A ref may contain slashes; what git itself forbids is forbidden here too.
 _REF_PATTERN = re.compile(r"(?!.*(?:\.\.|//|@\{))[^\s~^:?*\[\\\x00-\x1f/][^\s~^:?*\[\\\x00-\x1f]*(?<![/.])")
 
@@ -166,9 +166,8 @@ class Store:
 
     def create_repo(self, repo_id: str, *, private: bool = False) -> Repo:
         """Create a repository with the first commit that huggingface.co gives it (``.gitattributes``)."""
-        for name in repo_id.split("/"):
-            if not _NAME_PATTERN.fullmatch(name):
-                raise HubFailure(400, f"Invalid repository name: {repo_id!r}")
+        if not _REPO_PATTERN.fullmatch(repo_id) or ".." in repo_id:
+            raise HubFailure(400, f"Invalid repository name: {repo_id!r}")
         with self.lock:
             if repo_id in self.repos:
                 raise HubFailure(409, "You already created this model repo", extra={"name": repo_id})

@@ -148,15 +148,25 @@ class Server(ThreadingHTTPServer):
     # Racing clients connect at once; the default backlog of 5 makes some of them wait a second.
     request_queue_size = 128
 
-    def __init__(self, name: str, application: Application, port: int = 0) -> None:
+    def __init__(self, name: str, application: Application, host: str, port: int = 0) -> None:
         self.name = name
         self.application = application
-        super().__init__(("127.0.0.1", port), _Handler)
+        self.host = host
+        # Listen where clients try first: localhost is ::1 on some systems, 127.0.0.1 on others.
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for number, (family, _, _, _, address) in enumerate(addresses, 1):
+            self.address_family = family
+            try:
+                super().__init__((str(address[0]), int(address[1])), _Handler)
+                break
+            except OSError:
+                if number == len(addresses):
+                    raise
 
     @property
     def origin(self) -> str:
-        """``http://127.0.0.1:<port>``."""
-        return f"http://127.0.0.1:{self.server_port}"
+        """``http://<host>:<port>``."""
+        return f"http://{self.host}:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: clients that hang up (or are killed) in the middle are what this server is for."""
