@@ -20,6 +20,7 @@ from lora_plugins.errors import (
     PreparationError,
     TrainerNotFound,
 )
+from lora_plugins.losses import LossWatch
 from lora_plugins.model import Preparation, preparation_of, prepare, prepare_plain
 from lora_plugins.quantization import base_of, detect_quantization
 from lora_plugins.report import ParameterReport, make_report
@@ -51,7 +52,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: weakref.ref[Trainer] | None = None
         self._undo: list[Callable[[], None]] = []
         self._movement = liveness.MovementWatch([])
-        self._loss = liveness.LossWatch()
+        self._loss = LossWatch()
         self.report: ParameterReport | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self._movement.at_end()
 
 
-def _observe_losses(trainer: Trainer, watch: liveness.LossWatch) -> Callable[[], None]:
+def _observe_losses(trainer: Trainer, watch: LossWatch) -> Callable[[], None]:
     """Let a watch see what ``training_step`` returns: the one place that also a custom loss passes."""
     original = trainer.training_step
 

@@ -1,19 +1,16 @@
-"""Checks that a LoRA run really trains: what is in the optimizer, what moves, what the loss is."""
+"""Checks that a LoRA run really trains: what can be trained, what the optimizer holds, what moves."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import (
     AdapterNotMoving,
-    DeadLoss,
     FrozenHead,
     LivenessWarning,
-    NonFiniteLoss,
     NothingTrainable,
     OptimizerMismatch,
 )
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-#: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
-DEAD_STEPS = 3
 #: Sum of learning rates from which a tensor that did not start as zero must show a change. Below it, as in
 #: the first steps of a long warm-up, updates drown in the optimizer's epsilon or in float16's smallest number.
 VISIBLE_RATE = 1e-6
@@ -281,94 +276,3 @@ def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:
     # Weights that depend on the position make a swap of two values visible as well.
     positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
     return (values.sum().item(), (values * positions.sqrt()).sum().item())
-
-
-@dataclass
-class LossWatch:
-    """Reads the loss of every batch of a step and stops a run whose loss is not a number."""
-
-    fp16: bool = False
-    dead_steps: int = 0
-    _losses: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _batches: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
-
-    def start(self, *, fp16: bool) -> None:
-        """Forget an earlier run.
-
-        Args:
-            fp16: Whether the run is under float16 autocast, for the message.
-        """
-        self.fp16, self.dead_steps = fp16, 0
-        self._losses, self._batches = [], []
-
-    def add(self, loss: Any, inputs: Any) -> None:
-        """Note one batch's loss; nothing is synchronised with the device here.
-
-        Args:
-            loss: What the Trainer's ``training_step`` returned.
-            inputs: The batch, kept until the step ends so that it can be named.
-        """
-        import torch
-
-        if isinstance(loss, torch.Tensor):
-            self._losses.append(loss.detach())
-            self._batches.append(inputs if isinstance(inputs, Mapping) else {})
-
-    def step(self, number: int, *, zero_gradients: Any, distributed: bool) -> None:
-        """Judge the batches of one optimizer step.
-
-        Args:
-            number: The step's number, for the message.
-            zero_gradients: Called when every loss is zero: whether every gradient is zero too.
-            distributed: Whether other ranks wait for this one, so that all must stop together.
-
-        Raises:
-            NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
-            DeadLoss: Loss and gradients were exactly zero in several steps in a row.
-        """
-        import torch
-
-        if not self._losses:
-            return
-        losses = torch.stack([loss.float().mean() for loss in self._losses])
-        bad = (~torch.isfinite(losses)).any()
-        if distributed:
-            flag = bad.to(torch.float32)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            bad = flag > 0
-        values = losses.tolist()
-        batches, self._losses, self._batches = self._batches, [], []
-        if bool(bad):
-            raise NonFiniteLoss(self._explain(values, batches, number))
-        if any(values) or not zero_gradients():
-            self.dead_steps = 0
-            return
-        self.dead_steps += 1
-        if self.dead_steps >= DEAD_STEPS:
-            raise DeadLoss(
-                f"Loss and every gradient were exactly zero in {DEAD_STEPS} steps in a row, up to step {number}. "
-                "Usual causes: labels that are all -100, a loss that does not depend on the adapters, or an int8 "
-                "base whose activations overflow."
-            )
-
-    def _explain(self, values: list[float], batches: list[Mapping[str, Any]], number: int) -> str:
-        index = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if index is None:
-            return f"The loss became non-finite on another rank in step {number}; its message has the cause."
-        return (
-            f"The loss is {values[index]} in step {number}, batch {index + 1} of {len(values)} in the step. "
-            f"{self._cause(batches[index])} The Trainer's log would have shown the mean of earlier losses instead."
-        )
-
-    def _cause(self, batch: Mapping[str, Any]) -> str:
-        import torch
-
-        labels = batch.get("labels")
-        if isinstance(labels, torch.Tensor) and labels.numel() and bool((labels == -100).all()):
-            return "Every label of this batch is -100, so there is nothing to average over: drop such examples."
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return f"The input {name!r} of this batch is itself not finite."
-        if self.fp16:
-            return "Activations probably overflowed in float16: use bf16=True, or upcast='norms'."
-        return "The learning rate may be too high, or the weights are damaged; try a lower rate or upcast='norms'."

@@ -1,0 +1,123 @@
+"""The loss of every batch, read where the Trainer's log would hide that it is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import DeadLoss, NonFiniteLoss
+
+if TYPE_CHECKING:
+    import torch
+
+#: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
+DEAD_STEPS = 3
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch's loss, with what might explain it; tensors on the device, nothing synchronised yet."""
+
+    loss: torch.Tensor
+    ignored: torch.Tensor | None
+    finite_inputs: dict[str, torch.Tensor]
+
+
+@dataclass
+class LossWatch:
+    """Reads the loss of every batch of a step and stops a run whose loss is not a number."""
+
+    fp16: bool = False
+    dead_steps: int = 0
+    _batches: list[_Batch] = field(default_factory=list, repr=False)
+
+    def start(self, *, fp16: bool) -> None:
+        """Forget an earlier run.
+
+        Args:
+            fp16: Whether the run is under float16 autocast, for the message.
+        """
+        self.fp16, self.dead_steps, self._batches = fp16, 0, []
+
+    def add(self, loss: Any, inputs: Any) -> None:
+        """Note one batch's loss; nothing is synchronised with the device here, and the batch is not kept.
+
+        Args:
+            loss: What the Trainer's ``training_step`` returned.
+            inputs: The batch.
+        """
+        import torch
+
+        if not isinstance(loss, torch.Tensor):
+            return
+        tensors = {
+            name: value
+            for name, value in (inputs.items() if isinstance(inputs, Mapping) else ())
+            if isinstance(value, torch.Tensor) and value.numel()
+        }
+        labels = tensors.get("labels")
+        self._batches.append(
+            _Batch(
+                loss.detach().float().mean(),
+                (labels == -100).all() if labels is not None else None,
+                {name: value.isfinite().all() for name, value in tensors.items() if value.is_floating_point()},
+            )
+        )
+
+    def step(self, number: int, *, zero_gradients: Callable[[], bool], distributed: bool) -> None:
+        """Judge the batches of one optimizer step.
+
+        Args:
+            number: The step's number, for the message.
+            zero_gradients: Called when every loss is zero: whether every gradient is zero too.
+            distributed: Whether other ranks wait for this one, so that all must stop together.
+
+        Raises:
+            NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
+            DeadLoss: Loss and gradients were exactly zero in several steps in a row.
+        """
+        import torch
+
+        batches, self._batches = self._batches, []
+        if not batches:
+            return
+        losses = torch.stack([batch.loss for batch in batches])
+        bad = (~torch.isfinite(losses)).any()
+        if distributed:
+            flag = bad.to(torch.float32)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        values = losses.tolist()
+        if bool(bad):
+            raise NonFiniteLoss(self._explain(values, batches, number))
+        if any(values) or not zero_gradients():
+            self.dead_steps = 0
+            return
+        self.dead_steps += 1
+        if self.dead_steps >= DEAD_STEPS:
+            raise DeadLoss(
+                f"Loss and every gradient were exactly zero in {DEAD_STEPS} steps in a row, up to step {number}. "
+                "Usual causes: labels that are all -100, a loss that does not depend on the adapters, or an int8 "
+                "base whose activations overflow."
+            )
+
+    def _explain(self, values: list[float], batches: list[_Batch], number: int) -> str:
+        index = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if index is None:
+            return f"The loss became non-finite on another rank in step {number}; its message has the cause."
+        return (
+            f"The loss is {values[index]} in step {number}, batch {index + 1} of {len(values)} in the step. "
+            f"{self._cause(batches[index])} The Trainer's log would have shown the mean of earlier losses instead."
+        )
+
+    def _cause(self, batch: _Batch) -> str:
+        if batch.ignored is not None and bool(batch.ignored):
+            return "Every label of this batch is -100, so there is nothing to average over: drop such examples."
+        for name, finite in batch.finite_inputs.items():
+            if not bool(finite):
+                return f"The input {name!r} of this batch is itself not finite."
+        if self.fp16:
+            return "Activations probably overflowed in float16: use bf16=True, or upcast='norms'."
+        return "The learning rate may be too high, or the weights are damaged; try a lower rate or upcast='norms'."
