@@ -10,9 +10,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
@@ -21,6 +20,7 @@ from lora_plugins import hookspecs
 from lora_plugins.errors import (
     ArchitectureConflict,
     BrokenBuiltin,
+    PluginError,
     PluginWarning,
     QuantizerConflict,
     UnknownQuantizer,
@@ -37,11 +37,16 @@ DISTRIBUTION = "lora-plugins"
 BUILTIN_MODULES = (
     "lora_plugins.builtin.architectures",
     "lora_plugins.builtin.bitsandbytes",
+    "lora_plugins.builtin.commands",
 )
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 
+#: Loading one of these with a plugin delays every command by seconds, which its listing says.
+_HEAVY = ("torch", "transformers")
+
+T = TypeVar("T")
 Record = TypeVar("Record", Architecture, Quantizer)
 
 
@@ -58,7 +63,7 @@ class PluginInfo:
         quantizers: Name of each backend it registers.
         commands: Name of each command it adds to the program.
         disabled: Why it is switched off; ``None`` when it works.
-        notes: Clashes and overrides that concern it.
+        notes: Clashes and overrides that concern it, and what it costs every command.
     """
 
     name: str
@@ -75,35 +80,38 @@ class PluginInfo:
         return f"{self.name} ({self.distribution} {self.version})"
 
 
-class _Table(Generic[Record]):
-    """Records by name. Third party beats built-in; two third parties for one name are a conflict."""
+class _Table(Generic[T]):
+    """Things by name. Third party beats built-in; two third parties for one name are a conflict."""
 
     def __init__(self, kind: str, conflict: type[Exception]) -> None:
         self._kind = kind
         self._conflict = conflict
-        self._offers: dict[str, list[tuple[PluginInfo, Record]]] = {}
+        self._offers: dict[str, list[tuple[PluginInfo, T]]] = {}
 
-    def add(self, name: str, info: PluginInfo, record: Record) -> None:
-        self._offers.setdefault(name, []).append((info, record))
+    def add(self, name: str, info: PluginInfo, thing: T) -> None:
+        self._offers.setdefault(name, []).append((info, thing))
 
     def names(self) -> list[str]:
         return sorted(self._offers)
 
-    def _best(self, name: str) -> list[tuple[PluginInfo, Record]]:
+    def _best(self, name: str) -> list[tuple[PluginInfo, T]]:
         offers = self._offers.get(name, [])
         return [offer for offer in offers if not offer[0].builtin] or offers
 
-    def get(self, name: str) -> Record | None:
-        """The record that counts for a name; raises the table's conflict error where two claim it."""
+    def get(self, name: str) -> T | None:
+        """The thing that counts for a name; raises the table's conflict error where two claim it."""
         best = self._best(name)
         if len(best) > 1:
             raise self._conflict(self._clash(name, [info for info, _ in best]))
         return best[0][1] if best else None
 
     def _clash(self, name: str, infos: list[PluginInfo]) -> str:
-        blocks = " or ".join(f"{BLOCK_VARIABLE}={info.name}" for info in infos)
+        # Entry points of two packages may share a name, and blocking it would switch off both.
+        names = [info.name for info in infos]
+        handles = names if len(set(names)) == len(names) else [info.distribution for info in infos]
+        blocks = " or ".join(f"{BLOCK_VARIABLE}={handle}" for handle in handles)
         return (
-            f"{self._kind} {name!r} is registered by {' and by '.join(map(str, infos))}. "
+            f"The {self._kind} {name!r} is registered by {' and by '.join(map(str, infos))}. "
             f"Uninstall one of them, or switch one off with {blocks}."
         )
 
@@ -118,6 +126,28 @@ class _Table(Generic[Record]):
                 best[0][0].notes.append(f"overrides the built-in {self._kind} {name!r}")
 
 
+@dataclass(slots=True)
+class _Loaded:
+    """A plugin with a pluggy manager of its own.
+
+    In a common manager one plugin that raises stops the call for all others, one that fails validation
+    stays registered, and one that can't be hashed breaks the calls of everybody else.
+    """
+
+    info: PluginInfo
+    plugin: object
+    hooks: pluggy.PluginManager
+
+    def implementations(self, hook: str) -> int:
+        """How many functions of the plugin answer a hook."""
+        found = getattr(self.hooks.hook, hook).get_hookimpls()
+        return sum(not (impl.wrapper or impl.hookwrapper) for impl in found)
+
+    def call(self, hook: str, **arguments: Any) -> list[Any]:
+        answers: list[Any] = getattr(self.hooks.hook, hook)(**arguments)
+        return answers
+
+
 class PluginHost:
     """All plugins of one process, and what they registered.
 
@@ -125,21 +155,20 @@ class PluginHost:
         block: Entry-point or distribution names to leave out, beside those in ``LORA_PLUGINS_BLOCK``.
         trace: Print every hook call to stderr; default is whether ``LORA_PLUGINS_TRACE`` is set.
 
+    Attributes:
+        plugins: Every plugin found, in the order of loading: the built-ins, then by distribution and name.
+
     Raises:
         BrokenBuiltin: A plugin that lora-plugins ships does not load.
     """
 
     def __init__(self, block: Iterable[str] = (), *, trace: bool | None = None) -> None:
-        self._pluggy = pluggy.PluginManager(PROJECT)
-        self._pluggy.add_hookspecs(hookspecs)
-        if os.environ.get(TRACE_VARIABLE, "") not in ("", "0") if trace is None else trace:
-            self._pluggy.trace.root.setwriter(sys.stderr.write)
-            self._pluggy.enable_tracing()
+        self._trace = os.environ.get(TRACE_VARIABLE, "") not in ("", "0") if trace is None else trace
         self._blocked = {_canonical(name) for name in [*block, *os.environ.get(BLOCK_VARIABLE, "").split(",")]} - {""}
-        self._modules: dict[str, tuple[PluginInfo, object]] = {}
+        self._loaded: list[_Loaded] = []
         self.plugins: list[PluginInfo] = []
         self._architectures: _Table[Architecture] = _Table("architecture", ArchitectureConflict)
-        self._quantizers: _Table[Quantizer] = _Table("quantizer", QuantizerConflict)
+        self._quantizers: _Table[Quantizer] = _Table("quantization backend", QuantizerConflict)
         self._load_builtins()
         self._load_entry_points()
         self._architectures.annotate()
@@ -180,18 +209,48 @@ class PluginHost:
         extra = f" Disabled plugins: {', '.join(disabled)}; see `lora-plugins plugins`." if disabled else ""
         raise UnknownQuantizer(f"No quantization backend {name!r}.{hint} Known: {', '.join(known)}.{extra}")
 
-    def register_commands(self, app: typer.Typer) -> None:
-        """Let every plugin add its commands to ``app``; one that raises is disabled and leaves nothing behind."""
-        for key, (info, _) in list(self._modules.items()):
-            commands, groups = list(app.registered_commands), list(app.registered_groups)
-            try:
-                self._call(key, "register_commands", app=app)
-            except (Exception, SystemExit) as error:
-                app.registered_commands[:], app.registered_groups[:] = commands, groups
-                self._disable(info, f"register_commands raised {_describe(error)}", error)
+    def unknown_blocks(self) -> list[str]:
+        """Names that were to be left out and are neither a plugin nor a distribution with one."""
+        known = {_canonical(name) for info in self.plugins for name in (info.name, info.distribution)}
+        return sorted(self._blocked - known)
+
+    def build_program(self, app: typer.Typer) -> Any:
+        """Build a command-line program from ``app`` and the commands of every plugin.
+
+        A plugin that raises, or whose commands can't be built, is disabled and leaves nothing behind.
+        A command that two third parties claim says so when it is called.
+
+        Returns:
+            The click group that `typer.main.get_command` makes of ``app``, with the plugins' commands.
+
+        Raises:
+            BrokenBuiltin: A plugin that lora-plugins ships fails here.
+        """
+        import typer
+
+        table: _Table[Any] = _Table("command", PluginError)
+        for loaded in self._loaded:
+            if not loaded.implementations("register_commands"):
                 continue
-            added = [*app.registered_commands[len(commands) :], *app.registered_groups[len(groups) :]]
-            info.commands = sorted(_command_name(item) for item in added)
+            try:
+                commands = _collect_commands(loaded, app.rich_markup_mode)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._disable(loaded.info, f"register_commands: {_reason(error)}", error)
+                continue
+            loaded.info.commands = sorted(commands)
+            for name, command in commands.items():
+                table.add(name, loaded.info, command)
+        table.annotate()
+        program = typer.main.get_command(app)
+        for name in table.names():
+            try:
+                command = table.get(name)
+            except PluginError as error:
+                command = _conflict_command(error)
+            program.add_command(command, name)  # type: ignore[attr-defined]
+        return program
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -202,78 +261,66 @@ class PluginHost:
             self._add(info, functools.partial(importlib.import_module, module_name))
 
     def _load_entry_points(self) -> None:
-        for entry in sorted(importlib.metadata.entry_points(group=PROJECT), key=_entry_key):
-            distribution = entry.dist.name if entry.dist else "?"
-            version = entry.dist.version if entry.dist else "?"
-            builtin = _canonical(distribution) == DISTRIBUTION
-            self._add(PluginInfo(entry.name, distribution, version, builtin), entry.load)
+        found = [(_plugin_info(entry), entry) for entry in _entry_points()]
+        for info, entry in sorted(found, key=lambda pair: (_canonical(pair[0].distribution), pair[0].name)):
+            self._add(info, entry.load)
 
     def _add(self, info: PluginInfo, load: Callable[[], Any]) -> None:
         """Load, register and read one plugin; whatever goes wrong is its own affair."""
         self.plugins.append(info)
-        if {_canonical(info.name), _canonical(info.distribution)} & self._blocked and not (
-            info.builtin and _canonical(info.name) not in self._blocked
-        ):
-            info.disabled = f"blocked by {BLOCK_VARIABLE}"
+        if self._is_blocked(info):
+            info.disabled = f"blocked by {BLOCK_VARIABLE} or block="
             return
-        key = f"{info.distribution}:{info.name}"
+        light = [name for name in _HEAVY if name not in sys.modules]
         try:
-            self._register(key, info, load())
-            architectures = self._collect(key, "register_architectures", Architecture)
-            quantizers = self._collect(key, "register_quantizers", Quantizer)
-            _check_unique(info, "architecture", [item.model_type for item in architectures])
-            _check_unique(info, "quantizer", [item.name for item in quantizers])
-        except (Exception, SystemExit) as error:
-            self._forget(key)
+            loaded = self._register(info, load())
+            architectures = _collect(loaded, "register_architectures", Architecture)
+            quantizers = _collect(loaded, "register_quantizers", Quantizer)  # type: ignore[type-abstract]
+            for quantizer in quantizers:
+                _check_name(quantizer)
+            _check_unique("architecture", [item.model_type for item in architectures])
+            _check_unique("quantization backend", [item.name for item in quantizers])
+        except KeyboardInterrupt:
+            raise
+        # Not only Exception: sys.exit() in a plugin and a panic in a Rust extension are neither.
+        except BaseException as error:
             self._disable(info, _reason(error), error)
             return
+        self._loaded.append(loaded)
         for architecture in architectures:
             self._architectures.add(architecture.model_type, info, architecture)
         for quantizer in quantizers:
             self._quantizers.add(quantizer.name, info, quantizer)
         info.architectures = sorted(item.model_type for item in architectures)
         info.quantizers = sorted(item.name for item in quantizers)
+        heavy = [name for name in light if name in sys.modules]
+        if heavy:
+            info.notes.append(f"imports {' and '.join(heavy)} when it is loaded, which delays every command")
 
-    def _register(self, key: str, info: PluginInfo, plugin: object) -> None:
+    def _is_blocked(self, info: PluginInfo) -> bool:
+        if _canonical(info.name) in self._blocked:
+            return True
+        # Blocking the distribution "lora-plugins" would leave nothing at all.
+        return not info.builtin and _canonical(info.distribution) in self._blocked
+
+    def _register(self, info: PluginInfo, plugin: object) -> _Loaded:
         if plugin is None or isinstance(plugin, (str, bytes, int, float)):
             raise _Rejected(f"its entry point names {plugin!r}, which is neither a module nor an object with hooks")
-        twin = next((other for other, known in self._modules.values() if known is plugin), None)
+        twin = next((other.info for other in self._loaded if other.plugin is plugin), None)
         if twin is not None:
             raise _Rejected(f"its entry point names the same object as {twin}")
-        # A validation error leaves the plugin registered in pluggy: `_forget` takes it out.
-        self._modules[key] = (info, plugin)
-        self._pluggy.register(plugin, key)
-        callers = self._pluggy.get_hookcallers(plugin) or []
-        for caller in callers:
-            mine = [impl for impl in caller.get_hookimpls() if impl.plugin is plugin]
-            if not caller.has_spec() and any(not impl.optionalhook for impl in mine):
-                known = sorted(name for name, other in vars(self._pluggy.hook).items() if other.has_spec())
-                near = difflib.get_close_matches(caller.name, known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise _Rejected(f"it implements the hook {caller.name!r}, which does not exist{hint}")
-        if not any(caller.has_spec() for caller in callers):
-            raise _Rejected("it implements no hook; mark its functions with @lora_plugins.hookimpl")
+        loaded = _Loaded(info, plugin, self._new_manager())
+        loaded.hooks.register(plugin, f"{info.distribution}:{info.name}")
+        _check_hooks(loaded)
+        return loaded
 
-    def _forget(self, key: str) -> None:
-        self._modules.pop(key, None)
-        if self._pluggy.has_plugin(key):
-            self._pluggy.unregister(name=key)
-
-    def _call(self, key: str, hook: str, **arguments: Any) -> list[Any]:
-        """Call one plugin's implementation of a hook: in a common call, one that raises would stop all others."""
-        others = [plugin for other, (_, plugin) in self._modules.items() if other != key]
-        return self._pluggy.subset_hook_caller(hook, remove_plugins=others)(**arguments)
-
-    def _collect(self, key: str, hook: str, record: type[Record]) -> list[Record]:
-        records: list[Record] = []
-        for answer in self._call(key, hook):
-            if isinstance(answer, (str, bytes, record, Mapping)) or not isinstance(answer, Iterable):
-                raise _Rejected(f"{hook} must return a list of {record.__name__}, not {answer!r:.80}")
-            for item in answer:
-                if not isinstance(item, record):
-                    raise _Rejected(f"{hook} must return a list of {record.__name__}; it holds {item!r:.80}")
-                records.append(item)
-        return records
+    def _new_manager(self) -> pluggy.PluginManager:
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        if self._trace:
+            manager.trace.root.setwriter(lambda text: sys.stderr.write(text))
+            manager.enable_tracing()
+        return manager
 
     def _disable(self, info: PluginInfo, reason: str, error: BaseException) -> None:
         if info.builtin:
@@ -281,7 +328,7 @@ class PluginHost:
                 f"The built-in plugin {info} does not load: {reason}. Reinstall {DISTRIBUTION}."
             ) from error
         info.disabled = reason
-        info.architectures, info.quantizers, info.commands = [], [], []
+        info.commands = []
         warnings.warn(f"Plugin {info} is disabled: {reason}", PluginWarning, stacklevel=2)
 
 
@@ -289,35 +336,92 @@ class _Rejected(Exception):
     """A plugin breaks a rule of ours; the text is the whole reason."""
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, _Rejected):
-        return str(error)
-    if isinstance(error, pluggy.PluginValidationError):
-        # pluggy's text repeats the plugin object; its last sentence says what is wrong.
-        return "wrong signature: " + " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        return f"missing dependency: {error}; try `pip install {package}`"
-    return f"it raised {_describe(error)}"
+def _collect(loaded: _Loaded, hook: str, record: type[Record]) -> list[Record]:
+    answers = loaded.call(hook)
+    if len(answers) < loaded.implementations(hook):
+        # pluggy leaves `None` out of the answers, and a forgotten `return` would register nothing in silence.
+        raise _Rejected(f"{hook} must return a list of {record.__name__}, not None")
+    records: list[Record] = []
+    for answer in answers:
+        if isinstance(answer, (str, bytes, record, Mapping)) or not isinstance(answer, Iterable):
+            raise _Rejected(f"{hook} must return a list of {record.__name__}, not {answer!r:.80}")
+        for item in answer:
+            if not isinstance(item, record):
+                raise _Rejected(f"{hook} must return a list of {record.__name__}; it holds {item!r:.80}")
+            records.append(item)
+    return records
 
 
-def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _collect_commands(loaded: _Loaded, markup: Any) -> dict[str, Any]:
+    """Let one plugin write into an empty program and build that, so that its mistakes stay in there."""
+    import typer
+
+    scratch = typer.Typer(add_completion=False, rich_markup_mode=markup)
+    # Typer makes a program of one command that command itself, unless there is a callback.
+    scratch.callback()(_no_options)
+    loaded.call("register_commands", app=scratch)
+    if scratch.registered_callback is None or scratch.registered_callback.callback is not _no_options:
+        raise _Rejected("it sets a callback on `app`, which would replace the program's own options")
+    return dict(typer.main.get_command(scratch).commands)  # type: ignore[attr-defined]
 
 
-def _check_unique(info: PluginInfo, kind: str, names: list[str]) -> None:
+def _no_options() -> None:
+    """Stand in for the program's options while a plugin's commands are built."""
+
+
+def _conflict_command(error: PluginError) -> Any:
+    import typer
+
+    app = typer.Typer(add_completion=False)
+
+    @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def conflict() -> None:
+        """(Claimed by two plugins; call it to see which.)"""
+        raise error
+
+    return typer.main.get_command(app)
+
+
+def _check_hooks(loaded: _Loaded) -> None:
+    """Refuse what pluggy accepts: hooks that do not exist, and a plugin without any."""
+    callers = loaded.hooks.get_hookcallers(loaded.plugin) or []
+    for caller in callers:
+        if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
+            known = sorted(name for name, other in vars(loaded.hooks.hook).items() if other.has_spec())
+            near = difflib.get_close_matches(caller.name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise _Rejected(f"it implements the hook {caller.name!r}, which does not exist{hint}")
+    if not any(caller.has_spec() for caller in callers):
+        raise _Rejected("it implements no hook; mark its functions with @lora_plugins.hookimpl")
+
+
+def _check_name(quantizer: Quantizer) -> None:
+    name = getattr(quantizer, "name", None)
+    if not isinstance(name, str) or not name:
+        raise _Rejected(f"its backend {type(quantizer).__name__} must have a `name` that is a string, not {name!r}")
+
+
+def _check_unique(kind: str, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _Rejected(f"it registers the {kind} {', '.join(map(repr, twice))} twice")
 
 
-def _command_name(item: Any) -> str:
-    """Typer keeps no name for a command called after its function."""
-    if item.name:
-        return str(item.name)
-    callback = getattr(item, "callback", None)
-    return callback.__name__.replace("_", "-") if callback else "?"
+def _reason(error: BaseException) -> str:
+    if isinstance(error, _Rejected):
+        return str(error)
+    if isinstance(error, pluggy.PluginValidationError):
+        return "wrong signature: " + _one_line(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        hint = "" if package in sys.modules else f"; try `pip install {package}`"
+        return f"missing dependency: {_one_line(error)}{hint}"
+    text = _one_line(error)
+    return f"it raised {type(error).__name__}: {text}" if text else f"it raised {type(error).__name__}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _canonical(name: str) -> str:
@@ -325,8 +429,40 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _entry_key(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name if entry.dist else "", entry.name)
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    """Return all entry points of our group, also when one installed package has unreadable metadata."""
+    try:
+        return importlib.metadata.entry_points(group=PROJECT)
+    except Exception as error:
+        warnings.warn(
+            f"An installed package has metadata that can't be read ({_reason(error)}); it is left out.",
+            PluginWarning,
+            stacklevel=2,
+        )
+        return _readable_entry_points()
+
+
+def _readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    seen: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        try:
+            entries = distribution.entry_points.select(group=PROJECT)
+            # As on import, the first of several copies on the path counts.
+            name = _canonical(distribution.metadata["Name"])
+        except Exception:
+            continue
+        if name not in seen:
+            seen.add(name)
+            yield from entries
+
+
+def _plugin_info(entry: importlib.metadata.EntryPoint) -> PluginInfo:
+    """Describe a plugin before it is loaded; its package may lack name or version."""
+    try:
+        distribution, version = entry.dist.name or "?", entry.dist.version or "?"  # type: ignore[union-attr]
+    except Exception:
+        distribution, version = "?", "?"
+    return PluginInfo(entry.name, distribution, version, builtin=_canonical(distribution) == DISTRIBUTION)
 
 
 def _own_version() -> str:

@@ -1,0 +1,19 @@
+"""The commands that lora-plugins brings. Their modules load what is heavy only when they are called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_plugins import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+
+@hookimpl
+def register_commands(app: typer.Typer) -> None:
+    from lora_plugins.commands.demo import demo
+    from lora_plugins.commands.plugins import plugins
+
+    app.command()(demo)
+    app.command()(plugins)

@@ -1,0 +1,3 @@
+"""Holds something that is no plugin."""
+
+NAME = "fake"
