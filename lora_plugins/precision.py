@@ -118,12 +118,17 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _compute_in_float32(norm: nn.Module) -> None:
+    # Hooks and not a new forward: they belong to the module and go with it into a copy of the model.
+    norm.register_forward_pre_hook(_to_float32)
+    norm.register_forward_hook(_back_to_input_dtype)
+
+
+def _to_float32(norm: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     import torch
 
-    inner = norm.forward
+    norm.input_dtype = inputs[0].dtype
+    return (inputs[0].to(torch.float32), *inputs[1:])
 
-    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = inner(hidden.to(torch.float32), *args, **kwargs)
-        return output.to(hidden.dtype) if isinstance(output, torch.Tensor) else output
 
-    norm.forward = forward
+def _back_to_input_dtype(norm: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(norm.input_dtype)
