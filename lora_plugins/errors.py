@@ -25,15 +25,16 @@
     ├── AttachError
     │   ├── TrainerNotFound
     │   └── OptimizerConflict
-    └── LivenessError
-        ├── NothingTrainable
-        ├── OptimizerMismatch
-        ├── FrozenHead
-        ├── ModelReplaced
-        ├── AdapterNotMoving
-        ├── NonFiniteLoss
-        ├── DeadLoss
-        └── BrokenCheckpoint
+    ├── LivenessError
+    │   ├── NothingTrainable
+    │   ├── OptimizerMismatch
+    │   ├── FrozenHead
+    │   ├── ModelReplaced
+    │   ├── AdapterNotMoving
+    │   ├── NonFiniteLoss
+    │   ├── DeadLoss
+    │   └── BrokenCheckpoint
+    └── DemoError
 
     LoraPluginsWarning (UserWarning)
     ├── PluginWarning
@@ -171,6 +172,10 @@ class DeadLoss(LivenessError):
 
 class BrokenCheckpoint(LivenessError):
     """A checkpoint was written without a usable adapter in it, or the best one was not restored."""
+
+
+class DemoError(LoraPluginsError):
+    """The demo lacks something, or what it shows did not hold."""
 
 
 class LoraPluginsWarning(UserWarning):
