@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
+# The theme announces its successor on every build.
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: install demo test test-slow check format docs clean
 .DELETE_ON_ERROR:

@@ -37,15 +37,22 @@ def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-bo
 
 @hookspec
 def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
-    """Return the quantization backends that this plugin adds.
+    """Return the quantization backends that this plugin adds: subclasses of `Quantizer`.
 
     ```python
     from lora_plugins import hookimpl
-    from mypackage.backend import MyInt8        # a subclass of lora_plugins.Quantizer
+    from lora_plugins.builtin.bitsandbytes import Int8
+
+    class CarefulInt8(Int8):
+        # LLM.int8() that keeps more of the large activations in float.
+        name = "int8-careful"
+
+        def quantize_linear(self, linear, options):
+            return super().quantize_linear(linear, {"threshold": 4.0, **options})
 
     @hookimpl
     def register_quantizers():
-        return [MyInt8()]
+        return [CarefulInt8()]
     ```
     """
 

@@ -1,0 +1,108 @@
+"""The documentation: its code runs, every hook and command is described as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+#: A fenced block at the beginning of a line: its info string and its text.
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What can not run says so: ```python {.norun}. What goes on from the block before: ```python {.continue}.
+NO_RUN, CONTINUE = ".norun", ".continue"
+
+# Pages whose blocks are tested by a test module of their own, as the files that they are.
+OWN_TESTS = {"registry-testing.md"}
+
+
+def programs(page: Path) -> dict[str, list[str]]:
+    """The programs of a page by name: each a block that can run, and the blocks that continue it."""
+    found: dict[str, list[str]] = {}
+    text = page.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        language, _, marks = match["info"].partition(" ")
+        if language != "python" or NO_RUN in marks:
+            continue
+        if CONTINUE not in marks:
+            name = f"{page.name}:{text.count(chr(10), 0, match.start()) + 1}"
+            found[name] = []
+        found[name].append(match["text"])
+    return found
+
+
+PROGRAMS = [
+    pytest.param(program, id=name)
+    for page in PAGES
+    if page.name not in OWN_TESTS
+    for name, program in programs(page).items()
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_python_blocks_run(program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "documentation"}
+    for number, block in enumerate(program):
+        exec(compile(block, f"block {number}", "exec"), namespace)
+
+
+def test_programs_were_found() -> None:
+    """A change of the fences must not leave nothing to run."""
+    names = {str(parameter.id).partition(":")[0] for parameter in PROGRAMS}
+    assert {"quickstart.md", "trainer.md", "plugins.md", "troubleshooting.md", "hooks.md"} <= names
+
+
+def test_every_python_block_is_marked_or_runs() -> None:
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+            language, _, marks = match["info"].partition(" ")
+            known = marks in ("", f"{{{NO_RUN}}}", f"{{{CONTINUE}}}") or language != "python"
+            assert known, f"{page.name}: unknown marks {match['info']!r}"
+
+
+def tool(name: str) -> ModuleType:
+    """Load one of the programs in tools/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_hook_is_documented_with_its_signature() -> None:
+    reference = tool("hook_reference")
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+
+    assert reference.hooks() == ["register_architectures", "register_quantizers", "register_commands"]
+    headings = re.findall(r"^## `(.+)` \{ #(\w+) \}$", page, re.MULTILINE)
+    assert headings == [(reference.signature(name), name) for name in reference.hooks()]
+
+
+@pytest.mark.parametrize("name", ["hook_reference", "command_reference"])
+def test_generated_pages_are_up_to_date(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = tool(name)
+    monkeypatch.setattr("sys.argv", [name, "--check"])
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERMINAL_WIDTH", "50")
+    assert reference.main() == 0
+
+    stale = tmp_path / "page.md"
+    stale.write_text(reference.PAGE.read_text(encoding="utf-8").replace("plugin", "plug-in"), encoding="utf-8")
+    monkeypatch.setattr(reference, "PAGE", stale)
+    assert reference.main() == 1
+    assert "run `make docs`" in capsys.readouterr().err
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f": {page.name}" not in navigation] == []
