@@ -196,10 +196,13 @@ class Repositories:
     def _api(self) -> Any:
         from huggingface_hub import HfApi
 
+        _check_online()
         # False, not None: with None the client would look for a token by itself.
         return HfApi(endpoint=self.endpoint, token=self._token.reveal() or False, library_name="lora-plugins")
 
     def _failure(self, error: BaseException) -> HubFailed:
+        if isinstance(error, HubFailed):
+            return error
         chain: BaseException | None = error
         while chain is not None:
             response = getattr(chain, "response", None)
@@ -227,7 +230,15 @@ class Repositories:
 def _session() -> Any:
     from huggingface_hub.utils import get_session
 
+    _check_online()
     return get_session()
+
+
+def _check_online() -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubFailed("HF_HUB_OFFLINE is set", code="Offline")
 
 
 def _network_error() -> type[Exception]:

@@ -93,11 +93,17 @@ class Reader:
                 return body, response.links.get("next", {}).get("url")
 
         body, following = self._insist(deadline, attempt)
-        if following is not None:
-            following = urljoin(self._url(path), following)
-            if not same_origin(self.endpoint, following):
-                raise hostile(f"the next page of {path} is said to be on another host")
-        return body, following
+        return body, following and self._next_page(path, following)
+
+    def _next_page(self, path: str, link: str) -> str:
+        try:
+            url = urljoin(self._url(path), link)
+            own = same_origin(self.endpoint, url)
+        except ValueError:
+            own = False
+        if not own:
+            raise hostile(f"the next page of {path} is said to be on another host")
+        return url
 
     def _insist(self, deadline: Deadline, attempt: Callable[[], _Result]) -> _Result:
         """The result of the first attempt that succeeds before the deadline."""

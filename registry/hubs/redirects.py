@@ -17,7 +17,11 @@ class RefusedRedirect(Exception):
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two addresses are the same scheme, host and port: only then may a token for one go to the other."""
+    """Whether two addresses are the same scheme, host and port: only then may a token for one go to the other.
+
+    Raises:
+        ValueError: one of them is no address.
+    """
     return _origin(urlsplit(one)) == _origin(urlsplit(other))
 
 
@@ -30,13 +34,17 @@ def next_url(endpoint: str, url: str, location: str) -> str:
     Raises:
         RefusedRedirect: it may not.
     """
-    target = urljoin(url, location)
-    parts = urlsplit(target)
+    try:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+        elsewhere = not same_origin(endpoint, target)
+    except ValueError:
+        raise RefusedRedirect("a redirect to a malformed address is not followed") from None
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         raise RefusedRedirect(f"a redirect to {_shown(parts)} is not followed: only http and https are")
     if urlsplit(endpoint).scheme == "https" and parts.scheme != "https":
         raise RefusedRedirect(f"a redirect from https to {_shown(parts)} is not followed")
-    if not same_origin(endpoint, target):
+    if elsewhere:
         _check_address(urlsplit(endpoint).hostname or "", parts)
     return target
 
