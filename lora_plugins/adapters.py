@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
     config.target_modules = set(plan.target_modules)
     if plan.target_parameters:
         config.target_parameters = list(plan.target_parameters)
+        for name, factor in plan.rank_factors.items():
+            # Scaling is alpha / r: both grow, so that each half is scaled as any other adapter.
+            pattern = rf".*\.{re.escape(name)}"
+            config.rank_pattern.setdefault(pattern, config.r * factor)
+            config.alpha_pattern.setdefault(pattern, config.lora_alpha * factor)
     config.task_type = config.task_type or plan.task_type
     heads = [*(config.modules_to_save or []), *plan.modules_to_save]
     config.modules_to_save = list(dict.fromkeys(heads)) or None

@@ -1,0 +1,304 @@
+"""What a model is made of, read from its module tree: linear layers, repeated blocks, experts, heads.
+
+Nothing here looks at the shape of a linear layer's weight: it may be packed by a quantization backend, or
+empty under DeepSpeed ZeRO-3. Sizes come from the layers' own attributes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Repeated blocks of one build: same stack, same class, same linear layers inside.
+
+    Attributes:
+        stack: Path of the container, with ``*`` for indices in it: ``"model.layers"``.
+        name: Class of the blocks, and what sets them apart where a stack mixes several.
+    """
+
+    stack: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.stack}" if self.stack else self.name
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated block: its path and its kind."""
+
+    path: str
+    kind: BlockKind
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, of whatever class and in whatever storage."""
+
+    path: str
+    in_features: int
+    out_features: int
+    block: Block | None = field(default=None, compare=False)
+
+    @property
+    def pattern(self) -> str:
+        """The path with ``*`` for every index."""
+        return collapse(self.path)
+
+
+def collapse(path: str) -> str:
+    """Return a dotted path with ``*`` in place of every index: what is alike in all layers is one string."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def matches(path: str, name: str) -> bool:
+    """Whether a name means this path, as in PEFT: it is the path, or the end of it at a dot."""
+    return path == name or path.endswith("." + name)
+
+
+def is_under(path: str, names: Iterable[str]) -> bool:
+    """Whether a path runs through one of the dotted names, at whatever depth they start."""
+    dotted = f".{path}."
+    return any(f".{name}." in dotted for name in names)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``(in_features, out_features)`` of a linear layer, ``None`` for anything else.
+
+    A layer counts as linear when it says both sizes and has no parts of its own: ``nn.Linear``, the packed
+    layers of quantization backends, GPT-2's ``Conv1D``.
+    """
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
+        nx = getattr(module, "nx", None)
+        # Releases before 4.44 do not keep the input size.
+        return (nx if isinstance(nx, int) else int(module.weight.shape[0]), module.nf)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes) or next(module.children(), None) is not None:
+        return None
+    if not _is_layer_class(module):
+        return None
+    return sizes[0], sizes[1]  # type: ignore[return-value]
+
+
+def _is_layer_class(module: nn.Module) -> bool:
+    """Keep out what says both sizes and computes something else: PEFT could not wrap it."""
+    import torch
+
+    if isinstance(module, torch.nn.Linear):
+        return True
+    weight = getattr(module, "weight", None)
+    # A packed layer of a class of its own holds integers, or keeps no `weight` at all.
+    return not (isinstance(weight, torch.Tensor) and weight.is_floating_point())
+
+
+class Structure:
+    """The parts of one model.
+
+    Args:
+        model: The raw base model; live, on the meta device, or quantized.
+
+    Attributes:
+        modules: Every module by path, shared ones once.
+        linears: Every linear layer by path.
+        blocks: The repeated blocks, in order.
+        kinds: Number of blocks of each kind.
+        expert_parameters: Paths of the stacked 3-D weights of routed experts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
+        self.parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
+        sizes = self._linear_sizes()
+        self._counts = _counts_beneath(sizes)
+        self._sizes = sizes
+        self.expert_parameters = [
+            path for path, value in self.parameters.items() if _rank(value) == 3 and _is_expert(path, self.modules)
+        ]
+        self.blocks: list[Block] = self._find_blocks()
+        self.kinds: Counter[BlockKind] = Counter(block.kind for block in self.blocks)
+        by_path = {block.path: block for block in self.blocks}
+        self.linears: dict[str, Linear] = {
+            path: Linear(path, *size, block=_owner(path, by_path)) for path, size in sizes.items()
+        }
+
+    def block_of(self, path: str) -> Block | None:
+        """Return the block that a module or parameter lies in."""
+        return _owner(path, self._blocks_by_path)
+
+    @cached_property
+    def _blocks_by_path(self) -> dict[str, Block]:
+        return {block.path: block for block in self.blocks}
+
+    @cached_property
+    def output_heads(self) -> frozenset[str]:
+        """Paths of the output embedding: never part of a scope, often tied to the input embedding."""
+        getter = getattr(self.model, "get_output_embeddings", None)
+        try:
+            head = getter() if getter is not None else None
+        except NotImplementedError:
+            head = None
+        return frozenset(path for path, module in self.modules.items() if head is not None and module is head)
+
+    def task_heads(self) -> list[str]:
+        """Paths of the direct children with weights beside the base model: what a task class adds."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        if not prefix or prefix not in self.model._modules:
+            return []
+        return [
+            name
+            for name, child in self.model.named_children()
+            if name != prefix and next(child.parameters(), None) is not None
+        ]
+
+    def expert_share(self) -> float:
+        """Share of all weights that the stacked expert parameters hold, 0 to 1."""
+        sizes = {path: int(getattr(value, "ds_numel", 0) or value.numel()) for path, value in self.parameters.items()}
+        total = sum(sizes.values())
+        return sum(sizes[path] for path in self.expert_parameters) / total if total else 0.0
+
+    def stack_size(self, stack: str) -> int:
+        """Number of blocks, of every kind, in one stack."""
+        return sum(count for kind, count in self.kinds.items() if kind.stack == stack)
+
+    # -- reading the tree ----------------------------------------------------------------------
+
+    def _linear_sizes(self) -> dict[str, tuple[int, int]]:
+        import torch
+
+        sizes: dict[str, tuple[int, int]] = {}
+        attention = [path for path, module in self.modules.items() if isinstance(module, torch.nn.MultiheadAttention)]
+        for path, module in self.modules.items():
+            size = linear_features(module)
+            # torch's own attention reads the weight of its output layer and never calls the layer.
+            if size is not None and path.rpartition(".")[0] not in attention:
+                sizes[path] = size
+        return sizes
+
+    def _find_blocks(self) -> list[Block]:
+        found = list(self._walk(self.model, "")) or list(self._numbered_siblings())
+        signatures = {path: self._signature(path) for path, _ in found}
+        groups: dict[tuple[str, str], dict[frozenset[str], list[str]]] = {}
+        for path, module in found:
+            stack = collapse(path.rpartition(".")[0])
+            groups.setdefault((stack, type(module).__name__), {}).setdefault(signatures[path], []).append(path)
+        kinds: dict[str, BlockKind] = {}
+        for (stack, class_name), by_signature in groups.items():
+            labels = _labels(list(by_signature))
+            for signature, paths in by_signature.items():
+                name = class_name + (f" ({labels[signature]})" if labels[signature] else "")
+                kinds.update((path, BlockKind(stack, name)) for path in paths)
+        return [Block(path, kinds[path]) for path, _ in found]
+
+    def _walk(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            child_path = f"{path}.{name}" if path else name
+            if not self._counts[child_path] or child_path in self._sizes:
+                continue
+            items = self._repeated(child, child_path)
+            if not items:
+                yield from self._walk(child, child_path)
+            for item_path, item in items:
+                if self._is_stage(item, item_path):
+                    yield from self._walk(item, item_path)
+                else:
+                    yield item_path, item
+
+    def _repeated(self, module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+        """The blocks that a container holds; empty when it is not a container of blocks."""
+        import torch
+
+        if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
+            return []
+        items = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        items = [(where, child) for where, child in items if self._counts[where] and where not in self._sizes]
+        if isinstance(module, torch.nn.ModuleList):
+            return items
+        return items if len(items) > 1 and len({type(child) for _, child in items}) == 1 else []
+
+    def _is_stage(self, item: nn.Module, path: str) -> bool:
+        """Whether a repeated item is a stage that holds the blocks proper, as in hierarchical vision models."""
+        for name, child in item.named_modules():
+            inner = f"{path}.{name}"
+            if not name or "expert" in name or self._counts[inner] * 2 <= self._counts[path]:
+                continue
+            parts = self._repeated(child, inner)
+            if parts and len({type(part) for _, part in parts}) == 1:
+                return True
+        return False
+
+    def _numbered_siblings(self) -> Iterator[tuple[str, nn.Module]]:
+        """Blocks kept as attributes with numbered names (``h0``, ``h1``, …), where there is no container."""
+        for path, module in [("", self.model), *self.modules.items()]:
+            children = {
+                f"{path}.{name}".lstrip("."): child
+                for name, child in module.named_children()
+                if re.search(r"\d+$", name) and self._counts[f"{path}.{name}".lstrip(".")]
+            }
+            children = {where: child for where, child in children.items() if where not in self._sizes}
+            if len(children) > 1 and len({type(child) for child in children.values()}) == 1:
+                yield from children.items()
+                return
+
+    def _signature(self, path: str) -> frozenset[str]:
+        inside = path + "."
+        names = [name for name in (*self._sizes, *self.expert_parameters) if name.startswith(inside)]
+        return frozenset(collapse(name.removeprefix(inside)) for name in names)
+
+
+def _rank(parameter: object) -> int:
+    # ZeRO-3 keeps the real shape beside an emptied tensor.
+    return len(getattr(parameter, "ds_shape", None) or parameter.shape)  # type: ignore[attr-defined]
+
+
+def _is_expert(path: str, modules: dict[str, nn.Module]) -> bool:
+    owner = path.rpartition(".")[0]
+    return "expert" in owner.lower() or "expert" in type(modules.get(owner)).__name__.lower()
+
+
+def _counts_beneath(paths: Iterable[str]) -> Counter[str]:
+    """Number of paths at and beneath every dotted prefix."""
+    counts: Counter[str] = Counter()
+    for path in paths:
+        parts = path.split(".")
+        counts.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return counts
+
+
+def _owner(path: str, blocks: dict[str, Block]) -> Block | None:
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        block = blocks.get(".".join(parts[:end]))
+        if block is not None:
+            return block
+    return None
+
+
+def _labels(signatures: list[frozenset[str]]) -> dict[frozenset[str], str]:
+    """Name what each signature has beyond what all share: the parts that set its blocks apart."""
+    if len(signatures) == 1:
+        return {signatures[0]: ""}
+    shared = frozenset.intersection(*signatures)
+    labels = {}
+    for number, signature in enumerate(signatures):
+        parts = sorted({_part(name) for name in signature - shared})
+        labels[signature] = ", ".join(parts[:3]) + (", …" if len(parts) > 3 else "") or "plain"
+        if list(labels.values()).count(labels[signature]) > 1:
+            labels[signature] += f" #{number + 1}"
+    return labels
+
+
+def _part(name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    return owner or leaf
