@@ -216,7 +216,7 @@ class _Resolver:
             names = self._scope(wanted)
             if names is not None:
                 return names, f"scope {wanted!r}"
-            return [self._by_pattern(wanted)], "the pattern given"
+            return self._by_pattern(wanted), "the pattern given"
         requested = list(dict.fromkeys(wanted))
         return self._by_names(requested, asked=True), "the names given"
 
@@ -228,7 +228,9 @@ class _Resolver:
                 # None of them fits: the error names them all.
                 self._by_names(missing, asked=True)
             if missing:
-                self.notes.append(f"the architecture's record also names {', '.join(missing)}, which is not in this model")
+                self.notes.append(
+                    f"the architecture's record also names {', '.join(missing)}, which is not in this model"
+                )
             return hits, f"the registered architecture {self.record.model_type!r}"
         attention = [path for path in self._candidates() if _ATTENTION.search(self._inside_block(path))]
         chosen = attention or self._candidates()
@@ -264,11 +266,11 @@ class _Resolver:
             )
         return None
 
-    def _by_pattern(self, pattern: str) -> TargetHit:
+    def _by_pattern(self, pattern: str) -> list[TargetHit]:
         found = self._by_regex(pattern)
         if not found:
             self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
-        return self._hit(pattern, found)
+        return self._kept({pattern: found})
 
     def _by_regex(self, pattern: str) -> list[str]:
         try:
@@ -278,8 +280,9 @@ class _Resolver:
         return [path for path in self._adaptable() if compiled.fullmatch(path)]
 
     def _by_names(self, names: Iterable[str], *, asked: bool) -> list[TargetHit]:
-        hits = [self._hit(name, [p for p in self._adaptable() if matches(p, name)]) for name in names]
-        missing = [hit.name for hit in hits if not hit.modules]
+        adaptable = self._adaptable()
+        found = {name: [path for path in adaptable if matches(path, name)] for name in names}
+        missing = [name for name, paths in found.items() if not paths]
         if missing and asked:
             leaves = self._leaves()
             near = [
@@ -287,7 +290,12 @@ class _Resolver:
                 for name in missing
             ]
             self._problem(UnmatchedTargets, f"No module is called {', '.join(near)}. " + self._what_there_is())
-        return [hit for hit in hits if hit.modules]
+        return self._kept(found)
+
+    def _kept(self, found: dict[str, list[str]]) -> list[TargetHit]:
+        """The hits without what exclude_modules and layers_to_transform leave out."""
+        kept = {name: [path for path in paths if not self._left_out(path)] for name, paths in found.items()}
+        return [self._hit(name, paths) for name, paths in kept.items() if paths]
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -302,7 +310,6 @@ class _Resolver:
             if (path in self.structure.linears or isinstance(module, others))
             and not self._is_vision(path)
             and not is_under(path, self.heads)
-            and not self._left_out(path)
         ]
 
     def _candidates(self) -> list[str]:

@@ -46,7 +46,9 @@ _SINGLE = (
     Architecture("mpt", ("Wqkv",), {"attention": ("Wqkv", "out_proj"), "mlp": ("up_proj", "down_proj")}),
     Architecture("opt", ("q_proj", "v_proj"), {"attention": (*_QKVO[:3], "out_proj"), "mlp": ("fc1", "fc2")}),
     Architecture("bart", ("q_proj", "v_proj"), {"attention": (*_QKVO[:3], "out_proj"), "mlp": ("fc1", "fc2")}),
-    Architecture("phi", ("q_proj", "v_proj", "fc1", "fc2"), {"attention": (*_QKVO[:3], "dense"), "mlp": ("fc1", "fc2")}),
+    Architecture(
+        "phi", ("q_proj", "v_proj", "fc1", "fc2"), {"attention": (*_QKVO[:3], "dense"), "mlp": ("fc1", "fc2")}
+    ),
     Architecture("t5", ("q", "v"), {"attention": ("q", "k", "v", "o")}),
     Architecture("mt5", ("q", "v"), {"attention": ("q", "k", "v", "o")}),
     Architecture("deberta", ("in_proj",), {"attention": ("in_proj", "attention.output.dense")}),

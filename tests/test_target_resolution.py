@@ -1,0 +1,217 @@
+"""Which modules are chosen, and which wishes are refused: the ways in which runs adapt less than was meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    MixtralConfig,
+    Phi3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from lora_plugins import Architecture, prepare_model
+from lora_plugins.errors import NoTargets, TargetError, TargetWarning, UnevenCoverage, UnknownScope, UnmatchedTargets
+from lora_plugins.targets import resolve_targets, task_heads, task_type
+
+LLAMA_LIST = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+# -- the silent cases --------------------------------------------------------------------------
+
+
+def test_wrong_names_beside_a_right_one_are_all_named() -> None:
+    wanted = ["query_key_value", "gate_proj", "q_prooj"]
+    with pytest.raises(UnmatchedTargets, match=r"'gate_proj'.*'q_prooj'"):
+        resolve_targets(tiny.bloom(), wanted)
+    with pytest.warns(TargetWarning, match="gate_proj"):
+        plan = resolve_targets(tiny.bloom(), wanted, strict=False)
+    assert plan.target_modules == ["query_key_value"]
+    assert any("gate_proj" in note for note in plan.notes)
+
+
+def test_near_misses_are_suggested() -> None:
+    with pytest.raises(UnmatchedTargets, match=r"'q_prooj' \(near: .*q_proj"):
+        resolve_targets(tiny.llama(), ["q_prooj"])
+
+
+def test_llamas_list_on_phi3_is_refused() -> None:
+    config = Phi3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )  # fmt: skip
+    with pytest.raises(UnmatchedTargets, match=r"'q_proj' \(near: .*qkv_proj.*'gate_proj' \(near: .*gate_up_proj"):
+        resolve_targets(meta(config), LLAMA_LIST)
+
+
+def test_experts_left_frozen_are_said() -> None:
+    config = GptOssConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4,
+    )  # fmt: skip
+    plan = resolve_targets(meta(config), "all-linear")
+    assert any("routed experts hold" in note and "get no adapter" in note for note in plan.notes)
+    assert not any("router" in path for hit in plan.hits for path in hit.modules)
+    assert not plan.target_parameters
+    routed = resolve_targets(meta(config), "all-linear", experts="routed")
+    assert sorted(routed.target_parameters) == ["experts.down_proj", "experts.gate_up_proj"]
+
+
+def test_pattern_that_reaches_some_blocks_is_refused() -> None:
+    with pytest.raises(UnevenCoverage, match="reaches 1 of the 4 blocks"):
+        resolve_targets(tiny.llama(layers=4), r".*layers\.1\..*q_proj")
+    plan = resolve_targets(tiny.llama(layers=4), ["q_proj"], layers_to_transform=[1])
+    assert plan.target_modules == ["model.layers.1.self_attn.q_proj"]
+    assert plan.coverage == {"LlamaDecoderLayer in model.layers": (1, 4)}
+
+
+# -- scopes and patterns -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scope", "names"),
+    [
+        (None, ["q_proj", "v_proj"]),
+        ("attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("mlp", ["down_proj", "gate_proj", "up_proj"]),
+        ("all-linear", sorted(LLAMA_LIST)),
+        (r".*\.(up|down)_proj", ["down_proj", "up_proj"]),
+    ],
+)
+def test_scopes(scope: str | None, names: list[str]) -> None:
+    plan = resolve_targets(tiny.llama(), scope)
+    assert plan.target_modules == names
+    assert plan.task_type == "CAUSAL_LM"
+    assert set(plan.coverage.values()) == {(2, 2)}
+    assert "lm_head" in plan.bare
+
+
+def test_scope_that_is_none_suggests_one() -> None:
+    with pytest.raises(UnknownScope, match="Did you mean 'attention'"):
+        resolve_targets(tiny.llama(), "atention")
+    with pytest.raises(UnknownScope, match=r"For a module name write \['q_proj'\]"):
+        resolve_targets(tiny.llama(), "q_proj")
+    with pytest.raises(TargetError, match="no regular expression"):
+        resolve_targets(tiny.llama(), "*q_proj")
+    with pytest.raises(TargetError, match="experts must be"):
+        resolve_targets(tiny.llama(), experts="all")
+
+
+def test_excluded_modules_are_left_out() -> None:
+    plan = resolve_targets(tiny.llama(), "attention", exclude_modules=["o_proj"])
+    assert plan.target_modules == ["k_proj", "q_proj", "v_proj"]
+    plan = resolve_targets(tiny.llama(), "attention", exclude_modules=r".*layers\.0.*")
+    assert all("layers.1" in name for name in plan.target_modules)
+
+
+def test_short_names_are_used_only_where_they_mean_nothing_else() -> None:
+    plan = resolve_targets(tiny.gpt2(), ["attn.c_proj"])
+    assert plan.target_modules == ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"]
+
+
+def test_user_may_name_embeddings_and_heads() -> None:
+    wrapped = prepare_model(tiny.llama(), r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    names = {name.rpartition(".lora_")[0] for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "embed_tokens", "lm_head"}
+
+
+# -- models nobody registered ------------------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused_attention_in = nn.Linear(32, 96)
+        self.fused_attention_out = nn.Linear(32, 32)
+        self.widen = nn.Linear(32, 64)
+        self.narrow = nn.Linear(64, 32)
+        self.router = nn.Linear(32, 4)
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 32)
+        self.tower = nn.ModuleList(Mixer() for _ in range(3))
+        self.out = nn.Linear(32, 10)
+
+
+def test_structure_is_read_and_said() -> None:
+    plan = resolve_targets(Unknown())
+    assert plan.source == "the model's structure"
+    assert plan.target_modules == ["fused_attention_in", "fused_attention_out"]
+    assert any("not registered" in note and "6 attention layers in 3 blocks" in note for note in plan.notes)
+    assert plan.coverage == {"Mixer in tower": (3, 3)}
+    everything = resolve_targets(Unknown(), "all-linear").target_modules
+    assert everything == ["fused_attention_in", "fused_attention_out", "narrow", "widen"]
+
+
+def test_model_without_linears_is_refused() -> None:
+    with pytest.raises(NoTargets, match="Its linear layers: none"):
+        resolve_targets(nn.Sequential(nn.LayerNorm(4), nn.ReLU()))
+
+
+def test_registered_architecture_wins_over_the_structure() -> None:
+    from lora_plugins.manager import PluginHost, PluginInfo
+
+    host = PluginHost()
+    info = PluginInfo("test", "somebody", "1", builtin=False)
+    host._architectures.add("llama", info, Architecture("llama", ("o_proj",)))
+    plan = resolve_targets(tiny.llama(), host=host)
+    assert plan.target_modules == ["o_proj"]
+    assert "'llama'" in plan.source
+
+
+# -- tasks and heads ---------------------------------------------------------------------------
+
+
+def test_tasks_and_heads() -> None:
+    assert (task_type(tiny.bert_classifier()), task_heads(tiny.bert_classifier())) == ("SEQ_CLS", ["classifier"])
+    assert (task_type(tiny.llama()), task_heads(tiny.llama())) == ("CAUSAL_LM", [])
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4))
+    assert task_type(t5) == "SEQ_2_SEQ_LM"
+    plan = resolve_targets(t5)
+    assert plan.target_modules == ["q", "v"]
+    assert set(plan.coverage.values()) == {(2, 2)}
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    whisper = WhisperForConditionalGeneration(
+        WhisperConfig(**small, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    )
+    assert task_type(whisper) is None, "PEFT's wrapper would pass input_ids to it"
+
+
+# -- experts -----------------------------------------------------------------------------------
+
+
+def test_dropout_stays_where_peft_allows_it() -> None:
+    from peft.tuners.lora.layer import Linear, ParamWrapper
+
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = prepare_model(
+        AutoModelForCausalLM.from_config(config), r=4, lora_dropout=0.1, target_modules="all-linear", experts="routed"
+    )
+    assert model.peft_config["default"].lora_dropout == 0.0, "what plain PEFT can load"
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper)]
+    assert len(wrappers) == 4
+    assert all(m.lora_dropout["default"].p == 0.1 for m in linears)
+    assert all(isinstance(m.lora_dropout["default"], nn.Identity) for m in wrappers)
+    from lora_plugins.report import make_report
+
+    assert any("none on the expert parameters" in note for note in make_report(model).notes)
