@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def is_under(path: str, names: Iterable[str]) -> bool:
     return any(f".{name}." in dotted for name in names)
 
 
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
+def linear_features(module: Any) -> tuple[int, int] | None:
     """Return ``(in_features, out_features)`` of a linear layer, ``None`` for anything else.
 
     A layer counts as linear when it says both sizes and has no parts of its own: ``nn.Linear``, the packed
