@@ -324,7 +324,16 @@ class _Resolver:
             and not self._is_vision(path)
             and not self._left_out(path)
             and self._expert_allowed(path)
+            and not self._read_raw(path)
         ]
+
+    def _read_raw(self, path: str) -> bool:
+        """Whether this is the output layer of a state-space mixer, whose fused kernel reads the bare weight.
+
+        An adapter there would be skipped by the kernel, and PEFT refuses it.
+        """
+        owner, _, name = path.rpartition(".")
+        return name == "out_proj" and f"{owner}.conv1d" in self.structure.modules
 
     def _is_vision(self, path: str) -> bool:
         if self.record is not None and (self.record.vision or self.record.text):
