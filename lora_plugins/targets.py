@@ -328,12 +328,12 @@ class _Resolver:
         ]
 
     def _read_raw(self, path: str) -> bool:
-        """Whether this is the output layer of a state-space mixer, whose fused kernel reads the bare weight.
+        """Whether this is a layer of a state-space mixer whose bare weight is read: an adapter would do nothing.
 
-        An adapter there would be skipped by the kernel, and PEFT refuses it.
+        ``dt_proj`` is multiplied by hand, ``out_proj`` inside the fused kernel; PEFT refuses the latter.
         """
         owner, _, name = path.rpartition(".")
-        return name == "out_proj" and f"{owner}.conv1d" in self.structure.modules
+        return name in ("dt_proj", "out_proj") and f"{owner}.conv1d" in self.structure.modules
 
     def _is_vision(self, path: str) -> bool:
         if self.record is not None and (self.record.vision or self.record.text):

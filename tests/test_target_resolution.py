@@ -175,11 +175,11 @@ def test_registered_architecture_wins_over_the_structure() -> None:
     assert "'llama'" in plan.source
 
 
-def test_output_layer_of_a_state_space_mixer_is_left_alone() -> None:
+def test_layers_of_a_state_space_mixer_that_are_read_raw_are_left_alone() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4))
-    assert resolve_targets(model).target_modules == ["dt_proj", "in_proj", "x_proj"]
+    assert resolve_targets(model).target_modules == ["in_proj", "x_proj"]
     wrapped = prepare_model(model, r=4, target_modules="all-linear")
     ids = torch.arange(1, 9)[None]
     wrapped(input_ids=ids, labels=ids).loss.backward()
