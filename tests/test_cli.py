@@ -82,7 +82,7 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
         thing = getattr(lora_plugins, name)
         assert name == "hookimpl" or (thing.__name__ == name and thing.__module__.startswith("lora_plugins."))
     assert set(lora_plugins.__all__) <= set(dir(lora_plugins))
-    public = {name for name in vars(lora_plugins) if not name.startswith("_")}
+    public = {name for name in vars(lora_plugins) if name.isidentifier() and name[0] != "_"}
     submodules = {name for name in public if f"lora_plugins.{name}" in sys.modules}
     assert public - submodules - {"annotations", "importlib", "TYPE_CHECKING", "Any"} <= set(lora_plugins.__all__)
     with pytest.raises(AttributeError, match="no attribute 'LoraCalback'"):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-#: Folders of the standard library's place that hold other people's code, tests or data.
-_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "turtledemo"})
+#: Folders of the standard library's place that hold other people's code, tests, data, or a program.
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "pydoc_data"})
 
 #: Characters of a function's source and of its summary that make a fair example.
 _SOURCE_LENGTH = (60, 900)

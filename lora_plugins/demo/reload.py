@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_plugins.demo.model import load_base
+from lora_plugins.demo.quiet import quiet
 from lora_plugins.errors import DemoError
 
 if TYPE_CHECKING:
@@ -89,5 +90,6 @@ def _compare(base: str, adapter: str, quantization: str, reference: str) -> Relo
 
 
 if __name__ == "__main__":
+    quiet()
     result = _compare(*sys.argv[1:])
     print(json.dumps(result.__dict__))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_plugins.demo import dataset as data
 from lora_plugins.demo.evaluation import answers, held_out_loss
 from lora_plugins.demo.model import demo_model, load_base
+from lora_plugins.demo.quiet import quiet
 from lora_plugins.demo.reload import Reload, compare_in_new_process
 from lora_plugins.errors import DemoError
 
@@ -119,9 +119,9 @@ class Demo:
         Raises:
             DemoError: The model is missing, or the reloaded adapter is not the one that was trained.
         """
+        quiet()
         from transformers import AutoTokenizer, set_seed
 
-        _quiet()
         set_seed(self.options.seed)
         self.say("Model and data …")
         self._base = self.options.model or str(demo_model())
@@ -144,7 +144,7 @@ class Demo:
         count = self.options.steps * BATCH_SIZE
         self.train_data = data.make_dataset(train, self.tokenizer, count=count, max_tokens=MAX_TOKENS)
         self.test_data = data.make_dataset(test, self.tokenizer, count=HELD_OUT, max_tokens=MAX_TOKENS)
-        self.shown = _short(test, SHOWN)
+        self.shown = _for_a_screen(test, SHOWN)
         self.result.held_out_functions = len(self.test_data)
         self.result.held_out_tokens = sum(label != -100 for row in self.test_data["labels"] for label in row)
         self.say(
@@ -235,20 +235,13 @@ class Demo:
         self._started = now
 
 
-def _short(examples: Sequence[data.Example], count: int) -> list[data.Example]:
-    """The first examples that fit on a screen."""
-    return [example for example in examples if example.source.count("\n") < 8][:count]
-
-
-def _quiet() -> None:
-    """Keep the libraries' remarks about their own kernels out of the demo's output."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")
+def _for_a_screen(examples: Sequence[data.Example], count: int) -> list[data.Example]:
+    """The first examples that are short enough to be shown, each from another package."""
+    shown: dict[str, data.Example] = {}
+    for example in examples:
+        if example.source.count("\n") < 8:
+            shown.setdefault(example.package, example)
+    return list(shown.values())[:count]
 
 
 def draw_losses(result: DemoResult, path: Path) -> None:
@@ -263,7 +256,6 @@ def draw_losses(result: DemoResult, path: Path) -> None:
     axes.plot(range(1, len(result.training_loss) + 1), result.training_loss, label="training")
     axes.axhline(result.loss_before, color="gray", linestyle="--", label="held out, before")
     axes.axhline(result.loss_after, color="green", linestyle="--", label="held out, after")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="LoRA on an int8 base")
-    axes.set_title(f"LoRA on a {result.quantization or 'float'} base")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"LoRA, base in {result.quantization or 'float'}")
     axes.legend()
     figure.savefig(path, dpi=120)
