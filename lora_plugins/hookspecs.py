@@ -28,6 +28,7 @@ def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-bo
     ```python
     from lora_plugins import Architecture, hookimpl
 
+
     @hookimpl
     def register_architectures():
         return [Architecture("mytype", ("q", "v"))]
@@ -43,12 +44,14 @@ def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
     from lora_plugins import hookimpl
     from lora_plugins.builtin.bitsandbytes import Int8
 
+
     class CarefulInt8(Int8):
         # LLM.int8() that keeps more of the large activations in float.
         name = "int8-careful"
 
         def quantize_linear(self, linear, options):
             return super().quantize_linear(linear, {"threshold": 4.0, **options})
+
 
     @hookimpl
     def register_quantizers():
@@ -63,6 +66,7 @@ def register_commands(app: typer.Typer) -> None:
 
     ```python
     from lora_plugins import hookimpl
+
 
     @hookimpl
     def register_commands(app):

@@ -20,7 +20,7 @@ def demo(
         str | None, typer.Option(help="Folder or id of a causal language model.", show_default="SmolLM2-135M-Instruct")
     ] = None,
     quantization: Annotated[str, typer.Option(help="Backend of the frozen base, or 'none'.")] = "int8",
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of eight examples.")] = 25,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of eight examples.")] = 20,
     output: Annotated[Path, typer.Option(help="Folder for adapter, report and picture.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Two runs with one seed print the same numbers.")] = 42,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 BATCH_SIZE = 8
-MAX_TOKENS = 160
-HELD_OUT = 48
+MAX_TOKENS = 128
+HELD_OUT = 40
 SHOWN = 3
 
 
