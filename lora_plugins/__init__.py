@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_plugins.callbacks import LoraCallback as LoraCallback
     from lora_plugins.callbacks import ParameterReportCallback as ParameterReportCallback
     from lora_plugins.callbacks import attach as attach
+    from lora_plugins.callbacks import detach as detach
     from lora_plugins.model import prepare_model as prepare_model
     from lora_plugins.quantization import quantization_config as quantization_config
 
@@ -24,6 +25,7 @@ _LAZY = {
     "LoraCallback": "lora_plugins.callbacks",
     "ParameterReportCallback": "lora_plugins.callbacks",
     "attach": "lora_plugins.callbacks",
+    "detach": "lora_plugins.callbacks",
     "prepare_model": "lora_plugins.model",
     "quantization_config": "lora_plugins.quantization",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "ParameterReportCallback",
     "Quantizer",
     "attach",
+    "detach",
     "hookimpl",
     "prepare_model",
     "quantization_config",

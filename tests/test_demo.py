@@ -350,3 +350,15 @@ def test_the_demos_text(base: Path, tmp_path: Path, result: dict[str, Any]) -> N
     in_float, before = re.findall(r"(?:base as loaded, float|before: float base, adapter zero) +([\d.]+)", done.stdout)
     assert in_float == before
     assert in_float != f"{result['loss_float']:.4f}", "another seed holds out other functions"
+
+
+@pytest.mark.slow
+def test_the_real_demo_learns_and_repeats(tmp_path: Path) -> None:
+    first, second = (run_demo(demo_model.demo_model(), tmp_path / name) for name in ("first", "second"))
+    assert first["perplexity_after"] <= 0.6 * first["perplexity_before"]
+    assert first["reload"]["equal"] is True
+    assert first["reload"]["difference_off"] > 0.1
+    for changing in ("seconds", "files"):
+        first.pop(changing)
+        second.pop(changing)
+    assert first == second
