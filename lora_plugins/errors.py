@@ -10,6 +10,7 @@
     ├── TargetError (ValueError)
     │   ├── UnknownScope
     │   ├── UnmatchedTargets
+    │   ├── ForbiddenTargets
     │   ├── NoTargets
     │   └── UnevenCoverage
     ├── QuantizationError
@@ -76,6 +77,10 @@ class UnknownScope(TargetError):
 
 class UnmatchedTargets(TargetError):
     """At least one requested target name matches no module of the model."""
+
+
+class ForbiddenTargets(TargetError):
+    """A requested name means only modules that must not get an adapter: it would do nothing, or break the model."""
 
 
 class NoTargets(TargetError):

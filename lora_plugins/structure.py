@@ -151,6 +151,17 @@ class Structure:
             head = None
         return frozenset(path for path, module in self.modules.items() if head is not None and module is head)
 
+    def inside_block(self, path: str) -> str:
+        """Return the part of a path inside its block; the whole path outside of blocks."""
+        block = self.block_of(path)
+        return path.removeprefix(block.path + ".") if block is not None else path
+
+    def is_output_layer_of_attention(self, path: str) -> bool:
+        """Whether this is the output layer of torch's own attention, which reads its weight and never calls it."""
+        import torch
+
+        return isinstance(self.modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention)
+
     def task_heads(self) -> list[str]:
         """Paths of the direct children with weights beside the base model: what a task class adds."""
         prefix = getattr(self.model, "base_model_prefix", "")
@@ -175,14 +186,10 @@ class Structure:
     # -- reading the tree ----------------------------------------------------------------------
 
     def _linear_sizes(self) -> dict[str, tuple[int, int]]:
-        import torch
-
         sizes: dict[str, tuple[int, int]] = {}
-        attention = [path for path, module in self.modules.items() if isinstance(module, torch.nn.MultiheadAttention)]
         for path, module in self.modules.items():
             size = linear_features(module)
-            # torch's own attention reads the weight of its output layer and never calls the layer.
-            if size is not None and path.rpartition(".")[0] not in attention:
+            if size is not None and not self.is_output_layer_of_attention(path):
                 sizes[path] = size
         return sizes
 
@@ -211,7 +218,8 @@ class Structure:
                 yield from self._walk(child, child_path)
             for item_path, item in items:
                 if self._is_stage(item, item_path):
-                    yield from self._walk(item, item_path)
+                    parts = self._repeated(item, item_path)
+                    yield from parts or self._walk(item, item_path)
                 else:
                     yield item_path, item
 
@@ -228,13 +236,19 @@ class Structure:
         return items if len(items) > 1 and len({type(child) for _, child in items}) == 1 else []
 
     def _is_stage(self, item: nn.Module, path: str) -> bool:
-        """Whether a repeated item is a stage that holds the blocks proper, as in hierarchical vision models."""
+        """Whether a repeated item is a stage that holds the blocks proper, as in hierarchical vision models.
+
+        A stage has nearly all of its layers in one list of equal blocks. Lists of experts, of small adapters and
+        of the two halves of a block are no such lists.
+        """
+        import torch
+
         for name, child in item.named_modules():
-            inner = f"{path}.{name}"
-            if not name or "expert" in name or self._counts[inner] * 2 <= self._counts[path]:
+            inner = f"{path}.{name}".rstrip(".")
+            if "expert" in name or self._counts[inner] * 4 <= self._counts[path] * 3:
                 continue
-            parts = self._repeated(child, inner)
-            if parts and len({type(part) for _, part in parts}) == 1:
+            kinds = {type(part) for _, part in self._repeated(child, inner)}
+            if len(kinds) == 1 and torch.nn.Sequential not in kinds:
                 return True
         return False
 

@@ -6,18 +6,26 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_plugins.errors import NoTargets, TargetError, TargetWarning, UnevenCoverage, UnknownScope, UnmatchedTargets
+from lora_plugins.candidates import Candidates, find_record
+from lora_plugins.errors import (
+    ForbiddenTargets,
+    NoTargets,
+    TargetError,
+    TargetWarning,
+    UnevenCoverage,
+    UnknownScope,
+    UnmatchedTargets,
+)
 from lora_plugins.manager import PluginHost, plugin_host
-from lora_plugins.structure import Structure, collapse, is_under, matches
+from lora_plugins.peft_names import rewritten_names, shortest_names
+from lora_plugins.structure import BlockKind, Structure, collapse
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from lora_plugins.types import Architecture
 
 #: Scopes that every model has, whether or not its architecture is registered.
 SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
@@ -33,9 +41,8 @@ _TASKS = {
     "ForVideoClassification": None,
 }
 
-_ATTENTION = re.compile(r"attn|attention|query_key_value|(^|[._])[qkv]_(proj|lin)|(^|\.)(mixer|linear_attn|mamba|ssm)")
-_ROUTER = re.compile(r"(^|\.)(router|gate|gate_network|shared_expert_gate)(\.|$)")
-_VISION = re.compile(r"vision|visual|image_encoder|audio_tower|audio_encoder|speech_encoder")
+#: Share of the weights from which it matters that routed experts get no adapter.
+_MANY_EXPERTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def resolve_targets(
 
     Raises:
         UnmatchedTargets: A requested name matches nothing.
+        ForbiddenTargets: A requested name means only modules where an adapter would be wrong.
         UnevenCoverage: A name is missing in some blocks of a kind.
         NoTargets: Nothing in the model can take an adapter.
         TargetError: An argument has no meaning.
@@ -125,9 +133,9 @@ def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
     """Names of the heads that a model's class adds to the pretrained part, which must be trained."""
     if not any(type(model).__name__.endswith(task) for task in _TASKS):
         return []
-    record = _record(model, host or plugin_host())
+    record = find_record(model, host or plugin_host())
     known = record.heads if record is not None else ("score", "classifier", "qa_outputs")
-    return list(dict.fromkeys([*_head_children(model), *(name for name in known if name in model._modules)]))
+    return list(dict.fromkeys([*Structure(model).task_heads(), *(name for name in known if name in model._modules)]))
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -147,15 +155,6 @@ def task_type(model: nn.Module) -> str | None:
     return None
 
 
-def _head_children(model: nn.Module) -> list[str]:
-    return Structure(model).task_heads()
-
-
-def _record(model: nn.Module, host: PluginHost) -> Architecture | None:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return host.architecture(model_type) if isinstance(model_type, str) else None
-
-
 class _Resolver:
     def __init__(
         self,
@@ -170,40 +169,45 @@ class _Resolver:
             raise TargetError(f"experts must be 'default', 'none', 'routed' or 'shared', not {experts!r}")
         self.model = model
         self.structure = Structure(model)
-        self.record = _record(model, host)
-        self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
-        self.exclude = exclude
-        self.layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-        self.strict = strict
+        self.record = find_record(model, host)
         self.heads = task_heads(model, host)
-        self.never = tuple(self.record.never) if self.record else ()
-        self.vision = tuple(self.record.vision) if self.record else ()
+        chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        self.candidates = Candidates(self.structure, self.record, self.heads, exclude, chosen_layers)
+        self.partial = exclude is not None or layers is not None
+        self.asked_experts = experts
+        self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
+        self.strict = strict
         self.notes: list[str] = []
 
     def run(self, wanted: str | Sequence[str] | None) -> TargetPlan:
         hits, source = self._hits(wanted)
-        parameters = self._expert_parameters(wanted)
-        paths = list(dict.fromkeys(path for hit in hits for path in hit.modules))
-        if not paths and not parameters:
+        expert_hits = self._expert_hits(wanted)
+        modules = list(dict.fromkeys(path for hit in [*hits, *expert_hits[0]] for path in hit.modules))
+        parameters = [path for hit in expert_hits[1] for path in hit.modules]
+        if not modules and not parameters:
             raise NoTargets(
                 f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
                 f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}."
             )
+        hits = [*hits, *expert_hits[0], *expert_hits[1]]
         self._check_even(hits)
-        self._note_uncovered(hits, parameters)
-        factors = {name: 2 for name in parameters if name.rpartition(".")[2] == "gate_up_proj"}
+        self._check_covered(wanted, [*modules, *parameters])
+        self._check_experts(wanted, [*modules, *parameters])
+        names, as_parameters = self._names_for_peft(modules)
+        fused = shortest_names(parameters, self.structure.parameters, parts=2)
         return TargetPlan(
-            target_modules=self._names_for_peft(paths),
-            target_parameters=parameters,
-            rank_factors=factors,
+            target_modules=names,
+            target_parameters=[*fused, *as_parameters],
+            rank_factors={name: 2 for name in fused if name.rpartition(".")[2] == "gate_up_proj"},
             modules_to_save=self.heads,
             task_type=task_type(self.model),
             source=source,
             hits=hits,
-            bare=self._bare(set(paths)),
-            coverage=self._coverage(paths),
-            never=self.never,
-            vision=self.vision,
+            bare=self._bare(set(modules)),
+            coverage=self._coverage([*modules, *parameters]),
+            # A layer that is adapted through its bare weight must keep a float weight.
+            never=(*self.candidates.never, *(name.removesuffix(".weight") for name in as_parameters)),
+            vision=tuple(self.record.vision) if self.record else (),
             notes=self.notes,
         )
 
@@ -217,46 +221,43 @@ class _Resolver:
             if names is not None:
                 return names, f"scope {wanted!r}"
             return self._by_pattern(wanted), "the pattern given"
-        requested = list(dict.fromkeys(wanted))
-        return self._by_names(requested, asked=True), "the names given"
+        return self._by_names(list(dict.fromkeys(wanted))), "the names given"
 
     def _default(self) -> tuple[list[TargetHit], str]:
         if self.record is not None:
-            hits = self._by_names(list(self.record.targets), asked=False)
-            missing = [name for name in self.record.targets if name not in {hit.name for hit in hits}]
-            if not hits:
-                # None of them fits: the error names them all.
-                self._by_names(missing, asked=True)
-            if missing:
-                self.notes.append(
-                    f"the architecture's record also names {', '.join(missing)}, which is not in this model"
-                )
-            return hits, f"the registered architecture {self.record.model_type!r}"
-        attention = [path for path in self._candidates() if _ATTENTION.search(self._inside_block(path))]
-        chosen = attention or self._candidates()
+            hits = self._by_record(self.record.targets)
+            if hits:
+                return hits, f"the registered architecture {self.record.model_type!r}"
+            why = (
+                f"the record of {self.record.model_type!r} names {', '.join(self.record.targets)}, none of which is in "
+                f"{type(self.model).__name__}"
+            )
+        else:
+            why = f"{type(self.model).__name__} is not registered"
+        available = self.candidates.linear
+        attention = [path for path in available if self.candidates.is_attention(path)]
+        chosen = attention or available
         what = "attention layers" if attention else "linear layers, as no attention was recognised"
         self.notes.append(
-            f"{type(self.model).__name__} is not registered: its structure was read, and all {len(chosen)} {what} "
-            f"in {len(self.structure.blocks)} blocks were chosen"
+            f"{why}: its structure was read, and all {len(chosen)} {what} in {len(self.structure.blocks)} blocks "
+            "were chosen"
         )
         return self._grouped(chosen), "the model's structure"
 
     def _scope(self, name: str) -> list[TargetHit] | None:
         own = dict(self.record.scopes) if self.record else {}
-        if name in own and name != "all-linear":
-            return self._by_names(list(own[name]), asked=True)
-        if name == "all-linear":
-            return self._grouped(self._candidates())
-        if name == "attention":
-            return self._grouped([p for p in self._candidates() if _ATTENTION.search(self._inside_block(p))])
-        if name == "mlp":
-            return self._grouped([p for p in self._candidates() if not _ATTENTION.search(self._inside_block(p))])
-        if name == "vision":
-            return self._grouped([p for p in self.structure.linears if self._is_vision(p)])
-        if name == "experts":
-            self.policy = "routed" if self.policy == "none" else self.policy
-            return self._grouped([p for p in self._candidates() if "expert" in p.lower()])
-        if re.fullmatch(r"[\w-]+", name) and not self._by_regex(name):
+        built_in: dict[str, Callable[[], list[str]]] = {
+            "all-linear": lambda: self.candidates.linear,
+            "attention": lambda: [p for p in self.candidates.linear if self.candidates.is_attention(p)],
+            "mlp": lambda: [p for p in self.candidates.linear if not self.candidates.is_attention(p)],
+            "vision": self.candidates.encoders,
+            "experts": list,
+        }
+        if name in own and name not in ("all-linear", "experts"):
+            return self._by_record(own[name])
+        if name in built_in:
+            return self._grouped(built_in[name]())
+        if re.fullmatch(r"[\w-]+", name) and not self.candidates.by_regex(name):
             known = sorted({*SCOPES, *own})
             near = difflib.get_close_matches(name, [*known, *self._leaves()], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -267,109 +268,99 @@ class _Resolver:
         return None
 
     def _by_pattern(self, pattern: str) -> list[TargetHit]:
-        found = self._by_regex(pattern)
+        found = self.candidates.by_regex(pattern)
         if not found:
             self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
-        return self._kept({pattern: found})
+        return self._kept({pattern: self._permitted(pattern, found)})
 
-    def _by_regex(self, pattern: str) -> list[str]:
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise TargetError(f"target_modules={pattern!r} is no regular expression: {error}") from None
-        return [path for path in self._adaptable() if compiled.fullmatch(path)]
+    def _by_record(self, names: Sequence[str]) -> list[TargetHit]:
+        """Hits of a record's names: it covers all variants of a type, so that a name may be absent."""
+        return self._kept({name: self.candidates.registered(name) for name in names})
 
-    def _by_names(self, names: Iterable[str], *, asked: bool) -> list[TargetHit]:
-        adaptable = self._adaptable()
-        found = {name: [path for path in adaptable if matches(path, name)] for name in names}
+    def _by_names(self, names: Sequence[str]) -> list[TargetHit]:
+        found = {name: self.candidates.named(name) for name in names}
         missing = [name for name, paths in found.items() if not paths]
-        if missing and asked:
-            leaves = self._leaves()
-            near = [
-                f"{name!r} (near: {', '.join(difflib.get_close_matches(name, leaves, n=3, cutoff=0.5)) or 'nothing'})"
-                for name in missing
-            ]
-            self._problem(UnmatchedTargets, f"No module is called {', '.join(near)}. " + self._what_there_is())
-        return self._kept(found)
+        if missing:
+            self._problem(
+                UnmatchedTargets,
+                f"No module that can take an adapter is called {', '.join(map(self._near, missing))}. "
+                + self._what_there_is(),
+            )
+        for name, paths in found.items():
+            self._note_encoders(name, paths)
+        return self._kept({name: self._permitted(name, paths) for name, paths in found.items()})
+
+    def _near(self, name: str) -> str:
+        stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
+        if stacked:
+            return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
+        near = difflib.get_close_matches(name, self._leaves(), n=3, cutoff=0.5)
+        return f"{name!r} (near: {', '.join(near) or 'nothing'})"
+
+    def _permitted(self, name: str, paths: list[str]) -> list[str]:
+        """The paths where an adapter makes sense.
+
+        Raises:
+            ForbiddenTargets: There is none among them.
+        """
+        allowed = [path for path in paths if not self.candidates.is_forbidden(path)]
+        if paths and not allowed:
+            raise ForbiddenTargets(
+                f"{name!r} means {len(paths)} modules, such as {paths[0]}, that must not get an adapter: their weight "
+                "is read without calling them, or the architecture's record lists them under `never`."
+            )
+        if len(allowed) < len(paths):
+            self.notes.append(f"{name!r} also means {len(paths) - len(allowed)} modules that must not get an adapter")
+        return allowed
+
+    def _note_encoders(self, name: str, taken: list[str]) -> None:
+        left = sum(path.endswith("." + name) for path in self.candidates.adaptable) - len(taken)
+        if left > 0:
+            self.notes.append(
+                f"{name!r} is also the name of {left} modules in encoders beside the language model, which get no "
+                "adapter; the scope 'vision' or a longer name reaches them"
+            )
 
     def _kept(self, found: dict[str, list[str]]) -> list[TargetHit]:
         """The hits without what exclude_modules and layers_to_transform leave out."""
-        kept = {name: [path for path in paths if not self._left_out(path)] for name, paths in found.items()}
+        kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
         return [self._hit(name, paths) for name, paths in kept.items() if paths]
 
-    # -- what there is -------------------------------------------------------------------------
+    # -- experts -------------------------------------------------------------------------------
 
-    def _adaptable(self) -> list[str]:
-        """Paths that a name may mean: linear layers, and what else PEFT wraps, outside encoders and heads."""
-        from torch import nn
+    def _expert_hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], list[TargetHit]]:
+        """Hits in experts by the policy: layers, and stacked parameters."""
+        policy = "routed" if wanted == "experts" and self.policy == "none" else self.policy
+        named = self.asked_experts == "default" and wanted not in (None, "experts", "all-linear")
+        if policy == "none" or named:
+            return [], []
+        layers = self.candidates.shared_experts() if policy == "shared" else self.candidates.routed_layers()
+        parameters = self.candidates.routed_parameters() if policy == "routed" else []
+        if not layers and not parameters:
+            self._problem(
+                UnmatchedTargets, f"experts={policy!r}, and {type(self.model).__name__} has no {policy} experts."
+            )
+        return self._grouped(layers), self._grouped(parameters)
 
-        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        return [
-            path
-            for path, module in self.structure.modules.items()
-            if (path in self.structure.linears or isinstance(module, others))
-            and not self._is_vision(path)
-            and not is_under(path, self.heads)
-        ]
+    def _check_experts(self, wanted: str | Sequence[str] | None, taken: list[str]) -> None:
+        """Say how much of the weights lies in routed experts without adapter; loudly where all layers were meant."""
+        if set(self.candidates.routed_parameters()) <= set(taken):
+            return
+        share = self.structure.expert_share()
+        text = (
+            f"routed experts hold {share:.1%} of the weights and get no adapter (experts={self.policy!r}); "
+            "experts='routed' adapts them"
+        )
+        if wanted == "all-linear" and self.asked_experts == "default" and share > _MANY_EXPERTS:
+            warnings.warn(
+                f"target_modules='all-linear' reaches linear layers only: {text}, "
+                "experts='none' says that this is meant.",
+                TargetWarning,
+                stacklevel=2,
+            )
+        self.notes.append(text)
 
-    def _candidates(self) -> list[str]:
-        """Linear layers inside the blocks that a scope may take: no routers, heads, encoders, routed experts."""
-        return [
-            path
-            for path, linear in self.structure.linears.items()
-            if linear.block is not None
-            and path not in self.structure.output_heads
-            and not is_under(path, [*self.never, *self.heads])
-            and not _ROUTER.search(self._inside_block(path))
-            and not self._is_vision(path)
-            and not self._left_out(path)
-            and self._expert_allowed(path)
-            and not self._read_raw(path)
-        ]
-
-    def _read_raw(self, path: str) -> bool:
-        """Whether this is a layer of a state-space mixer whose bare weight is read: an adapter would do nothing.
-
-        ``dt_proj`` is multiplied by hand, ``out_proj`` inside the fused kernel; PEFT refuses the latter.
-        """
-        owner, _, name = path.rpartition(".")
-        return name in ("dt_proj", "out_proj") and f"{owner}.conv1d" in self.structure.modules
-
-    def _is_vision(self, path: str) -> bool:
-        if self.record is not None and (self.record.vision or self.record.text):
-            return is_under(path, self.record.vision)
-        # A model that is an encoder as a whole has its blocks under such a name and nothing else.
-        return bool(_VISION.search(path)) and any(not _VISION.search(other) for other in self._block_stacks)
-
-    @property
-    def _block_stacks(self) -> set[str]:
-        return {block.kind.stack for block in self.structure.blocks}
-
-    def _left_out(self, path: str) -> bool:
-        if self.layers is not None:
-            block = self.structure.linears[path].block if path in self.structure.linears else None
-            if block is None or int(re.findall(r"\d+", block.path)[-1]) not in self.layers:
-                return True
-        if isinstance(self.exclude, str):
-            return re.fullmatch(self.exclude, path) is not None
-        return any(matches(path, name) for name in self.exclude or ())
-
-    def _expert_allowed(self, path: str) -> bool:
-        inside = self._inside_block(path)
-        if not re.search(r"(^|\.)experts(\.|$)", inside):
-            return True
-        return self.policy == "routed"
-
-    def _expert_parameters(self, wanted: str | Sequence[str] | None) -> list[str]:
-        """Stacked expert weights, by their short names, when the policy has them adapted."""
-        if self.policy != "routed" or (wanted is not None and wanted not in ("experts", "all-linear")):
-            return []
-        names = [".".join(path.split(".")[-2:]) for path in self.structure.expert_parameters]
-        return list(dict.fromkeys(name for name in names if not name.endswith("bias")))
-
-    def _inside_block(self, path: str) -> str:
-        linear = self.structure.linears.get(path)
-        return path.removeprefix(linear.block.path + ".") if linear is not None and linear.block else path
+    # -- the result ----------------------------------------------------------------------------
 
     def _leaves(self) -> list[str]:
         return sorted({path.rpartition(".")[2] for path in self.structure.linears})
@@ -380,72 +371,75 @@ class _Resolver:
     def _what_there_is(self) -> str:
         return f"Linear layers of {type(self.model).__name__}: {', '.join(self._leaves()[:20]) or 'none'}."
 
-    # -- the result ----------------------------------------------------------------------------
-
     def _hit(self, name: str, paths: list[str]) -> TargetHit:
         return TargetHit(name, paths, [self._shape(path) for path in paths])
 
     def _shape(self, path: str) -> str:
         linear = self.structure.linears.get(path)
-        if linear is None:
+        if linear is not None:
+            return f"{linear.in_features} -> {linear.out_features}"
+        if path in self.structure.modules:
             return type(self.structure.modules[path]).__name__
-        return f"{linear.in_features} -> {linear.out_features}"
+        value = self.structure.parameters[path]
+        return " x ".join(str(size) for size in getattr(value, "ds_shape", value.shape))
 
     def _grouped(self, paths: list[str]) -> list[TargetHit]:
-        """One hit for each different name inside the blocks."""
+        """One hit for each different name, without what is left out."""
         groups: dict[str, list[str]] = {}
         for path in paths:
             groups.setdefault(path.rpartition(".")[2], []).append(path)
-        return [self._hit(name, members) for name, members in groups.items()]
+        return self._kept(groups)
 
-    def _names_for_peft(self, paths: list[str]) -> list[str]:
-        """Short names where each matches nothing else, so that the saved configuration stays readable."""
-        wanted = set(paths)
-        short = {path.rpartition(".")[2] for path in paths}
-        clean = {name for name in short if all(p in wanted for p in self.structure.modules if matches(p, name))}
-        return sorted({p.rpartition(".")[2] if p.rpartition(".")[2] in clean else p for p in paths})
+    def _names_for_peft(self, paths: list[str]) -> tuple[list[str], list[str]]:
+        """Names of modules, and of weights where PEFT would read a module's name as something else."""
+        names = shortest_names(paths, self.structure.modules)
+        rewritten = rewritten_names(self.model, names)
+        if not rewritten:
+            return names, []
+        self.notes.append(
+            f"PEFT reads {', '.join(sorted({name.rpartition('.')[2] for name in rewritten}))} in this model as routed "
+            f"experts; these {len(rewritten)} names are adapted as parameters, without dropout, and stay in float"
+        )
+        return [name for name in names if name not in rewritten], [f"{name}.weight" for name in sorted(rewritten)]
 
     def _bare(self, adapted: set[str]) -> dict[str, int]:
         counts = Counter(linear.pattern for path, linear in self.structure.linears.items() if path not in adapted)
         return dict(counts)
 
     def _coverage(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-        hit = {block for path in paths if (block := self.structure.block_of(path)) is not None}
-        hit_kinds = Counter(block.kind for block in hit)
-        return {str(kind): (hit_kinds[kind], total) for kind, total in self.structure.kinds.items()}
+        hit = self._blocks_hit(paths)
+        return {str(kind): (hit[kind], total) for kind, total in self.structure.kinds.items()}
+
+    def _blocks_hit(self, paths: Iterable[str]) -> Counter[BlockKind]:
+        blocks = {block for path in paths if (block := self.structure.block_of(path)) is not None}
+        return Counter(block.kind for block in blocks)
 
     def _check_even(self, hits: list[TargetHit]) -> None:
-        """Refuse a name that occurs in every block of a kind and was taken in some of them only."""
-        if self.layers is not None or self.exclude is not None:
+        """Refuse a name that was taken in some blocks of a kind and not in others."""
+        if self.partial:
             return
         for hit in hits:
-            taken = Counter(block.kind for p in hit.modules if (block := self.structure.block_of(p)) is not None)
-            for kind, count in taken.items():
-                per_block = self._per_block(hit, kind)
+            for kind, count in self._blocks_hit(hit.modules).items():
                 total = self.structure.kinds[kind]
-                if per_block < total:
+                if count < total:
                     self._problem(
                         UnevenCoverage,
-                        f"{hit.name!r} reaches {per_block} of the {total} blocks of kind {kind} ({count} modules). "
-                        "Name what the other blocks call it, or set layers_to_transform.",
+                        f"{hit.name!r} reaches {count} of the {total} blocks of kind {kind} "
+                        f"({len(hit.modules)} modules). Name what the other blocks call it, or set "
+                        "layers_to_transform.",
                     )
 
-    def _note_uncovered(self, hits: list[TargetHit], parameters: list[str]) -> None:
-        """Say which kinds of blocks stay without an adapter, and how much the experts hold."""
-        coverage = self._coverage(path for hit in hits for path in hit.modules)
-        for kind, (count, total) in coverage.items():
-            if not count and not parameters and not self._is_vision(kind.partition(" in ")[2]):
-                self.notes.append(f"none of the {total} blocks of kind {kind} has an adapter")
-        if self.structure.expert_parameters and not parameters:
-            share = self.structure.expert_share()
-            self.notes.append(
-                f"routed experts hold {share:.1%} of the weights and get no adapter (experts={self.policy!r}); "
-                "experts='routed' adapts them"
-            )
-
-    def _per_block(self, hit: TargetHit, kind: object) -> int:
-        blocks = {b.path for p in hit.modules if (b := self.structure.block_of(p)) is not None and b.kind == kind}
-        return len(blocks)
+    def _check_covered(self, wanted: str | Sequence[str] | None, paths: list[str]) -> None:
+        """Say which kinds of blocks stay without an adapter; loudly where names leave out part of a stack."""
+        hit = self._blocks_hit(paths)
+        stacks = {kind.stack for kind in hit}
+        for kind, total in self.structure.kinds.items():
+            if hit[kind] or self.candidates.is_encoder(kind.stack) or self.candidates.is_forbidden(kind.stack):
+                continue
+            text = f"none of the {total} blocks of kind {kind} has an adapter"
+            self.notes.append(text)
+            if kind.stack in stacks and not isinstance(wanted, str) and not self.partial:
+                warnings.warn(f"{text}; other blocks of the same stack have.", TargetWarning, stacklevel=2)
 
     def _problem(self, error: type[TargetError], message: str) -> None:
         if self.strict:

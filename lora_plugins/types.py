@@ -35,6 +35,9 @@ class Architecture:
             ``"vision"`` is asked for.
         never: Names that must not get an adapter in any scope: routers, weights read as raw tensors, …
         heads: Names of the heads made new for a task; trained and saved whole.
+        inner: Attributes of the configuration that hold the configurations of inner models, such as
+            ``"text_config"``. Where an inner model's type is registered, its record names the targets,
+            scopes and experts; ``targets`` is for inner models that nobody registered.
     """
 
     model_type: str
@@ -46,6 +49,7 @@ class Architecture:
     vision: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("score", "classifier", "qa_outputs")
+    inner: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_type, str) or not self.model_type:

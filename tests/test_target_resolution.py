@@ -62,7 +62,10 @@ def test_experts_left_frozen_are_said() -> None:
         vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, num_local_experts=4,
     )  # fmt: skip
-    plan = resolve_targets(meta(config), "all-linear")
+    with pytest.warns(TargetWarning, match=r"routed experts hold .* and get no adapter"):
+        plan = resolve_targets(meta(config), "all-linear")
+    silent = resolve_targets(meta(config), "all-linear", experts="none")
+    assert silent.target_modules == plan.target_modules
     assert any("routed experts hold" in note and "get no adapter" in note for note in plan.notes)
     assert not any("router" in path for hit in plan.hits for path in hit.modules)
     assert not plan.target_parameters
@@ -118,8 +121,10 @@ def test_excluded_modules_are_left_out() -> None:
 
 
 def test_short_names_are_used_only_where_they_mean_nothing_else() -> None:
-    plan = resolve_targets(tiny.gpt2(), ["attn.c_proj"])
-    assert plan.target_modules == ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"]
+    assert resolve_targets(tiny.gpt2(), ["attn.c_proj"]).target_modules == ["attn.c_proj"]
+    assert resolve_targets(tiny.gpt2(), ["c_proj"]).target_modules == ["c_proj"]
+    plan = resolve_targets(tiny.gpt2(), ["attn.c_proj"], layers_to_transform=1)
+    assert plan.target_modules == ["transformer.h.1.attn.c_proj"]
 
 
 def test_user_may_name_embeddings_and_heads() -> None:
@@ -179,7 +184,7 @@ def test_layers_of_a_state_space_mixer_that_are_read_raw_are_left_alone() -> Non
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4))
-    assert resolve_targets(model).target_modules == ["in_proj", "x_proj"]
+    assert resolve_targets(model).target_modules == ["in_proj"]
     wrapped = prepare_model(model, r=4, target_modules="all-linear")
     ids = torch.arange(1, 9)[None]
     wrapped(input_ids=ids, labels=ids).loss.backward()

@@ -1,0 +1,71 @@
+"""How modules are named to PEFT, so that it adapts just those and its saved configuration stays readable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def shortest_names(wanted: Iterable[str], existing: Iterable[str], parts: int = 1) -> list[str]:
+    """Return names that mean exactly the wanted paths, by PEFT's rule that a name matches the end of a path at a dot.
+
+    A name is the shortest end of a path that no unwanted path shares; where that would hold an index, the whole
+    path is used.
+
+    Args:
+        wanted: Paths to name.
+        existing: All paths that PEFT will compare with the names, ``wanted`` among them.
+        parts: How many parts a name has at least.
+    """
+    targets = set(wanted)
+    all_counts = Counter(end for path in existing for end in _ends(path))
+    wanted_counts = Counter(end for path in targets for end in _ends(path))
+    clean = {end for end, count in wanted_counts.items() if all_counts[end] == count}
+    return sorted({_shortest(path, clean, parts) for path in targets})
+
+
+def _shortest(path: str, clean: set[str], parts: int) -> str:
+    for end in list(_ends(path))[parts - 1 :]:
+        if any(part.isdigit() for part in end.split(".")):
+            break
+        if end in clean:
+            return end
+    return path
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The ends of a dotted path, shortest first."""
+    parts = path.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+
+
+def rewritten_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names that PEFT would not take as they are.
+
+    For mixture-of-experts models whose experts were modules in older releases of transformers, PEFT reads
+    ``gate_proj``, ``up_proj`` and ``down_proj`` as the routed experts of those releases, at whatever place a
+    longer name puts them: shared experts and dense layers can't be named as modules.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        # Releases of PEFT for transformers 4 rewrite nothing.
+        return set()
+    rewritten = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:
+            # One half of a fused pair alone: refused instead of rewritten.
+            rewritten.add(name)
+            continue
+        if name not in (config.target_modules or ()):
+            rewritten.add(name)
+    return rewritten
