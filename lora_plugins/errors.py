@@ -35,6 +35,12 @@
     │   ├── NonFiniteLoss
     │   ├── DeadLoss
     │   └── BrokenCheckpoint
+    ├── TrainingError
+    │   ├── ArgumentsError (ValueError)
+    │   ├── DataError (ValueError)
+    │   ├── TemplateError (ValueError)
+    │   └── ResumeError
+    ├── MergeError
     └── DemoError
 
     LoraPluginsWarning (UserWarning)
@@ -177,6 +183,30 @@ class DeadLoss(LivenessError):
 
 class BrokenCheckpoint(LivenessError):
     """A checkpoint was written without a usable adapter in it, or the best one was not restored."""
+
+
+class TrainingError(LoraPluginsError):
+    """The command ``train`` can't do what it was asked."""
+
+
+class ArgumentsError(TrainingError, ValueError):
+    """An argument is unknown, misspelt, has a wrong value, or contradicts another one."""
+
+
+class DataError(TrainingError, ValueError):
+    """The data set can't be found, read, or turned into training examples."""
+
+
+class TemplateError(TrainingError, ValueError):
+    """A prompt template or chat template does not fit the data set."""
+
+
+class ResumeError(TrainingError):
+    """The run in the output folder can't be continued as asked."""
+
+
+class MergeError(LoraPluginsError):
+    """An adapter can't be merged into its base model."""
 
 
 class DemoError(LoraPluginsError):
