@@ -23,6 +23,9 @@ _VISION = re.compile(r"vision|visual|image_encoder|audio_tower|audio_encoder|spe
 _ROUTED = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp)(\.|$)")
 
+#: What a decoder calls its attention to an encoder.
+_CROSS_ATTENTION = ("encoder_attn", "cross_attn", "cross_attention", "crossattention")
+
 #: Layers of a state-space mixer that kernels or the code beside them read as bare weights.
 _RAW = ("dt_proj", "x_proj", "out_proj")
 
@@ -54,6 +57,7 @@ def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
             (part.expert_policy for part in known if part.expert_policy != "none"), record.expert_policy
         ),
         never=_union([record.never, *(part.never for part in known)]),
+        optional=_union([record.optional, *(part.optional for part in known)]),
     )
 
 
@@ -181,13 +185,21 @@ class Candidates:
         ]
         return [path for path in found if any(matches(path, name) for name in names)] or found
 
+    def unreached(self) -> tuple[str, ...]:
+        """Names of parts that a batch may pass by: encoders, and cross-attention in a decoder that stands alone."""
+        named = (*self.record.vision, *self.record.optional) if self.record else ()
+        config = getattr(self.structure.model, "config", None)
+        alone = not getattr(config, "is_encoder_decoder", False)
+        paths = self.structure.modules if alone else ()
+        return _union([named, [name for name in _CROSS_ATTENTION if any(is_under(path, [name]) for path in paths)]])
+
     # -- what is out of the question -----------------------------------------------------------
 
     def is_encoder(self, path: str) -> bool:
         """Whether a path lies in an encoder beside the language model."""
         if self.record is not None and (self.record.vision or self.record.text):
-            outside = self.record.text and not is_under(path, self.record.text)
-            return is_under(path, self.record.vision) or bool(outside and self.structure.block_of(path))
+            outside = bool(self.record.text) and not is_under(path, self.record.text)
+            return outside or is_under(path, self.record.vision)
         # A model that is an encoder as a whole has its blocks under such a name and nothing else.
         return bool(_VISION.search(path)) and self._has_other_blocks
 

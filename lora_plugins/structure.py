@@ -162,16 +162,26 @@ class Structure:
 
         return isinstance(self.modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention)
 
-    def task_heads(self) -> list[str]:
-        """Paths of the direct children with weights beside the base model: what a task class adds."""
+    def task_heads(self, known: Iterable[str] = ()) -> list[str]:
+        """Paths of the children with weights beside the base model: what a task class adds.
+
+        Args:
+            known: Names of children that are heads in any case.
+        """
+        import torch
+
         prefix = getattr(self.model, "base_model_prefix", "")
-        if not prefix or prefix not in self.model._modules:
-            return []
-        return [
-            name
-            for name, child in self.model.named_children()
-            if name != prefix and next(child.parameters(), None) is not None
-        ]
+        wrapped = bool(prefix) and prefix in self.model._modules
+        heads = []
+        for name, child in self.model.named_children():
+            if name == prefix or not (wrapped or name in known) or next(child.parameters(), None) is None:
+                continue
+            # PEFT can train a copy of a module with a forward of its own; a list has none.
+            parts = child.named_children() if isinstance(child, torch.nn.ModuleList) else [("", child)]
+            heads += [
+                f"{name}.{part}".rstrip(".") for part, inner in parts if next(inner.parameters(), None) is not None
+            ]
+        return heads
 
     def expert_share(self) -> float:
         """Share of all weights that the stacked expert parameters hold, 0 to 1."""

@@ -76,7 +76,7 @@ class TargetPlan:
         bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
         coverage: For each kind of block, how many have an adapter and how many there are.
         never: Names that stay untouched, by quantization as well.
-        vision: Prefixes of encoders that a batch of text does not reach.
+        vision: Parts of paths that a batch may pass by: encoders, cross-attention without an encoder.
         notes: Sentences for the report.
     """
 
@@ -135,7 +135,7 @@ def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
         return []
     record = find_record(model, host or plugin_host())
     known = record.heads if record is not None else ("score", "classifier", "qa_outputs")
-    return list(dict.fromkeys([*Structure(model).task_heads(), *(name for name in known if name in model._modules)]))
+    return Structure(model).task_heads(known)
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -207,7 +207,7 @@ class _Resolver:
             coverage=self._coverage([*modules, *parameters]),
             # A layer that is adapted through its bare weight must keep a float weight.
             never=(*self.candidates.never, *(name.removesuffix(".weight") for name in as_parameters)),
-            vision=tuple(self.record.vision) if self.record else (),
+            vision=self.candidates.unreached(),
             notes=self.notes,
         )
 

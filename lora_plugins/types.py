@@ -35,6 +35,8 @@ class Architecture:
             ``"vision"`` is asked for.
         never: Names that must not get an adapter in any scope: routers, weights read as raw tensors, …
         heads: Names of the heads made new for a task; trained and saved whole.
+        optional: Names of parts that an ordinary batch may not reach, such as cross-attention to images; they
+            may get adapters, and nobody is alarmed when those do not move.
         inner: Attributes of the configuration that hold the configurations of inner models, such as
             ``"text_config"``. Where an inner model's type is registered, its record names the targets,
             scopes and experts; ``targets`` is for inner models that nobody registered.
@@ -49,6 +51,7 @@ class Architecture:
     vision: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("score", "classifier", "qa_outputs")
+    optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -10,13 +10,21 @@ ARCHITECTURES = [
     # -- encoders ------------------------------------------------------------------------------
     *family(
         """
-        bert bert-generation big_bird bros camembert canine convbert data2vec-text electra ernie esm layoutlm layoutlmv2
+        bert bert-generation big_bird bros camembert convbert data2vec-text electra ernie esm layoutlm layoutlmv2
         layoutlmv3 lilt longformer luke markuplm megatron-bert mobilebert mra nystromformer rembert roberta
         roberta-prelayernorm roc_bert roformer splinter tapas xlm-roberta xlm-roberta-xl xmod yoso
         """,
         ("query", "value"),
         ("query", "key", "value", "attention.output.dense"),
         _BERT_MLP,
+    ),
+    *family(
+        "canine",
+        ("query", "value"),
+        ("query", "key", "value", "attention.output.dense"),
+        _BERT_MLP,
+        # Only what labels single characters runs it.
+        optional=("final_char_encoder",),
     ),
     *family("esmc", QV, (*QKVO, "out_proj"), GATED),
     *family("albert", ("query", "value"), ("query", "key", "value", "attention.dense"), ("ffn", "ffn_output")),

@@ -50,8 +50,8 @@ ARCHITECTURES = [
     *single("poolformer", ("output.conv1", "output.conv2")),
     *single("bit", ("conv1", "conv2", "conv3")),
     *single("efficientnet", ("expand_conv", "project_conv")),
-    *single("mobilenet_v1 regnet resnet hgnet_v2", ("convolution",)),
-    *single("mobilenet_v2", ("expand_1x1.convolution", "reduce_1x1.convolution")),
+    # MobileNet is absent on purpose: its padding reads the stride of the layer, which a wrapped layer does not have.
+    *single("regnet resnet hgnet_v2", ("convolution",)),
     *single("pp_lcnet", ("pointwise_convolution.convolution",)),
     *single("textnet", ("main_conv",)),
     # -- speech --------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""Every architecture: what its default reaches, and that it trains, saves and reloads, on small random models."""
+
+# ruff: noqa: SIM905 - names separated by white space stay readable
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lora_plugins import prepare_model
+from lora_plugins.manager import PluginHost
+from lora_plugins.model import preparation_of
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import architecture_coverage  # noqa: E402
+import small_models  # noqa: E402
+from small_models import Case  # noqa: E402
+
+#: One or more types of every family of names.
+SPREAD = """
+llama mistral gemma3_text qwen3 phi phi3 bloom falcon gpt2 gpt_neo gpt_neox gptj codegen mpt opt ctrl xlnet glm4 mixtral
+qwen2_moe qwen3_moe gpt_oss phimoe jetmoe deepseek_v3 qwen3_next qwen3_5_text minimax lfm2 recurrent_gemma mamba mamba2
+jamba bamba zamba2 nemotron_h bert albert deberta deberta-v2 distilbert modernbert funnel fnet canine bart led t5 longt5
+switch_transformers nllb-moe encoder-decoder llava qwen2_vl gemma3 paligemma vision-encoder-decoder vit swinv2 convnext
+poolformer regnet hgnet_v2 whisper speecht5
+""".split()
+
+_LIBRARY = "needs a library that is not installed"
+_BIG = "its smallest valid configuration is too big for this test"
+_CONFIGURATION = "no valid small configuration is known"
+_BATCH = "needs a batch of another kind than words, an image or sound alone"
+_RANDOM = "with random weights a gradient is exactly zero"
+
+#: Types that are resolved on the meta device only, and why.
+NOT_TRAINED = {
+    **dict.fromkeys("dinat fast_vlm gemma3n inkling_mm_model layoutlmv2 perception_lm timm_wrapper".split(), _LIBRARY),
+    **dict.fromkeys("dots3_note dots3_note_text efficientnet florence2 janus vibevoice vibevoice_asr".split(), _BIG),
+    **dict.fromkeys(
+        """
+        blt cosmos3_edge diffusion_gemma ernie4_5_vl_moe fun_asr_nano gemma4_assistant gemma4_unified_assistant glm46v
+        glm4v glm5_next glmga granite_docling hunyuan_vl kyutai_speech_to_text layoutlmv3 lilt mistral4 molmo2 muse_spark
+        nemo_speechlm nemotron_h_omni reformer siglip2 step3p7 xlstm
+        """.split(),
+        _CONFIGURATION,
+    ),
+    **dict.fromkeys(
+        "blip-2 dia idefics instructblip instructblipvideo kosmos-2 pi0 pix2struct speech-encoder-decoder udop "
+        "voxtral_realtime".split(),
+        _BATCH,
+    ),
+    **dict.fromkeys("longformer mra neomme zaya".split(), _RANDOM),
+    **dict.fromkeys("ibert mobilenet_v1 mobilenet_v2".split(), "its layers are of classes that PEFT can't wrap"),
+    "pp_formulanet": "PEFT asks it for input embeddings, which it does not name",
+    **dict.fromkeys("deepseek_ocr2 unlimited_ocr".split(), "PEFT renames its adapter's tensors and then finds none"),
+}
+
+
+def first_cases() -> dict[str, Case]:
+    """One case for each model type, of the first mapping that has it."""
+    found: dict[str, Case] = {}
+    for case in small_models.cases():
+        found.setdefault(case.model_type, case)
+    return found
+
+
+CASES = first_cases()
+REST = [name for name in CASES if name not in SPREAD and name not in NOT_TRAINED]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models are faster so, and other runs on the machine are not slowed down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fresh(case: Case) -> Any:
+    """A small model with the same random weights each time, whose normalisation has no memory of batches."""
+    model = small_models.build(case, "cpu", small_only=True).eval()
+    for module in model.modules():
+        # In evaluation the signal of a random convolutional model dies out.
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+            module.train()
+    if case.model_type == "rwkv":
+        # In evaluation it keeps a state, which it changes in place.
+        model.train()
+    return model
+
+
+def dead(model: Any, batch: dict[str, Any], part: str, unreached: tuple[str, ...]) -> list[str]:
+    """Run forward and backward; names of the LoRA tensors that got no gradient."""
+    model.zero_grad()
+    small_models.objective(model(**batch)).backward()
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if part in name
+        and not set(unreached) & set(name.split("."))
+        and (parameter.grad is None or not parameter.grad.any())
+    ]
+
+
+def train_and_reload(case: Case, folder: Path) -> None:
+    """Adapters at the default: gradients everywhere, and the same output after saving and loading."""
+    base = fresh(case)
+    batch = small_models.inputs(base)
+    model: Any = prepare_model(base, r=2, lora_dropout=0.0)
+    record = preparation_of(model)
+    assert record is not None
+    assert record.plan is not None
+    assert "registered" in record.plan.source, record.plan.source
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert dead(model, batch, "lora_B", record.plan.vision) == []
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert dead(model, batch, "lora_A", record.plan.vision) == []
+    model.save_pretrained(folder)
+    again: Any = PeftModel.from_pretrained(fresh(case), folder)
+    for name, module in again.named_modules():
+        module.training = modes.get(name, module.training)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        trained = small_models.objective(model(**batch))
+        torch.manual_seed(0)
+        loaded = small_models.objective(again(**batch))
+        with model.disable_adapter():
+            torch.manual_seed(0)
+            plain = small_models.objective(model(**batch))
+    assert torch.equal(trained, loaded)
+    assert not torch.equal(trained, plain), "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("model_type", SPREAD)
+def test_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
+    train_and_reload(CASES[model_type], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REST)
+def test_every_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
+    train_and_reload(CASES[model_type], tmp_path)
+
+
+def test_lists_name_types_that_exist() -> None:
+    assert set(SPREAD) <= set(CASES)
+    assert set(NOT_TRAINED) <= set(CASES)
+    assert not set(SPREAD) & set(NOT_TRAINED)
+
+
+# -- coverage ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def builtin_host() -> PluginHost:
+    return PluginHost(block=[info.distribution for info in PluginHost().plugins if not info.builtin])
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(architecture_coverage.SNAPSHOT.read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_spread_is_covered_as_committed(builtin_host: PluginHost, snapshot: dict[str, Any]) -> None:
+    coverage = architecture_coverage.measure(builtin_host, only=SPREAD)
+    for task, entry in coverage.items():
+        committed = [name for name in snapshot["tasks"][task]["resolved"] if name in SPREAD]
+        assert sorted(entry.resolved) == sorted(committed), entry.unresolved
+
+
+def test_lost_type_fails_the_check(builtin_host: PluginHost, snapshot: dict[str, Any]) -> None:
+    coverage = architecture_coverage.measure(builtin_host, only=["llama", "phi3"])
+    before = copy.deepcopy(snapshot)
+    for task, entry in before["tasks"].items():
+        entry["resolved"] = list(coverage[task].resolved)
+    assert architecture_coverage.losses(coverage, before) == []
+    coverage["causal LM"].resolved.remove("phi3")
+    coverage["causal LM"].unresolved["phi3"] = "no reason"
+    assert architecture_coverage.losses(coverage, before) == ["causal LM: phi3: no reason"]
+
+
+def test_model_without_record_is_not_resolved() -> None:
+    bare = PluginHost(block=["architectures"])
+    model = small_models.build(CASES["llama"])
+    assert "not registered" in (architecture_coverage.shortcoming(model, bare) or "")
+
+
+def test_peft_figures_are_those_of_its_own_table(snapshot: dict[str, Any]) -> None:
+    figures = {task: len(entry["peft"]) for task, entry in snapshot["tasks"].items()}
+    assert figures["causal LM"] == 29
+    assert figures["seq2seq LM"] == 3
+    assert all(len(entry["resolved"]) > figures[task] for task, entry in snapshot["tasks"].items())
+
+
+@pytest.mark.slow
+def test_no_figure_drops() -> None:
+    assert architecture_coverage.main(["--check"]) == 0
+
+
+def test_records_load_without_torch() -> None:
+    code = (
+        "import lora_plugins.builtin.architectures as a, sys; a.register_architectures(); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_records_name_each_type_once(builtin_host: PluginHost) -> None:
+    info = next(info for info in builtin_host.plugins if info.name == "architectures")
+    assert info.disabled is None
+    assert len(info.architectures) > 400

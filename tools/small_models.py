@@ -1,0 +1,379 @@
+"""Small random models of every type in transformers' auto mappings, for checking the architecture data.
+
+The sizes that every configuration class shares under one of a few names are cut down; what a type needs
+beyond that stands in `OVERRIDES`.
+"""
+
+# ruff: noqa: TID253 - a program for developers, which always needs them
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import configuration_auto, modeling_auto
+
+#: Task -> name of transformers' mapping from model type to class name.
+MAPPINGS = {
+    "causal LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "sequence classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "speech seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+
+#: Attribute of a configuration -> value in a small one. A value is used only where the class has the attribute.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 64
+    ),
+    **dict.fromkeys(("hidden_dim", "model_dim", "width", "text_hidden_size"), 64),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "attention_heads",
+            "num_query_heads",
+        ),
+        4,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_size"), 16),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "d_ff",
+            "n_inner",
+            "mlp_dim",
+            "ffn_hidden_size",
+        ),
+        96,
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"), 4
+    ),
+    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k"), 2),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0),
+    **dict.fromkeys(("d_latents", "attention_channels"), 64),
+    "num_latents": 16,
+    "moe_k": 2,
+    "rotary_dim": 8,
+    "entity_vocab_size": 100,
+    "vocab_size_per_layer_input": 300,
+    "encoder_hash_byte_group_vocab": 500,
+    "first_k_dense_replace": 1,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+#: Ids of special tokens must lie inside the small vocabulary.
+VOCABULARY = 300
+
+_HYBRID = ["linear_attention", "full_attention"] * 2
+_CONV = ["conv", "full_attention"] * 2
+_STAGES = {
+    "embed_dim": 24,
+    "depths": [1, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "image_size": 64,
+    "patch_size": 4,
+}
+_BERT = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 300,
+}
+_BERT_DECODER = {**_BERT, "is_decoder": True, "add_cross_attention": True}
+_VIT = {**_BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
+_WAV2VEC2 = {**_BERT, "model_type": "wav2vec2", "conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "layerdrop": 0.0}
+_IDS = {"decoder_start_token_id": 1, "pad_token_id": 0}
+
+#: A draft model that reads the keys and values of another one.
+_SHARED_CACHE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
+
+#: What single types need beyond `SMALL`, by ``model_type`` of the configuration.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": _HYBRID},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 4,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "convnextv2": {"image_size": 64, "patch_size": 4},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "donut-swin": _STAGES,
+    "encoder-decoder": {"encoder": _BERT, "decoder": _BERT_DECODER, **_IDS},
+    "vision-encoder-decoder": {"encoder": _VIT, "decoder": _BERT_DECODER, **_IDS},
+    "speech-encoder-decoder": {"encoder": _WAV2VEC2, "decoder": _BERT_DECODER, **_IDS},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
+    "esm": {"vocab_size": 300, "pad_token_id": 1, "mask_token_id": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_assistant": {"text_config": _SHARED_CACHE},
+    "gemma4_unified_assistant": {"text_config": _SHARED_CACHE},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kimi_linear": {"layer_types": _HYBRID},
+    "lfm2": {"layer_types": _CONV},
+    "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
+    "swin": _STAGES,
+    "swinv2": _STAGES,
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2},
+    "levit": {"image_size": 224, "patch_size": 16},
+    "mobilevit": {"image_size": 128, "patch_size": 2},
+    "pvt": {"image_size": 128},
+    "xmod": {"default_language": "en_XX"},
+    **{name: {"hidden_size": 512} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text")},
+    **{name: {"head_dim": 64} for name in ("glm4v_text", "glm46v_text", "glm_ocr_text")},
+    **{name: {"head_dim": 128} for name in ("glm4v_moe_text", "paddleocr_vl_text")},
+    "convnext": {"image_size": 64, "patch_size": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "mobilevitv2": {"image_size": 128, "patch_size": 2},
+    "pp_lcnet": {"image_size": 64},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+#: What a type needs for one task.
+TASK_OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
+    ("causal LM", "reformer"): {"is_decoder": True},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry of one auto mapping."""
+
+    task: str
+    model_type: str
+    class_name: str
+
+
+class CannotBuild(Exception):
+    """No configuration that is tried gives a model; the text is the reason."""
+
+
+def cases() -> list[Case]:
+    """Every entry of the mappings of the installed transformers, in their order."""
+    found = []
+    for task, mapping in MAPPINGS.items():
+        for model_type, name in getattr(modeling_auto, mapping).items():
+            found.append(Case(task, model_type, name if isinstance(name, str) else name[0]))
+    return found
+
+
+def build(case: Case, device: str = "meta", *, small_only: bool = False, seed: int = 0) -> nn.Module:
+    """Return a model of one case, from a small configuration where that is valid, else from a larger one.
+
+    Args:
+        case: The case.
+        device: Where to make it.
+        small_only: Whether larger configurations are left out.
+        seed: Seed of the weights.
+
+    Raises:
+        CannotBuild: With the reason that the first configuration failed for.
+    """
+    model_class = getattr(transformers, case.class_name)
+    reason = ""
+    for configuration in _configurations(case, model_class, small_only):
+        try:
+            torch.manual_seed(seed)
+            with torch.device(device):
+                return model_class(configuration())
+        except Exception as error:
+            # Whatever a configuration class or a missing library raises is a reason for the list.
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise CannotBuild(reason)
+
+
+def _configurations(case: Case, model_class: Any, small_only: bool) -> Iterator[Callable[[], Any]]:
+    own = getattr(model_class, "config_class", None)
+    registered = configuration_auto.CONFIG_MAPPING[case.model_type]
+    classes = dict.fromkeys(each for each in (own, registered) if each is not None and each.model_type)
+    task = TASK_OVERRIDES.get((case.task, case.model_type), {})
+    for each in classes:
+        yield lambda each=each: small_config(each, task)
+    if small_only:
+        return
+    for each in classes:
+        yield lambda each=each: _shallow_config(each)
+        yield each
+
+
+def small_config(config_class: Any, extra: Mapping[str, Any] | None = None) -> Any:
+    """Return a configuration with few and narrow layers.
+
+    Args:
+        config_class: A configuration class of transformers.
+        extra: Values that go before all others.
+    """
+    overrides = {**OVERRIDES.get(config_class.model_type, {}), **(extra or {})}
+    default = _default(config_class, overrides)
+    parts = getattr(config_class, "sub_configs", {}) or {}
+    values: dict[str, Any] = {}
+    for name in _names(config_class, default):
+        current = _value(default, name)
+        if name in parts:
+            part = type(current) if isinstance(current, transformers.PreTrainedConfig) else parts[name]
+            if inspect.isclass(part) and part.__name__ != "AutoConfig":
+                values[name] = small_config(part, overrides.pop(name, None))
+        elif name in SMALL and isinstance(current, (int, float)) and not isinstance(current, bool):
+            values[name] = type(current)(SMALL[name])
+        elif name.endswith("_token_id") and isinstance(current, int) and current >= VOCABULARY:
+            values[name] = VOCABULARY - 1 - len(values) % 50
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        # Latent attention makes keys and values for every head.
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    return config_class(**{**values, **overrides})
+
+
+def _shallow_config(config_class: Any) -> Any:
+    default = config_class()
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    return config_class(**{name: 4 for name in names if isinstance(_value(default, name), int)})
+
+
+def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:
+    try:
+        return config_class()
+    except Exception:
+        # Some classes refuse their own defaults.
+        return config_class(**overrides)
+
+
+def _value(config: Any, name: str) -> Any:
+    # Attributes that vary from layer to layer raise instead of answering.
+    with contextlib.suppress(Exception):
+        return getattr(config, name, None)
+    return None
+
+
+def _names(config_class: Any, default: Any) -> list[str]:
+    names = dict.fromkeys(vars(default))
+    for cls in config_class.__mro__:
+        names.update(dict.fromkeys(getattr(cls, "__annotations__", {})))
+    mapped = getattr(config_class, "attribute_map", {})
+    return [name for name in names if not name.startswith("_") and name not in mapped]
+
+
+def inputs(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a batch of two that a small model takes: words, an image or sound, by what its forward asks for."""
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    accepted = inspect.signature(model.forward).parameters
+    ids = torch.randint(10, VOCABULARY - 60, (2 * _codebooks(config), 16), generator=generator)
+    wanted = [name for name, value in accepted.items() if value.default is inspect.Parameter.empty]
+    if "input_ids" in accepted:
+        wanted.append("input_ids")
+    elif main in accepted:
+        wanted.append(main)
+    if getattr(config, "is_encoder_decoder", False) or main in ("input_features", "input_values"):
+        wanted += ["decoder_input_ids"] if "decoder_input_ids" in accepted else []
+    if main == "pixel_values" and "decoder_input_ids" in accepted and "input_ids" not in accepted:
+        wanted.append("decoder_input_ids")
+    wanted += ["bbox"] if "bbox" in accepted else []
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "input_ids": lambda: ids,
+        "qformer_input_ids": lambda: ids,
+        "decoder_input_ids": lambda: ids[:, :8],
+        "bbox": lambda: torch.zeros(2, 16, 4, dtype=torch.float if config.model_type == "bros" else torch.long),
+        "pixel_values": lambda: _image(config, generator),
+        "input_features": lambda: _sound(config, main, generator),
+        "input_values": lambda: _sound(config, main, generator),
+    }
+    return {name: makers[name]() for name in dict.fromkeys(wanted) if name in makers}
+
+
+def _codebooks(config: Any) -> int:
+    # A decoder of sound has a row of its own for each codebook.
+    return int(config.num_codebooks) if config.model_type in ("musicgen_decoder", "musicgen_melody_decoder") else 1
+
+
+def _image(config: Any, generator: torch.Generator) -> torch.Tensor:
+    part = next((_value(config, name) for name in ("vision_config", "encoder") if _value(config, name)), config)
+    size = _value(part, "image_size") or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(2, _value(part, "num_channels") or 3, height, width, generator=generator)
+
+
+def _sound(config: Any, main: str, generator: torch.Generator) -> torch.Tensor:
+    if main == "input_values" or config.model_type == "speech-encoder-decoder":
+        return torch.randn(2, 4000, generator=generator)
+    bins = _value(config, "num_mel_bins")
+    if config.model_type == "whisper":
+        return torch.randn(2, bins, 2 * config.max_source_positions, generator=generator)
+    return torch.randn(2, 64, bins or 80, generator=generator)
+
+
+def objective(output: Any) -> torch.Tensor:
+    """Return a number that every output value has a share in, with fixed random weights."""
+    value = output.logits if getattr(output, "logits", None) is not None else output[0]
+    value = value[0] if isinstance(value, tuple) else value
+    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    return (value.float() * weights).mean() + (value.float() ** 2).mean()
+
+
+def quiet() -> None:
+    """Keep transformers from commenting on configurations that are small on purpose."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
