@@ -263,7 +263,7 @@ def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     return pa.chunked_array([part.flatten() for part in column.chunks], type=column.type.value_type)
 

@@ -1,0 +1,55 @@
+"""``lora-plugins merge``: an adapter and its base into one model."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_plugins.training.calm import calm
+
+
+class Dtype(str, Enum):
+    """What the adapter is merged into."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    same = "same"
+
+
+def merge(
+    adapter: Annotated[
+        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    dtype: Annotated[
+        Dtype, typer.Option(help="Base reloaded in 16 bits, or the dequantized weights it was trained against.")
+    ] = Dtype.fp16,
+    base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Backend it was trained on, or 'none'; default is what recipe.json says.")
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="Measure the distance to the trained model.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Merge an adapter into its base: a model that plain transformers loads."""
+    calm()
+    from lora_plugins.merging import AS_TRAINED, merge_and_save
+    from lora_plugins.probe import PROBE_TEXT
+
+    result = merge_and_save(
+        adapter,
+        output,
+        dtype.value,
+        base=base,
+        revision=revision,
+        quantization=AS_TRAINED if quantization is None else None if quantization == "none" else quantization,
+        probe=PROBE_TEXT if probe else None,
+        overwrite=overwrite,
+    )
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.line())

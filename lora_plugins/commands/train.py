@@ -1,0 +1,24 @@
+"""``lora-plugins train``: base model and data set in, adapter, merged model and report out."""
+
+from __future__ import annotations
+
+import typer
+
+from lora_plugins.training.calm import calm
+
+#: The command's own parser reads everything, its help included.
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+def train(context: typer.Context) -> None:
+    """Fine-tune a language model with LoRA: packing, int8, training, merge."""
+    words = context.args
+    if "--help-all" in words or "--help" in words or "-h" in words or not words:
+        from lora_plugins.training.parser import make_parser
+
+        typer.echo(make_parser(everything="--help-all" in words).format_help().strip())
+        raise typer.Exit(0 if words else 2)
+    calm()
+    from lora_plugins.training.run import run
+
+    raise typer.Exit(run(words))

@@ -1,0 +1,150 @@
+"""The flags of ``lora-plugins train``, and the values that reproduce the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+#: The prompt of the recipe, in the columns of the samsum data set.
+TEMPLATE = "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n{summary}{eos_token}"
+
+#: What ``--template`` is called when the tokenizer's own chat template makes the text.
+CHAT = "chat"
+
+#: The recipe's values for flags of ``TrainingArguments``, where those have another default. Checkpoints are the one
+#: addition: the recipe wrote none, and an adapter's take next to nothing.
+TRAINING_DEFAULTS = MappingProxyType(
+    {
+        "output_dir": "lora-output",
+        "num_train_epochs": 3.0,
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "optim": "adafactor",
+        "logging_steps": 10.0,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "seed": 42,
+        "report_to": "none",
+        "prediction_loss_only": True,
+    }
+)
+
+
+@dataclass
+class RecipeArguments:
+    """What the recipe needs besides ``TrainingArguments``; the metadata are the help texts.
+
+    Fields that are ``None`` are decided later: from the template, the output folder, or the data.
+    """
+
+    model: str = field(metadata={"help": "Base model: Hub id or folder."})
+    dataset: str = field(
+        metadata={"help": "Hub id, a .json, .jsonl, .csv or .parquet file, a folder of such files or of save_to_disk."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on; a number below 1 holds out that share of the training split."},
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data set to evaluate on, given like --dataset."})
+    template: str = field(
+        default=TEMPLATE,
+        metadata={
+            "help": (
+                "Text of an example: columns in braces, {eos_token}, \\n for a new line. The last column is the "
+                "completion. 'chat' renders the column messages by the tokenizer's chat template."
+            )
+        },
+    )
+    loss_on: Literal["all", "completion"] | None = field(
+        default=None,
+        metadata={"help": "Which tokens count in the loss; by default all, with --template chat the assistant's."},
+    )
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether examples are joined and cut into chunks, or padded; by default joined where the loss is on "
+                "all."
+            )
+        },
+    )
+    chunk_length: int = field(
+        default=1536, metadata={"help": "Tokens in a chunk; without packing, tokens that an example may have."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    quantization: str = field(default="int8", metadata={"help": "Backend of the frozen base, or 'none'."})
+    r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Scale of the adapters: the update is multiplied by alpha / r."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Names of the modules that get adapters, a scope such as attention, or a regular expression; by "
+                "default those registered for the architecture."
+            )
+        },
+    )
+    lora: str | None = field(
+        default=None, metadata={"help": "More fields of peft.LoraConfig as JSON: '{\"use_dora\": true}'."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one."}
+    )
+    merge: Literal["none", "fp16", "bf16", "same"] = field(
+        default="fp16",
+        metadata={
+            "help": (
+                "Also write the merged model: into the base reloaded in 16 bits, or (same) into the dequantized "
+                "weights that the adapter was trained against."
+            )
+        },
+    )
+    adapter_folder: str | None = field(
+        default=None, metadata={"help": "Where the adapter goes; by default adapter/ in the output folder."}
+    )
+    model_folder: str | None = field(
+        default=None, metadata={"help": "Where the merged model goes; by default model/ in the output folder."}
+    )
+    report_folder: str | None = field(
+        default=None, metadata={"help": "Where reports and the loss curve go; by default the output folder."}
+    )
+    push: str | None = field(
+        default=None, metadata={"help": "Publish the adapter: org/name@1.2.0, or org/name@patch, @minor, @major."}
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest complete checkpoint in the output folder, if there is one."},
+    )
+
+
+#: Names that people know from the recipe's script or from earlier releases of transformers, and what is used today.
+FORMER_NAMES = MappingProxyType(
+    {
+        "model_id": "--model",
+        "model_name_or_path": "--model",
+        "dataset_path": "--dataset",
+        "dataset_name": "--dataset",
+        "train_file": "--dataset",
+        "epochs": "--num_train_epochs",
+        "lr": "--learning_rate",
+        "merge_weights": "--merge",
+        "load_in_8bit": "--quantization int8",
+        "load_in_4bit": "--quantization nf4",
+        "lora_r": "--r",
+        "rank": "--r",
+        "block_size": "--chunk_length",
+        "max_seq_length": "--chunk_length",
+        "evaluation_strategy": "--eval_strategy",
+        "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
+        "overwrite_output_dir": "--resume, or another --output_dir",
+    }
+)

@@ -1,0 +1,193 @@
+"""The command ``train`` from its first check to the merged model."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.merging import RECIPE_FILE, merge_and_save
+from lora_plugins.training import prepare
+from lora_plugins.training.arguments import RecipeArguments
+from lora_plugins.training.checkpoints import find_checkpoints
+from lora_plugins.training.output import (
+    RUN_FILE,
+    Folders,
+    check_same_run,
+    draw_loss,
+    metrics,
+    run_record,
+    write_json,
+)
+from lora_plugins.training.parser import parse
+from lora_plugins.training.publishing import Publication
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from lora_plugins.training.interruption import Interruption
+
+#: Added to the number of the signal that ended a program, as shells do.
+_SIGNAL_BASE = 128
+
+
+def run(words: Sequence[str]) -> int:
+    """Do what a command line asks for.
+
+    Args:
+        words: The command line without ``lora-plugins train``.
+
+    Returns:
+        The exit code: 0, or 128 and the signal's number after an interruption that left a checkpoint.
+
+    Raises:
+        TrainingError: An argument, the data, the template or the run to resume can't be used.
+        LoraPluginsError: The model can't be prepared, or the run would train nothing.
+    """
+    recipe, training = parse(words)
+    return TrainingRun(recipe, training).run()
+
+
+class TrainingRun:
+    """One run, phase by phase.
+
+    Args:
+        recipe: Our own arguments.
+        training: The Trainer's.
+    """
+
+    def __init__(self, recipe: RecipeArguments, training: TrainingArguments) -> None:
+        self.recipe = recipe
+        self.training = training
+        self.folders = Folders.of(recipe, training)
+        self.is_main = training.process_index == 0
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def run(self) -> int:
+        """Do all of it; see `run`."""
+        from transformers import set_seed
+
+        publication = Publication.of(self.recipe.push)
+        checkpoint = self._checkpoint()
+        set_seed(self.training.seed)
+        self.tokenizer = prepare.load_tokenizer(self.recipe)
+        self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
+        trainer, interruption = self._trainer()
+        if self.is_main:
+            write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
+        with interruption.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if interruption.stopped_at is not None:
+            return self._interrupted(interruption)
+        self._save(trainer)
+        if self.is_main and publication is not None:
+            self.say(publication.push(trainer.model))
+        # The trained model is not needed any more and would take the merge's memory.
+        del trainer
+        self._merge()
+        return 0
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            ResumeError: There are checkpoints and nobody asked to resume, or they are of a run with other arguments.
+            ArgumentsError: A merged model is in the way.
+        """
+        chosen = self.training.resume_from_checkpoint
+        if not (self.recipe.resume or chosen):
+            # Only one process looks, before any of them can have written something.
+            if self.is_main:
+                self.folders.check_unused(merge=self.recipe.merge != "none")
+            return None
+        check_same_run(self.folders.output, run_record(self.recipe, self.training))
+        if chosen and str(chosen).lower() != "true":
+            return str(chosen)
+        found = find_checkpoints(self.folders.output, self.training.world_size)
+        for folder, reason in found.broken.items():
+            self.say(f"{folder.name} is incomplete and passed over ({reason})")
+        if found.newest is None:
+            self.say(f"No complete checkpoint in {self.folders.output}; starting from the beginning")
+            return None
+        self.say(f"Going on from {found.newest}")
+        return str(found.newest)
+
+    def _trainer(self) -> tuple[Trainer, Interruption]:
+        from transformers import EarlyStoppingCallback, Trainer
+
+        from lora_plugins import LoraCallback, ParameterReportCallback
+        from lora_plugins.training.interruption import Interruption
+
+        interruption = Interruption()
+        callbacks: list[Any] = [LoraCallback(**prepare.lora_arguments(self.recipe)), ParameterReportCallback()]
+        if self.recipe.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(self.recipe.early_stopping_patience))
+        trainer = Trainer(
+            model=prepare.load_base(self.recipe),
+            args=self.training,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            data_collator=prepare.collator(self.recipe, self.tokenizer),
+            callbacks=[*callbacks, interruption],
+        )
+        return trainer, interruption
+
+    def _interrupted(self, interruption: Interruption) -> int:
+        number = interruption.signal or signal.SIGTERM
+        self.say(
+            f"Interrupted by {signal.Signals(number).name} after step {interruption.stopped_at}; checkpoint-"
+            f"{interruption.stopped_at} is in {self.folders.output}. The same command with --resume goes on from it."
+        )
+        return _SIGNAL_BASE + number
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write adapter, report and figures."""
+        trainer.save_model(str(self.folders.adapter))
+        if not self.is_main:
+            return
+        # A pickle with this machine's paths in it, of no use to anybody who loads the adapter.
+        (self.folders.adapter / "training_args.bin").unlink(missing_ok=True)
+        write_json(self.folders.adapter / RECIPE_FILE, self._recipe_record(trainer.model))
+        report = self.folders.report
+        report.mkdir(parents=True, exist_ok=True)
+        history = trainer.state.log_history
+        self._figures = metrics(history, self.data.counts)
+        write_json(report / "metrics.json", self._figures)
+        draw_loss(history, report / "loss.png")
+        written = self.folders.output / "parameter_report.json"
+        if written.is_file() and written.parent != report:
+            (report / written.name).write_bytes(written.read_bytes())
+        self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
+
+    def _recipe_record(self, model: Any) -> dict[str, Any]:
+        """What somebody needs to use or merge the adapter as it was trained."""
+        from lora_plugins.merging import unquantized_layers
+
+        record: dict[str, Any] = {
+            "base": self.recipe.model,
+            "revision": self.recipe.revision,
+            "template": self.recipe.template,
+            "quantization": None,
+        }
+        name = prepare.quantization_name(self.recipe)
+        if name is not None:
+            record["quantization"] = {"name": name, "skip_modules": unquantized_layers(model)}
+        return record
+
+    def _merge(self) -> None:
+        if not self.is_main or self.recipe.merge == "none":
+            return
+        result = merge_and_save(
+            self.folders.adapter,
+            self.folders.model,
+            dtype=self.recipe.merge,
+            base=self.recipe.model,
+            revision=self.recipe.revision,
+            overwrite=True,
+        )
+        self.say(result.line())
+        write_json(self.folders.report / "metrics.json", {**self._figures, "merge": result.to_dict()})
