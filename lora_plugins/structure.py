@@ -163,25 +163,26 @@ class Structure:
         return isinstance(self.modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention)
 
     def task_heads(self, known: Iterable[str] = ()) -> list[str]:
-        """Paths of the children with weights beside the base model: what a task class adds.
+        """Paths of the modules with weights that a task class adds to the base model.
 
         Args:
-            known: Names of children that are heads in any case.
+            known: Paths of modules that are heads in any case.
         """
+        prefix = getattr(self.model, "base_model_prefix", "")
+        beside = [name for name, _ in self.model.named_children() if name != prefix] if prefix in self.modules else []
+        # A normalisation beside the base model is pretrained, and PEFT would take every module whose name ends alike.
+        added = [name for name in beside if "Norm" not in type(self.modules[name]).__name__]
+        heads = [name for name in dict.fromkeys([*added, *known]) if name in self.modules]
+        return [path for name in heads for path in self._trainable_parts(name)]
+
+    def _trainable_parts(self, path: str) -> list[str]:
+        """The module, or what is in it where it is a list, which PEFT can't wrap; nothing without weights."""
         import torch
 
-        prefix = getattr(self.model, "base_model_prefix", "")
-        wrapped = bool(prefix) and prefix in self.model._modules
-        heads = []
-        for name, child in self.model.named_children():
-            if name == prefix or not (wrapped or name in known) or next(child.parameters(), None) is None:
-                continue
-            # PEFT can train a copy of a module with a forward of its own; a list has none.
-            parts = child.named_children() if isinstance(child, torch.nn.ModuleList) else [("", child)]
-            heads += [
-                f"{name}.{part}".rstrip(".") for part, inner in parts if next(inner.parameters(), None) is not None
-            ]
-        return heads
+        module = self.modules[path]
+        if not isinstance(module, torch.nn.ModuleList):
+            return [path] if next(module.parameters(), None) is not None else []
+        return [part for name, _ in module.named_children() for part in self._trainable_parts(f"{path}.{name}")]
 
     def expert_share(self) -> float:
         """Share of all weights that the stacked expert parameters hold, 0 to 1."""

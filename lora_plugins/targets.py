@@ -131,7 +131,7 @@ def resolve_targets(
 
 def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
     """Names of the heads that a model's class adds to the pretrained part, which must be trained."""
-    if not any(type(model).__name__.endswith(task) for task in _TASKS):
+    if not any(task in type(model).__name__ for task in _TASKS):
         return []
     record = find_record(model, host or plugin_host())
     known = record.heads if record is not None else ("score", "classifier", "qa_outputs")
@@ -141,8 +141,8 @@ def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
 def task_type(model: nn.Module) -> str | None:
     """The task of a model in PEFT's words, from its class; ``None`` where PEFT has no wrapper that fits."""
     name = type(model).__name__
-    for suffix, task in _TASKS.items():
-        if name.endswith(suffix):
+    for part, task in _TASKS.items():
+        if part in name:
             return task
     config = getattr(model, "config", None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
@@ -187,12 +187,13 @@ class _Resolver:
         if not modules and not parameters:
             raise NoTargets(
                 f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
-                f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}."
+                f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}.{self._experts_hint()}"
             )
         hits = [*hits, *expert_hits[0], *expert_hits[1]]
         self._check_even(hits)
         self._check_covered(wanted, [*modules, *parameters])
         self._check_experts(wanted, [*modules, *parameters])
+        self._note_heads()
         names, as_parameters = self._names_for_peft(modules)
         fused = shortest_names(parameters, self.structure.parameters, parts=2)
         return TargetPlan(
@@ -342,6 +343,11 @@ class _Resolver:
             )
         return self._grouped(layers), self._grouped(parameters)
 
+    def _experts_hint(self) -> str:
+        if not self.candidates.routed_parameters():
+            return ""
+        return " Its routed experts are stacked parameters: the scope 'experts' or experts='routed' adapts them."
+
     def _check_experts(self, wanted: str | Sequence[str] | None, taken: list[str]) -> None:
         """Say how much of the weights lies in routed experts without adapter; loudly where all layers were meant."""
         if set(self.candidates.routed_parameters()) <= set(taken):
@@ -401,6 +407,13 @@ class _Resolver:
             f"experts; these {len(rewritten)} names are adapted as parameters, without dropout, and stay in float"
         )
         return [name for name in names if name not in rewritten], [f"{name}.weight" for name in sorted(rewritten)]
+
+    def _note_heads(self) -> None:
+        for head in self.heads:
+            alike = [p for p in self.structure.modules if p != head and p.endswith(head)]
+            alike = [path for path in alike if not path.startswith(head + ".")]
+            if alike:
+                self.notes.append(f"with the head {head!r} PEFT also trains and saves {', '.join(alike)}, named alike")
 
     def _bare(self, adapted: set[str]) -> dict[str, int]:
         counts = Counter(linear.pattern for path, linear in self.structure.linears.items() if path not in adapted)

@@ -239,7 +239,7 @@ def build(case: Case, device: str = "meta", *, small_only: bool = False, seed: i
             torch.manual_seed(seed)
             with torch.device(device):
                 return model_class(configuration())
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203 - making a model takes longer
             # Whatever a configuration class or a missing library raises is a reason for the list.
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise CannotBuild(reason)

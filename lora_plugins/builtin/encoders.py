@@ -58,6 +58,8 @@ ARCHITECTURES = [
         ("query", "value"),
         ("query", "key", "value", "attention.output.dense"),
         ("mlp.dense1", "mlp.dense2"),
+        # Its decoder is what a task adds.
+        heads=("perceiver.decoder",),
     ),
     # -- encoder-decoders ----------------------------------------------------------------------
     *family(

@@ -8,8 +8,8 @@ from lora_plugins.builtin.families import GATED, QKVO, QV, family, single
 _TOWERS = (
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "video_tower", "audio_tower",
     "multi_modal_projector", "mm_projector", "vision_projection", "vision_adapter", "connector", "projector",
-    "resampler_model",
-    "layerwise_projectors", "spatial_projectors", "aligner", "merger", "language_projection", "embed_vision", "embed_audio",
+    "resampler_model", "layerwise_projectors", "spatial_projectors", "aligner", "merger",
+    "language_projection", "embed_vision", "embed_audio",
 )  # fmt: skip
 
 ARCHITECTURES = [

@@ -51,8 +51,9 @@ ARCHITECTURES = [
     *single("bit", ("conv1", "conv2", "conv3")),
     *single("efficientnet", ("expand_conv", "project_conv")),
     # MobileNet is absent on purpose: its padding reads the stride of the layer, which a wrapped layer does not have.
-    *single("regnet resnet hgnet_v2", ("convolution",)),
-    *single("pp_lcnet", ("pointwise_convolution.convolution",)),
+    *single("regnet resnet", ("convolution",)),
+    *single("hgnet_v2", ("convolution",), heads=("fc",)),
+    *single("pp_lcnet", ("pointwise_convolution.convolution",), heads=("head",)),
     *single("textnet", ("main_conv",)),
     # -- speech --------------------------------------------------------------------------------
     *family("whisper speech_to_text", QV, QKV_OUT, FC),
