@@ -179,7 +179,10 @@ class Structure:
         """The module, or what is in it where it is a list, which PEFT can't wrap; nothing without weights."""
         import torch
 
-        module = self.modules[path]
+        module = self.modules.get(path)
+        if module is None:
+            # Shared with another path, under which it is known.
+            return []
         if not isinstance(module, torch.nn.ModuleList):
             return [path] if next(module.parameters(), None) is not None else []
         return [part for name, _ in module.named_children() for part in self._trainable_parts(f"{path}.{name}")]

@@ -183,7 +183,8 @@ def test_heads_kept_in_a_list_are_named_one_by_one() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Linear(2, 2)
-            self.heads = nn.ModuleList([nn.Flatten(), nn.Linear(2, 2)])
+            self.pool = nn.Flatten()
+            self.heads = nn.ModuleList([self.pool, nn.Linear(2, 2)])
             self.norm = nn.LayerNorm(2)
 
     assert Structure(Lists()).task_heads() == ["heads.1"], "PEFT can't wrap a list, and the norm is no head"
