@@ -242,6 +242,8 @@ class _Pipeline:
             experts=self.settings.experts,
             exclude_modules=asked("exclude_modules"),
             layers_to_transform=asked("layers_to_transform"),
+            target_parameters=asked("target_parameters"),
+            literal=stored is not None,
             strict=self.settings.strict,
         )
 

@@ -2,96 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_plugins.candidates import Candidates, find_record
-from lora_plugins.errors import (
-    ForbiddenTargets,
-    NoTargets,
-    TargetError,
-    TargetWarning,
-    UnevenCoverage,
-    UnknownScope,
-    UnmatchedTargets,
-)
 from lora_plugins.manager import PluginHost, plugin_host
-from lora_plugins.peft_names import rewritten_names, shortest_names
-from lora_plugins.structure import BlockKind, Structure, collapse
+from lora_plugins.resolver import SCOPES, Resolver
+from lora_plugins.structure import collapse
+from lora_plugins.target_plan import TargetHit, TargetPlan
+from lora_plugins.tasks import task_heads, task_type
 
 if TYPE_CHECKING:
     from torch import nn
-
-#: Scopes that every model has, whether or not its architecture is registered.
-SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
-
-#: What a class name says about the task, in PEFT's words; the head is new in all of them.
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForMultipleChoice": None,
-    "ForImageClassification": None,
-    "ForAudioClassification": None,
-    "ForVideoClassification": None,
-}
-
-#: Share of the weights from which it matters that routed experts get no adapter.
-_MANY_EXPERTS = 0.1
-
-
-@dataclass(frozen=True)
-class TargetHit:
-    """One requested name and the modules that it matched.
-
-    Attributes:
-        name: The name as it was asked for or registered.
-        modules: Paths of the matched modules.
-        shapes: ``"in -> out"`` of each, in the same order.
-    """
-
-    name: str
-    modules: list[str]
-    shapes: list[str]
-
-
-@dataclass(frozen=True)
-class TargetPlan:
-    """What PEFT is told, and how it was found.
-
-    Attributes:
-        target_modules: Explicit names: short where the short name matches just the wanted modules, else paths.
-        target_parameters: Names of stacked expert parameters.
-        rank_factors: By how much the rank of such a parameter is multiplied: two projections that are
-            stored as one get a decomposition each.
-        modules_to_save: Names of new heads, trained and saved whole.
-        task_type: The task in PEFT's words, ``None`` where it has no word for it.
-        source: Who named the targets.
-        hits: The hit table.
-        bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
-        coverage: For each kind of block, how many have an adapter and how many there are.
-        never: Names that stay untouched, by quantization as well.
-        vision: Parts of paths that a batch may pass by: encoders, cross-attention without an encoder.
-        notes: Sentences for the report.
-    """
-
-    target_modules: list[str]
-    target_parameters: list[str] = field(default_factory=list)
-    rank_factors: dict[str, int] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
-    task_type: str | None = None
-    source: str = ""
-    hits: list[TargetHit] = field(default_factory=list)
-    bare: dict[str, int] = field(default_factory=dict)
-    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
-    never: tuple[str, ...] = ()
-    vision: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
 
 
 def resolve_targets(
@@ -101,6 +22,8 @@ def resolve_targets(
     experts: str = "default",
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
+    target_parameters: Sequence[str] | None = None,
+    literal: bool = False,
     strict: bool = True,
     host: PluginHost | None = None,
 ) -> TargetPlan:
@@ -114,6 +37,9 @@ def resolve_targets(
         experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for the architecture's policy.
         exclude_modules: Names, or a regular expression, to leave out.
         layers_to_transform: Indices of the blocks to adapt; all when ``None``.
+        target_parameters: Names of parameters that get adapters besides, as in PEFT.
+        literal: Whether the names come from a stored adapter: they then mean all that PEFT finds, in encoders
+            and in single blocks too, nothing is added to them, and only names without a match are errors.
         strict: Whether unmatched names and uneven coverage are errors; else they are warnings.
         host: Where to look architectures up; default is the process's plugin host.
 
@@ -124,341 +50,10 @@ def resolve_targets(
         NoTargets: Nothing in the model can take an adapter.
         TargetError: An argument has no meaning.
     """
-    return _Resolver(model, experts, exclude_modules, layers_to_transform, strict, host or plugin_host()).run(
-        target_modules
-    )
-
-
-def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
-    """Names of the heads that a model's class adds to the pretrained part, which must be trained."""
-    if not any(task in type(model).__name__ for task in _TASKS):
-        return []
-    record = find_record(model, host or plugin_host())
-    known = record.heads if record is not None else ("score", "classifier", "qa_outputs")
-    return Structure(model).task_heads(known)
-
-
-def task_type(model: nn.Module) -> str | None:
-    """The task of a model in PEFT's words, from its class; ``None`` where PEFT has no wrapper that fits."""
-    name = type(model).__name__
-    for part, task in _TASKS.items():
-        if part in name:
-            return task
-    config = getattr(model, "config", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        # PEFT's wrappers for language models would pass input_ids to a speech or vision model.
-        return None
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    return None
-
-
-class _Resolver:
-    def __init__(
-        self,
-        model: nn.Module,
-        experts: str,
-        exclude: str | Sequence[str] | None,
-        layers: int | Sequence[int] | None,
-        strict: bool,
-        host: PluginHost,
-    ) -> None:
-        if experts not in ("default", "none", "routed", "shared"):
-            raise TargetError(f"experts must be 'default', 'none', 'routed' or 'shared', not {experts!r}")
-        self.model = model
-        self.structure = Structure(model)
-        self.record = find_record(model, host)
-        self.heads = task_heads(model, host)
-        chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-        self.candidates = Candidates(self.structure, self.record, self.heads, exclude, chosen_layers)
-        self.partial = exclude is not None or layers is not None
-        self.asked_experts = experts
-        self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
-        self.strict = strict
-        self.notes: list[str] = []
-
-    def run(self, wanted: str | Sequence[str] | None) -> TargetPlan:
-        hits, source = self._hits(wanted)
-        expert_hits = self._expert_hits(wanted)
-        modules = list(dict.fromkeys(path for hit in [*hits, *expert_hits[0]] for path in hit.modules))
-        parameters = [path for hit in expert_hits[1] for path in hit.modules]
-        if not modules and not parameters:
-            raise NoTargets(
-                f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
-                f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}.{self._experts_hint()}"
-            )
-        hits = [*hits, *expert_hits[0], *expert_hits[1]]
-        self._check_even(hits)
-        self._check_covered(wanted, [*modules, *parameters])
-        self._check_experts(wanted, [*modules, *parameters])
-        self._note_heads()
-        names, as_parameters = self._names_for_peft(modules)
-        fused = shortest_names(parameters, self.structure.parameters, parts=2)
-        return TargetPlan(
-            target_modules=names,
-            target_parameters=[*fused, *as_parameters],
-            rank_factors={name: 2 for name in fused if name.rpartition(".")[2] == "gate_up_proj"},
-            modules_to_save=self.heads,
-            task_type=task_type(self.model),
-            source=source,
-            hits=hits,
-            bare=self._bare(set(modules)),
-            coverage=self._coverage([*modules, *parameters]),
-            # A layer that is adapted through its bare weight must keep a float weight.
-            never=(*self.candidates.never, *(name.removesuffix(".weight") for name in as_parameters)),
-            vision=self.candidates.unreached(),
-            notes=self.notes,
-        )
-
-    # -- what was asked for --------------------------------------------------------------------
-
-    def _hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], str]:
-        if wanted is None:
-            return self._default()
-        if isinstance(wanted, str):
-            names = self._scope(wanted)
-            if names is not None:
-                return names, f"scope {wanted!r}"
-            return self._by_pattern(wanted), "the pattern given"
-        return self._by_names(list(dict.fromkeys(wanted))), "the names given"
-
-    def _default(self) -> tuple[list[TargetHit], str]:
-        if self.record is not None:
-            hits = self._by_record(self.record.targets)
-            if hits:
-                return hits, f"the registered architecture {self.record.model_type!r}"
-            why = (
-                f"the record of {self.record.model_type!r} names {', '.join(self.record.targets)}, none of which is in "
-                f"{type(self.model).__name__}"
-            )
-        else:
-            why = f"{type(self.model).__name__} is not registered"
-        available = self.candidates.linear
-        attention = [path for path in available if self.candidates.is_attention(path)]
-        chosen = attention or available
-        what = "attention layers" if attention else "linear layers, as no attention was recognised"
-        self.notes.append(
-            f"{why}: its structure was read, and all {len(chosen)} {what} in {len(self.structure.blocks)} blocks "
-            "were chosen"
-        )
-        return self._grouped(chosen), "the model's structure"
-
-    def _scope(self, name: str) -> list[TargetHit] | None:
-        own = dict(self.record.scopes) if self.record else {}
-        built_in: dict[str, Callable[[], list[str]]] = {
-            "all-linear": lambda: self.candidates.linear,
-            "attention": lambda: [p for p in self.candidates.linear if self.candidates.is_attention(p)],
-            "mlp": lambda: [p for p in self.candidates.linear if not self.candidates.is_attention(p)],
-            "vision": self.candidates.encoders,
-            "experts": list,
-        }
-        if name in own and name not in ("all-linear", "experts"):
-            return self._by_record(own[name])
-        if name in built_in:
-            return self._grouped(built_in[name]())
-        if re.fullmatch(r"[\w-]+", name) and not self.candidates.by_regex(name):
-            known = sorted({*SCOPES, *own})
-            near = difflib.get_close_matches(name, [*known, *self._leaves()], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownScope(
-                f"target_modules={name!r} is no scope and, read as a pattern for whole paths, matches nothing.{hint} "
-                f"Scopes: {', '.join(known)}. For a module name write [{name!r}]."
-            )
-        return None
-
-    def _by_pattern(self, pattern: str) -> list[TargetHit]:
-        found = self.candidates.by_regex(pattern)
-        if not found:
-            self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
-        return self._kept({pattern: self._permitted(pattern, found)})
-
-    def _by_record(self, names: Sequence[str]) -> list[TargetHit]:
-        """Hits of a record's names: it covers all variants of a type, so that a name may be absent."""
-        return self._kept({name: self.candidates.registered(name) for name in names})
-
-    def _by_names(self, names: Sequence[str]) -> list[TargetHit]:
-        found = {name: self.candidates.named(name) for name in names}
-        missing = [name for name, paths in found.items() if not paths]
-        if missing:
-            self._problem(
-                UnmatchedTargets,
-                f"No module that can take an adapter is called {', '.join(map(self._near, missing))}. "
-                + self._what_there_is(),
-            )
-        for name, paths in found.items():
-            self._note_encoders(name, paths)
-        return self._kept({name: self._permitted(name, paths) for name, paths in found.items()})
-
-    def _near(self, name: str) -> str:
-        stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
-        if stacked:
-            return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
-        near = difflib.get_close_matches(name, self._leaves(), n=3, cutoff=0.5)
-        return f"{name!r} (near: {', '.join(near) or 'nothing'})"
-
-    def _permitted(self, name: str, paths: list[str]) -> list[str]:
-        """The paths where an adapter makes sense.
-
-        Raises:
-            ForbiddenTargets: There is none among them.
-        """
-        allowed = [path for path in paths if not self.candidates.is_forbidden(path)]
-        if paths and not allowed:
-            raise ForbiddenTargets(
-                f"{name!r} means {len(paths)} modules, such as {paths[0]}, that must not get an adapter: their weight "
-                "is read without calling them, or the architecture's record lists them under `never`."
-            )
-        if len(allowed) < len(paths):
-            self.notes.append(f"{name!r} also means {len(paths) - len(allowed)} modules that must not get an adapter")
-        return allowed
-
-    def _note_encoders(self, name: str, taken: list[str]) -> None:
-        left = sum(path.endswith("." + name) for path in self.candidates.adaptable) - len(taken)
-        if left > 0:
-            self.notes.append(
-                f"{name!r} is also the name of {left} modules in encoders beside the language model, which get no "
-                "adapter; the scope 'vision' or a longer name reaches them"
-            )
-
-    def _kept(self, found: dict[str, list[str]]) -> list[TargetHit]:
-        """The hits without what exclude_modules and layers_to_transform leave out."""
-        kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
-        return [self._hit(name, paths) for name, paths in kept.items() if paths]
-
-    # -- experts -------------------------------------------------------------------------------
-
-    def _expert_hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], list[TargetHit]]:
-        """Hits in experts by the policy: layers, and stacked parameters."""
-        policy = "routed" if wanted == "experts" and self.policy == "none" else self.policy
-        named = self.asked_experts == "default" and wanted not in (None, "experts", "all-linear")
-        if policy == "none" or named:
-            return [], []
-        layers = self.candidates.shared_experts() if policy == "shared" else self.candidates.routed_layers()
-        parameters = self.candidates.routed_parameters() if policy == "routed" else []
-        if not layers and not parameters:
-            self._problem(
-                UnmatchedTargets, f"experts={policy!r}, and {type(self.model).__name__} has no {policy} experts."
-            )
-        return self._grouped(layers), self._grouped(parameters)
-
-    def _experts_hint(self) -> str:
-        if not self.candidates.routed_parameters():
-            return ""
-        return " Its routed experts are stacked parameters: the scope 'experts' or experts='routed' adapts them."
-
-    def _check_experts(self, wanted: str | Sequence[str] | None, taken: list[str]) -> None:
-        """Say how much of the weights lies in routed experts without adapter; loudly where all layers were meant."""
-        if set(self.candidates.routed_parameters()) <= set(taken):
-            return
-        share = self.structure.expert_share()
-        text = (
-            f"routed experts hold {share:.1%} of the weights and get no adapter (experts={self.policy!r}); "
-            "experts='routed' adapts them"
-        )
-        if wanted == "all-linear" and self.asked_experts == "default" and share > _MANY_EXPERTS:
-            warnings.warn(
-                f"target_modules='all-linear' reaches linear layers only: {text}, "
-                "experts='none' says that this is meant.",
-                TargetWarning,
-                stacklevel=2,
-            )
-        self.notes.append(text)
-
-    # -- the result ----------------------------------------------------------------------------
-
-    def _leaves(self) -> list[str]:
-        return sorted({path.rpartition(".")[2] for path in self.structure.linears})
-
-    def _patterns(self, limit: int) -> list[str]:
-        return list(dict.fromkeys(linear.pattern for linear in self.structure.linears.values()))[:limit]
-
-    def _what_there_is(self) -> str:
-        return f"Linear layers of {type(self.model).__name__}: {', '.join(self._leaves()[:20]) or 'none'}."
-
-    def _hit(self, name: str, paths: list[str]) -> TargetHit:
-        return TargetHit(name, paths, [self._shape(path) for path in paths])
-
-    def _shape(self, path: str) -> str:
-        linear = self.structure.linears.get(path)
-        if linear is not None:
-            return f"{linear.in_features} -> {linear.out_features}"
-        if path in self.structure.modules:
-            return type(self.structure.modules[path]).__name__
-        value = self.structure.parameters[path]
-        return " x ".join(str(size) for size in getattr(value, "ds_shape", value.shape))
-
-    def _grouped(self, paths: list[str]) -> list[TargetHit]:
-        """One hit for each different name, without what is left out."""
-        groups: dict[str, list[str]] = {}
-        for path in paths:
-            groups.setdefault(path.rpartition(".")[2], []).append(path)
-        return self._kept(groups)
-
-    def _names_for_peft(self, paths: list[str]) -> tuple[list[str], list[str]]:
-        """Names of modules, and of weights where PEFT would read a module's name as something else."""
-        names = shortest_names(paths, self.structure.modules)
-        rewritten = rewritten_names(self.model, names)
-        if not rewritten:
-            return names, []
-        self.notes.append(
-            f"PEFT reads {', '.join(sorted({name.rpartition('.')[2] for name in rewritten}))} in this model as routed "
-            f"experts; these {len(rewritten)} names are adapted as parameters, without dropout, and stay in float"
-        )
-        return [name for name in names if name not in rewritten], [f"{name}.weight" for name in sorted(rewritten)]
-
-    def _note_heads(self) -> None:
-        for head in self.heads:
-            alike = [p for p in self.structure.modules if p != head and p.endswith(head)]
-            alike = [path for path in alike if not path.startswith(head + ".")]
-            if alike:
-                self.notes.append(f"with the head {head!r} PEFT also trains and saves {', '.join(alike)}, named alike")
-
-    def _bare(self, adapted: set[str]) -> dict[str, int]:
-        counts = Counter(linear.pattern for path, linear in self.structure.linears.items() if path not in adapted)
-        return dict(counts)
-
-    def _coverage(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-        hit = self._blocks_hit(paths)
-        return {str(kind): (hit[kind], total) for kind, total in self.structure.kinds.items()}
-
-    def _blocks_hit(self, paths: Iterable[str]) -> Counter[BlockKind]:
-        blocks = {block for path in paths if (block := self.structure.block_of(path)) is not None}
-        return Counter(block.kind for block in blocks)
-
-    def _check_even(self, hits: list[TargetHit]) -> None:
-        """Refuse a name that was taken in some blocks of a kind and not in others."""
-        if self.partial:
-            return
-        for hit in hits:
-            for kind, count in self._blocks_hit(hit.modules).items():
-                total = self.structure.kinds[kind]
-                if count < total:
-                    self._problem(
-                        UnevenCoverage,
-                        f"{hit.name!r} reaches {count} of the {total} blocks of kind {kind} "
-                        f"({len(hit.modules)} modules). Name what the other blocks call it, or set "
-                        "layers_to_transform.",
-                    )
-
-    def _check_covered(self, wanted: str | Sequence[str] | None, paths: list[str]) -> None:
-        """Say which kinds of blocks stay without an adapter; loudly where names leave out part of a stack."""
-        hit = self._blocks_hit(paths)
-        stacks = {kind.stack for kind in hit}
-        for kind, total in self.structure.kinds.items():
-            if hit[kind] or self.candidates.is_encoder(kind.stack) or self.candidates.is_forbidden(kind.stack):
-                continue
-            text = f"none of the {total} blocks of kind {kind} has an adapter"
-            self.notes.append(text)
-            if kind.stack in stacks and not isinstance(wanted, str) and not self.partial:
-                warnings.warn(f"{text}; other blocks of the same stack have.", TargetWarning, stacklevel=2)
-
-    def _problem(self, error: type[TargetError], message: str) -> None:
-        if self.strict:
-            raise error(message)
-        warnings.warn(message, TargetWarning, stacklevel=2)
-        self.notes.append(message)
+    resolver = Resolver(model, experts, exclude_modules, layers_to_transform, strict, host or plugin_host())
+    if literal:
+        return resolver.read(target_modules or (), target_parameters or ())
+    return resolver.run(target_modules, target_parameters or ())
 
 
 __all__ = ["SCOPES", "TargetHit", "TargetPlan", "collapse", "resolve_targets", "task_heads", "task_type"]

@@ -15,6 +15,7 @@ from torch import nn
 from lora_plugins import Architecture, prepare_model
 from lora_plugins.errors import ForbiddenTargets, NoTargets, TargetWarning, UnmatchedTargets
 from lora_plugins.manager import PluginHost, PluginInfo
+from lora_plugins.model import preparation_of
 from lora_plugins.peft_names import shortest_names
 from lora_plugins.structure import Structure, matches
 from lora_plugins.targets import resolve_targets
@@ -215,6 +216,44 @@ def test_heads_of_unusual_classifiers(model_type: str, heads: list[str]) -> None
 def test_modules_that_peft_trains_with_a_head_are_said() -> None:
     notes = resolve_targets(small("modernvbert", "sequence classification")).notes
     assert any("'head' PEFT also trains and saves model.vision_model.head" in note for note in notes)
+
+
+# -- stored adapters and parameters by name ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wanted"),
+    [
+        ("llama", {"layers_to_transform": [1]}),
+        ("llava", {"target_modules": r".*q_proj"}),
+        ("mixtral", {"target_modules": "experts"}),
+        ("deepseek_v3", {"target_modules": "all-linear", "experts": "none"}),
+    ],
+)
+def test_stored_adapter_is_read_as_it_is(model_type: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    first: Any = prepare_model(small(model_type, device="cpu"), r=2, lora_dropout=0.0, **wanted)
+    first.save_pretrained(tmp_path)
+    again: Any = prepare_model(small(model_type, device="cpu"), adapter=tmp_path)
+    trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    record = preparation_of(again)
+    assert record is not None
+    assert record.plan is not None
+    assert len(set(paths(record.plan))) == len(trained) / 2, "the hit table is that of the adapter"
+
+
+def test_stored_name_without_match_is_an_error() -> None:
+    with pytest.raises(UnmatchedTargets, match="'gone'"):
+        resolve_targets(small("llama"), ["q_proj", "gone"], literal=True)
+
+
+def test_parameters_are_named_one_by_one() -> None:
+    model = small("mixtral")
+    plan = resolve_targets(model, ["q_proj"], target_parameters=["gate.weight"])
+    assert plan.target_parameters == ["gate.weight"]
+    assert plan.rank_factors == {}
+    with pytest.raises(UnmatchedTargets, match=r"No parameter is called 'gate\.wait'"):
+        resolve_targets(model, ["q_proj"], target_parameters=["gate.wait"])
 
 
 # -- names for PEFT ----------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""The records of a choice of target modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TargetHit:
+    """One requested name and the modules that it matched.
+
+    Attributes:
+        name: The name as it was asked for or registered.
+        modules: Paths of the matched modules.
+        shapes: ``"in -> out"`` of each, in the same order.
+    """
+
+    name: str
+    modules: list[str]
+    shapes: list[str]
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What PEFT is told, and how it was found.
+
+    Attributes:
+        target_modules: Explicit names: short where the short name matches just the wanted modules, else paths.
+        target_parameters: Names of stacked expert parameters.
+        rank_factors: By how much the rank of such a parameter is multiplied: two projections that are
+            stored as one get a decomposition each.
+        modules_to_save: Names of new heads, trained and saved whole.
+        task_type: The task in PEFT's words, ``None`` where it has no word for it.
+        source: Who named the targets.
+        hits: The hit table.
+        bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
+        coverage: For each kind of block, how many have an adapter and how many there are.
+        never: Names that stay untouched, by quantization as well.
+        vision: Parts of paths that a batch may pass by: encoders, cross-attention without an encoder.
+        notes: Sentences for the report.
+    """
+
+    target_modules: list[str]
+    target_parameters: list[str] = field(default_factory=list)
+    rank_factors: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    task_type: str | None = None
+    source: str = ""
+    hits: list[TargetHit] = field(default_factory=list)
+    bare: dict[str, int] = field(default_factory=dict)
+    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
+    never: tuple[str, ...] = ()
+    vision: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
