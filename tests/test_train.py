@@ -1,0 +1,292 @@
+"""The command ``train`` as its users start it: a small BLOOM, dialogues in a JSONL file, a merged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import twin
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_plugins import prepare_model
+from lora_plugins.errors import ResumeError
+from lora_plugins.training.checkpoints import find_checkpoints
+from lora_plugins.training.run import run
+
+STEPS = 24
+SAVE_STEPS = 4
+SETTINGS = [
+    *("--chunk-length", "128", "--learning_rate", "1e-2", "--max_steps", str(STEPS), "--logging_steps", "4"),
+    *("--save_strategy", "steps", "--save_steps", str(SAVE_STEPS), "--save_total_limit", "10"),
+    *("--eval_strategy", "steps", "--eval_steps", str(STEPS)),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's tests find the base model and the data, and keep their caches."""
+
+    folder: Path
+
+    def arguments(self, output: str, *more: str) -> list[str]:
+        given = ["--model", "base", "--dataset", "train.jsonl", "--eval_dataset", "test.jsonl", "--output_dir", output]
+        return ["train", *given, *SETTINGS, *more]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "HF_HOME": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *words: str, program: tuple[str, ...] = ("-m", "lora_plugins")) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *program, *words]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, check=False
+        )
+
+    def metrics(self, output: str) -> dict[str, Any]:
+        return json.loads((self.folder / output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("train")
+    twin.make_base(folder / "base")
+    twin.write_jsonl(folder / "train.jsonl", twin.dialogues(120, seed=1))
+    twin.write_jsonl(folder / "test.jsonl", twin.dialogues(20, seed=2))
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> subprocess.CompletedProcess[str]:
+    """The uninterrupted run, in the folder ``whole``."""
+    done = place.run(*place.arguments("whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# -- the whole command -------------------------------------------------------------------------
+
+
+def test_counts_distance_and_places_are_printed(place: Place, whole: subprocess.CompletedProcess[str]) -> None:
+    counts = place.metrics("whole")["data"]["train"]
+    assert counts["examples"] == 120
+    assert counts["chunks"] * 128 + counts["left_over"] == counts["tokens"]
+    assert f"120 examples, {counts['tokens']:,} tokens -> {counts['chunks']} chunks of 128" in whole.stdout
+    assert "trainable params: 4,096" in whole.stdout
+    assert "Merged model in whole/model: float16" in whole.stdout
+    assert "KL divergence" in whole.stdout
+    assert "Traceback" not in whole.stderr
+
+
+def test_run_leaves_adapter_model_report_and_loss_curve(place: Place, whole: subprocess.CompletedProcess[str]) -> None:
+    folder = place.folder / "whole"
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 32, 0.05)
+    assert config["target_modules"] == ["query_key_value"]
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert recipe["quantization"] == {"name": "int8", "skip_modules": ["lm_head"]}
+    assert not (folder / "adapter" / "training_args.bin").exists()
+    assert json.loads((folder / "parameter_report.json").read_text())["trainable"] == 4096
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (folder / "model").iterdir()} >= {"config.json", "model.safetensors", "recipe.json"}
+
+
+# What somebody does who has never heard of lora-plugins.
+PLAIN = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+prompts = json.loads(sys.stdin.read())
+texts = []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=16, do_sample=False)
+    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
+assert not {"lora_plugins", "peft"} & set(sys.modules), "plain transformers needs neither"
+print(json.dumps(texts))
+"""
+
+
+def test_plain_transformers_loads_the_model_and_it_writes_other_texts(
+    place: Place, whole: subprocess.CompletedProcess[str]
+) -> None:
+    prompts = [twin.PROMPT.format(**row) for row in twin.dialogues(4, seed=3)]
+    texts = {}
+    for name in ("base", "whole/model"):
+        done = subprocess.run(
+            [sys.executable, "-c", PLAIN, name],
+            input=json.dumps(prompts),
+            cwd=place.folder,
+            env=place.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        texts[name] = json.loads(done.stdout)
+    assert all(base != merged for base, merged in zip(texts["base"], texts["whole/model"], strict=True))
+
+
+def held_out_loss(model: Any, tokenizer: Any) -> float:
+    """Mean negative log-likelihood of held-out dialogues with their summaries, in nats a token."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for row in twin.dialogues(20, seed=2):
+        ids = tokenizer(twin.PROMPT.format(**row) + row["summary"] + "</s>", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    return total / tokens
+
+
+def test_held_out_loss_of_the_merged_model_is_the_adapters(
+    place: Place, whole: subprocess.CompletedProcess[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(place.folder / "base")
+    before = held_out_loss(base, tokenizer)
+    trained = prepare_model(base, adapter=place.folder / "whole" / "adapter", quantization="int8")
+    adapter = held_out_loss(trained, tokenizer)
+    merged = held_out_loss(AutoModelForCausalLM.from_pretrained(place.folder / "whole" / "model"), tokenizer)
+    assert adapter < 0.9 * before
+    assert merged == pytest.approx(adapter, rel=0.01)
+
+
+# -- interruption and resuming -----------------------------------------------------------------
+
+
+def assert_same_end(place: Place, output: str) -> None:
+    """The run in ``output`` ended as the uninterrupted one did."""
+    assert place.metrics(output)["eval_loss"] == pytest.approx(place.metrics("whole")["eval_loss"], abs=1e-4)
+    expected = load_file(place.folder / "whole" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(place.folder / output / "adapter" / "adapter_model.safetensors").items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
+
+
+def kill_and_resume(place: Place, output: str, *points: str) -> str:
+    """Start a run, kill it at each point in turn, and let it come to its end; returns what the last one printed."""
+    killer = str(Path(__file__).parent / "killed_run.py")
+    for number, point in enumerate(points):
+        resume = ("--resume",) if number else ()
+        done = place.run(point, *place.arguments(output, "--merge", "none", *resume), program=(killer,))
+        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout}{done.stderr}"
+    done = place.run(*place.arguments(output, "--merge", "none", "--resume"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_end(place, output)
+    return done.stdout
+
+
+def test_resume_after_sigkill_equals_the_uninterrupted_run(
+    place: Place, whole: subprocess.CompletedProcess[str]
+) -> None:
+    """Killed between two micro-batches, and again inside the writing of a checkpoint."""
+    said = kill_and_resume(place, "killed", "forward:12", "open:checkpoint-12/trainer_state.json")
+    assert "checkpoint-12 is incomplete and passed over" in said
+    assert "Going on from killed/checkpoint-8" in said
+
+
+def random_points() -> list[str]:
+    """Seven moments of training and three of writing a checkpoint."""
+    generator = random.Random(20230322)
+    points = [f"forward:{number}" for number in generator.sample(range(1, 2 * STEPS), 7)]
+    for name in ("adapter_config.json", "README.md", "trainer_state.json"):
+        points.append(f"open:checkpoint-{generator.randrange(1, STEPS // SAVE_STEPS) * SAVE_STEPS}/{name}")
+    return points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", random_points())
+def test_resume_after_sigkill_at_random_points(
+    place: Place, whole: subprocess.CompletedProcess[str], point: str
+) -> None:
+    kill_and_resume(place, point.replace(":", "-").replace("/", "-"), point)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_a_checkpoint_and_ends_without_a_traceback(
+    place: Place, whole: subprocess.CompletedProcess[str], number: signal.Signals
+) -> None:
+    output = number.name.lower()
+    command = [sys.executable, "-m", "lora_plugins", *place.arguments(output, "--save_steps", "1000")]
+    with subprocess.Popen(
+        command, cwd=place.folder, env=place.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "'loss'" in line:
+                process.send_signal(number)
+                break
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    checkpoints = find_checkpoints(place.folder / output)
+    assert checkpoints.newest is not None
+    assert f"{checkpoints.newest.name} is in {output}" in said
+    step = int(checkpoints.newest.name.rpartition("-")[2])
+    assert 0 < step < STEPS
+    assert not (place.folder / output / "adapter").exists()
+    if number is signal.SIGTERM:
+        done = place.run(*place.arguments(output, "--save_steps", "1000", "--merge", "none", "--resume"))
+        assert done.returncode == 0, done.stderr
+        assert_same_end(place, output)
+
+
+def test_checkpoints_cut_off_anywhere_are_passed_over(
+    place: Place, whole: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    for step in (4, 8):
+        shutil.copytree(place.folder / "whole" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    newest = tmp_path / "checkpoint-8"
+    assert find_checkpoints(tmp_path).newest == newest
+    files = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    for name in (*files, "adapter_config.json"):
+        content = (newest / name).read_bytes()
+        for length in (0, 1, len(content) // 2, len(content) - 2):
+            (newest / name).write_bytes(content[:length])
+            found = find_checkpoints(tmp_path)
+            assert found.newest == tmp_path / "checkpoint-4", f"{name} cut to {length} bytes"
+            assert newest in found.broken
+        (newest / name).unlink()
+        assert find_checkpoints(tmp_path).newest == tmp_path / "checkpoint-4", name
+        (newest / name).write_bytes(content)
+    assert find_checkpoints(tmp_path).newest == newest
+    # One process's random state is not those of two.
+    assert find_checkpoints(tmp_path, processes=2).newest is None
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def test_new_run_over_old_checkpoints_is_refused(
+    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    with pytest.raises(ResumeError, match=r"an earlier run, the newest checkpoint-24\. Add --resume"):
+        run(place.arguments("whole")[1:])
+
+
+def test_resuming_with_other_arguments_is_refused(
+    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    with pytest.raises(ResumeError, match="--chunk_length was 128 and is 64; --seed was 42 and is 1"):
+        run(place.arguments("whole", "--resume", "--chunk-length", "64", "--seed", "1")[1:])
+
+
+def test_misspelt_flag_is_a_message_and_an_exit_code(place: Place) -> None:
+    done = place.run(*place.arguments("none", "--lerning_rate", "1"))
+    assert done.returncode == 1
+    assert "--lerning_rate is no flag. Did you mean --learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place.folder / "none").exists()
