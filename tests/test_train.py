@@ -200,9 +200,9 @@ def random_points() -> list[str]:
     """Seven moments of training and three of writing a checkpoint."""
     generator = random.Random(20230322)
     points = [f"forward:{number}" for number in generator.sample(range(1, 2 * STEPS), 7)]
-    for name in ("adapter_config.json", "README.md", "trainer_state.json"):
-        points.append(f"open:checkpoint-{generator.randrange(1, STEPS // SAVE_STEPS) * SAVE_STEPS}/{name}")
-    return points
+    names = ("adapter_config.json", "README.md", "trainer_state.json")
+    steps = [generator.randrange(1, STEPS // SAVE_STEPS) * SAVE_STEPS for _ in names]
+    return points + [f"open:checkpoint-{step}/{name}" for step, name in zip(steps, names, strict=True)]
 
 
 @pytest.mark.slow

@@ -35,9 +35,12 @@ def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset 
     share = held_out_share(recipe)
     if share is None:
         return train, load_split(recipe.dataset, recipe.eval_split) if recipe.eval_split else None
-    if len(train) < 2 or round(len(train) * share) < 1:
-        raise DataError(f"--eval_split {share} of {len(train)} examples is less than one. Hold out more.")
-    parts = train.train_test_split(test_size=share, seed=seed)
+    count = round(len(train) * share)
+    if not 0 < count < len(train):
+        raise DataError(
+            f"--eval_split {share} of {len(train)} examples is {count}: nothing is left for one of the two."
+        )
+    parts = train.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
 

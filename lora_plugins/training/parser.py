@@ -205,7 +205,7 @@ def _check(recipe: RecipeArguments) -> None:
         raise ArgumentsError(f"--r must be at least 1, not {recipe.r}")
     if not 0 <= recipe.lora_dropout < 1:
         raise ArgumentsError(f"--lora_dropout must be at least 0 and below 1, not {recipe.lora_dropout}")
-    if recipe.eval_split and recipe.eval_dataset and _share(recipe.eval_split) is not None:
+    if held_out_share(recipe) is not None and recipe.eval_dataset:
         raise ArgumentsError(
             f"--eval_split {recipe.eval_split} holds out a part of --dataset and --eval_dataset {recipe.eval_dataset} "
             "is another one. Give one of them."

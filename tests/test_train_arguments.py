@@ -1,0 +1,219 @@
+"""Flags and YAML of ``lora-plugins train``: the recipe's defaults, and nothing unknown passes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_plugins.errors import ArgumentsError
+from lora_plugins.training.arguments import RecipeArguments
+from lora_plugins.training.parser import FORMER_NAMES, flag_names, make_parser, parse
+from lora_plugins.training.prepare import completion_only, lora_arguments, packs
+from lora_plugins.training.publishing import Publication
+
+NEEDED = ["--model", "m", "--dataset", "d"]
+
+
+def ours(*words: str) -> RecipeArguments:
+    return parse([*NEEDED, *words])[0]
+
+
+def test_defaults_are_the_recipe() -> None:
+    recipe, training = parse(NEEDED)
+    assert (recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules) == (8, 32, 0.05, None)
+    assert (recipe.quantization, recipe.chunk_length, recipe.merge) == ("int8", 1536, "fp16")
+    assert recipe.template == "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n{summary}{eos_token}"
+    assert (training.num_train_epochs, training.learning_rate, training.seed) == (3, 2e-4, 42)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 2)
+    assert training.gradient_checkpointing
+    assert training.optim == "adafactor"
+    assert training.logging_steps == 10
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_follows_the_hardware_until_told(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe compared the capability with 8, which switches bf16 off on everything newer."""
+    monkeypatch.setattr("lora_plugins.precision.fast_bfloat16", lambda device: fast)
+    assert parse(NEEDED)[1].bf16 is fast
+    assert parse([*NEEDED, "--bf16", "False"])[1].bf16 is False
+    assert parse([*NEEDED, "--bf16", "--use_cpu"])[1].bf16 is True
+
+
+@pytest.mark.parametrize("word", ["False", "false", "0", "no"])
+def test_false_is_false(word: str) -> None:
+    """``type=bool`` reads "False" as true."""
+    assert ours("--resume", word).resume is False
+    assert parse([*NEEDED, "--gradient_checkpointing", word])[1].gradient_checkpointing is False
+    assert ours("--resume").resume is True
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    assert ours("--chunk-length", "5").chunk_length == ours("--chunk_length=5").chunk_length == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate is no flag. Did you mean --learning_rate"),
+        (["--learning-rat=1"], "--learning-rat is no flag. Did you mean --learning_rate"),
+        (["--quant", "int8"], "--quant is no flag. Did you mean --quantization"),
+        (["--num_train", "1"], "--num_train is no flag"),
+        (["--epochs", "1"], "Use --num_train_epochs"),
+        (["--load_in_8bit", "True"], "Use --quantization int8"),
+        (["--overwrite_output_dir"], "Use --resume, or another --output_dir"),
+        (["stray"], "'stray' stands where a flag was expected"),
+        (["--r", "eight"], "Argument --r: invalid int value: 'eight'"),
+        (["--r", "0"], "--r must be at least 1, not 0"),
+        (["--merge", "fp8"], "invalid choice: 'fp8'"),
+        (["--resume", "perhaps"], "perhaps"),
+        (["--optim", "adafactory"], "adafactory"),
+        (["--chunk_length", "0"], "--chunk_length must be at least 1, not 0"),
+        (["--lora_dropout", "1.5"], "--lora_dropout must be at least 0 and below 1, not 1.5"),
+        (["--eval_split", "2"], "--eval_split must be the name of a split or a number between 0 and 1, not 2"),
+        (["--eval_strategy", "epoch"], "nothing to evaluate on"),
+        (["--early_stopping_patience", "2"], "nothing to evaluate on"),
+        (["--lora", "{"], "--lora must be a JSON object, not '{'"),
+        (["--lora", '{"r": 4}'], "--lora has r, which has a flag of its own: --r"),
+        (["--config"], "--config must be followed by the path"),
+        (["--config", "a", "--config", "b"], "--config was given 2 times"),
+        (["--config", "missing.yaml"], "missing.yaml can't be read"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ArgumentsError) as caught:
+        parse([*NEEDED, *words])
+    assert message in str(caught.value)
+
+
+def test_missing_flags_are_named() -> None:
+    with pytest.raises(ArgumentsError, match="required: --model, --dataset"):
+        parse([])
+
+
+def test_nothing_is_abbreviated() -> None:
+    """No prefix of a flag is that flag, unless it is a flag itself."""
+    names = flag_names(make_parser())
+    for name in ("model", "dataset", "resume", "learning_rate", "seed"):
+        assert name in names
+        with pytest.raises(ArgumentsError):
+            parse([*NEEDED, f"--{name[:-1]}", "1"])
+
+
+def test_former_names_are_no_flags_and_point_to_flags() -> None:
+    names = flag_names(make_parser())
+    assert not set(FORMER_NAMES) & set(names)
+    pointed = [target.split(",")[0].split()[0] for target in FORMER_NAMES.values()]
+    assert {target.removeprefix("--") for target in pointed if target.startswith("--")} <= set(names)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_yaml_and_flags_together(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "run.yaml",
+        "model: m\ndataset: d\nlearning_rate: 1e-3\nr: 4\nresume: true\ntarget-modules: [q_proj, v_proj]\n"
+        "lora: {use_dora: true}\nbf16: false\nrevision:\ntemplate: |-\n  Q: {q}\n  A: {a}{eos_token}\n",
+    )
+    recipe, training = parse(["--config", file, "--r", "16"])
+    assert (recipe.model, recipe.r, recipe.resume, recipe.revision) == ("m", 16, True, None)
+    assert recipe.template == "Q: {q}\nA: {a}{eos_token}"
+    assert training.learning_rate == 1e-3
+    assert training.bf16 is False
+    expected = {"r": 16, "use_dora": True, "target_modules": ["q_proj", "v_proj"], "quantization": "int8"}
+    assert {**lora_arguments(recipe), **expected} == lora_arguments(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "key 'lerning_rate', which is no flag. Did you mean --learning_rate"),
+        ("help: 1", "key 'help', which is no flag"),
+        ("config: other.yaml", "key 'config', which is no flag"),
+        ("r: eight", "invalid int value: 'eight'"),
+        ("r: [8]", "gives r a list, [8]; it takes one value"),
+        ("- r", "must hold 'name: value' lines, not a list"),
+        ("r: [", "can't be read"),
+    ],
+)
+def test_mistakes_in_yaml_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ArgumentsError) as caught:
+        parse([*NEEDED, "--config", write(tmp_path / "run.yaml", text)])
+    assert message in str(caught.value)
+
+
+def test_empty_yaml_changes_nothing(tmp_path: Path) -> None:
+    assert parse([*NEEDED, "--config", write(tmp_path / "run.yaml", "# nothing\n")])[0] == ours()
+
+
+def test_early_stopping_keeps_the_best_and_evaluates_as_it_saves() -> None:
+    words = ["--eval_split", "0.1", "--early_stopping_patience", "2"]
+    training = parse([*NEEDED, *words])[1]
+    assert training.load_best_model_at_end
+    assert training.eval_strategy == training.save_strategy == "epoch"
+    training = parse([*NEEDED, *words, "--eval_strategy", "steps", "--eval_steps", "7"])[1]
+    assert (training.save_strategy, training.save_steps) == ("steps", 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [
+        ([], None),
+        (["attention"], "attention"),
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ([r".*\.q_proj"], r".*\.q_proj"),
+    ],
+)
+def test_targets_are_names_a_scope_or_a_pattern(words: list[str], targets: Any) -> None:
+    recipe = ours(*(["--target_modules", *words] if words else []))
+    assert lora_arguments(recipe).get("target_modules") == targets
+
+
+def test_loss_and_packing_follow_each_other_until_told() -> None:
+    def decided(*words: str) -> tuple[bool, bool]:
+        recipe = ours(*words)
+        return completion_only(recipe), packs(recipe)
+
+    assert decided() == (False, True)
+    assert decided("--loss_on", "completion") == (True, False)
+    assert decided("--template", "chat") == (True, False)
+    assert decided("--template", "chat", "--loss_on", "all") == (False, True)
+    assert decided("--loss_on", "completion", "--packing", "true") == (True, True)
+    assert decided("--packing", "false") == (False, False)
+
+
+def test_no_quantization() -> None:
+    assert lora_arguments(ours("--quantization", "none"))["quantization"] is None
+
+
+@pytest.mark.parametrize("reference", ["name", "org/name", "org/name@", "a/b/c@1.0", "org/name@1 2"])
+def test_push_is_checked_before_anything_is_trained(reference: str) -> None:
+    with pytest.raises(ArgumentsError, match="--push must be org/name@1"):
+        Publication.of(reference)
+    assert Publication.of("org/name@1.2.0rc1") == Publication("org/name", "1.2.0rc1")
+    assert Publication.of("org/na.me@minor") == Publication("org/na.me", "minor")
+    assert Publication.of(None) is None
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom lora_plugins.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--chunk-length CHUNK_LENGTH" in done.stdout
+    assert "adafactor" in done.stdout
+
+
+def test_cpu_is_asked_for_where_there_is_nothing_else() -> None:
+    assert parse(NEEDED)[1].use_cpu is not torch.accelerator.is_available()
