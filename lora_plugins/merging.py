@@ -17,6 +17,7 @@ from lora_plugins.quantization import Quantization, adapter_modules, base_of, ow
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -257,11 +258,9 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
     import torch
     from peft.tuners.lora.layer import LoraLayer
 
-    from lora_plugins.model import prepare_model
-
     dtype = model.dtype
     quantization = job.quantization if same else None
-    wrapped = prepare_model(model, adapter=job.folder, compute_dtype="auto")
+    wrapped = _wrap(model, job.folder)
     rounded = _layers_to_round(wrapped, quantization)
     lora = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
     with torch.no_grad():
@@ -285,6 +284,21 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
         heads = [module.modules_to_save[module.active_adapters[0]] for module in _trained_whole(wrapped)]
         merged: PreTrainedModel = wrapped.unload()
     return _cleaned(merged, heads, dtype)
+
+
+def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter into the base; every tensor of it must have a place there."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    wrapped = PeftModel.from_pretrained(model, str(folder))
+    file = adapters.find_adapter_file(folder, "default")
+    if file is None:
+        raise MergeError(f"The folder {folder} has no {adapters.ADAPTER_FILE}.")
+    with safe_open(str(file), framework="pt") as stored:
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    adapters.check_same_tensors(shapes, adapters.adapter_shapes(wrapped, "default"), file)
+    return wrapped
 
 
 def _trained_whole(model: nn.Module) -> list[Any]:
