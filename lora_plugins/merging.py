@@ -281,9 +281,8 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
         for base in rounded:
             assert quantization is not None, "nothing is rounded without a backend"
             base.weight.data = _rounded(base, quantization).to(dtype)
-        heads = [module.modules_to_save[module.active_adapters[0]] for module in _trained_whole(wrapped)]
         merged: PreTrainedModel = wrapped.unload()
-    return _cleaned(merged, heads, dtype)
+    return _cleaned(merged, dtype)
 
 
 def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -301,19 +300,10 @@ def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
     return wrapped
 
 
-def _trained_whole(model: nn.Module) -> list[Any]:
-    from peft.utils import ModulesToSaveWrapper
-
-    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
-
-def _cleaned(merged: PreTrainedModel, heads: list[nn.Module], dtype: torch.dtype) -> PreTrainedModel:
-    """Bring what came out of the adapter (trained heads) to the output's dtype, and untie what has become two."""
+def _cleaned(merged: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Freeze the result, and untie the head where training has made it another one."""
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
-    for module in heads:
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
         merged.config.tie_word_embeddings = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,18 @@ from lora_plugins.training.checkpoints import find_checkpoints
 from lora_plugins.training.run import run
 
 STEPS = 24
-SAVE_STEPS = 4
+SAVE_STEPS = LOGGING_STEPS = 4
 SETTINGS = [
-    *("--chunk-length", "128", "--learning_rate", "1e-2", "--max_steps", str(STEPS), "--logging_steps", "4"),
+    *(
+        "--chunk-length",
+        "128",
+        "--learning_rate",
+        "1e-2",
+        "--max_steps",
+        str(STEPS),
+        "--logging_steps",
+        str(LOGGING_STEPS),
+    ),
     *("--save_strategy", "steps", "--save_steps", str(SAVE_STEPS), "--save_total_limit", "10"),
     *("--eval_strategy", "steps", "--eval_steps", str(STEPS)),
 ]
@@ -184,6 +194,10 @@ def kill_and_resume(place: Place, output: str, *points: str) -> str:
     done = place.run(*place.arguments(output, "--merge", "none", "--resume"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_end(place, output)
+    # It went on: what was done before the checkpoint was not done again.
+    found = re.search(rf"Going on from {output}/checkpoint-(\d+)", done.stdout)
+    assert found or "No complete checkpoint" in done.stdout
+    assert done.stdout.count("'loss'") == (STEPS - (int(found[1]) if found else 0)) / LOGGING_STEPS
     return done.stdout
 
 

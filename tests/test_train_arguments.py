@@ -67,7 +67,7 @@ def test_dashes_and_underscores_are_the_same() -> None:
         (["--load_in_8bit", "True"], "Use --quantization int8"),
         (["--overwrite_output_dir"], "Use --resume, or another --output_dir"),
         (["stray"], "'stray' stands where a flag was expected"),
-        (["--r", "eight"], "Argument --r: invalid int value: 'eight'"),
+        (["--r", "eight"], "invalid int value: 'eight'"),
         (["--r", "0"], "--r must be at least 1, not 0"),
         (["--merge", "fp8"], "invalid choice: 'fp8'"),
         (["--resume", "perhaps"], "perhaps"),
@@ -93,6 +93,11 @@ def test_mistakes_are_named(words: list[str], message: str) -> None:
 def test_missing_flags_are_named() -> None:
     with pytest.raises(ArgumentsError, match="required: --model, --dataset"):
         parse([])
+
+
+def test_one_letter_takes_one_dash_too() -> None:
+    """SageMaker's toolkit writes hyperparameters of one letter so."""
+    assert ours("-r", "4").r == 4
 
 
 def test_nothing_is_abbreviated() -> None:
@@ -170,6 +175,7 @@ def test_early_stopping_keeps_the_best_and_evaluates_as_it_saves() -> None:
         (["q_proj"], ["q_proj"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         ([r".*\.q_proj"], r".*\.q_proj"),
+        (['["q_proj", "v_proj"]'], ["q_proj", "v_proj"]),
     ],
 )
 def test_targets_are_names_a_scope_or_a_pattern(words: list[str], targets: Any) -> None:

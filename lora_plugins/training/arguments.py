@@ -79,7 +79,7 @@ class RecipeArguments:
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     quantization: str = field(default="int8", metadata={"help": "Backend of the frozen base, or 'none'."})
-    r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    r: int = field(default=8, metadata={"help": "Rank of the adapters.", "aliases": ["-r"]})
     lora_alpha: int = field(
         default=32, metadata={"help": "Scale of the adapters: the update is multiplied by alpha / r."}
     )

@@ -103,6 +103,7 @@ class _Formatter(argparse.HelpFormatter):
         flags = [flag for flag in action.option_strings if "_" not in flag]
         if action.nargs == 0:
             return ", ".join(flags)
+        flags = [flag for flag in flags if flag.startswith("--")]
         name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
         value = "|".join(map(str, action.choices)) if action.choices else name
         return f"{flags[-1]} {value}" + (" …" if action.nargs == "+" else "")

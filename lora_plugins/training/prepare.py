@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,9 @@ def quantization_name(recipe: RecipeArguments) -> str | None:
 def _targets(words: list[str]) -> str | list[str]:
     from lora_plugins.targets import SCOPES
 
+    if len(words) == 1 and words[0].startswith('["'):
+        # Hyperparameters of a job are single values: a list comes as JSON.
+        return [str(name) for name in json.loads(words[0])]
     if len(words) == 1 and (words[0] in SCOPES or _PATTERN & set(words[0])):
         return words[0]
     return words

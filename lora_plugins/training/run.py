@@ -73,6 +73,7 @@ class TrainingRun:
 
         publication = Publication.of(self.recipe.push)
         checkpoint = self._checkpoint()
+        # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
