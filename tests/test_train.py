@@ -148,27 +148,15 @@ def test_plain_transformers_loads_the_model_and_it_writes_other_texts(
     assert all(base != merged for base, merged in zip(texts["base"], texts["whole/model"], strict=True))
 
 
-def held_out_loss(model: Any, tokenizer: Any) -> float:
-    """Mean negative log-likelihood of held-out dialogues with their summaries, in nats a token."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for row in twin.dialogues(20, seed=2):
-        ids = tokenizer(twin.PROMPT.format(**row) + row["summary"] + "</s>", return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    return total / tokens
-
-
 def test_held_out_loss_of_the_merged_model_is_the_adapters(
     place: Place, whole: subprocess.CompletedProcess[str]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place.folder / "base")
     base = AutoModelForCausalLM.from_pretrained(place.folder / "base")
-    before = held_out_loss(base, tokenizer)
+    before = twin.held_out_loss(base, tokenizer)
     trained = prepare_model(base, adapter=place.folder / "whole" / "adapter", quantization="int8")
-    adapter = held_out_loss(trained, tokenizer)
-    merged = held_out_loss(AutoModelForCausalLM.from_pretrained(place.folder / "whole" / "model"), tokenizer)
+    adapter = twin.held_out_loss(trained, tokenizer)
+    merged = twin.held_out_loss(AutoModelForCausalLM.from_pretrained(place.folder / "whole" / "model"), tokenizer)
     assert adapter < 0.9 * before
     assert merged == pytest.approx(adapter, rel=0.01)
 
@@ -254,6 +242,52 @@ def test_signal_saves_a_checkpoint_and_ends_without_a_traceback(
         done = place.run(*place.arguments(output, "--save_steps", "1000", "--merge", "none", "--resume"))
         assert done.returncode == 0, done.stderr
         assert_same_end(place, output)
+
+
+def test_resuming_a_finished_run_trains_no_further_step(
+    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+    shutil.copytree("whole", "finished", ignore=shutil.ignore_patterns("adapter", "model", "metrics.json"))
+    assert run(place.arguments("finished", "--merge", "none", "--resume")[1:]) == 0
+    assert_same_end(place, "finished")
+    # The last entry tells how long training took.
+    assert place.metrics("finished")["log"] == place.metrics("whole")["log"][:-1]
+
+
+def test_early_stopping_keeps_the_best_adapter(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+    settings = ["--early_stopping_patience", "2", "--eval_steps", "2", "--learning_rate", "0.3", "--merge", "none"]
+    assert run(place.arguments("stopped", *settings)[1:]) == 0
+    losses = [entry["eval_loss"] for entry in place.metrics("stopped")["log"] if "eval_loss" in entry]
+    assert len(losses) < STEPS / 2, "it stopped"
+    best = place.folder / "stopped" / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
+    kept = load_file(place.folder / "stopped" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(best / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, kept[name])
+
+
+def test_conversations_on_a_base_in_four_bits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+    shutil.copytree("base", "chat-base")
+    (place.folder / "chat-base" / "chat_template.jinja").write_text(
+        "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": r["dialogue"]}, {"role": "assistant", "content": r["summary"]}]}
+        for r in twin.dialogues(40)
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", "chat-base", "--dataset", "chat.jsonl", "--output_dir", "chat", "--template", "chat"]
+    settings = ["--quantization", "nf4", "--merge", "same", "--max_steps", "6", "--learning_rate", "1e-2"]
+    assert run([*words, *settings]) == 0
+    metrics = place.metrics("chat")
+    assert metrics["data"]["train"]["kept"] == 40
+    assert metrics["merge"]["distance"]["relative"] < 1e-4
 
 
 def test_checkpoints_cut_off_anywhere_are_passed_over(

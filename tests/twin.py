@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -77,3 +78,16 @@ def make_base(folder: Path, *, steps: int = 60) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def held_out_loss(model: Any, tokenizer: Any, count: int = 20) -> float:
+    """Mean negative log-likelihood of unseen dialogues with their summaries, in nats a token."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for row in dialogues(count, seed=2):
+        text = PROMPT.format(**row) + row["summary"] + tokenizer.eos_token
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    return total / tokens

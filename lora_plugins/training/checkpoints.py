@@ -8,8 +8,12 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_plugins.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -54,6 +58,14 @@ def checkpoint_folders(output: Path) -> list[Path]:
     """The folders of checkpoints, newest step first."""
     steps = {path: _NAME.fullmatch(path.name) for path in output.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, match in steps.items() if match), key=_step, reverse=True)
+
+
+def finished_state(checkpoint: Path) -> TrainerState | None:
+    """Return the Trainer's state in a checkpoint whose run has done all its steps, ``None`` for any other."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    return state if state.global_step >= state.max_steps else None
 
 
 def _step(folder: Path) -> int:

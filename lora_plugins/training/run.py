@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.merging import RECIPE_FILE, merge_and_save
 from lora_plugins.training import prepare
 from lora_plugins.training.arguments import RecipeArguments
-from lora_plugins.training.checkpoints import find_checkpoints
+from lora_plugins.training.checkpoints import find_checkpoints, finished_state
 from lora_plugins.training.output import (
     RUN_FILE,
     Folders,
@@ -81,7 +82,7 @@ class TrainingRun:
         if self.is_main:
             write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
         with interruption.listening():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            self._train(trainer, checkpoint)
         if interruption.stopped_at is not None:
             return self._interrupted(interruption)
         self._save(trainer)
@@ -136,6 +137,19 @@ class TrainingRun:
             callbacks=[*callbacks, interruption],
         )
         return trainer, interruption
+
+    def _train(self, trainer: Trainer, checkpoint: str | None) -> None:
+        """Train, or take over what a run that came to its end has left: the Trainer would do one more step."""
+        state = finished_state(Path(checkpoint)) if checkpoint is not None else None
+        if state is None or checkpoint is None:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return
+        from lora_plugins.callbacks import restore_best
+
+        self.say(f"All {state.global_step} steps were done already")
+        trainer.state = state
+        best = state.best_model_checkpoint if self.training.load_best_model_at_end else None
+        restore_best(trainer.model, Path(best or checkpoint))
 
     def _interrupted(self, interruption: Interruption) -> int:
         number = interruption.signal or signal.SIGTERM
