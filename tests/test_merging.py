@@ -129,6 +129,16 @@ def test_same_in_bf16_rounds_base_and_update_together(tmp_path: Path) -> None:
     assert torch.equal(weight.weight, exact.to(torch.bfloat16))
 
 
+def test_dora_is_computed_in_float32(tmp_path: Path) -> None:
+    """Its norms of whole rows would not survive sixteen bits."""
+    adapter, trained = make(tmp_path, bloom(), None, torch.bfloat16, use_dora=True)
+    merge_and_save(adapter, tmp_path / "merged", "same", probe=None)
+    exact = trained.float().merge_and_unload().transformer.h[1].self_attention.query_key_value.weight
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    weight = merged.transformer.h[1].self_attention.query_key_value.weight
+    assert (weight != exact.to(torch.bfloat16)).float().mean() < 0.001
+
+
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True, "bias": "none"}])
 def test_variants_of_lora(tmp_path: Path, variant: dict[str, Any]) -> None:
     adapter, trained = make(tmp_path, bloom(), None, **variant)

@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 import twin
+from transformers import AutoModelForCausalLM
 
+from lora_plugins.demo.model import demo_model
+from lora_plugins.errors import DemoError
 from lora_plugins.training.parser import parse
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "sagemaker"
@@ -208,6 +211,26 @@ def test_job_of_two_processes(container: Container) -> None:
     # Twelve steps of two accumulated batches on each of two processes are 48 chunks: more than one epoch of them.
     counts = json.loads((container.folder / "output" / "data" / "metrics.json").read_text())
     assert counts["log"][-1]["epoch"] == pytest.approx(48 / counts["data"]["train"]["chunks"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_job_on_a_real_model(container: Container, processes: int) -> None:
+    try:
+        base = demo_model()
+    except DemoError as error:
+        pytest.skip(str(error))
+    runner = {"sagemaker_torch_distributed_enabled": True, "sagemaker_mpi_num_of_processes_per_host": 2}
+    more = {"model": str(base), "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "r": 8}
+    more |= runner if processes == 2 else {}
+    done = container.run(hyperparameters(container, **more), "TorchDistributed" if processes == 2 else "Process")
+    assert done.returncode == 0, done.stdout + done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(container.folder / "model", dtype="auto")
+    assert merged.config.model_type == "llama"
+    metrics = json.loads((container.folder / "output" / "data" / "metrics.json").read_text())
+    assert metrics["merge"]["distance"]["agreement"] > 0.9
+    assert (container.folder / "output" / "data" / "loss.png").is_file()
+    assert (container.folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

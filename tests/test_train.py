@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import twin
@@ -242,6 +243,48 @@ def test_signal_saves_a_checkpoint_and_ends_without_a_traceback(
         done = place.run(*place.arguments(output, "--save_steps", "1000", "--merge", "none", "--resume"))
         assert done.returncode == 0, done.stderr
         assert_same_end(place, output)
+
+
+# One Ctrl-C arrives twice under torchrun; a second one, later, is meant.
+TWICE = """
+import os, signal, time
+from lora_plugins.training.interruption import GRACE, Interruption
+with Interruption().listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive", flush=True)
+    time.sleep(GRACE + 0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still alive", flush=True)
+"""
+
+
+def test_only_a_later_signal_ends_the_program_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert done.stdout == "alive\n"
+    assert done.stderr.count("stopping after this step") == 1
+
+
+@pytest.mark.slow
+def test_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(place: Place) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lora_plugins"]
+    words = place.arguments("two", "--save_steps", "1000", "--max_steps", "2000", "--logging_steps", "2")
+    with subprocess.Popen(
+        [*command, *words], cwd=place.folder, env=place.environment(), stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if "'loss'" in line:
+                workers = psutil.Process(launcher.pid).children()
+                next(worker for worker in workers if worker.environ().get("RANK") == "1").terminate()
+                break
+        said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode
+    found = find_checkpoints(place.folder / "two", processes=2)
+    assert found.newest is not None, found.broken
+    assert not found.broken
+    assert f"{found.newest.name} is in two" in said
 
 
 def test_resuming_a_finished_run_trains_no_further_step(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+#: Seconds in which further signals are taken for the first one: under torchrun, one Ctrl-C reaches a process from the
+#: terminal and from its launcher.
+GRACE = 3.0
+
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
     """Saves a checkpoint and stops training after the step in which the first signal came.
 
-    With several processes it is enough that one of them gets the signal. A second signal ends the program at once.
+    With several processes it is enough that one of them gets the signal. A second signal, some seconds later, ends
+    the program at once.
 
     Attributes:
         signal: The signal that came, ``None`` when none did.
@@ -33,6 +39,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._came = 0.0
         self.stopped_at: int | None = None
 
     @contextlib.contextmanager
@@ -50,9 +57,12 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if time.monotonic() - self._came > GRACE:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self.signal = number
+        self._came = time.monotonic()
         name = signal.Signals(number).name
         # print() inside a handler can meet a half-finished print(); one write can't.
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name}: stopping after this step.\n".encode())

@@ -83,6 +83,8 @@ class TrainingRun:
             write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
         with interruption.listening():
             self._train(trainer, checkpoint)
+            # A process that ended while another still writes the checkpoint would have its launcher kill that one.
+            trainer.accelerator.wait_for_everyone()
         if interruption.stopped_at is not None:
             return self._interrupted(interruption)
         self._save(trainer)
