@@ -274,8 +274,7 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
             if quantization is not None and base in rounded:
                 rounded.discard(base)
                 base.weight.data = _rounded(base, quantization)
-            else:
-                base.weight.data = base.weight.data.float()
+            # The update is in float32, and so is the sum until it is stored in the weight's own dtype.
             layer.merge()
             base.weight.data = base.weight.data.to(dtype)
         for base in rounded:
