@@ -316,8 +316,8 @@ def _untie(layer: Any, model: PreTrainedModel) -> None:
     from torch import nn
 
     weight = layer.weight
-    others = (module for module in model.modules() if module is not layer)
-    if any(getattr(other, "weight", None) is weight for other in others):
+    # A wrapper's `weight` is its layer's: only parameters of a module's own count.
+    if sum(module._parameters.get("weight") is weight for module in model.modules()) > 1:
         layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 

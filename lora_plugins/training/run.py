@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins.merging import RECIPE_FILE, merge_and_save
+from lora_plugins.merging import RECIPE_FILE, merge_and_save, unquantized_layers
 from lora_plugins.training import prepare
 from lora_plugins.training.arguments import RecipeArguments
 from lora_plugins.training.checkpoints import find_checkpoints, finished_state
@@ -87,12 +88,13 @@ class TrainingRun:
             trainer.accelerator.wait_for_everyone()
         if interruption.stopped_at is not None:
             return self._interrupted(interruption)
-        self._save(trainer)
+        figures = self._save(trainer)
         if self.is_main and publication is not None:
             self.say(publication.push(trainer.model))
         # The trained model is not needed any more and would take the merge's memory.
-        del trainer
-        self._merge()
+        del trainer, interruption
+        gc.collect()
+        self._merge(figures)
         return 0
 
     def _checkpoint(self) -> str | None:
@@ -161,29 +163,28 @@ class TrainingRun:
         )
         return _SIGNAL_BASE + number
 
-    def _save(self, trainer: Trainer) -> None:
-        """Write adapter, report and figures."""
+    def _save(self, trainer: Trainer) -> dict[str, Any]:
+        """Write adapter, report and figures; returns the figures."""
         trainer.save_model(str(self.folders.adapter))
+        history = trainer.state.log_history
+        figures = metrics(history, self.data.counts)
         if not self.is_main:
-            return
+            return figures
         # A pickle with this machine's paths in it, of no use to anybody who loads the adapter.
         (self.folders.adapter / "training_args.bin").unlink(missing_ok=True)
         write_json(self.folders.adapter / RECIPE_FILE, self._recipe_record(trainer.model))
         report = self.folders.report
         report.mkdir(parents=True, exist_ok=True)
-        history = trainer.state.log_history
-        self._figures = metrics(history, self.data.counts)
-        write_json(report / "metrics.json", self._figures)
+        write_json(report / "metrics.json", figures)
         draw_loss(history, report / "loss.png")
         written = self.folders.output / "parameter_report.json"
         if written.is_file() and written.parent != report:
             (report / written.name).write_bytes(written.read_bytes())
         self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
+        return figures
 
     def _recipe_record(self, model: Any) -> dict[str, Any]:
         """What somebody needs to use or merge the adapter as it was trained."""
-        from lora_plugins.merging import unquantized_layers
-
         record: dict[str, Any] = {
             "base": self.recipe.model,
             "revision": self.recipe.revision,
@@ -195,7 +196,7 @@ class TrainingRun:
             record["quantization"] = {"name": name, "skip_modules": unquantized_layers(model)}
         return record
 
-    def _merge(self) -> None:
+    def _merge(self, figures: dict[str, Any]) -> None:
         if not self.is_main or self.recipe.merge == "none":
             return
         result = merge_and_save(
@@ -207,4 +208,4 @@ class TrainingRun:
             overwrite=True,
         )
         self.say(result.line())
-        write_json(self.folders.report / "metrics.json", {**self._figures, "merge": result.to_dict()})
+        write_json(self.folders.report / "metrics.json", {**figures, "merge": result.to_dict()})
