@@ -107,6 +107,17 @@ class Repositories:
         """Write the bytes of a file of at most ``limit`` bytes to ``sink``."""
         self._reader.download(_resolve(repo, revision, path), sink, limit)
 
+    def part(self, repo: str, revision: str, path: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes of a file from ``start`` on."""
+        return self._reader.part(_resolve(repo, revision, path), start, length)
+
+    def names(self, tags: list[str]) -> Iterator[str]:
+        """The ids of the models that have all of these tags."""
+        query = "&".join(f"filter={_quoted(tag)}" for tag in tags)
+        for page in self._reader.pages(f"/api/models?{query}"):
+            for item in _records(page):
+                yield str(item.get("id", ""))
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def create(self, repo: str, *, private: bool | None) -> None:
@@ -140,8 +151,22 @@ class Repositories:
             head = self.refs(repo)[0].get(branch)
             return head if head not in (None, parent) and self._holds(repo, head, files, delete) else None
 
-        size = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
-        return self._write(send, landed, size)
+        return self._write(send, landed, _size(files))
+
+    def propose(self, repo: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
+        """Open a pull request with these files; its address. Tried once: a second try would open a second one."""
+
+        def send(api: Any) -> str:
+            with _operations(files, (), as_objects=self.endpoint != HUGGINGFACE) as operations:
+                done = api.create_commit(repo, operations, commit_message=message, parent_commit=parent, create_pr=True)
+                return str(done.pr_url)
+
+        deadline = Deadline(self._timeout)
+        deadline.allow(_size(files))
+        result, failure = self._attempt(deadline, send)
+        if failure is not None or result is None:
+            raise failure or hostile("the answer names no pull request")
+        return result
 
     def tag(self, repo: str, tag: str, commit: str) -> None:
         """Let ``tag`` point at ``commit``; a tag that does already is fine, another one is status 409."""
@@ -286,6 +311,17 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(unless_advice)
+
+
+def stored_token() -> str | None:
+    """The token that the user logged in with, or that is in ``HF_TOKEN``."""
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _size(files: Mapping[str, Path | bytes]) -> int:
+    return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
 
 
 def _same(file: RemoteFile, content: Path | bytes) -> bool:

@@ -83,6 +83,28 @@ class Reader:
 
         self._insist(deadline, attempt)
 
+    def part(self, path: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``start`` on; a server that knows no ranges is read up to there, and not on."""
+        deadline = Deadline(self.timeout)
+        asked = {"Range": f"bytes={start}-{start + length - 1}"}
+
+        def attempt() -> bytes:
+            received = b""
+            with self._open(path, deadline, asked) as response:
+                ranged = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                skipped = 0 if ranged else start
+                for chunk in response.iter_bytes():
+                    received += chunk[skipped:]
+                    skipped = max(0, skipped - len(chunk))
+                    deadline.allow(len(chunk))
+                    if len(received) >= length:
+                        break
+                    if deadline.passed:
+                        raise HubFailed(f"{path} comes too slowly", transient=True)
+            return received[:length]
+
+        return self._insist(deadline, attempt)
+
     def _read(self, path: str, limit: int) -> tuple[bytes, str | None]:
         """The content at ``path``, and the address of the next page if there is one."""
         deadline = Deadline(self.timeout)
