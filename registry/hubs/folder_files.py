@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +15,7 @@ __all__ = [
     "entries",
     "fsync_folder",
     "inside",
+    "is_old",
     "open_regular",
     "read_small",
     "replace_file",
@@ -24,6 +26,8 @@ __all__ = [
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 #: Files of the registry's own (refs, locks, descriptions) are smaller.
 _SMALL = 1_000_000
+#: Seconds after which what is being written, or downloaded, is taken for abandoned.
+_ABANDONED = 24 * 3600.0
 
 
 class PlantedLink(OSError):
@@ -91,6 +95,14 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
             if not stat.S_ISREG(status.st_mode):
                 raise PlantedLink(f"{path} is no regular file")
             yield PurePosixPath(path.relative_to(folder)).as_posix(), status.st_size
+
+
+def is_old(path: Path) -> bool:
+    """Whether something temporary is so old that nobody is writing it any more."""
+    try:
+        return time.time() - os.lstat(path).st_mtime > _ABANDONED
+    except FileNotFoundError:
+        return False
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,0 +1,170 @@
+"""The model card of a release: front matter that the Hub reads, what the adapter is, how it was trained, how to use it.
+
+Everything that comes from outside is escaped: a name can add neither a key to the front matter nor HTML to the page.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["LOSS_CURVE", "loss_curve", "model_card"]
+
+#: The picture that a card shows, next to it.
+LOSS_CURVE = "loss.png"
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]#!|~$])")
+
+
+def model_card(
+    *,
+    name: str,
+    version: str,
+    base: str | None,
+    base_commit: str | None,
+    parameters: Sequence[tuple[str, int, int]],
+    training: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    picture: bool,
+    task_type: str | None = None,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: ``org/name``.
+        version: The version that it belongs to.
+        base: Id of the base model, if it has one.
+        base_commit: Commit of the base model.
+        parameters: Kind of module, number of tensors, number of parameters.
+        training: Facts about the training, by name; nested ones are flattened.
+        metrics: Results by name.
+        picture: Whether the loss curve is there.
+        task_type: PEFT's, such as ``CAUSAL_LM``.
+    """
+    facts = list(_flat(training))
+    sections = [
+        _front_matter(base, metrics, name),
+        f"# {_text(name)} {_text(version)}",
+        _about(base, base_commit),
+        _table(("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]),
+        "## Results\n\n" + _table(("metric", "value"), list(metrics.items())) if metrics else "",
+        "## Training\n\n" + _table(("setting", "value"), facts) if facts else "",
+        f"![Training loss by step]({LOSS_CURVE})" if picture else "",
+        _usage(name, version, base, task_type),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """A picture (PNG) of the training and evaluation loss in a Trainer's log; ``None`` if there is no curve."""
+    curves = {label: _points(log, key) for label, key in (("training", "loss"), ("evaluation", "eval_loss"))}
+    if not any(len(points) > 1 for points in curves.values()):
+        return None
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: that keeps global state and may want a display.
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for label, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "", label=label)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    # The same curve gives the same bytes.
+    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    found = [(entry.get("step"), entry.get(key)) for entry in log if isinstance(entry, Mapping)]
+    return [(step, loss) for step, loss in found if isinstance(step, (int, float)) and isinstance(loss, (int, float))]
+
+
+def _front_matter(base: str | None, metrics: Mapping[str, float], name: str) -> str:
+    lines = ["---"]
+    if base is not None:
+        lines += [f"base_model: {_yaml(base)}", "base_model_relation: adapter"]
+    lines += ["library_name: peft", "tags:", "- lora", "- peft"]
+    if base is not None:
+        lines.append(f"- {_yaml(f'base_model:adapter:{base}')}")
+    return "\n".join([*lines, "---"])
+
+
+def _about(base: str | None, commit: str | None) -> str:
+    if base is None:
+        return "A LoRA adapter. Its base model is known by its fingerprint only; `adapter_manifest.json` has it."
+    pinned = f" at commit `{_code(commit)}`" if commit else ""
+    return f"A LoRA adapter for `{_code(base)}`{pinned}."
+
+
+def _usage(name: str, version: str, base: str | None, task_type: str | None) -> str:
+    from packaging.version import Version
+
+    tag = f"v{Version(version)}"
+    auto = {
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "TOKEN_CLS": "AutoModelForTokenClassification",
+        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+        "CAUSAL_LM": "AutoModelForCausalLM",
+    }.get(task_type or "", "AutoModel")
+    model = (
+        f"base = {auto}.from_pretrained({json.dumps(base)})\n"
+        if base
+        else "base = ...  # the model it was trained on\n"
+    )
+    reference = json.dumps(f"{name}@{version}")
+    return (
+        "## Use\n\nVerified, with the base model that it was trained on:\n\n"
+        f"```python\nfrom registry import pull_adapter\n\nmodel = pull_adapter({reference}).load()\n```\n\n"
+        "With PEFT alone:\n\n"
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n{model}"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(name)}, revision={json.dumps(tag)})\n```"
+    )
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell if row is lines[1] else _cell(cell) for cell in row) + " |" for row in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return _text(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{key}.")
+        elif value is not None:
+            rows.append((f"{prefix}{key}", value))
+    return rows
+
+
+def _yaml(text: str) -> str:
+    """A double-quoted YAML scalar; JSON's strings are those."""
+    return json.dumps(text)
+
+
+def _text(text: str) -> str:
+    """Text in which nothing is Markdown or HTML, on one line, in the direction in which it is read."""
+    line = " ".join(_visible(text).split())
+    return html.escape(_MARKDOWN.sub(r"\\\1", line), quote=False)
+
+
+def _code(text: str) -> str:
+    return " ".join(_visible(text).split()).replace("`", "'")
+
+
+def _visible(text: str) -> str:
+    return "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Co", "Cs"))

@@ -1,0 +1,118 @@
+"""Model cards: what they say, and that nothing from outside gets out of its place."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+import yaml
+from matplotlib import image
+
+from registry.card import loss_curve, model_card
+
+HOSTILE = [
+    'x"\nlicense: mit',
+    "x\n---\n# owned",
+    "<script>alert(1)</script>",
+    "a: b # c",
+    "[link](javascript:x)",
+    "`code` | cell |\n| next |",
+    "é\u202eevil",
+    "!!python/object:os.system",
+]
+
+
+def card(**changes: Any) -> str:
+    fields: dict[str, Any] = {
+        "name": "org/name",
+        "version": "1.2.0",
+        "base": "org/base",
+        "base_commit": "b" * 40,
+        "parameters": [("q_proj", 4, 1024)],
+        "training": {"steps": 10, "arguments": {"learning_rate": 1e-4}},
+        "metrics": {"accuracy": 0.5},
+        "picture": True,
+        "task_type": "CAUSAL_LM",
+    }
+    return model_card(**{**fields, **changes})
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    _, head, _ = text.split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(head)
+    return found
+
+
+def test_what_a_card_says() -> None:
+    text = card()
+    assert front_matter(text) == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["lora", "peft", "base_model:adapter:org/base"],
+    }
+    for line in (
+        "# org/name 1.2.0",
+        "| q\\_proj | 4 | 1,024 |",
+        "| accuracy | 0.5 |",
+        "| arguments.learning\\_rate | 0.0001 |",
+        "![Training loss by step](loss.png)",
+        'model = pull_adapter("org/name@1.2.0").load()',
+        'base = AutoModelForCausalLM.from_pretrained("org/base")',
+        'model = PeftModel.from_pretrained(base, "org/name", revision="v1.2.0")',
+    ):
+        assert line in text.split("\n"), line
+
+
+def test_base_without_a_name() -> None:
+    text = card(base=None, base_commit=None, metrics={}, training={}, picture=False)
+    assert "base_model" not in front_matter(text)
+    assert "## Results" not in text
+    assert "loss.png" not in text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_front_matter_gets_no_key_from_outside(text: str) -> None:
+    found = front_matter(card(base=text))
+    assert set(found) == {"base_model", "base_model_relation", "library_name", "tags"}
+    assert found["base_model"] == text
+    assert found["tags"][2:] == [f"base_model:adapter:{text}"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_page_gets_no_markup_from_outside(text: str) -> None:
+    plain = card(parameters=[], training={}, metrics={}, base=None, base_commit=None)
+    changed = card(parameters=[(text, 1, 1)], training={text: text}, metrics={text: 1.0}, base=None, base_commit=None)
+    assert "<script" not in changed
+    assert not re.search(r"(?<!\\)\]\(javascript", changed)
+    assert "\u202e" not in changed
+    # As many headings and rules as before, and two more sections.
+    assert [line for line in changed.split("\n") if line.startswith(("#", "---"))] == [
+        *[line for line in plain.split("\n") if line.startswith("---")],
+        "# org/name 1.2.0",
+        "## Results",
+        "## Training",
+        "## Use",
+    ]
+    rows = [line for line in changed.split("\n") if line.startswith("| ")]
+    assert len(rows) == 3 * 2 + 3
+
+
+def test_loss_curve_is_a_picture_of_both_losses() -> None:
+    log = [{"step": step, "loss": 1 / (step + 1)} for step in range(30)]
+    picture = loss_curve([*log, {"step": 29, "eval_loss": 0.2}, {"train_runtime": 3.0}])
+    assert picture is not None
+    assert picture == loss_curve([*log, {"step": 29, "eval_loss": 0.2}, {"train_runtime": 3.0}])
+    pixels = image.imread(io.BytesIO(picture))
+    assert pixels.shape[0] > 200
+    assert pixels[..., :3].std() > 0.02
+    assert loss_curve(log) != picture
+
+
+@pytest.mark.parametrize(
+    "log", [[], [{"loss": 1.0, "step": 1}], [{"step": 1}, {"step": 2}], [{"loss": "nan", "step": 1}]]
+)
+def test_no_curve(log: list[dict[str, Any]]) -> None:
+    assert loss_curve(log) is None
