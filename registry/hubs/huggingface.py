@@ -320,6 +320,17 @@ def stored_token() -> str | None:
     return get_token()
 
 
+def cached_commit(repo: str, revision: str) -> str | None:
+    """The commit that a branch or tag of a model stood for when transformers last loaded it on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    except ValueError:
+        return None  # not a name that a repository can have
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _size(files: Mapping[str, Path | bytes]) -> int:
     return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
 
