@@ -1,0 +1,168 @@
+"""Every error and warning of registry, in one tree.
+
+::
+
+    RegistryError
+    ├── ReferenceInvalid (ValueError)
+    ├── VersionNotFound (LookupError)
+    │   ├── AliasNotFound
+    │   └── NotAdapter
+    ├── HubError
+    │   ├── HubUnavailable (ConnectionError)
+    │   │   └── Offline
+    │   ├── HubRefused (PermissionError)
+    │   ├── HostileAnswer
+    │   ├── RepositoryNotFound (LookupError)
+    │   ├── CommitNotFound (LookupError)
+    │   └── FileMissing (LookupError)
+    ├── PublishError
+    │   ├── VersionExists
+    │   ├── PublishConflict
+    │   ├── BaseUnknown (ValueError)
+    │   ├── BadAdapter (ValueError)
+    │   └── TooLarge (ValueError)
+    ├── UnsafeFile (ValueError)
+    ├── ManifestInvalid (ValueError)
+    ├── BaseMismatch (ValueError)
+    ├── IntegrityError
+    │   ├── ReleaseMoved
+    │   └── RepositoryReplaced
+    └── LockError
+        ├── LockInvalid (ValueError)
+        └── NotLocked (LookupError)
+
+    RegistryWarning (UserWarning)
+    ├── YankedWarning
+    ├── IdentityWarning
+    └── PlainTokenWarning
+"""
+
+from __future__ import annotations
+
+
+class RegistryError(Exception):
+    """Root of all errors that registry raises on purpose."""
+
+
+class ReferenceInvalid(RegistryError, ValueError):
+    """A reference, or a name, version, range or alias in it, that can't be one."""
+
+
+class VersionNotFound(RegistryError, LookupError):
+    """The repository has no release that a reference asks for."""
+
+
+class AliasNotFound(VersionNotFound):
+    """The repository has no such alias."""
+
+
+class NotAdapter(VersionNotFound):
+    """The commit that a reference names holds no release of an adapter."""
+
+
+class HubError(RegistryError):
+    """A hub did not do what it was asked for."""
+
+
+class HubUnavailable(HubError, ConnectionError):
+    """A hub did not answer in time; what was asked for may have happened all the same."""
+
+
+class Offline(HubUnavailable):
+    """The network is switched off, and this needs it."""
+
+
+class HubRefused(HubError, PermissionError):
+    """A hub doesn't let this token, or anybody, do that."""
+
+
+class HostileAnswer(HubError):
+    """A hub answered what no healthy hub answers."""
+
+
+class RepositoryNotFound(HubError, LookupError):
+    """There is no such repository, or the token may not see it."""
+
+
+class CommitNotFound(HubError, LookupError):
+    """A repository has no such commit."""
+
+
+class FileMissing(HubError, LookupError):
+    """A commit has no such file."""
+
+
+class PublishError(RegistryError):
+    """Something can't be published, or not now."""
+
+
+class VersionExists(PublishError):
+    """Other content has been published under this version."""
+
+
+class PublishConflict(PublishError):
+    """Others changed the repository at the same time, again and again."""
+
+
+class BaseUnknown(PublishError, ValueError):
+    """Nobody could find the base model again."""
+
+
+class BadAdapter(PublishError, ValueError):
+    """An adapter that would be of no use: empty, all zero, not finite, wrongly shaped, or with foreign keys."""
+
+
+class TooLarge(PublishError, ValueError):
+    """An adapter is larger than allowed, or holds large tensors that are not an adapter's."""
+
+
+class UnsafeFile(RegistryError, ValueError):
+    """A file that does not belong into a release: by its name, its kind or its content."""
+
+
+class ManifestInvalid(RegistryError, ValueError):
+    """A manifest that is malformed, or not one."""
+
+
+class BaseMismatch(RegistryError, ValueError):
+    """An adapter was not trained on this base model."""
+
+
+class IntegrityError(RegistryError):
+    """Bytes differ from what was published."""
+
+
+class ReleaseMoved(IntegrityError):
+    """A version stands for another commit, or other content, than before."""
+
+
+class RepositoryReplaced(IntegrityError):
+    """Under the name of a repository there is another one than before."""
+
+
+class LockError(RegistryError):
+    """Something is wrong with a lock file."""
+
+
+class LockInvalid(LockError, ValueError):
+    """A lock file that is malformed."""
+
+
+class NotLocked(LockError, LookupError):
+    """A lock is frozen and does not hold what was asked for."""
+
+
+class RegistryWarning(UserWarning):
+    """Root of all warnings of registry."""
+
+
+class YankedWarning(RegistryWarning):
+    """A release is used that its publisher has withdrawn."""
+
+
+class IdentityWarning(RegistryWarning):
+    """A base model is compatible, and whether it is the same one could not be verified."""
+
+
+class PlainTokenWarning(RegistryWarning):
+    """A token is sent over a connection that is not encrypted."""
