@@ -131,6 +131,11 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        if "model" in kwargs and kwargs["model"] is not trainer.callback_handler.model:
+            raise AttachError(
+                f"This {type(self).__name__} was passed to another Trainer after this one, and watches only that one. "
+                f"Make a {type(self).__name__} for each Trainer."
+            )
         model = trainer.model
         self._check_model(model)
         liveness.check_trainable(model)

@@ -132,6 +132,16 @@ def test_callback_finds_its_own_trainer_among_several(tmp_path: Path) -> None:
     assert second.model.peft_config["default"].r == 4
 
 
+def test_callback_in_two_trainers_watches_the_second_and_says_so_in_the_first(tmp_path: Path) -> None:
+    callback = LoraCallback(r=2)
+    first = tiny.trainer(tmp_path / "a", callbacks=[callback])
+    second = tiny.trainer(tmp_path / "b", callbacks=[callback])
+    with pytest.raises(AttachError, match="another Trainer"):
+        first.train()
+    second.train()
+    assert_trained_lora_only(second)
+
+
 def test_on_init_end_without_a_trainer_names_attach() -> None:
     with pytest.raises(TrainerNotFound, match="attach"):
         LoraCallback().on_init_end(None, None, None)
