@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lora_plugins import LoraCallback, attach
 from lora_plugins.errors import UnsupportedTraining
@@ -78,6 +80,53 @@ def test_neftune_noise_reaches_the_embeddings_of_the_wrapped_model(tmp_path: Pat
         losses.append(trainer.state.log_history[0]["loss"])
         assert not trainer.model.get_input_embeddings()._forward_hooks
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_forward_methods_put_on_instances_stay(tmp_path: Path, quantization: str | None) -> None:
+    """What Liger does when the Trainer is made, before any callback: forwards on instances, weights read raw.
+
+    Its own kernels need a GPU; what has to hold here is that the patched methods survive preparation and meet
+    the adapted layers.
+    """
+    calls: list[str] = []
+    losses = []
+    for patched in (False, True):
+        model = tiny.llama()
+        if patched:
+            for layer in model.model.layers:
+                layer.mlp.forward = types.MethodType(_swiglu(calls), layer.mlp)
+            model.forward = types.MethodType(_linear_cross_entropy(calls), model)
+        callback = LoraCallback(r=4, lora_dropout=0.0, quantization=quantization, target_modules="all-linear")
+        trainer = tiny.trainer(tmp_path, model, [callback], max_steps=3)
+        trainer.train()
+        assert all(tensor.any() for tensor in tiny.adapter_tensors(trainer.model, "lora_B").values())
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert calls.count("mlp") == 6
+    assert calls.count("loss") == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def _swiglu(calls: list[str]) -> Any:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("mlp")
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    return forward
+
+
+def _linear_cross_entropy(calls: list[str]) -> Any:
+    def forward(self: Any, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        calls.append("loss")
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1]
+        logits = hidden.to(self.lm_head.weight.dtype) @ self.lm_head.weight.T
+        flat, wanted = logits.float().flatten(0, 1), labels[:, 1:].flatten()
+        reduction = "mean" if items is None else "sum"
+        loss = torch.nn.functional.cross_entropy(flat, wanted, reduction=reduction)
+        return CausalLMOutputWithPast(loss=loss if items is None else loss / items)
+
+    return forward
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
