@@ -1,0 +1,71 @@
+"""What a manifest is made of: files, tensors, and the base model that an adapter was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Architecture", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size in bytes and the sha256 (hex) of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """The dtype, as safetensors calls it (``F32``, ``BF16``, …), and the shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorPrint:
+    """What one tensor of a base model looked like.
+
+    Attributes:
+        sha256: Of its shape and its first rows, rounded to bfloat16.
+        dtype: The dtype it was read in. float16 holds small bfloat16 values only roughly, so that a hash can differ
+            where the model is the same.
+        values: The first few values, to compare roughly in that case.
+    """
+
+    sha256: str
+    dtype: str
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """By what a base model is recognized, wherever it lies and whatever it is called.
+
+    Attributes:
+        config: The configuration keys that define the computation, with values that are compared one by one.
+        tensors: A few tensors that are never quantized nor trained, by their name in the model.
+    """
+
+    config: Mapping[str, object] = field(default_factory=dict)
+    tensors: Mapping[str, TensorPrint] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """A base model: its id and commit on a Hub, as far as it has any, and its fingerprint, as far as it is known."""
+
+    id: str | None = None
+    commit: str | None = None
+    fingerprint: Fingerprint | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The kind of base model: ``model_type`` of its configuration, its class, and the rows of its input embedding."""
+
+    model_type: str | None = None
+    class_name: str | None = None
+    vocab_size: int | None = None

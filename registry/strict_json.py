@@ -1,0 +1,102 @@
+"""JSON from strangers: limited in size and depth, each key once, finite numbers, text that is text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+__all__ = ["JsonRefused", "canonical", "parse", "shown"]
+
+_MAX_DEPTH = 32
+_MAX_DIGITS = 19
+
+
+class JsonRefused(ValueError):
+    """Why a document is not taken; callers turn it into their own error."""
+
+
+def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
+    """Read a JSON document of at most ``limit`` bytes and ``depth`` levels.
+
+    Raises:
+        JsonRefused: It is larger, deeper, no JSON, has a key twice, a number that is not finite or has more than
+            19 digits, or text that can't be encoded.
+    """
+    if len(data) > limit:
+        raise JsonRefused(f"it has {len(data):,} bytes, and may have {limit:,}")
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_not_finite,
+            parse_int=_integer,
+            parse_float=_number,
+        )
+    except JsonRefused:
+        raise
+    except RecursionError:
+        raise JsonRefused("it is nested too deeply") from None
+    except ValueError as error:
+        raise JsonRefused(f"it is no JSON in UTF-8 ({type(error).__name__})") from None
+    _check(value, depth)
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """The one way in which a value is written: sorted keys, UTF-8, a newline at the end."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def shown(text: object, length: int = 80) -> str:
+    """A foreign value as it can stand in a message: quoted, without control characters, not longer than that."""
+    quoted = ascii(text)
+    return quoted if len(quoted) <= length else f"{quoted[: length - 1]}…"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonRefused(f"it has the key {shown(twice)} twice")
+    return found
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise JsonRefused(f"it has the number {text}")
+
+
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > _MAX_DIGITS:
+        raise JsonRefused(f"it has a number of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text) if len(text) <= 64 else math.inf
+    if not math.isfinite(value):
+        raise JsonRefused(f"it has the number {shown(text)}")
+    return value
+
+
+def _check(value: Any, depth: int) -> None:
+    if isinstance(value, str):
+        _encodable(value)
+    elif isinstance(value, (dict, list)):
+        if depth == 0:
+            raise JsonRefused("it is nested too deeply")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check(item, depth - 1)
+        if isinstance(value, dict):
+            for key in value:
+                _encodable(key)
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise JsonRefused(f"it has text that can't be encoded: {shown(text)}") from None
