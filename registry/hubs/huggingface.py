@@ -313,6 +313,13 @@ def _without_advice() -> Iterator[None]:
         logger.removeFilter(unless_advice)
 
 
+def configured_endpoint() -> str:
+    """The hub that huggingface_hub itself would use: ``HF_ENDPOINT``, or huggingface.co."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT).rstrip("/")
+
+
 def stored_token() -> str | None:
     """The token that the user logged in with, or that is in ``HF_TOKEN``."""
     from huggingface_hub import get_token

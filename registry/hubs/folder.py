@@ -1,0 +1,450 @@
+"""A registry in a plain folder, on one machine or on a file system that several share.
+
+::
+
+    <root>/<org>/<name>/repository.json      made once: the identity of the repository
+                        refs.json            all branches and tags; exchanged as a whole, under the lock
+                        commits/<id>/…       the files of a commit; renamed into place when they are complete
+
+A commit exists from the rename on, and is visible from the moment at which ``refs.json`` names it. Whoever dies before
+that leaves something that nobody finds. The id of a commit with a manifest is the digest of the manifest, so the same
+release has the same id in every folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from registry.errors import (
+    CommitNotFound,
+    FileMissing,
+    HostileAnswer,
+    HubError,
+    HubRefused,
+    HubUnavailable,
+    ReferenceInvalid,
+    RepositoryNotFound,
+)
+from registry.hubs import folder_files
+from registry.hubs.folder_lock import LockTimeout, folder_lock
+from registry.hubs.protocol import MAIN, Conflict, Refs, TagExists
+from registry.references import check_name
+
+__all__ = ["FolderHub"]
+
+_IDENTITY = "repository.json"
+_REFS = "refs.json"
+_COMMITS = "commits"
+_STAGE = ".tmp-"
+_MANIFEST = "adapter_manifest.json"
+#: A hundred thousand tags are about 10 MB.
+_REFS_LIMIT = 64 * 1024 * 1024
+_CHUNK = 1024 * 1024
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """What was written to a file of a commit."""
+
+    size: int
+    sha256: str
+
+
+class FolderHub:
+    """A hub in a folder, which is made when something is published first.
+
+    Args:
+        root: A path, or a ``file://`` address.
+
+    Raises:
+        ReferenceInvalid: The address is not that of a folder on this machine.
+    """
+
+    local = True
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = _root(root)
+
+    def __repr__(self) -> str:
+        return f"FolderHub({str(self.root)!r})"
+
+    @property
+    def location(self) -> str:
+        """The folder as a ``file://`` address."""
+        return self.root.as_uri()
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def refs(self, name: str) -> Refs:
+        """All branches and tags at one moment."""
+        with _errors(name):
+            return self._refs(name)
+
+    def identity(self, name: str) -> str:
+        """The id that the repository got when it was made."""
+        with _errors(name):
+            path = self._repository(name) / _IDENTITY
+            return str(_object(path, folder_files.read_small(path)).get("id"))
+
+    def files(self, name: str, commit: str) -> Mapping[str, int]:
+        """The files of a commit with their sizes."""
+        with _errors(name):
+            return dict(sorted(folder_files.entries(self._commit(name, commit))))
+
+    def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
+        """The content of a file of at most ``limit`` bytes."""
+        with _errors(name), self._file(name, commit, path) as file:
+            content = file.read(limit + 1)
+            if len(content) > limit:
+                raise HostileAnswer(f"{name}: {path} has more than the {limit} bytes that it may have")
+            return content
+
+    def download(self, name: str, commit: str, path: str, sink: BinaryIO, limit: int) -> None:
+        """Copy a file of at most ``limit`` bytes."""
+        with _errors(name), self._file(name, commit, path) as file:
+            copied = 0
+            while chunk := file.read(_CHUNK):
+                copied += len(chunk)
+                if copied > limit:
+                    raise HostileAnswer(f"{name}: {path} has more than the {limit} bytes that it may have")
+                sink.write(chunk)
+
+    def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
+        """A part of a file."""
+        with _errors(name), self._file(name, commit, path) as file:
+            file.seek(start)
+            return file.read(length)
+
+    def names(self, base: str | None = None) -> Iterator[str]:
+        """All repositories; a folder keeps no list of what they are for."""
+        with _errors("this registry"):
+            found = [
+                f"{repository.parent.parent.name}/{repository.parent.name}"
+                for repository in sorted(self.root.glob(f"*/*/{_IDENTITY}"))
+            ]
+        for name in found:
+            with contextlib.suppress(ReferenceInvalid):
+                yield check_name(name)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, *, private: bool | None = None) -> None:
+        """Make a repository, if there is none. A folder is as private as the file system makes it."""
+        with _errors(name):
+            folder = self._folder(check_name(name))
+            if (folder / _IDENTITY).exists():
+                return
+            self._refuse_twin(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _stage(folder.parent) as stage:
+                first = _commit_id({}, f"{secrets.token_hex(16)}")
+                (stage / _COMMITS / first).mkdir(parents=True)
+                identity = {"format": 1, "id": secrets.token_hex(16), "name": name}
+                folder_files.write_file(stage / _IDENTITY, _encoded(identity))
+                folder_files.write_file(stage / _REFS, _refs_file(Refs({MAIN: first}, {})))
+                folder_files.fsync_folder(stage)
+                try:
+                    os.rename(stage, folder)
+                except OSError:
+                    if not (folder / _IDENTITY).exists():
+                        raise
+                    return  # somebody else was faster
+            folder_files.fsync_folder(folder.parent)
+
+    def commit(
+        self,
+        name: str,
+        branch: str,
+        files: Mapping[str, Path | bytes],
+        *,
+        parent: str,
+        message: str,
+        delete: tuple[str, ...] = (),
+    ) -> str:
+        """Write the files of a commit, then let the branch stand at it; ``message`` is not kept."""
+        for path in files:
+            _check_path(path)
+        with _errors(name):
+            repository = self._repository(name)
+            if (head := self._refs(name).branches.get(branch)) != parent:
+                raise Conflict(branch, head)
+            _sweep(repository)
+            with _stage(repository) as stage:
+                written = {path: _write(stage / path, content) for path, content in files.items()}
+                for path, _ in folder_files.entries(self._commit(name, parent)):
+                    if path not in written and path not in delete:
+                        written[path] = _write(stage / path, self._commit(name, parent) / path)
+                _fsync_tree(stage)
+                return self._land(name, branch, parent, stage, written)
+
+    def propose(self, name: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
+        """A folder has no change requests.
+
+        Raises:
+            HubRefused: Always.
+        """
+        raise HubRefused(f"{name}: a folder registry has no change requests; push without create_pr")
+
+    def create_branch(self, name: str, branch: str, commit: str) -> None:
+        """Start a branch, unless it exists."""
+
+        def add(refs: Refs) -> Refs:
+            return refs if branch in refs.branches else replace(refs, branches={**refs.branches, branch: commit})
+
+        _check_ref(branch)
+        with _errors(name):
+            self._commit(name, commit)
+            self._change(name, add)
+
+    def create_tag(self, name: str, tag: str, commit: str) -> None:
+        """Let a new tag stand at a commit."""
+
+        def add(refs: Refs) -> Refs:
+            standing = refs.tags.get(tag, commit)
+            if standing != commit:
+                raise TagExists(tag, standing)
+            return replace(refs, tags={**refs.tags, tag: commit})
+
+        _check_ref(tag)
+        with _errors(name):
+            self._commit(name, commit)
+            self._change(name, add)
+
+    def unreachable(self, name: str) -> list[Path]:
+        """Commits that no branch and no tag stands at, and abandoned halves of them.
+
+        What is being written at this moment is not among them.
+        """
+        with _errors(name):
+            repository, refs = self._repository(name), self._refs(name)
+            kept = {*refs.branches.values(), *refs.tags.values()}
+            found = [path for path in (repository / _COMMITS).iterdir() if path.name not in kept]
+            return sorted([path for path in found if folder_files.is_old(path)] + _abandoned(repository))
+
+    def remove(self, name: str, paths: list[Path]) -> None:
+        """Delete what ``unreachable`` found, except what has become reachable since."""
+        with _errors(name), folder_lock(self._repository(name)):
+            still = set(self.unreachable(name))
+            for path in paths:
+                if path in still:
+                    shutil.rmtree(path)
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _folder(self, name: str) -> Path:
+        return folder_files.inside(self.root, self.root.joinpath(*check_name(name).split("/")))
+
+    def _repository(self, name: str) -> Path:
+        try:
+            folder = self._folder(name)
+        except ReferenceInvalid as error:
+            raise RepositoryNotFound(str(error)) from None
+        # Where lower and upper case are the same to the file system, they are not to us.
+        if not (folder / _IDENTITY).is_file() or folder.name not in os.listdir(folder.parent):
+            raise RepositoryNotFound(f"There is no adapter {name} in {self.location}")
+        return folder
+
+    def _refuse_twin(self, folder: Path) -> None:
+        """Refuse a repository whose name differs from another one's in nothing but upper and lower case."""
+        for path in (folder.parent, folder):
+            beside = os.listdir(path.parent) if path.parent.is_dir() else []
+            twins = [name for name in beside if name != path.name and name.lower() == path.name.lower()]
+            if twins:
+                raise HubRefused(
+                    f"{path.name} can't be made in {self.location}: {twins[0]} is there, and on many systems both are "
+                    "one"
+                )
+
+    def _refs(self, name: str) -> Refs:
+        path = self._repository(name) / _REFS
+        found = _object(path, folder_files.read_small(path, _REFS_LIMIT))
+        branches, tags = found.get("branches"), found.get("tags")
+        if not _is_texts(branches) or not _is_texts(tags):
+            raise HostileAnswer(f"{path} is damaged: it does not list branches and tags")
+        return Refs(branches, tags)  # type: ignore[arg-type]
+
+    def _commit(self, name: str, commit: str) -> Path:
+        folder = self._repository(name) / _COMMITS / commit
+        if not commit.isalnum() or not folder_files.inside(self.root, folder).is_dir():
+            raise CommitNotFound(f"{name} in {self.location} has no commit {commit[:80]!r}")
+        return folder
+
+    @contextmanager
+    def _file(self, name: str, commit: str, path: str) -> Iterator[BinaryIO]:
+        folder = self._commit(name, commit)
+        try:
+            _check_path(path)
+            descriptor = folder_files.open_regular(folder_files.inside(self.root, folder / path))
+        except (FileNotFoundError, NotADirectoryError, ReferenceInvalid):
+            raise FileMissing(f"{name}: commit {commit} has no file {path[:200]!r}") from None
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+
+    def _change(self, name: str, change: Callable[[Refs], Refs]) -> None:
+        """Exchange the refs under the lock."""
+        repository = self._repository(name)
+        with folder_lock(repository):
+            before = self._refs(name)
+            after = change(before)
+            if after != before:
+                folder_files.replace_file(repository / _REFS, _refs_file(after))
+
+    def _land(self, name: str, branch: str, parent: str, stage: Path, written: Mapping[str, _Copy]) -> str:
+        """Rename the complete commit into place and let the branch stand at it, if it still stands at ``parent``."""
+        commits = self._repository(name) / _COMMITS
+        commit = written[_MANIFEST].sha256 if _MANIFEST in written else _commit_id(written, branch + parent)
+        if (commits / commit).exists() and _copies(commits / commit) != written:
+            commit = _commit_id(written, branch + parent)
+
+        def advance(refs: Refs) -> Refs:
+            if refs.branches.get(branch) != parent:
+                raise Conflict(branch, refs.branches.get(branch))
+            if not (commits / commit).exists():
+                os.rename(stage, commits / commit)
+                folder_files.fsync_folder(commits)
+            return replace(refs, branches={**refs.branches, branch: commit})
+
+        self._change(name, advance)
+        return commit
+
+
+def _root(root: str | os.PathLike[str]) -> Path:
+    if not isinstance(root, str):
+        return Path(root).expanduser().absolute()
+    parts = urlsplit(root)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise ReferenceInvalid(f"{root[:200]!r} is no folder of this machine: give it as file:///srv/adapters")
+    path = Path(url2pathname(parts.path) if os.name == "nt" else unquote(parts.path))
+    if not path.is_absolute() or "\0" in str(path):
+        raise ReferenceInvalid(f"{root[:200]!r} is not the whole path of a folder: give it as file:///srv/adapters")
+    return Path(os.path.normpath(path))
+
+
+@contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """The errors of the file system as those of a hub."""
+    try:
+        yield
+    except folder_files.PlantedLink as error:
+        raise HostileAnswer(f"{name}: {error}; a registry makes none, so somebody else has put it there") from None
+    except LockTimeout as error:
+        raise HubUnavailable(f"{name}: {error}") from None
+    except HubError:
+        raise  # some of them are OSErrors, too
+    except OSError as error:
+        kind = HubRefused if error.errno in _REFUSALS else HubUnavailable
+        raise kind(f"{name}: {error.strerror or error}: {error.filename or ''}") from error
+
+
+@contextmanager
+def _stage(parent: Path) -> Iterator[Path]:
+    """A new folder beside its final place, gone afterwards if it was not renamed."""
+    stage = parent / f"{_STAGE}{secrets.token_hex(8)}"
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _abandoned(repository: Path) -> list[Path]:
+    return [path for path in repository.glob(f"{_STAGE}*") if folder_files.is_old(path)]
+
+
+def _sweep(repository: Path) -> None:
+    for path in _abandoned(repository):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in repository.glob("tmp-*"):
+        if folder_files.is_old(path):
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Path | bytes) -> _Copy:
+    """Write a file and wait for the disk; what was written, as it was read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        folder_files.write_file(path, content)
+        return _Copy(len(content), hashlib.sha256(content).hexdigest())
+    with os.fdopen(folder_files.open_regular(content), "rb") as source, open(path, "xb") as sink:
+        copy = _digested(source, sink)
+        sink.flush()
+        os.fsync(sink.fileno())
+    return copy
+
+
+def _digested(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+        if sink is not None:
+            sink.write(chunk)
+    return _Copy(size, digest.hexdigest())
+
+
+def _copies(commit: Path) -> dict[str, _Copy]:
+    """What is in a commit that is there already."""
+    found = {}
+    for path, _ in folder_files.entries(commit):
+        with os.fdopen(folder_files.open_regular(commit / path), "rb") as file:
+            found[path] = _digested(file)
+    return found
+
+
+def _fsync_tree(folder: Path) -> None:
+    for parent, _, _ in os.walk(folder):
+        folder_files.fsync_folder(Path(parent))
+
+
+def _commit_id(written: Mapping[str, _Copy], context: str) -> str:
+    listing = [[path, copy.size, copy.sha256] for path, copy in sorted(written.items())]
+    return hashlib.sha256(json.dumps([context, listing]).encode()).hexdigest()
+
+
+def _check_path(path: str) -> None:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path or not path.isprintable():
+        raise ReferenceInvalid(f"{path[:200]!r} is no path of a file in a repository")
+    if PurePosixPath(path).is_absolute() or any(len(part.encode()) > 255 for part in parts):
+        raise ReferenceInvalid(f"{path[:200]!r} is no path of a file in a repository")
+
+
+def _check_ref(ref: str) -> None:
+    if not 0 < len(ref) <= 255 or not ref.isprintable() or " " in ref:
+        raise ReferenceInvalid(f"{ref[:200]!r} is no name of a branch or tag")
+
+
+def _refs_file(refs: Refs) -> bytes:
+    return _encoded({"format": 1, "branches": dict(refs.branches), "tags": dict(refs.tags)})
+
+
+def _encoded(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _object(path: Path, content: bytes) -> dict[str, object]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise HostileAnswer(f"{path} is damaged: it is not a JSON object")
+    return found
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

@@ -1,0 +1,221 @@
+"""A registry on the Hugging Face Hub, or on a hub that speaks its protocol, as the registry's ``Hub``."""
+
+from __future__ import annotations
+
+import ipaddress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from registry.errors import (
+    CommitNotFound,
+    FileMissing,
+    HostileAnswer,
+    HubError,
+    HubRefused,
+    HubUnavailable,
+    Offline,
+    PlainTokenWarning,
+    ReferenceInvalid,
+    RepositoryNotFound,
+)
+from registry.hubs.failures import HubFailed
+from registry.hubs.protocol import Conflict, Refs, TagExists
+
+__all__ = ["HuggingFaceHub"]
+
+#: Seconds that a call with all its retries may take, besides the transfer of its bytes.
+TIMEOUT = 30.0
+#: The tags by which the Hub finds adapters.
+_ADAPTERS = ["lora", "peft"]
+_KINDS = {"RepoNotFound": RepositoryNotFound, "RevisionNotFound": CommitNotFound, "EntryNotFound": FileMissing}
+
+
+class HuggingFaceHub:
+    """The model repositories of one hub, as the owner of one token sees them.
+
+    Args:
+        endpoint: ``https://…``; ``None`` is ``HF_ENDPOINT``, or huggingface.co.
+        token: ``None`` is the token that the user logged in with, at ``HF_ENDPOINT`` or huggingface.co, and none
+            elsewhere; ``True`` is that token wherever it goes, ``False`` is none.
+        timeout: Seconds that a call may take, besides the transfer of its bytes.
+
+    Raises:
+        ReferenceInvalid: The endpoint is not the address of a hub.
+    """
+
+    local = False
+
+    def __init__(self, endpoint: str | None = None, token: str | bool | None = None, timeout: float = TIMEOUT) -> None:
+        from registry.hubs import huggingface
+
+        own = huggingface.configured_endpoint()
+        self.location = _address(own if endpoint is None else endpoint)
+        if token is True or (token is None and self.location == own):
+            token = huggingface.stored_token()
+        if token:
+            _warn_of_plain(self.location)
+        self._repositories = huggingface.Repositories(self.location, huggingface.Secret(token or None), timeout)
+
+    def __repr__(self) -> str:
+        return f"HuggingFaceHub({self.location!r})"
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def refs(self, name: str) -> Refs:
+        """All branches and tags at one moment."""
+        with self._errors(name):
+            branches, tags = self._repositories.refs(name)
+            return Refs(branches, tags)
+
+    def identity(self, name: str) -> str:
+        """The id that the hub gave the repository; when it was made, where a hub gives none."""
+        with self._errors(name):
+            found = self._repositories.info(name, "main")
+            return str(found.get("_id") or found.get("createdAt") or "")
+
+    def files(self, name: str, commit: str) -> Mapping[str, int]:
+        """The files of a commit with their sizes."""
+        with self._errors(name):
+            return {path: file.size for path, file in sorted(self._repositories.files(name, commit).items())}
+
+    def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
+        """The content of a file of at most ``limit`` bytes."""
+        with self._errors(name, path):
+            return self._repositories.content(name, commit, path, limit)
+
+    def download(self, name: str, commit: str, path: str, sink: BinaryIO, limit: int) -> None:
+        """Write a file of at most ``limit`` bytes to ``sink``."""
+        with self._errors(name, path):
+            self._repositories.download(name, commit, path, sink, limit)
+
+    def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
+        """A part of a file."""
+        with self._errors(name, path):
+            return self._repositories.part(name, commit, path, start, length)
+
+    def names(self, base: str | None = None) -> Iterator[str]:
+        """The models that the hub lists as adapters, for ``base`` if it is given."""
+        tags = [f"base_model:adapter:{base}"] if base is not None else []
+        with self._errors("the list of adapters"):
+            yield from self._repositories.names([*_ADAPTERS, *tags])
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, *, private: bool | None = None) -> None:
+        """Create a repository, if there is none."""
+        with self._errors(name):
+            self._repositories.create(name, private=private)
+
+    def commit(
+        self,
+        name: str,
+        branch: str,
+        files: Mapping[str, Path | bytes],
+        *,
+        parent: str,
+        message: str,
+        delete: tuple[str, ...] = (),
+    ) -> str:
+        """One commit on top of ``parent``."""
+        with self._errors(name):
+            try:
+                return self._repositories.commit(name, branch, files, parent=parent, message=message, delete=delete)
+            except HubFailed as failure:
+                if failure.status in (409, 412) or failure.code == "RevisionNotFound":
+                    status = failure.status
+                else:
+                    raise
+            head = self._repositories.refs(name)[0].get(branch)
+            if head == parent:
+                raise HubUnavailable(f"{name} on {self.location}: HTTP {status}, and the branch has not moved")
+            raise Conflict(branch, head)
+
+    def propose(self, name: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
+        """Open a pull request."""
+        with self._errors(name):
+            return self._repositories.propose(name, files, parent=parent, message=message)
+
+    def create_branch(self, name: str, branch: str, commit: str) -> None:
+        """Start a branch, unless it exists."""
+        with self._errors(name):
+            self._repositories.branch(name, branch, commit)
+
+    def create_tag(self, name: str, tag: str, commit: str) -> None:
+        """Let a new tag stand at a commit."""
+        with self._errors(name):
+            try:
+                return self._repositories.tag(name, tag, commit)
+            except HubFailed as failure:
+                if failure.status != 409:
+                    raise
+            raise TagExists(tag, self._repositories.refs(name)[1].get(tag))
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _errors(self, name: str, path: str = "") -> Iterator[None]:
+        """The failures of requests as errors of the registry; neither holds what the HTTP client raised."""
+        try:
+            yield
+        except HubFailed as failure:
+            error = self._error(failure, name, path)
+        else:
+            return
+        raise error
+
+    def _error(self, failure: HubFailed, name: str, path: str) -> HubError:
+        what = f"{name}: {path[:200]!r} on {self.location}" if path else f"{name} on {self.location}"
+        if failure.code == "Offline":
+            return Offline(f"{what} can't be asked for: {failure}")
+        if failure.code == "Hostile":
+            return HostileAnswer(f"{what}: {failure}")
+        if failure.code in _KINDS:
+            hint = " (or the token may not see it)" if failure.code == "RepoNotFound" else ""
+            return _KINDS[failure.code](f"{what} does not exist{hint}: {failure}")
+        if failure.transient:
+            return HubUnavailable(f"{what} did not answer: {failure}")
+        if failure.code == "GatedRepo":
+            return HubRefused(f"{what} is gated; ask for access on its page, or pass another token: {failure}")
+        if failure.status == 401:
+            return HubRefused(f"{what} refuses this token, or wants one: {failure}")
+        if failure.status == 403:
+            return HubRefused(
+                f"{what} does not allow that to this token: {failure}. A token for pull requests only can push with "
+                "create_pr=True"
+            )
+        return HubError(f"{what}: {failure}")
+
+
+def _address(endpoint: str) -> str:
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port
+    except ValueError:
+        raise ReferenceInvalid(f"{endpoint[:200]!r} is no address of a hub") from None
+    if parts.username or parts.password:
+        raise ReferenceInvalid("The address of a hub must not hold a password; pass token= instead")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ReferenceInvalid(f"{endpoint[:200]!r} is no address of a hub: give one like https://hub.example")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+
+
+def _warn_of_plain(endpoint: str) -> None:
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    if parts.scheme == "https" or host == "localhost":
+        return
+    try:
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    except ValueError:
+        pass
+    warnings.warn(
+        f"The token is sent to {endpoint} unencrypted, for everybody on the way to read. Use https, or token=False.",
+        PlainTokenWarning,
+        stacklevel=4,
+    )

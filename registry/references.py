@@ -1,0 +1,250 @@
+"""References to adapters: ``org/name``, with ``@version``, ``@alias``, ``@commit`` or a range behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from registry.errors import ReferenceInvalid
+
+__all__ = [
+    "BUMPS",
+    "Reference",
+    "bumped",
+    "check_alias",
+    "check_name",
+    "newest_in",
+    "parse_version",
+    "tag_of",
+    "version_text",
+    "versions_in",
+]
+
+#: What ``version=`` may be instead of a version: the part of the newest one that is counted up.
+BUMPS = ("patch", "minor", "major")
+
+# What the Hub takes for names of accounts and repositories.
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_LOOKS_LIKE_COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
+_OPERATORS = "<>=!~"
+_LONGEST_VERSION = 64
+_LONGEST_REFERENCE = 512
+#: Names that mean something else to people who know git, other registries or ``version=``.
+_RESERVED = frozenset({"head", "latest", "main", "master", "refs", "registry", *BUMPS})
+#: Names that a file can't have on every system.
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+_FORMS = "org/name, org/name@1.2.0, org/name@alias, org/name@<commit> or org/name>=1.2,<2"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One adapter repository, and which of its releases is meant; at most one of the four fields says it.
+
+    Attributes:
+        name: ``org/name``.
+        version: Exactly this version.
+        alias: The release that an alias stands for.
+        commit: The release in this commit.
+        range: The newest release in a range.
+    """
+
+    name: str
+    version: Version | None = None
+    alias: str | None = None
+    commit: str | None = None
+    range: SpecifierSet | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read a reference.
+
+        Raises:
+            ReferenceInvalid: It is malformed; the message says where and what is possible.
+        """
+        if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_REFERENCE:
+            raise ReferenceInvalid(f"A reference is a text of 1 to {_LONGEST_REFERENCE} characters: {_FORMS}")
+        cut = next((index for index, char in enumerate(text) if char in f"@{_OPERATORS}"), len(text))
+        name, rest = check_name(text[:cut].rstrip(" ")), text[cut:].strip(" ")
+        if not rest:
+            return cls(name)
+        if rest[0] != "@":
+            return cls(name, range=_range(rest, text))
+        return _pinned(name, rest[1:], text)
+
+    def __str__(self) -> str:
+        if self.range is not None:
+            return f"{self.name}{self.range}"
+        if self.version is not None:
+            return f"{self.name}@{version_text(self.version)}"
+        pinned = self.alias or self.commit
+        return f"{self.name}@{pinned}" if pinned else self.name
+
+    def allows(self, version: Version, commit: str) -> bool:
+        """Whether a release may be what is meant, as far as can be told without asking the hub."""
+        if self.version is not None:
+            return version == self.version
+        if self.commit is not None:
+            return commit == self.commit
+        if self.range is not None:
+            return _contains(self.range, version)
+        # An alias may have stood for anything; without any, every release was the newest one once.
+        return True
+
+
+def check_name(name: str) -> str:
+    """``name``, if a repository can be called that.
+
+    Raises:
+        ReferenceInvalid: It can't.
+    """
+    parts = name.split("/")
+    if len(parts) != 2:
+        raise ReferenceInvalid(f"{name[:200]!r} is no name of an adapter: it has to be org/name ({_FORMS})")
+    for part in parts:
+        if _PART.fullmatch(part) is None or ".." in part or "--" in part or part.endswith((".git", ".ipynb")):
+            raise ReferenceInvalid(
+                f"{name[:200]!r} is no name of an adapter: {part[:100]!r} has to be 1 to 96 letters, digits, '.', '_' "
+                "and '-', with '.' and '-' neither at an end nor doubled"
+            )
+        if _DEVICES.fullmatch(part):
+            raise ReferenceInvalid(f"{name!r} is no name of an adapter: {part!r} is a device on some systems")
+    return name
+
+
+def parse_version(text: str) -> Version:
+    """Read a version as PEP 440 has it; semver's ``1.2.3-rc.1`` is read as ``1.2.3rc1``.
+
+    Raises:
+        ReferenceInvalid: It is none, or has a local part (``+build``), which no two registries order alike.
+    """
+    try:
+        if len(text) > _LONGEST_VERSION or not text.isascii() or text != text.strip():
+            raise InvalidVersion(text)
+        version = Version(text)
+    except InvalidVersion:
+        raise ReferenceInvalid(
+            f"{text[:100]!r} is no version: give one like 1.2.0 or 2.0.0rc1 (PEP 440, at most {_LONGEST_VERSION} "
+            "characters)"
+        ) from None
+    if version.local is not None:
+        raise ReferenceInvalid(f"{text!r} has the local part '+{version.local}', which released versions don't have")
+    return version
+
+
+def version_text(version: Version) -> str:
+    """The one way to write a version: three numbers, more only where they are not zero. ``1.0`` is ``1.0.0``."""
+    numbers = list(version.release)
+    while len(numbers) > 3 and numbers[-1] == 0:
+        numbers.pop()
+    numbers += [0] * (3 - len(numbers))
+    epoch = f"{version.epoch}!" if version.epoch else ""
+    pre = "".join(map(str, version.pre)) if version.pre else ""
+    post = f".post{version.post}" if version.post is not None else ""
+    dev = f".dev{version.dev}" if version.dev is not None else ""
+    return f"{epoch}{'.'.join(map(str, numbers))}{pre}{post}{dev}"
+
+
+def tag_of(version: Version) -> str:
+    """The tag that publishes a version."""
+    return f"v{version_text(version)}"
+
+
+def versions_in(tags: Iterable[str]) -> dict[Version, str]:
+    """The versions that tags publish, each with its tag. Tags that are written in another way publish nothing."""
+    found: dict[Version, str] = {}
+    for tag in tags:
+        if not tag.startswith("v") or len(tag) > _LONGEST_VERSION + 1:
+            continue
+        try:
+            version = Version(tag[1:])
+        except InvalidVersion:
+            continue
+        if version.local is None and tag_of(version) == tag:
+            found[version] = tag
+    return found
+
+
+def newest_in(range_: SpecifierSet | None, versions: Iterable[Version]) -> Version | None:
+    """The newest version in a range (without one: of all); no pre-release, unless the range names one."""
+    allowed = [version for version in versions if _contains(range_, version)]
+    return max(allowed, default=None)
+
+
+def bumped(newest: Version | None, part: str) -> Version:
+    """The version after ``newest`` with its ``"patch"``, ``"minor"`` or ``"major"`` part counted up; the first is
+    0.0.1, 0.1.0 or 1.0.0.
+    """
+    numbers = [0, 0, 0] if newest is None else [newest.major, newest.minor, newest.micro]
+    index = {"major": 0, "minor": 1, "patch": 2}[part]
+    numbers = [*numbers[:index], numbers[index] + 1, *([0] * (2 - index))]
+    epoch = f"{newest.epoch}!" if newest is not None and newest.epoch else ""
+    return Version(epoch + ".".join(map(str, numbers)))
+
+
+def check_alias(alias: str) -> str:
+    """``alias``, if it can't be taken for anything else.
+
+    Raises:
+        ReferenceInvalid: It can.
+    """
+    if _is_version(alias) or _LOOKS_LIKE_COMMIT.fullmatch(alias):
+        raise ReferenceInvalid(f"{alias[:100]!r} is no alias: it looks like a version or a commit")
+    if alias.lower() in _RESERVED:
+        hint = "; the newest release is org/name without anything behind it" if alias.lower() == "latest" else ""
+        raise ReferenceInvalid(f"{alias!r} is no alias: that name is reserved{hint}")
+    if _ALIAS.fullmatch(alias) is None or ".." in alias or alias.endswith("."):
+        raise ReferenceInvalid(
+            f"{alias[:100]!r} is no alias: it has to be a letter and up to 63 letters, digits, '.', '_' and '-'"
+        )
+    return alias
+
+
+def _pinned(name: str, pin: str, text: str) -> Reference:
+    if not pin:
+        raise ReferenceInvalid(f"{text!r} ends with '@': a version, an alias or a commit has to follow")
+    if pin[0] in _OPERATORS:
+        raise ReferenceInvalid(f"{text!r} has '@' before a range: write {name}{pin}")
+    if _COMMIT.fullmatch(pin):
+        return Reference(name, commit=pin)
+    if _is_version(pin):
+        return Reference(name, version=parse_version(pin))
+    if _LOOKS_LIKE_COMMIT.fullmatch(pin):
+        raise ReferenceInvalid(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
+    if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
+        raise ReferenceInvalid(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
+    if pin[0].isdigit():
+        parse_version(pin)  # says why it is none
+    return Reference(name, alias=check_alias(pin))
+
+
+def _range(rest: str, text: str) -> SpecifierSet:
+    try:
+        found = SpecifierSet(rest)
+    except InvalidSpecifier:
+        raise ReferenceInvalid(
+            f"{text!r}: {rest[:100]!r} is no range of versions: give one like >=1.2,<2 or ~=1.2 or ==1.* (PEP 440)"
+        ) from None
+    for part in found:
+        if part.operator == "===":
+            raise ReferenceInvalid(f"{text!r}: '===' compares texts, not versions; write @{part.version}")
+    return found
+
+
+def _contains(range_: SpecifierSet | None, version: Version) -> bool:
+    if range_ is None:
+        return not version.is_prerelease
+    return range_.contains(version, prereleases=bool(range_.prereleases))
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except ValueError:  # InvalidVersion, or a number of thousands of digits
+        return False
+    return True

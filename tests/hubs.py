@@ -1,0 +1,92 @@
+"""The two kinds of hub that the registry's tests run on, and what tests do behind their backs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from registry.hubs.folder import FolderHub
+from registry.hubs.protocol import Hub
+from registry.hubs.remote import HuggingFaceHub
+from registry.testing import LoopbackHub
+
+KINDS = ("folder", "loopback")
+
+
+class Place:
+    """One hub of either kind."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def move_tag(self, name: str, tag: str, commit: str | None) -> None:
+        """Let a tag stand elsewhere, or remove it, as the owner of a repository can."""
+        raise NotImplementedError
+
+    def tamper(self, name: str, commit: str, path: str) -> None:
+        """Flip a bit in what the hub serves."""
+        raise NotImplementedError
+
+    def delete(self, name: str) -> None:
+        """Delete a repository."""
+        raise NotImplementedError
+
+    def plant(self, name: str, commit: str, files: Mapping[str, bytes]) -> None:
+        """Let a commit list more files."""
+        raise NotImplementedError
+
+
+class FolderPlace(Place):
+    """A folder registry."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(FolderHub(root))
+        self.root = root
+
+    def move_tag(self, name: str, tag: str, commit: str | None) -> None:
+        path = self.root / name / "refs.json"
+        refs = json.loads(path.read_text())
+        refs["tags"].pop(tag, None)
+        if commit is not None:
+            refs["tags"][tag] = commit
+        path.write_text(json.dumps(refs))
+
+    def tamper(self, name: str, commit: str, path: str) -> None:
+        file = self.root / name / "commits" / commit / path
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    def delete(self, name: str) -> None:
+        shutil.rmtree(self.root / name)
+
+    def plant(self, name: str, commit: str, files: Mapping[str, bytes]) -> None:
+        for path, content in files.items():
+            file = self.root / name / "commits" / commit / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+
+
+class LoopbackPlace(Place):
+    """A Hub on loopback."""
+
+    def __init__(self, loopback: LoopbackHub, timeout: float = 5) -> None:
+        super().__init__(HuggingFaceHub(loopback.endpoint, loopback.token, timeout))
+        self.loopback = loopback
+
+    def move_tag(self, name: str, tag: str, commit: str | None) -> None:
+        if commit is None:
+            del self.loopback.repo(name).tags[tag]
+        else:
+            self.loopback.move_tag(name, tag, commit)
+
+    def tamper(self, name: str, commit: str, path: str) -> None:
+        self.loopback.faults.tamper(path)
+
+    def delete(self, name: str) -> None:
+        self.loopback.delete_repo(name)
+
+    def plant(self, name: str, commit: str, files: Mapping[str, bytes]) -> None:
+        self.loopback.faults.hostile_listing(files)

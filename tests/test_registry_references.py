@@ -1,0 +1,195 @@
+"""References: every form, every way to get one wrong, and the order of versions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.version import Version
+
+from registry.errors import ReferenceInvalid
+from registry.references import (
+    Reference,
+    bumped,
+    check_alias,
+    newest_in,
+    parse_version,
+    tag_of,
+    version_text,
+    versions_in,
+)
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("org/name", "org/name"),
+        ("org/name@1.2.0", "org/name@1.2.0"),
+        ("org/name@1.2", "org/name@1.2.0"),
+        ("org/name@v1.2.0", "org/name@1.2.0"),
+        ("org/name@1.2.3-rc.1", "org/name@1.2.3rc1"),
+        ("org/name@01.2.3", "org/name@1.2.3"),
+        ("org/name@champion", "org/name@champion"),
+        (f"org/name@{COMMIT}", f"org/name@{COMMIT}"),
+        (f"org/name@{COMMIT}{COMMIT[:24]}", f"org/name@{COMMIT}{COMMIT[:24]}"),
+        ("org/name@" + "1" * 40, "org/name@" + "1" * 40),
+        ("org/name>=1.2,<2", "org/name<2,>=1.2"),
+        ("org/name >= 1.2, < 2", "org/name<2,>=1.2"),
+        ("org/name~=1.2", "org/name~=1.2"),
+        ("org/name==1.*", "org/name==1.*"),
+        ("a_b.c/D-e_f.1", "a_b.c/D-e_f.1"),
+    ],
+)
+def test_forms(text: str, shown: str) -> None:
+    assert str(Reference.parse(text)) == shown
+    assert Reference.parse(shown) == Reference.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "1 to 512 characters"),
+        ("x" * 600, "1 to 512 characters"),
+        ("name", "has to be org/name"),
+        ("org/name/more", "has to be org/name"),
+        ("https://hub/org/name", "has to be org/name"),
+        ("/name", "has to be 1 to 96 letters"),
+        ("org/", "has to be 1 to 96 letters"),
+        ("../name", "has to be 1 to 96 letters"),
+        ("org/..", "has to be 1 to 96 letters"),
+        ("org/a..b", "neither at an end nor doubled"),
+        ("org/a--b", "neither at an end nor doubled"),
+        ("org/-a", "neither at an end"),
+        ("org/a.git", "neither at an end"),
+        ("org/%2e%2e", "letters, digits"),
+        ("org/na me", "letters, digits"),
+        ("org/näme", "letters, digits"),
+        ("org/name#x", "letters, digits"),
+        ("org/name\n", "letters, digits"),
+        ("org/name\0", "letters, digits"),
+        ("org/nul", "a device"),
+        ("COM1.txt/name", "a device"),
+        ("org/name@", "ends with '@'"),
+        ("org/name@>=1.2", "write org/name>=1.2"),
+        ("org/name@1.2.3+build", "local part"),
+        ("org/name@1.2@3", "neither version"),
+        ("org/name@1.2,<2", "neither version"),
+        ("org/name@1.x", "is no version"),
+        ("org/name@" + "9" * 100, "is no version"),
+        ("org/name@abcdef1", "part of a commit"),
+        ("org/name@latest", "the newest release is org/name"),
+        ("org/name@main", "reserved"),
+        ("org/name@HEAD", "reserved"),
+        ("org/name@refs/pr/1", "neither version"),
+        ("org/name@a b", "neither version"),
+        ("org/name@-x", "is no alias"),
+        ("org/name@a..b", "is no alias"),
+        ("org/name@\x1b[31m", "neither version"),
+        ("org/name>=", "no range"),
+        ("org/name=1.2", "no range"),
+        ("org/name>=1.2 <2", "no range"),
+        ("org/name===1.2", "compares texts"),
+        ("org/name>=1.2@x", "no range"),
+        ("org/name^1.2", "letters, digits"),
+    ],
+)
+def test_malformed(text: str, says: str) -> None:
+    with pytest.raises(ReferenceInvalid, match=says) as caught:
+        Reference.parse(text)
+    assert str(caught.value).isprintable()
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    for candidate in (text, f"org/name{text}", f"org/name@{text}"):
+        try:
+            reference = Reference.parse(candidate)
+        except ReferenceInvalid:
+            continue
+        assert Reference.parse(str(reference)) == reference
+
+
+@pytest.mark.parametrize("alias", ["1", "v1", "1.0rc1", "deadbeef", COMMIT, "main", "Latest", "", "a/b", "x" * 65, "é"])
+def test_what_an_alias_cannot_be(alias: str) -> None:
+    with pytest.raises(ReferenceInvalid):
+        check_alias(alias)
+
+
+@pytest.mark.parametrize("alias", ["champion", "prod-eu", "A", "cafe", "release_x.y"])
+def test_what_an_alias_can_be(alias: str) -> None:
+    assert check_alias(alias) == alias
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("1", "1.0.0"), ("1.0", "1.0.0"), ("1.2.0.0", "1.2.0"), ("1.2.0.1", "1.2.0.1"), ("1.0a1", "1.0.0a1"),
+     ("1.0.post1", "1.0.0.post1"), ("1.0.dev3", "1.0.0.dev3"), ("2!1.0", "2!1.0.0"), ("1.0-rc.1", "1.0.0rc1")],
+)  # fmt: skip
+def test_one_way_to_write_a_version(text: str, written: str) -> None:
+    assert version_text(parse_version(text)) == written
+    assert tag_of(parse_version(text)) == f"v{written}"
+
+
+@given(
+    st.from_regex(r"([0-9]!)?[0-9]{1,3}(\.[0-9]{1,2}){0,4}((a|b|rc)[0-9])?(\.post[0-9])?(\.dev[0-9])?", fullmatch=True)
+)
+def test_equal_versions_are_written_alike(text: str) -> None:
+    version = Version(text)
+    assert Version(version_text(version)) == version
+    assert versions_in([tag_of(version)]) == {version: tag_of(version)}
+
+
+def test_only_tags_written_our_way_publish() -> None:
+    tags = [
+        "v1.0.0",
+        "v1.1",
+        "1.2.0",
+        "v01.3.0",
+        "v1.4.0+x",
+        "latest",
+        "v",
+        "v" + "1" * 5000,
+        "v1.5.0rc1",
+        "v1.6.0-rc1",
+    ]
+    assert list(versions_in(tags).values()) == ["v1.0.0", "v1.5.0rc1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("org/name", "1.10.0"),
+        ("org/name<1.10", "1.9.0"),
+        ("org/name~=1.2", "1.10.0"),
+        ("org/name==1.9.*", "1.9.0"),
+        ("org/name>=2", None),
+        ("org/name>=2.0rc1", "2.0.0rc1"),
+        ("org/name>1.2,!=1.10", "1.9.0"),
+    ],
+)
+def test_newest_in_a_range(text: str, found: str | None) -> None:
+    versions = [Version(version) for version in ("1.9.0", "1.10.0", "2.0.0rc1", "1.2.0")]
+    newest = newest_in(Reference.parse(text).range, versions)
+    assert (newest and version_text(newest)) == found
+
+
+def test_pre_releases_alone_are_not_taken() -> None:
+    assert newest_in(None, [Version("1.0rc1")]) is None
+    assert newest_in(Reference.parse("org/name>=0.5").range, [Version("1.0rc1")]) is None
+
+
+def test_counting_up() -> None:
+    parts = ("patch", "minor", "major")
+    assert [version_text(bumped(None, part)) for part in parts] == ["0.0.1", "0.1.0", "1.0.0"]
+    assert [version_text(bumped(Version("1.2.3"), part)) for part in parts] == ["1.2.4", "1.3.0", "2.0.0"]
+    assert version_text(bumped(Version("2!1.2.3.4"), "patch")) == "2!1.2.4"
+
+
+def test_what_a_reference_allows() -> None:
+    version = Version("1.2.0")
+    for text in ("org/name", "org/name@1.2", "org/name@champion", f"org/name@{COMMIT}", "org/name~=1.0"):
+        assert Reference.parse(text).allows(version, COMMIT)
+    for text in ("org/name@1.2.1", f"org/name@{'0' * 40}", "org/name>=2"):
+        assert not Reference.parse(text).allows(version, COMMIT)
