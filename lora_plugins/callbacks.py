@@ -386,8 +386,9 @@ class Int8PreparationCallback(_PreparingCallback):
 class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
     """Reports at the start of training what will be trained and what it weighs.
 
-    A table on the terminal, ``parameter_report.json`` in the output folder, and scalars to whatever the
-    Trainer reports to; on the main process only.
+    A table on the terminal (elsewhere one line, unless `LoraCallback` has printed it),
+    ``parameter_report.json`` in the output folder, and scalars to whatever the Trainer reports to; on the main
+    process only.
 
     Attributes:
         report: The last report; displays as a table in a notebook.
@@ -403,7 +404,8 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
             return
         trainer = find_trainer(self)
         self.report = make_report(trainer.model)
-        self.report.print()
+        told = any(isinstance(known, LoraCallback) for known in trainer.callback_handler.callbacks)
+        self.report.print(table_only=told)
         self.report.save(Path(args.output_dir) / "parameter_report.json")
         _send_scalars(trainer, self, self.report.scalars(), kwargs)
 

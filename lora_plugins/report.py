@@ -121,14 +121,18 @@ class ParameterReport:
         partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, target)
 
-    def print(self) -> None:
-        """Print the table on a terminal, the one line elsewhere."""
+    def print(self, *, table_only: bool = False) -> None:
+        """Print the table on a terminal, the one line elsewhere.
+
+        Args:
+            table_only: Print nothing where there is no terminal.
+        """
         from rich.console import Console
 
         console = Console()
         if console.is_terminal or console.is_jupyter:
             console.print(self)
-        else:
+        elif not table_only:
             print(self.line(), flush=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

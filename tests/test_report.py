@@ -71,6 +71,15 @@ def test_table_on_a_terminal_and_line_elsewhere(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.strip() == report.line()
 
 
+def test_line_is_printed_once_however_many_callbacks_know_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for callbacks in ([ParameterReportCallback(), LoraCallback(r=4)], [ParameterReportCallback()]):
+        model = tiny.llama() if len(callbacks) == 2 else prepare_model(tiny.llama(), r=4)
+        tiny.trainer(tmp_path, model, callbacks, max_steps=1).train()
+        assert capsys.readouterr().out.count("trainable params:") == 1
+
+
 def test_html_for_notebooks_escapes_what_the_model_is_called() -> None:
     model = prepare_model(tiny.llama(), r=4)
     report = make_report(model)
