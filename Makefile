@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, each with one thread and whole files.
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 
 # Nothing here asks the Hub for anything.
@@ -28,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/lora-plugins demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
