@@ -260,6 +260,28 @@ def load_weights(model: PeftModel, file: Path, adapter_name: str) -> None:
         raise BrokenCheckpoint(f"{file} was loaded and {len(wrong)} tensors differ afterwards, first {wrong[0]}")
 
 
+def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
+    """Add an adapter with the configuration and the values of another one; it is frozen, the other stays active.
+
+    Args:
+        model: A wrapped model.
+        source: Name of the adapter that is there.
+        copy: Name of the new one.
+        seed: Seed of the values that are overwritten, so that the caller's generators do not move.
+
+    Raises:
+        ValueError: PEFT can't hold two adapters of this kind.
+    """
+    from peft import set_peft_model_state_dict
+
+    active = model.active_adapter
+    with seeded(model, seed):
+        model.add_adapter(copy, model.peft_config[source])
+    state = {name: tensor.detach().clone() for name, tensor in adapter_state(model, source).items()}
+    set_peft_model_state_dict(model, state, adapter_name=copy)
+    model.set_adapter(active)
+
+
 def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter under the names that its file has."""
     from peft import get_peft_model_state_dict

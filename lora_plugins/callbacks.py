@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lora_plugins import adapters, liveness
+from lora_plugins import adapters, liveness, preference
 from lora_plugins.errors import (
     AdapterMismatch,
     AttachError,
@@ -30,6 +30,7 @@ from lora_plugins.trainer import (
     check_supported,
     find_trainer,
     is_training,
+    keep_generation_config,
     put_model,
     shadow_method,
     uses_autocast,
@@ -92,16 +93,17 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         if is_training(trainer):
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
         check_supported(trainer, self.settings.adapter_name)
+        preference.check_adapter_name(trainer, self.settings.adapter_name)
         self.release()
         optimizer = OptimizerRebuild(trainer)
         before = trainer.model
-        model = self._prepare(trainer, before)
+        model = self._make(trainer, before)
         self._trainer = weakref.ref(trainer)
         put_model(trainer, model)
         if model is not before or optimizer.is_given:
             optimizer.apply()
         if trainer.model_init is not None:
-            self._undo.append(wrap_model_init(trainer, functools.partial(self._prepare, trainer)))
+            self._undo.append(wrap_model_init(trainer, functools.partial(self._make, trainer)))
         self._undo.append(_observe_losses(trainer, self._loss))
 
     def release(self) -> None:
@@ -109,6 +111,12 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         while self._undo:
             self._undo.pop()()
         self._trainer = None
+
+    def _make(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        """Prepare one model and fit it to what this Trainer does with it."""
+        prepared = self._prepare(trainer, model)
+        keep_generation_config(trainer, prepared)
+        return prepared
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
         raise NotImplementedError
@@ -263,6 +271,7 @@ class LoraCallback(_PreparingCallback):
             autocast=uses_autocast(trainer),
             progress=self._progress(trainer),
         )
+        preference.keep_reference(trainer, prepared, self.settings)
         self.report = make_report(prepared)
         if trainer.is_world_process_zero():
             print(self.report.line(), flush=True)

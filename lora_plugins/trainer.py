@@ -8,6 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import OptimizerConflict, TrainerNotFound, UnsupportedTraining
+from lora_plugins.quantization import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,17 @@ def put_model(trainer: Trainer, model: nn.Module) -> None:
 def uses_autocast(trainer: Trainer) -> bool:
     """Whether the Trainer runs forward passes under autocast."""
     return bool(trainer.args.bf16 or trainer.args.fp16)
+
+
+def keep_generation_config(trainer: Trainer, model: nn.Module) -> None:
+    """Let ``generate`` use the configuration in ``Seq2SeqTrainingArguments``.
+
+    The Trainer sets it on the model it holds, and PEFT's wrapper for sequence-to-sequence models generates
+    with that of the base.
+    """
+    config = getattr(trainer.args, "generation_config", None)
+    if config is not None:
+        base_of(model).generation_config = trainer.load_generation_config(config)
 
 
 def wrap_model_init(trainer: Trainer, prepare: Callable[[nn.Module], nn.Module]) -> Callable[[], None]:

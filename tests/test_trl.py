@@ -1,0 +1,314 @@
+"""TRL's Trainers through the callbacks: what is trained, what the reference is, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer
+
+from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
+from lora_plugins.callbacks import detach
+from lora_plugins.errors import FrozenHead, UnsupportedTraining
+from lora_plugins.report import make_report
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+
+LN2 = math.log(2)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, tiny.VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+
+
+def sentences(count: int, words: int, seed: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(3, tiny.VOCABULARY, (count, words), generator=generator)
+    return [" ".join(f"w{number}" for number in row) for row in numbers.tolist()]
+
+
+def prompts() -> list[str]:
+    return [text + " " for text in sentences(16, 4, 1)]
+
+
+def pairs() -> Dataset:
+    return Dataset.from_dict({"prompt": prompts(), "chosen": sentences(16, 5, 2), "rejected": sentences(16, 3, 3)})
+
+
+def rated() -> Dataset:
+    completions = sentences(16, 5, 2)
+    return Dataset.from_dict(
+        {"prompt": prompts(), "completion": completions, "label": [number % 2 == 0 for number in range(16)]}
+    )
+
+
+def reward_model() -> LlamaForSequenceClassification:
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            num_labels=1,
+        )
+    )
+
+
+KINDS: dict[str, tuple[str, str, Any]] = {
+    "sft": ("SFTTrainer", "SFTConfig", lambda: Dataset.from_dict({"text": sentences(16, 9, 4)})),
+    "dpo": ("DPOTrainer", "DPOConfig", pairs),
+    "kto": ("KTOTrainer", "KTOConfig", rated),
+    "reward": ("RewardTrainer", "RewardConfig", pairs),
+}
+
+
+def make(kind: str, folder: Path, model: Any = None, callbacks: list[Any] | None = None, **arguments: Any) -> Trainer:
+    """A Trainer of TRL with four quiet steps; ``arguments`` go to its configuration, but for two of its own."""
+    trainer, config, data = KINDS[kind]
+    own = {name: arguments.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in arguments}
+    if model is None:
+        model = reward_model() if kind == "reward" else tiny.llama()
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 7,
+        "max_length": 16,
+    }
+    return getattr(trl, trainer)(
+        model=model,
+        args=getattr(trl, config)(**{**defaults, **arguments}),
+        train_dataset=data(),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+        **own,
+    )
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_trained(trainer: Trainer, name: str = "default") -> None:
+    """The optimizer holds the one adapter (and trained heads), the adapter has moved."""
+    assert isinstance(trainer.model, peft.PeftModel)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert held == {id(p) for p in trained.values()}
+    assert all(f".{name}." in n for n in trained)
+    moved = tiny.adapter_tensors(trainer.model, f"lora_B.{name}")
+    assert len(moved) == 4
+    assert all(tensor.any() for tensor in moved.values())
+
+
+def assert_quantized(trainer: Trainer, quantization: str | None) -> None:
+    layers = sum(isinstance(module, bnb.nn.Linear8bitLt) for module in trainer.model.modules())
+    assert layers == (14 if quantization else 0)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_callback_in_the_constructor(tmp_path: Path, kind: str, quantization: str | None) -> None:
+    trainer = make(
+        kind,
+        tmp_path,
+        callbacks=[LoraCallback(r=4, quantization=quantization)],
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    assert_trained(trainer)
+    assert_quantized(trainer, quantization)
+    stored = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert sum("lora_" in key for key in stored) == 8
+    assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+def test_attach_and_detach(tmp_path: Path, kind: str) -> None:
+    base = tiny.llama()
+    reference = {"ref_model": tiny.llama()} if kind != "sft" else {}
+    trainer = make(kind, tmp_path, base, **reference)
+    attach(trainer, r=4, quantization="int8")
+    trainer.train()
+    assert_trained(trainer)
+    if reference:
+        assert not any(isinstance(m, bnb.nn.Linear8bitLt) for m in trainer.ref_model.modules()), "it is the user's own"
+    assert detach(trainer) is base
+    assert trainer.model is base
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+
+
+# -- the reference -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_fresh_adapter_is_compared_with_the_model_without_it(
+    tmp_path: Path, quantization: str | None, precomputed: bool
+) -> None:
+    callback = LoraCallback(r=4, lora_dropout=0.0, quantization=quantization, compute_dtype="float32")
+    trainer = make("dpo", tmp_path, callbacks=[callback], precompute_ref_log_probs=precomputed)
+    assert trainer.ref_model is None
+    assert list(trainer.model.peft_config) == ["default"]
+    trainer.train()
+    # Policy and reference are equal at first; afterwards they are not, or the loss would stay at ln 2.
+    # (Log-probabilities that were computed beforehand come from the kernel for evaluation.)
+    assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-6 if not (precomputed and quantization) else 1e-3)
+    assert max(abs(loss - LN2) for loss in losses(trainer)[1:]) > 1e-3
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "loss" in entry]
+    assert margins[-1] != 0
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """An adapter that has been trained a little, so that it is not what the bare base model computes."""
+    trainer = make("sft", tmp_path / "first", callbacks=[LoraCallback(r=4, lora_dropout=0.0)])
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "first"
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_continued_adapter_is_compared_with_a_frozen_copy_of_itself(
+    tmp_path: Path, stored: Path, kind: str, quantization: str | None
+) -> None:
+    def start_run() -> Trainer:
+        callback = LoraCallback(adapter=stored, quantization=quantization, compute_dtype="float32")
+        return make(kind, tmp_path / "second", callbacks=[callback], save_strategy="steps", save_steps=2)
+
+    trainer = start_run()
+    assert list(trainer.model.peft_config) == ["default", "ref"]
+    start = peft.get_peft_model_state_dict(trainer.model)
+    copy = peft.get_peft_model_state_dict(trainer.model, adapter_name="ref")
+    start = {name: tensor.clone() for name, tensor in start.items()}
+    assert all(torch.equal(start[name], copy[name]) for name in start)
+    trainer.train()
+    assert_trained(trainer)
+    assert losses(trainer)[0] == pytest.approx(LN2 if kind == "dpo" else 0.5, abs=1e-6)
+    assert all(torch.equal(start[name], copy[name]) for name in start), "the reference must not move"
+    report = make_report(trainer.model)
+    assert report.frozen_adapters == ["ref"]
+    assert report.trainable == sum(tensor.numel() for tensor in start.values())
+    folder = tmp_path / "second" / "checkpoint-2"
+    assert len(load_file(folder / "adapter_model.safetensors")) == 8
+    assert all(torch.equal(t, start[n]) for n, t in load_file(folder / "ref" / "adapter_model.safetensors").items())
+
+    resumed = start_run()
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert losses(resumed) == losses(trainer)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_ready_model_gets_the_reference_of_trl(tmp_path: Path, kind: str) -> None:
+    model = prepare_model(tiny.llama(), r=4, lora_dropout=0.0)
+    trainer = make(kind, tmp_path, model, [LoraCallback()], save_strategy="steps", save_steps=4)
+    assert list(trainer.model.peft_config) == ["default", "ref"]
+    trainer.train()
+    assert_trained(trainer)
+    assert (tmp_path / "checkpoint-4" / "ref" / "adapter_model.safetensors").exists()
+
+
+def test_best_checkpoint_of_a_run_with_a_reference(tmp_path: Path, stored: Path) -> None:
+    trainer = make(
+        "dpo",
+        tmp_path / "second",
+        callbacks=[LoraCallback(adapter=stored)],
+        eval_dataset=pairs(),
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2", "margins grow on the rows it trains on, and the smallest was asked for"
+    for name, folder in (("default", best), ("ref", best / "ref")):
+        live = peft.get_peft_model_state_dict(trainer.model, adapter_name=name)
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert saved.keys() == live.keys()
+        assert all(torch.equal(saved[key], live[key]) for key in saved), name
+    assert trainer.model.active_adapter == "default"
+
+
+def test_adapter_called_like_the_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedTraining, match="compared with itself"):
+        make("dpo", tmp_path, callbacks=[LoraCallback(adapter_name="ref")])
+    make("sft", tmp_path, callbacks=[LoraCallback(adapter_name="ref")])
+
+
+def test_reference_that_peft_cant_hold_is_refused(tmp_path: Path) -> None:
+    prepare_model(tiny.llama(), r=4, bias="lora_only").save_pretrained(tmp_path / "first")
+    with pytest.raises(UnsupportedTraining, match="needs a frozen copy of it as reference"):
+        make("dpo", tmp_path / "second", callbacks=[LoraCallback(adapter=tmp_path / "first")])
+
+
+# -- adapters of TRL ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_base_is_quantized_under_the_adapters_of_trl(tmp_path: Path, kind: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make(kind, tmp_path, callbacks=[Int8PreparationCallback()], peft_config=config)
+    trainer.train()
+    assert_trained(trainer)
+    assert_quantized(trainer, "int8")
+
+
+# -- heads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_reward_head_is_trained_and_saved(tmp_path: Path, quantization: str | None) -> None:
+    trainer = make(
+        "reward",
+        tmp_path,
+        callbacks=[LoraCallback(r=4, quantization=quantization)],
+        save_strategy="steps",
+        save_steps=4,
+    )
+    head = trainer.model.base_model.model.score
+    start = head.modules_to_save["default"].weight.detach().clone()
+    trainer.train()
+    now = head.modules_to_save["default"].weight.detach()
+    assert not torch.equal(now, start)
+    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    key = next(name for name in saved if "score" in name)
+    assert torch.equal(saved[key], now)
+    reloaded = peft.PeftModel.from_pretrained(reward_model(), tmp_path / "checkpoint-4")
+    assert torch.equal(reloaded.base_model.model.score.modules_to_save["default"].weight, now.float())
+
+
+def test_frozen_reward_head_is_named(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = make("reward", tmp_path, callbacks=[Int8PreparationCallback()], peft_config=config)
+    with pytest.raises(FrozenHead, match="score"):
+        trainer.train()
