@@ -45,7 +45,7 @@ def t5() -> T5ForConditionalGeneration:
             d_model=32,
             d_kv=8,
             d_ff=64,
-            num_layers=2,
+            num_layers=1,
             num_heads=4,
             decoder_start_token_id=0,
             dropout_rate=0.0,
@@ -56,7 +56,7 @@ def t5() -> T5ForConditionalGeneration:
 def translations() -> Dataset:
     """What is said is to be said again, in the numbers that come next."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, tiny.VOCABULARY - 1, (16, 6), generator=generator)
+    ids = torch.randint(2, tiny.VOCABULARY - 1, (8, 6), generator=generator)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids + 1).tolist()})
 
 
@@ -72,7 +72,7 @@ def test_seq2seq_with_generation(tmp_path: Path, quantization: str | None) -> No
         model=t5(),
         args=Seq2SeqTrainingArguments(
             output_dir=str(tmp_path),
-            max_steps=4,
+            max_steps=2,
             per_device_train_batch_size=4,
             learning_rate=1e-2,
             predict_with_generate=True,
@@ -80,9 +80,9 @@ def test_seq2seq_with_generation(tmp_path: Path, quantization: str | None) -> No
                 max_length=6, min_length=6, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
             ),
             eval_strategy="steps",
-            eval_steps=2,
+            eval_steps=1,
             save_strategy="steps",
-            save_steps=2,
+            save_steps=1,
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             report_to=[],
@@ -99,13 +99,13 @@ def test_seq2seq_with_generation(tmp_path: Path, quantization: str | None) -> No
     assert trainer.model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     assert (quantization is None) == (not any(isinstance(m, bnb.nn.Linear8bitLt) for m in trainer.model.modules()))
     assert len(seen) == 2
-    assert all(predictions.shape == (16, 6) for predictions in seen), "a start token and five that were generated"
+    assert all(predictions.shape == (8, 6) for predictions in seen), "a start token and five that were generated"
     result = trainer.predict(translations())
     with torch.no_grad():
         ids = torch.tensor(translations()["input_ids"])
         expected = trainer.model.generate(input_ids=ids, generation_config=trainer.args.generation_config)
     assert torch.equal(torch.tensor(result.predictions), expected)
-    assert len(load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")) > 0
+    assert len(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")) > 0
 
 
 # -- subclasses --------------------------------------------------------------------------------
@@ -114,7 +114,9 @@ def test_seq2seq_with_generation(tmp_path: Path, quantization: str | None) -> No
 class SmoothedLoss(Trainer):
     """A loss of its own, with the model's output as second result, as tutorials write it."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = torch.nn.functional.cross_entropy(
@@ -213,7 +215,9 @@ def test_token_classification_head_is_trained_saved_and_reloaded(tmp_path: Path,
         save_strategy="steps",
         save_steps=4,
     )
-    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "classifier" in n and p.requires_grad}
+    start = {
+        n: p.detach().clone() for n, p in trainer.model.named_parameters() if "classifier" in n and p.requires_grad
+    }
     assert len(start) == 2
     trainer.train()
     assert_trained(trainer)
