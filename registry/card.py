@@ -91,7 +91,7 @@ def _front_matter(base: str | None, metrics: Mapping[str, float], name: str) -> 
     lines = ["---"]
     if base is not None:
         lines += [f"base_model: {_yaml(base)}", "base_model_relation: adapter"]
-    lines += ["library_name: peft", "tags:", "- lora", "- peft"]
+    lines += ["library_name: peft", "tags:", "- lora", "- lora-plugins", "- peft"]
     if base is not None:
         lines.append(f"- {_yaml(f'base_model:adapter:{base}')}")
     return "\n".join([*lines, "---"])

@@ -18,6 +18,7 @@
     ├── PublishError
     │   ├── VersionExists
     │   ├── PublishConflict
+    │   │   └── AliasMoved
     │   ├── BaseUnknown (ValueError)
     │   ├── BadAdapter (ValueError)
     │   └── TooLarge (ValueError)
@@ -27,12 +28,15 @@
     ├── IntegrityError
     │   ├── ReleaseMoved
     │   └── RepositoryReplaced
+    ├── CacheError (OSError)
     └── LockError
         ├── LockInvalid (ValueError)
+        ├── LockMismatch (ValueError)
         └── NotLocked (LookupError)
 
     RegistryWarning (UserWarning)
     ├── YankedWarning
+    ├── StaleWarning
     ├── IdentityWarning
     └── PlainTokenWarning
 """
@@ -104,6 +108,10 @@ class PublishConflict(PublishError):
     """Others changed the repository at the same time, again and again."""
 
 
+class AliasMoved(PublishConflict):
+    """Somebody else moved an alias at the same time."""
+
+
 class BaseUnknown(PublishError, ValueError):
     """Nobody could find the base model again."""
 
@@ -140,12 +148,20 @@ class RepositoryReplaced(IntegrityError):
     """Under the name of a repository there is another one than before."""
 
 
+class CacheError(RegistryError, OSError):
+    """The cache of pulled adapters can't be written or read."""
+
+
 class LockError(RegistryError):
     """Something is wrong with a lock file."""
 
 
 class LockInvalid(LockError, ValueError):
     """A lock file that is malformed."""
+
+
+class LockMismatch(LockError, ValueError):
+    """A lock holds another version than the one that was asked for."""
 
 
 class NotLocked(LockError, LookupError):
@@ -158,6 +174,10 @@ class RegistryWarning(UserWarning):
 
 class YankedWarning(RegistryWarning):
     """A release is used that its publisher has withdrawn."""
+
+
+class StaleWarning(RegistryWarning):
+    """A hub could not be reached, and what is known of it from before is used."""
 
 
 class IdentityWarning(RegistryWarning):

@@ -51,7 +51,7 @@ def test_what_a_card_says() -> None:
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "library_name": "peft",
-        "tags": ["lora", "peft", "base_model:adapter:org/base"],
+        "tags": ["lora", "lora-plugins", "peft", "base_model:adapter:org/base"],
     }
     for line in (
         "# org/name 1.2.0",
@@ -78,7 +78,7 @@ def test_front_matter_gets_no_key_from_outside(text: str) -> None:
     found = front_matter(card(base=text))
     assert set(found) == {"base_model", "base_model_relation", "library_name", "tags"}
     assert found["base_model"] == text
-    assert found["tags"][2:] == [f"base_model:adapter:{text}"]
+    assert found["tags"][3:] == [f"base_model:adapter:{text}"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -105,7 +105,7 @@ def test_a_repository_that_is_not_there(place: Place) -> None:
 
 
 def test_names(hub: Hub, head: str) -> None:
-    card = b"---\ntags:\n- lora\n- peft\n---\n"
+    card = b"---\ntags:\n- lora-plugins\n---\n"
     hub.commit(NAME, "main", {"README.md": card}, parent=head, message="m")
     hub.create("org/second")
     hub.commit("org/second", "main", {"README.md": card}, parent=hub.refs("org/second").branches["main"], message="m")

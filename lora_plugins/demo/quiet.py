@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from lora_plugins.calm import calm
+import logging
+import warnings
 
 
 def quiet() -> None:
     """Silence what the libraries say below an error, in this process. Call it before they are imported."""
-    calm()
+    # bitsandbytes speaks while it is imported, and then at every cast.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -29,8 +29,8 @@ __all__ = ["HuggingFaceHub"]
 
 #: Seconds that a call with all its retries may take, besides the transfer of its bytes.
 TIMEOUT = 30.0
-#: The tags by which the Hub finds adapters.
-_ADAPTERS = ["lora", "peft"]
+#: The tag that the card of every release has; the Hub finds them by it.
+_TAG = "lora-plugins"
 _KINDS = {"RepoNotFound": RepositoryNotFound, "RevisionNotFound": CommitNotFound, "EntryNotFound": FileMissing}
 
 
@@ -98,10 +98,10 @@ class HuggingFaceHub:
             return self._repositories.part(name, commit, path, start, length)
 
     def names(self, base: str | None = None) -> Iterator[str]:
-        """The models that the hub lists as adapters, for ``base`` if it is given."""
+        """The models that the hub lists as ours, for ``base`` if it is given."""
         tags = [f"base_model:adapter:{base}"] if base is not None else []
         with self._errors("the list of adapters"):
-            yield from self._repositories.names([*_ADAPTERS, *tags])
+            yield from self._repositories.names([_TAG, *tags])
 
     # -- writing -------------------------------------------------------------------------------------------------
 
