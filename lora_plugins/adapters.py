@@ -18,6 +18,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.quantization import Quantization, owner_of
 from lora_plugins.settings import DEFAULTS, LoraSettings
+from lora_plugins.sharding import gathered_state, is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -282,12 +283,26 @@ def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
     model.set_adapter(active)
 
 
-def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter under the names that its file has."""
+def adapter_state(
+    model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter under the names that its file has.
+
+    Args:
+        model: The wrapped model.
+        adapter_name: Which of its adapters.
+        state: What `gathered_state` returned, when it was called before. It is called here otherwise, where
+            parameters are spread over processes, and then each of them must come here.
+    """
     from peft import get_peft_model_state_dict
 
+    if state is None and is_sharded(model):
+        # PEFT would gather the whole base model as well.
+        state = gathered_state(model)
     # "auto" asks the Hub for the base's vocabulary size, which a check must never do.
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return get_peft_model_state_dict(
+        model, None if state is None else dict(state), adapter_name=adapter_name, save_embedding_layers=False
+    )
 
 
 def adapter_shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lora_plugins import adapters, liveness, preference
+from lora_plugins import engines, liveness, preference
+from lora_plugins.checkpoints import check_checkpoint, restore_best
+from lora_plugins.engines import raising_together
 from lora_plugins.errors import (
-    AdapterMismatch,
     AttachError,
-    BrokenCheckpoint,
     ModelReplaced,
     PreparationError,
     TrainerNotFound,
@@ -93,6 +93,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         if is_training(trainer):
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
         check_supported(trainer, self.settings.adapter_name)
+        engines.check_engine(trainer, self.settings.quantization)
         preference.check_adapter_name(trainer, self.settings.adapter_name)
         self.release()
         optimizer = OptimizerRebuild(trainer)
@@ -105,6 +106,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.model_init is not None:
             self._undo.append(wrap_model_init(trainer, functools.partial(self._make, trainer)))
         self._undo.append(_observe_losses(trainer, self._loss))
+        self._undo += engines.guard(trainer)
 
     def release(self) -> None:
         """Take everything back that was put around the Trainer's methods; the model stays as it is."""
@@ -116,6 +118,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         """Prepare one model and fit it to what this Trainer does with it."""
         prepared = self._prepare(trainer, model)
         keep_generation_config(trainer, prepared)
+        engines.keep_quantized_whole(trainer, prepared)
         return prepared
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
@@ -279,10 +282,9 @@ class LoraCallback(_PreparingCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
-        if not args.should_save:
-            return
         folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
-        check_checkpoint(trainer.model, folder / f"checkpoint-{state.global_step}")
+        with raising_together(trainer):
+            check_checkpoint(trainer.model, folder / f"checkpoint-{state.global_step}", read=args.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -290,64 +292,8 @@ class LoraCallback(_PreparingCallback):
         super().on_train_end(args, state, control, **kwargs)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
-            restore_best(self.trainer.model, Path(best))
-
-
-def check_checkpoint(model: Any, folder: Path) -> None:
-    """Raise `BrokenCheckpoint` unless a checkpoint holds the adapter as it is in the model.
-
-    Args:
-        model: The wrapped model; sharded engines are passed over, their tensors are not whole here.
-        folder: The checkpoint's folder.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if _is_sharded(model):
-        return
-    name = model.active_adapters[0]
-    file = adapters.find_adapter_file(folder, name)
-    if file is None:
-        raise BrokenCheckpoint(f"The checkpoint {folder} has no {adapters.ADAPTER_FILE} of the adapter {name!r}.")
-    try:
-        stored = load_file(str(file), device="cpu")
-        live = adapters.adapter_state(model, name)
-        adapters.check_same_tensors(
-            {k: tuple(v.shape) for k, v in stored.items()}, {k: tuple(v.shape) for k, v in live.items()}, file
-        )
-    except (SafetensorError, AdapterMismatch) as error:
-        raise BrokenCheckpoint(f"The adapter in the checkpoint {folder} can't be used: {error}") from error
-    wrong = adapters.differing_tensors(stored, live)
-    if wrong:
-        raise BrokenCheckpoint(f"{len(wrong)} tensors in {file} are not what the model holds, first {wrong[0]}.")
-    infinite = [key for key, tensor in stored.items() if not bool(tensor.isfinite().all())]
-    if infinite:
-        raise BrokenCheckpoint(f"{len(infinite)} tensors in {file} are not finite, first {infinite[0]}.")
-
-
-def restore_best(model: Any, folder: Path) -> None:
-    """Put the best checkpoint's adapter into the model, whatever its name, equal to its file to the byte.
-
-    The Trainer itself finds only an adapter called "default"; for any other name it keeps the last step's
-    weights and still reports the best checkpoint.
-
-    Raises:
-        BrokenCheckpoint: The checkpoint has no usable adapter.
-    """
-    if _is_sharded(model):
-        return
-    name = model.active_adapters[0]
-    file = adapters.find_adapter_file(folder, name)
-    if file is None:
-        raise BrokenCheckpoint(f"The best checkpoint {folder} has no {adapters.ADAPTER_FILE} of the adapter {name!r}.")
-    try:
-        adapters.load_weights(model, file, name)
-    except AdapterMismatch as error:
-        raise BrokenCheckpoint(f"The best checkpoint {folder} can't be restored: {error}") from error
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters())
+            with raising_together(self.trainer):
+                restore_best(self.trainer.model, Path(best))
 
 
 class Int8PreparationCallback(_PreparingCallback):

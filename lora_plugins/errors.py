@@ -34,7 +34,8 @@
     │   ├── AdapterNotMoving
     │   ├── NonFiniteLoss
     │   ├── DeadLoss
-    │   └── BrokenCheckpoint
+    │   ├── BrokenCheckpoint
+    │   └── ProcessMissing
     ├── TrainingError
     │   ├── ArgumentsError (ValueError)
     │   ├── DataError (ValueError)
@@ -183,6 +184,10 @@ class DeadLoss(LivenessError):
 
 class BrokenCheckpoint(LivenessError):
     """A checkpoint was written without a usable adapter in it, or the best one was not restored."""
+
+
+class ProcessMissing(LivenessError):
+    """One process of a distributed run does alone what all of them must do, and would wait for ever."""
 
 
 class TrainingError(LoraPluginsError):

@@ -148,7 +148,7 @@ class TrainingRun:
         if state is None or checkpoint is None:
             trainer.train(resume_from_checkpoint=checkpoint)
             return
-        from lora_plugins.callbacks import restore_best
+        from lora_plugins.checkpoints import restore_best
 
         self.say(f"All {state.global_step} steps were done already")
         trainer.state = state

@@ -1,0 +1,70 @@
+"""Adapters of models whose parameters are spread over several processes: gathering, writing, comparing them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Parts of the names that PEFT gives to an adapter's parameters.
+_MARKERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has spread parameters of the model over the processes."""
+    return any(is_part(parameter) for parameter in model.parameters())
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a parameter is spread over processes, so that its data here is a part of it."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "to_local")
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[Any]) -> Iterator[None]:
+    """Have all of some parameters here while the context is open, where ZeRO-3 has partitioned them.
+
+    Every process must enter it, with the same parameters in the same order.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return whole copies on the CPU of everything in a model that an adapter file may hold.
+
+    Those are the trained parameters and those of adapters that are not trained, under their names in the
+    model. Every process must call it, and each gets all of it.
+    """
+    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad or any(m in name for m in _MARKERS)]
+    with whole(parameter for _, parameter in own):
+        return {name: _full(parameter).detach().to("cpu", copy=True) for name, parameter in own}
+
+
+def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
+    """Write the adapters of a model that is spread over processes, as ``save_pretrained`` does.
+
+    Args:
+        model: The wrapped model.
+        folder: Where to.
+        write: Whether this process writes; every process must call.
+    """
+    state = gathered_state(model)
+    if write:
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+
+
+def _full(parameter: Any) -> torch.Tensor:
+    tensor: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return tensor

@@ -1,0 +1,200 @@
+"""Training runs under one engine, as a script: alone, or as one of the ranks that a launcher starts.
+
+Several cases run in one process, because starting one costs more than a case. What happened is written to
+``rank<n>.json`` in the folder, for the tests to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from transformers import Trainer, TrainingArguments
+
+from lora_plugins import LoraCallback, engines
+from lora_plugins.errors import LoraPluginsError, PreparationWarning
+
+RANK = int(os.environ.get("RANK", "-1"))
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+
+Settings = dict[str, Any]
+
+
+def arguments(folder: Path, **extra: Any) -> TrainingArguments:
+    """Six steps of eight rows in all, evaluated and saved after each second one; the best one is the first."""
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 6,
+            "per_device_train_batch_size": 8 // RANKS,
+            "per_device_eval_batch_size": 8 // RANKS,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 7,
+            "train_sampling_strategy": "sequential",
+            **({"ddp_backend": "gloo"} if RANK >= 0 else {}),
+            **extra,
+        }
+    )
+
+
+class NanOnOneRank(Trainer):
+    """The loss of the second rank is no number in the third step."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        bad = RANK == 1 and self.state.global_step == 2 and self.model.training
+        return loss * float("nan") if bad else loss
+
+
+def make(folder: Path, case: Settings, settings: Settings) -> Trainer:
+    """A Trainer with the callback; ranks have drawn different random numbers before."""
+    extra = {**settings.get("arguments", {}), **case.get("arguments", {})}
+    # ZeRO-3 partitions a model while it is loaded, but only when the arguments were there before it.
+    args = arguments(folder, **extra) if case.get("arguments_first") else None
+    model = load(case)
+    args = args or arguments(folder, **extra)
+    torch.manual_seed(100 + RANK)
+    callback = LoraCallback(
+        r=4, lora_dropout=0.0, quantization=case.get("quantization"), compute_dtype="float32", **case.get("lora", {})
+    )
+    cls = NanOnOneRank if case.get("nan") else Trainer
+    return cls(
+        **({"model_init": lambda: load(case)} if case.get("model_init") else {"model": model}),
+        args=args,
+        train_dataset=tiny.rows(48),
+        eval_dataset=tiny.rows(16, seed=2),
+        callbacks=[callback],
+    )
+
+
+def load(case: Settings) -> Any:
+    """The tiny model, made here or read from a folder, where the engine may shard it at once."""
+    if "pretrained" not in case:
+        return tiny.llama()
+    from transformers import LlamaForCausalLM
+
+    extra: Settings = {}
+    if case.get("distributed_config"):
+        from transformers.distributed import DistributedConfig
+
+        extra["distributed_config"] = DistributedConfig(fsdp_size=RANKS)
+    return LlamaForCausalLM.from_pretrained(case["pretrained"], dtype=torch.float32, **extra)
+
+
+def facts(trainer: Trainer) -> Settings:
+    """What shows which engine really ran."""
+    parameters = list(trainer.model.parameters())
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return {
+        "world_size": trainer.args.world_size,
+        "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "model": type(trainer.model).__name__,
+        "optimizer": type(optimizer).__name__,
+        "elements": sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters),
+        "local": sum(local(p).numel() for p in parameters),
+        "adapter": sum(p.requires_grad for p in parameters),
+        "sharded_adapter": sum(p.requires_grad and (hasattr(p, "to_local") or hasattr(p, "ds_id")) for p in parameters),
+    }
+
+
+def local(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """All of a parameter, on every rank."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
+def live(trainer: Trainer) -> dict[str, list[float]]:
+    """The adapter in the model, gathered, under the names that its file has."""
+    return {
+        name.replace(".default", ""): whole(p).double().flatten().tolist()
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def history(trainer: Trainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def run(folder: Path, case: Settings, settings: Settings) -> Settings:
+    """Train, keep what the best checkpoint gave, then train again from the middle in a new Trainer."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make(folder, case, settings)
+    start = live(trainer)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    result = facts(trainer) | {
+        "warnings": [str(item.message) for item in caught if issubclass(item.category, PreparationWarning)],
+        "start": start,
+        "best": Path(best).name if best else None,
+        "best_adapter": live(trainer),
+        "losses": history(trainer, "loss"),
+        "eval": history(trainer, "eval_loss"),
+        "norms": history(trainer, "grad_norm"),
+        "after": trainer.evaluate()["eval_loss"],
+        "predicted": list(trainer.predict(tiny.rows(16, seed=2)).predictions.shape),
+        "generated": trainer.model.generate(input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens=3).shape[1],
+    }
+    trainer.save_model(str(folder / "saved"))
+    if case.get("resume", True):
+        again = make(folder, case, settings)
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        result["resumed"] = history(again, "loss")
+    if case.get("save_on_one"):
+        engines.MEETING_TIME = timedelta(seconds=3)
+        if RANK == 0:
+            trainer.save_model(str(folder / "alone"))
+    return result
+
+
+def main(folder: Path, settings: Settings) -> None:
+    for name, case in settings["cases"].items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            result = run(folder / name, case, settings)
+        except LoraPluginsError as problem:
+            result = {"error": f"{type(problem).__name__}: {problem}"}
+        (folder / name / f"rank{max(RANK, 0)}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[2])
+    if settings.get("fsdp"):
+        from force_fsdp import force_fsdp
+
+        force_fsdp()
+    main(Path(sys.argv[1]), settings)

@@ -1,0 +1,268 @@
+"""DDP and FSDP2 for real: two processes with gloo against one process on the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import tiny
+from launching import ACCELERATE, ALONE, TORCHRUN, Results, launch
+from safetensors.torch import load_file
+
+from lora_plugins import attach, engines
+from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
+
+INT8 = {"quantization": "int8"}
+SHARDED = {"arguments": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}}
+
+#: Elements of the tiny model with its adapters; one more than half where an odd row is divided.
+ELEMENTS = 25_632
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("engines")
+    tiny.llama().save_pretrained(path / "base")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Results:
+    return launch(folder / "alone", ALONE, {"cases": {"fp32": {}, "int8": INT8}})
+
+
+@pytest.fixture(scope="module")
+def ddp(folder: Path) -> Results:
+    cases = {
+        "fp32": {},
+        "int8": INT8,
+        "model_init": {**INT8, "model_init": True, "resume": False},
+        "nan": {"nan": True},
+        "fsdp_without_shim": {"arguments": {"fsdp": True}, "resume": False},
+    }
+    return launch(folder / "ddp", TORCHRUN, {"cases": cases})
+
+
+@pytest.fixture(scope="module")
+def fsdp(folder: Path) -> Results:
+    cases = {
+        "fp32": {},
+        "int8": INT8,
+        "model_init": {**INT8, "model_init": True, "resume": False},
+        "sharded": SHARDED,
+        "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
+        "ram": {**INT8, "arguments": {"fsdp_config": {"cpu_ram_efficient_loading": True}}},
+        "save_on_one": {"save_on_one": True, "resume": False},
+    }
+    return launch(folder / "fsdp", TORCHRUN, {"fsdp": True, "arguments": {"fsdp": True}, "cases": cases})
+
+
+@pytest.fixture(scope="module")
+def native(folder: Path) -> Results:
+    base = {"arguments_first": True, "pretrained": str(folder / "base"), "distributed_config": True}
+    cases = {
+        "fp32": {**base, "resume": False},
+        "resume": {**base, "arguments": {"max_steps": 4}},
+        "int8": {**base, **INT8},
+    }
+    return launch(folder / "native", ACCELERATE, {"arguments": {"save_only_model": True}, "cases": cases})
+
+
+def assert_same_run(ranks: list[dict[str, Any]], one: dict[str, Any], *, resumed: bool = True) -> None:
+    """Every rank has the losses, the start and the end of the single process."""
+    assert len(one["losses"]) == 6
+    for rank in ranks:
+        assert rank["processes"] == rank["world_size"] == 2
+        assert rank["losses"] == pytest.approx(one["losses"], abs=2e-6)
+        assert rank["eval"] == pytest.approx(one["eval"], abs=2e-6)
+        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-4)
+        assert rank["adapter"] == one["adapter"] == 8
+        assert rank["predicted"] == one["predicted"]
+        assert rank["generated"] == 5
+        if resumed:
+            assert rank["resumed"] == rank["losses"]
+    starts = [list(rank["start"].values()) for rank in (*ranks, one)]
+    assert starts[0] == starts[1] == starts[2], "the adapter starts with the same values, whatever was drawn before"
+    assert ranks[0]["best_adapter"] == ranks[1]["best_adapter"]
+
+
+def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> None:
+    """Checkpoints are whole, the best one is what the model holds, and PEFT loads it."""
+    place = "" if name == "default" else name
+    assert rank["best"] == "checkpoint-2"
+    for part in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "saved"):
+        stored = load_file(folder / part / place / "adapter_model.safetensors")
+        assert len(stored) == 8
+        for key, tensor in stored.items():
+            out = 32 if "q_proj" in key else 16
+            assert tuple(tensor.shape) == ((4, 32) if "lora_A" in key else (out, 4)), key
+    best = load_file(folder / "checkpoint-2" / place / "adapter_model.safetensors")
+    live = {key.replace(f".{name}", ""): value for key, value in rank["best_adapter"].items()}
+    assert {key: tensor.double().flatten().tolist() for key, tensor in best.items()} == live
+    last = load_file(folder / "checkpoint-6" / place / "adapter_model.safetensors")
+    assert all(not tensor.equal(last[key]) for key, tensor in best.items())
+    reloaded = peft.PeftModel.from_pretrained(tiny.llama(), folder / "saved" / place)
+    values = peft.get_peft_model_state_dict(reloaded)
+    assert all(values[key].equal(tensor) for key, tensor in best.items())
+
+
+# -- DDP ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["fp32", "int8"])
+def test_ddp(folder: Path, ddp: Results, alone: Results, case: str) -> None:
+    for rank in ddp[case]:
+        assert rank["distributed_type"] == "DistributedType.MULTI_CPU"
+        assert rank["wrapper"] == "DistributedDataParallel"
+        assert rank["model"] == "PeftModelForCausalLM"
+        assert rank["local"] == rank["elements"] == ELEMENTS
+        assert rank["sharded_adapter"] == 0
+    assert_same_run(ddp[case], alone[case][0])
+    assert_files(folder / "ddp" / case, ddp[case][0])
+
+
+def test_ddp_prepares_every_model_of_model_init(folder: Path, ddp: Results, alone: Results) -> None:
+    assert_same_run(ddp["model_init"], alone["int8"][0], resumed=False)
+    assert_files(folder / "ddp" / "model_init", ddp["model_init"][0])
+
+
+def test_a_bad_loss_on_one_rank_stops_both(ddp: Results) -> None:
+    first, second = ddp["nan"]
+    assert first["error"].startswith("NonFiniteLoss")
+    assert "another rank" in first["error"]
+    assert second["error"].startswith("NonFiniteLoss")
+    assert "step 3" in second["error"]
+
+
+def test_the_shim_is_still_needed_and_plain_ddp_in_its_place_is_said_so(ddp: Results) -> None:
+    """When this fails, accelerate runs FSDP2 on a CPU by itself: drop tests/force_fsdp.py."""
+    for rank in ddp["fsdp_without_shim"]:
+        assert rank["distributed_type"] == "DistributedType.MULTI_CPU"
+        assert rank["local"] == ELEMENTS
+        assert any("every process will hold the whole model" in text for text in rank["warnings"])
+
+
+# -- FSDP2 -------------------------------------------------------------------------------------
+
+
+def assert_fsdp(rank: dict[str, Any]) -> None:
+    assert rank["distributed_type"] == "DistributedType.FSDP"
+    assert rank["wrapper"] == rank["model"] == "FSDPPeftModelForCausalLM"
+    assert rank["sharded_adapter"] == rank["adapter"] == 8
+    assert rank["elements"] == ELEMENTS
+
+
+@pytest.mark.parametrize("case", ["fp32", "sharded"])
+def test_fsdp2_shards_a_float_base(folder: Path, fsdp: Results, alone: Results, case: str) -> None:
+    for rank in fsdp[case]:
+        assert_fsdp(rank)
+        assert rank["local"] == ELEMENTS // 2
+        assert rank["warnings"] == []
+    assert_same_run(fsdp[case], alone["fp32"][0])
+    assert_files(folder / "fsdp" / case, fsdp[case][0])
+
+
+@pytest.mark.parametrize("case", ["int8", "model_init", "sharded_int8"])
+def test_fsdp2_keeps_int8_weights_whole_and_says_so(folder: Path, fsdp: Results, alone: Results, case: str) -> None:
+    int8 = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    for rank in fsdp[case]:
+        assert_fsdp(rank)
+        assert rank["local"] == int8 + (ELEMENTS - int8) // 2
+        assert len(rank["warnings"]) == 1
+        assert "FSDP2 does not divide quantized weights" in rank["warnings"][0]
+        assert "14 layers" in rank["warnings"][0]
+    assert_same_run(fsdp[case], alone["int8"][0], resumed=case == "int8")
+    assert_files(folder / "fsdp" / case, fsdp[case][0], "mine" if case == "sharded_int8" else "default")
+
+
+def test_a_sharded_checkpoint_is_there_beside_the_adapter(folder: Path, fsdp: Results) -> None:
+    assert fsdp["sharded"]
+    assert list((folder / "fsdp" / "sharded" / "checkpoint-2").glob("pytorch_model_fsdp_*/*.distcp"))
+
+
+def test_fsdp2_refuses_what_would_break_int8_layers(fsdp: Results) -> None:
+    for rank in fsdp["ram"]:
+        assert rank["error"].startswith("UnsupportedTraining: cpu_ram_efficient_loading")
+
+
+def test_saving_on_one_rank_only_is_named_instead_of_hanging(folder: Path, fsdp: Results) -> None:
+    first, second = fsdp["save_on_one"]
+    assert first["error"].startswith("ProcessMissing: save_model() gathers a model that is spread over 2 processes")
+    assert "error" not in second
+    assert not (folder / "fsdp" / "save_on_one" / "alone").exists()
+
+
+# -- sharded while loading ---------------------------------------------------------------------
+
+
+def test_distributed_config_under_accelerate_launch(folder: Path, native: Results, alone: Results) -> None:
+    for rank in native["fp32"]:
+        assert rank["distributed_type"] == "DistributedType.MULTI_CPU"
+        assert rank["wrapper"] == rank["model"] == "PeftModelForCausalLM"
+        adapter = 2 * (2 * 4 * 32 + 4 * 32 + 4 * 16)
+        assert rank["local"] == adapter + (ELEMENTS - adapter) // 2, "the base is halved, the adapters are not"
+        assert rank["sharded_adapter"] == 0
+    assert_same_run(native["fp32"], alone["fp32"][0], resumed=False)
+    assert_files(folder / "native" / "fp32", native["fp32"][0])
+
+
+def test_quantizing_what_is_sharded_already_is_refused(native: Results) -> None:
+    for rank in native["int8"]:
+        assert rank["error"].startswith("UnsupportedTraining: The model was sharded while it was loaded")
+
+
+def test_resuming_without_the_optimizer_is_refused(native: Results) -> None:
+    for rank in native["resume"]:
+        assert rank["error"].startswith("BrokenCheckpoint")
+        assert "no state of the optimizer" in rank["error"]
+
+
+# -- in one process ----------------------------------------------------------------------------
+
+
+def test_resuming_without_the_optimizer_is_refused_in_one_process(tmp_path: Path) -> None:
+    from lora_plugins import LoraCallback
+
+    def make(**arguments: Any) -> Any:
+        return tiny.trainer(
+            tmp_path,
+            callbacks=[LoraCallback(r=4)],
+            save_strategy="steps",
+            save_steps=2,
+            save_only_model=True,
+            **arguments,
+        )
+
+    make(max_steps=2).train()
+    with pytest.raises(BrokenCheckpoint, match=r"LoraCallback\(adapter="):
+        make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedTraining, match=r"2 processes and this Trainer knows of 1.*use_cpu=True"):
+        attach(trainer)
+    assert not isinstance(trainer.model, peft.PeftModel)
+
+
+def test_device_map_over_several_devices_with_several_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.trainer(tmp_path)
+    trainer.model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(UnsupportedTraining, match=r"Load it in each process with device_map=\{'': 0\}"):
+        attach(trainer)
+
+
+def test_fsdp1_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate makes no plugin of version 1 on a machine without accelerator, so one is put in its place."""
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setattr(engines, "_fsdp_plugin", lambda trainer: SimpleNamespace(fsdp_version=1))
+    with pytest.raises(UnsupportedTraining, match="FSDP version 1"):
+        attach(trainer)
