@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Comparison", "TensorSource", "compare", "fingerprint", "original_name", "prints"]
+__all__ = ["Comparison", "TensorSource", "compare", "fingerprint", "original_name", "prints", "telling"]
 
 #: Rows of a tensor that count: few enough to be read from a Hub in one request.
 ROWS = 16
@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     config: Any = getattr(model, "config", None)
     values = config_values(config.to_dict()) if hasattr(config, "to_dict") else {}
     found = {}
-    for name, tensor in _telling(model):
+    for name, tensor in telling(model):
         shown = prints(tensor)
         if shown is not None:
             found[name] = shown
@@ -99,8 +99,8 @@ def original_name(name: str) -> str:
     return name
 
 
-def _telling(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The input embedding, the first and the last norm."""
+def telling(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that tell models apart: the input embedding, the first and the last norm."""
     embedding = _embedding(model)
     norms = []
     for name, tensor in model.named_parameters():

@@ -14,7 +14,7 @@ from registry.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST_FILE,
 from registry.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 from registry.strict_json import JsonRefused, canonical, parse, shown
 
-__all__ = ["FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
+__all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
 
 #: The format that this release of the package writes; a newer one is not read.
 FORMAT = 1
@@ -28,7 +28,8 @@ _MAX_FILES = 64
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
 _TENSOR = re.compile(r"[A-Za-z_][\w.\-]{0,511}", re.ASCII)
-_BASE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.\-]{0,95}(?:/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
+#: How a model is called on a hub.
+BASE_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.\-]{0,95}(?:/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _version(fields: Fields, key: str) -> str:
 
 def _base(fields: Fields) -> BaseRecord:
     return BaseRecord(
-        id=fields.optional("id", lambda key: fields.text(key, _BASE_ID, "the id of a model, such as org/name")),
+        id=fields.optional("id", lambda key: fields.text(key, BASE_ID, "the id of a model, such as org/name")),
         commit=fields.optional("commit", lambda key: fields.text(key, COMMIT, "a commit")),
         fingerprint=_fingerprint(fields.inner("fingerprint")) if fields.has("fingerprint") else None,
     )
@@ -162,6 +163,7 @@ def _architecture(fields: Fields) -> Architecture:
         fields.optional("model_type", fields.text),
         fields.optional("class_name", fields.text),
         fields.optional("vocab_size", lambda key: fields.integer(key, 2**40)),
+        fields.optional("num_labels", lambda key: fields.integer(key, 2**31)),
     )
 
 

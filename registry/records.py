@@ -64,8 +64,16 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The kind of base model: ``model_type`` of its configuration, its class, and the rows of its input embedding."""
+    """The kind of base model.
+
+    Attributes:
+        model_type: Of its configuration.
+        class_name: Its class in transformers.
+        vocab_size: Rows of its input embedding.
+        num_labels: Classes of its head, if it has one for classes.
+    """
 
     model_type: str | None = None
     class_name: str | None = None
     vocab_size: int | None = None
+    num_labels: int | None = None

@@ -10,7 +10,7 @@ from registry.adapter_config import AdapterConfig
 from registry.errors import BadAdapter
 from registry.records import TensorRecord
 
-__all__ = ["LoraModule", "check_adapter", "check_trained", "counted", "lora_modules", "other_tensors"]
+__all__ = ["LoraModule", "check_adapter", "check_trained", "counted", "labels_of", "lora_modules", "other_tensors"]
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
 _PREFIX = "base_model.model."
@@ -122,3 +122,12 @@ def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int
         table.setdefault(kind, []).append(prod(record.shape))
     for kind in sorted(table):
         yield kind, len(table[kind]), sum(table[kind])
+
+
+def labels_of(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> int | None:
+    """How many classes the head has that is saved along; ``None`` for other tasks."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [name for name in sorted(other_tensors(tensors)) if re.search(r"score|classifier", name)]
+    rows = [tensors[name].shape[0] for name in heads if len(tensors[name].shape) == 2]
+    return rows[-1] if rows else None

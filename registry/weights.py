@@ -171,11 +171,12 @@ def _check_chunk(chunk: bytes, dtype: str, name: str) -> bool:
     """Whether all values are zero."""
     values = _floats(chunk, dtype)
     # The comparison is false for NaN, too.
-    largest = abs(values).max(initial=0.0)
+    # As a Python number: numpy would compare in float16, where 1e18 is infinite.
+    largest = float(abs(values).max(initial=0.0))
     if not largest <= _LARGEST:
         kind = "values above 1e18" if largest > _LARGEST and largest != float("inf") else "NaN or infinite values"
         raise BadAdapter(f"{name} holds {kind}: the training has diverged, or the file is damaged.")
-    return bool(largest < (2.0**-126 if dtype != "F16" else 2.0**-24))
+    return largest < (2.0**-126 if dtype != "F16" else 2.0**-24)
 
 
 def _floats(chunk: bytes, dtype: str) -> numpy.ndarray:

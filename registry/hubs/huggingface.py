@@ -329,13 +329,19 @@ def stored_token() -> str | None:
 
 def cached_commit(repo: str, revision: str) -> str | None:
     """The commit that a branch or tag of a model stood for when transformers last loaded it on this machine."""
+    folder = cached_folder(repo, revision)
+    return folder.name if folder is not None else None
+
+
+def cached_folder(repo: str, revision: str) -> Path | None:
+    """The folder in which a revision of a model is in the local cache, with as many of its files as were needed."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(repo, "config.json", revision=revision)
     except ValueError:
         return None  # not a name that a repository can have
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _size(files: Mapping[str, Path | bytes]) -> int:
