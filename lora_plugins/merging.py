@@ -374,8 +374,8 @@ def _save(
     tokenizer.save_pretrained(partial)
     if (adapter / RECIPE_FILE).is_file():
         shutil.copy2(adapter / RECIPE_FILE, partial / RECIPE_FILE)
-    for stale in (*target.glob("model*.safetensors"), *target.glob("model*.index.json")):
-        stale.unlink()
+    for stale in (target / "config.json", *target.glob("model*.safetensors"), *target.glob("model*.index.json")):
+        stale.unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, target / path.name)
     partial.rmdir()

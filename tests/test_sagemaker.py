@@ -72,12 +72,24 @@ def test_container_decides_what_hyperparameters_leave_open(monkeypatch: pytest.M
 
 
 def test_prompt_of_a_request_ends_where_the_completion_begins() -> None:
-    inference = example("inference")
+    inference, tokenizer = example("inference"), twin.make_tokenizer()
     template = "Summarize the chat dialogue:\\n{dialogue}\n---\nSummary:\n{summary}{eos_token}"
-    assert inference.prompt_of(template, {"dialogue": "Hi {x}"}) == twin.PROMPT.format(dialogue="Hi {x}")
-    for missing in (None, "no column"):
-        with pytest.raises(ValueError, match="send `inputs` as a text"):
-            inference.prompt_of(missing, {})
+    assert inference.prompt_of(template, {"dialogue": "Hi {x}"}, tokenizer) == twin.PROMPT.format(dialogue="Hi {x}")
+    template = "{bos_token}{{Q}} {q}{eos_token}A: {a} END{eos_token}"
+    assert inference.prompt_of(template, {"q": "1"}, tokenizer) == "<s>{Q} 1</s>A:"
+    for missing, advice in ((None, "as a text"), ("chat", "as a list of `role`")):
+        with pytest.raises(ValueError, match=advice):
+            inference.prompt_of(missing, {}, tokenizer)
+    with pytest.raises(ValueError, match="needs q in `inputs`"):
+        inference.prompt_of(template, {"a": "1"}, tokenizer)
+
+
+def test_conversation_of_a_request_is_written_as_in_training() -> None:
+    inference, tokenizer = example("inference"), twin.make_tokenizer()
+    tokenizer.chat_template = twin.CHAT_TEMPLATE
+    served = inference.Served(None, tokenizer, "chat")
+    encoded = inference.encode([{"role": "user", "content": "Hi"}], served)
+    assert tokenizer.decode(encoded["input_ids"][0]) == "<s>user\nHi</s><s>assistant\n"
 
 
 def test_sampling_is_the_recipes() -> None:

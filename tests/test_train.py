@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import killed_run
 import psutil
 import pytest
 import torch
@@ -22,7 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_plugins import prepare_model
-from lora_plugins.errors import ResumeError
+from lora_plugins.cli import main
+from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.training.checkpoints import find_checkpoints
 from lora_plugins.training.run import run
 
@@ -76,6 +79,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder)
 
 
+@pytest.fixture
+def inside(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command in this process, which has loaded everything already; returns its exit code."""
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+
+    def go(output: str, *more: str) -> int:
+        return run(place.arguments(output, *more)[1:])
+
+    return go
+
+
 @pytest.fixture(scope="module")
 def whole(place: Place) -> subprocess.CompletedProcess[str]:
     """The uninterrupted run, in the folder ``whole``."""
@@ -116,14 +131,16 @@ PLAIN = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 prompts = json.loads(sys.stdin.read())
-texts = []
-for prompt in prompts:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=16, do_sample=False)
-    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
+texts = {}
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    texts[name] = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=16, do_sample=False)
+        texts[name].append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
 assert not {"lora_plugins", "peft"} & set(sys.modules), "plain transformers needs neither"
 print(json.dumps(texts))
 """
@@ -133,19 +150,17 @@ def test_plain_transformers_loads_the_model_and_it_writes_other_texts(
     place: Place, whole: subprocess.CompletedProcess[str]
 ) -> None:
     prompts = [twin.PROMPT.format(**row) for row in twin.dialogues(4, seed=3)]
-    texts = {}
-    for name in ("base", "whole/model"):
-        done = subprocess.run(
-            [sys.executable, "-c", PLAIN, name],
-            input=json.dumps(prompts),
-            cwd=place.folder,
-            env=place.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        texts[name] = json.loads(done.stdout)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, "base", "whole/model"],
+        input=json.dumps(prompts),
+        cwd=place.folder,
+        env=place.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    texts = json.loads(done.stdout)
     assert all(base != merged for base, merged in zip(texts["base"], texts["whole/model"], strict=True))
 
 
@@ -173,30 +188,35 @@ def assert_same_end(place: Place, output: str) -> None:
         assert torch.allclose(tensor, expected[name], atol=1e-5), name
 
 
-def kill_and_resume(place: Place, output: str, *points: str) -> str:
-    """Start a run, kill it at each point in turn, and let it come to its end; returns what the last one printed."""
+def kill(place: Place, output: str, point: str, *more: str) -> None:
+    """Start a run and kill it without warning."""
     killer = str(Path(__file__).parent / "killed_run.py")
-    for number, point in enumerate(points):
-        resume = ("--resume",) if number else ()
-        done = place.run(point, *place.arguments(output, "--merge", "none", *resume), program=(killer,))
-        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout}{done.stderr}"
-    done = place.run(*place.arguments(output, "--merge", "none", "--resume"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = place.run(point, *place.arguments(output, "--merge", "none", *more), program=(killer,))
+    assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout}{done.stderr}"
+
+
+def assert_went_on(place: Place, output: str, said: str) -> None:
+    """The run came to the end of the uninterrupted one, and did not do again what its checkpoint had."""
     assert_same_end(place, output)
-    # It went on: what was done before the checkpoint was not done again.
-    found = re.search(rf"Going on from {output}/checkpoint-(\d+)", done.stdout)
-    assert found or "No complete checkpoint" in done.stdout
-    assert done.stdout.count("'loss'") == (STEPS - (int(found[1]) if found else 0)) / LOGGING_STEPS
-    return done.stdout
+    found = re.search(rf"Going on from {output}/checkpoint-(\d+)", said)
+    assert found or "No complete checkpoint" in said
+    assert said.count("'loss'") == (STEPS - (int(found[1]) if found else 0)) / LOGGING_STEPS
 
 
 def test_resume_after_sigkill_equals_the_uninterrupted_run(
-    place: Place, whole: subprocess.CompletedProcess[str]
+    place: Place,
+    whole: subprocess.CompletedProcess[str],
+    inside: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed between two micro-batches, and again inside the writing of a checkpoint."""
-    said = kill_and_resume(place, "killed", "forward:12", "open:checkpoint-12/trainer_state.json")
+    kill(place, "killed", "forward:13")
+    kill(place, "killed", "open:checkpoint-12/trainer_state.json", "--resume")
+    assert inside("killed", "--merge", "none", "--resume") == 0
+    said = capsys.readouterr().out
     assert "checkpoint-12 is incomplete and passed over" in said
     assert "Going on from killed/checkpoint-8" in said
+    assert_went_on(place, "killed", said)
 
 
 def random_points() -> list[str]:
@@ -213,47 +233,72 @@ def random_points() -> list[str]:
 def test_resume_after_sigkill_at_random_points(
     place: Place, whole: subprocess.CompletedProcess[str], point: str
 ) -> None:
-    kill_and_resume(place, point.replace(":", "-").replace("/", "-"), point)
+    output = point.replace(":", "-").replace("/", "-")
+    kill(place, output, point)
+    done = place.run(*place.arguments(output, "--merge", "none", "--resume"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_went_on(place, output, done.stdout)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_a_checkpoint_and_ends_without_a_traceback(
-    place: Place, whole: subprocess.CompletedProcess[str], number: signal.Signals
+def test_sigterm_saves_a_checkpoint_and_ends_without_a_traceback(
+    place: Place, whole: subprocess.CompletedProcess[str], inside: Callable[..., int]
 ) -> None:
-    output = number.name.lower()
-    command = [sys.executable, "-m", "lora_plugins", *place.arguments(output, "--save_steps", "1000")]
+    command = [sys.executable, "-m", "lora_plugins", *place.arguments("stopped", "--save_steps", "1000")]
     with subprocess.Popen(
         command, cwd=place.folder, env=place.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "'loss'" in line:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
                 break
         said, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
-    checkpoints = find_checkpoints(place.folder / output)
+    checkpoints = find_checkpoints(place.folder / "stopped")
     assert checkpoints.newest is not None
-    assert f"{checkpoints.newest.name} is in {output}" in said
-    step = int(checkpoints.newest.name.rpartition("-")[2])
-    assert 0 < step < STEPS
-    assert not (place.folder / output / "adapter").exists()
-    if number is signal.SIGTERM:
-        done = place.run(*place.arguments(output, "--save_steps", "1000", "--merge", "none", "--resume"))
-        assert done.returncode == 0, done.stderr
-        assert_same_end(place, output)
+    assert f"{checkpoints.newest.name} is in stopped" in said
+    assert 0 < int(checkpoints.newest.name.rpartition("-")[2]) < STEPS
+    assert not (place.folder / "stopped" / "adapter").exists()
+    assert inside("stopped", "--save_steps", "1000", "--merge", "none", "--resume") == 0
+    assert_same_end(place, "stopped")
+
+
+def interrupt_at(forward: int) -> Any:
+    """Send Ctrl-C in a forward pass of the training."""
+    return killed_run.at_forward(forward, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+@pytest.mark.parametrize("strategy", [["epoch"], ["steps", "--eval_steps", "7"]])
+def test_interruption_writes_one_checkpoint_at_once(
+    place: Place, inside: Callable[..., int], capsys: pytest.CaptureFixture[str], strategy: list[str]
+) -> None:
+    """The Trainer takes it for the end of an epoch: it would evaluate first, then write the checkpoint a second time,
+    and a machine that goes away in that moment would leave neither."""
+    shutil.rmtree(place.folder / "interrupted", ignore_errors=True)
+    with interrupt_at(13):
+        code = inside("interrupted", "--save_strategy", "epoch", "--eval_strategy", *strategy)
+    assert code == 128 + signal.SIGINT
+    said = capsys.readouterr()
+    assert "stopping after this step" not in said.out
+    assert "Interrupted by SIGINT after step 7; checkpoint-7 is in interrupted" in said.out
+    state = json.loads((place.folder / "interrupted" / "checkpoint-7" / "trainer_state.json").read_text())
+    assert not [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert "eval_loss" not in said.out
+    assert find_checkpoints(place.folder / "interrupted").newest is not None
+    # It listens no longer.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # One Ctrl-C arrives twice under torchrun; a second one, later, is meant.
 TWICE = """
 import os, signal, time
-from lora_plugins.training.interruption import GRACE, Interruption
-with Interruption().listening():
+from lora_plugins.training.interruption import Interruption
+with Interruption(grace=0.5).listening():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     print("alive", flush=True)
-    time.sleep(GRACE + 0.2)
+    time.sleep(0.7)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still alive", flush=True)
 """
@@ -288,48 +333,54 @@ def test_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(place: Plac
 
 
 def test_resuming_a_finished_run_trains_no_further_step(
-    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+    place: Place, whole: subprocess.CompletedProcess[str], inside: Callable[..., int]
 ) -> None:
-    monkeypatch.chdir(place.folder)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
     shutil.copytree("whole", "finished", ignore=shutil.ignore_patterns("adapter", "model", "metrics.json"))
-    assert run(place.arguments("finished", "--merge", "none", "--resume")[1:]) == 0
+    assert inside("finished", "--merge", "none", "--resume") == 0
     assert_same_end(place, "finished")
     # The last entry tells how long training took.
     assert place.metrics("finished")["log"] == place.metrics("whole")["log"][:-1]
 
 
-def test_early_stopping_keeps_the_best_adapter(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place.folder)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+def eval_losses(place: Place, output: str) -> list[float]:
+    return [entry["eval_loss"] for entry in place.metrics(output)["log"] if "eval_loss" in entry]
+
+
+def test_early_stopping_keeps_the_best_adapter_also_after_an_interruption(
+    place: Place, inside: Callable[..., int]
+) -> None:
     settings = ["--early_stopping_patience", "2", "--eval_steps", "2", "--learning_rate", "0.3", "--merge", "none"]
-    assert run(place.arguments("stopped", *settings)[1:]) == 0
-    losses = [entry["eval_loss"] for entry in place.metrics("stopped")["log"] if "eval_loss" in entry]
+    assert inside("early", *settings) == 0
+    losses = eval_losses(place, "early")
     assert len(losses) < STEPS / 2, "it stopped"
-    best = place.folder / "stopped" / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
-    kept = load_file(place.folder / "stopped" / "adapter" / "adapter_model.safetensors")
+    best = place.folder / "early" / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
+    kept = load_file(place.folder / "early" / "adapter" / "adapter_model.safetensors")
     for name, tensor in load_file(best / "adapter_model.safetensors").items():
         assert torch.equal(tensor, kept[name])
+    # Interrupted when one of the two evaluations has gone by: resumed, it waits for one more and not for two.
+    with interrupt_at(2 * (2 * len(losses) - 1)):
+        assert inside("early-2", *settings) == 128 + signal.SIGINT
+    assert inside("early-2", *settings, "--resume") == 0
+    assert eval_losses(place, "early-2") == pytest.approx(losses, abs=1e-4)
 
 
-def test_conversations_on_a_base_in_four_bits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place.folder)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "cache")
+@pytest.mark.usefixtures("inside")
+def test_conversations_on_a_base_in_four_bits(place: Place) -> None:
     shutil.copytree("base", "chat-base")
-    (place.folder / "chat-base" / "chat_template.jinja").write_text(
-        "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-    )
+    Path("chat-base", "chat_template.jinja").write_text(twin.CHAT_TEMPLATE)
     rows = [
         {"messages": [{"role": "user", "content": r["dialogue"]}, {"role": "assistant", "content": r["summary"]}]}
         for r in twin.dialogues(40)
     ]
     Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", "chat-base", "--dataset", "chat.jsonl", "--output_dir", "chat", "--template", "chat"]
-    settings = ["--quantization", "nf4", "--merge", "same", "--max_steps", "6", "--learning_rate", "1e-2"]
+    backend = '{"name": "nf4", "double_quant": true}'
+    settings = ["--quantization", backend, "--merge", "same", "--max_steps", "6", "--learning_rate", "1e-2"]
     assert run([*words, *settings]) == 0
     metrics = place.metrics("chat")
     assert metrics["data"]["train"]["kept"] == 40
+    recipe = json.loads(Path("chat", "adapter", "recipe.json").read_text())
+    assert recipe["quantization"] == {"name": "nf4", "double_quant": True, "skip_modules": ["lm_head"]}
     assert metrics["merge"]["distance"]["relative"] < 1e-4
 
 
@@ -359,25 +410,41 @@ def test_checkpoints_cut_off_anywhere_are_passed_over(
 # -- refusals ----------------------------------------------------------------------------------
 
 
-def test_new_run_over_old_checkpoints_is_refused(
-    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+def test_new_run_over_the_files_of_another_is_refused(
+    place: Place, whole: subprocess.CompletedProcess[str], inside: Callable[..., int]
 ) -> None:
-    monkeypatch.chdir(place.folder)
     with pytest.raises(ResumeError, match=r"an earlier run, the newest checkpoint-24\. Add --resume"):
-        run(place.arguments("whole")[1:])
+        inside("whole")
+    for folder, more in (("adapter", ["--merge", "none"]), ("model", [])):
+        shutil.copytree(place.folder / "whole" / folder, place.folder / f"only-{folder}" / folder)
+        with pytest.raises(ArgumentsError, match=f"only-{folder}/{folder} already holds an? {folder}"):
+            inside(f"only-{folder}", *more)
 
 
 def test_resuming_with_other_arguments_is_refused(
-    place: Place, whole: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+    whole: subprocess.CompletedProcess[str], inside: Callable[..., int]
 ) -> None:
-    monkeypatch.chdir(place.folder)
     with pytest.raises(ResumeError, match="--chunk_length was 128 and is 64; --seed was 42 and is 1"):
-        run(place.arguments("whole", "--resume", "--chunk-length", "64", "--seed", "1")[1:])
+        inside("whole", "--resume", "--chunk-length", "64", "--seed", "1")
 
 
-def test_misspelt_flag_is_a_message_and_an_exit_code(place: Place) -> None:
-    done = place.run(*place.arguments("none", "--lerning_rate", "1"))
-    assert done.returncode == 1
-    assert "--lerning_rate is no flag. Did you mean --learning_rate" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_resuming_from_a_checkpoint_that_is_not_there_is_refused(inside: Callable[..., int]) -> None:
+    with pytest.raises(ResumeError, match=r"nowhere is no complete checkpoint: .*No such file"):
+        inside("none", "--resume_from_checkpoint", "nowhere")
+
+
+def test_arguments_that_only_the_trainer_knows_are_refused_by_name(inside: Callable[..., int]) -> None:
+    with pytest.raises(ArgumentsError, match="The Trainer refuses these arguments: tensorbord"):
+        inside("none", "--report_to", "tensorbord")
+
+
+def test_misspelt_flag_is_a_message_and_an_exit_code(
+    place: Place, inside: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(place.arguments("none", "--lerning_rate", "1"))
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "--lerning_rate is no flag. Did you mean --learning_rate" in said
+    assert "Traceback" not in said
     assert not (place.folder / "none").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_plugins.errors import ArgumentsError
+from lora_plugins.errors import ArgumentsError, LoraPluginsError
 from lora_plugins.training.arguments import RecipeArguments
 from lora_plugins.training.parser import FORMER_NAMES, flag_names, make_parser, parse
-from lora_plugins.training.prepare import completion_only, lora_arguments, packs
+from lora_plugins.training.prepare import check_lora, completion_only, lora_arguments, packs
 from lora_plugins.training.publishing import Publication
 
 NEEDED = ["--model", "m", "--dataset", "d"]
@@ -69,12 +70,19 @@ def test_dashes_and_underscores_are_the_same() -> None:
         (["stray"], "'stray' stands where a flag was expected"),
         (["--r", "eight"], "invalid int value: 'eight'"),
         (["--r", "0"], "--r must be at least 1, not 0"),
-        (["--merge", "fp8"], "invalid choice: 'fp8'"),
+        (["--merge", "fp8"], "--merge can't be 'fp8'. Known: none, fp16, bf16, same"),
+        (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type can't be 'cosin'. Did you mean 'cosine'?"),
         (["--resume", "perhaps"], "perhaps"),
-        (["--optim", "adafactory"], "adafactory"),
+        (["--optim", "adafactory"], "Did you mean 'adafactor'?"),
         (["--chunk_length", "0"], "--chunk_length must be at least 1, not 0"),
         (["--lora_dropout", "1.5"], "--lora_dropout must be at least 0 and below 1, not 1.5"),
         (["--eval_split", "2"], "--eval_split must be the name of a split or a number between 0 and 1, not 2"),
+        (["--num_proc", "0"], "--num_proc must be at least 1, not 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0, not 0"),
+        (["--max_steps", "0"], "--max_steps must be above 0, not 0"),
+        (["--learning_rate=-1e-4"], "--learning_rate must be above 0, not -0.0001"),
+        (["--model", "/", "--revision", "v2"], "--model / is a folder here, which has no revisions"),
+        (["--metric_for_best_model", "rouge"], "--metric_for_best_model can't be 'rouge'"),
         (["--eval_strategy", "epoch"], "nothing to evaluate on"),
         (["--early_stopping_patience", "2"], "nothing to evaluate on"),
         (["--lora", "{"], "--lora must be a JSON object, not '{'"),
@@ -165,6 +173,7 @@ def test_early_stopping_keeps_the_best_and_evaluates_as_it_saves() -> None:
     assert training.eval_strategy == training.save_strategy == "epoch"
     training = parse([*NEEDED, *words, "--eval_strategy", "steps", "--eval_steps", "7"])[1]
     assert (training.save_strategy, training.save_steps) == ("steps", 7)
+    assert training.restore_callback_states_from_checkpoint, "resuming goes on with the patience that is left"
 
 
 @pytest.mark.parametrize(
@@ -196,8 +205,26 @@ def test_loss_and_packing_follow_each_other_until_told() -> None:
     assert decided("--packing", "false") == (False, False)
 
 
-def test_no_quantization() -> None:
+def test_quantization_is_a_name_none_or_a_name_with_options() -> None:
     assert lora_arguments(ours("--quantization", "none"))["quantization"] is None
+    options = {"name": "nf4", "double_quant": True}
+    assert lora_arguments(ours("--quantization", json.dumps(options)))["quantization"] == options
+    with pytest.raises(ArgumentsError, match="--quantization must be a JSON object"):
+        lora_arguments(ours("--quantization", "{nf4}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--quantization", "int9"], "Did you mean 'int8'"),
+        (["--quantization", '{"name": "nf4", "double": true}'], "double_quant"),
+        (["--lora", '{"use_dorra": true}'], "Did you mean 'use_dora'"),
+    ],
+)
+def test_lora_arguments_are_checked_before_the_data_are_read(words: list[str], message: str) -> None:
+    with pytest.raises(LoraPluginsError) as caught:
+        check_lora(ours(*words))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("reference", ["name", "org/name", "org/name@", "a/b/c@1.0", "org/name@1 2"])

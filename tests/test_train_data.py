@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import twin
 from datasets import Dataset, DatasetDict
+from tokenizers import pre_tokenizers, trainers
 
 from lora_plugins.errors import ArgumentsError, DataError, TemplateError
 from lora_plugins.training.arguments import TEMPLATE
-from lora_plugins.training.data import load_examples, load_split
+from lora_plugins.training.data import load_examples, load_splits
 from lora_plugins.training.parser import parse
 from lora_plugins.training.prepare import collator, prepare_data
 from lora_plugins.training.templates import encode, make_template
@@ -21,16 +22,11 @@ from lora_plugins.training.templates import encode, make_template
 ROWS = twin.dialogues(6)
 COLUMNS = ["id", "dialogue", "summary"]
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     made = twin.make_tokenizer()
-    made.chat_template = CHAT_TEMPLATE
+    made.chat_template = twin.CHAT_TEMPLATE
     return made
 
 
@@ -68,7 +64,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "folder", "splits"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
-    rows = load_split(str(write(tmp_path, kind)), "train")
+    rows = load_splits(str(write(tmp_path, kind)))["train"]
     assert [(row["dialogue"], row["summary"]) for row in rows] == [(row["dialogue"], row["summary"]) for row in ROWS]
 
 
@@ -76,7 +72,42 @@ def test_folder_of_files_is_read_in_the_order_of_their_names(tmp_path: Path) -> 
     twin.write_jsonl(tmp_path / "b.jsonl", ROWS[3:])
     twin.write_jsonl(tmp_path / "a.jsonl", ROWS[:3])
     (tmp_path / "manifest.txt").write_text("not data")
-    assert load_split(str(tmp_path), "train")["id"][:] == [row["id"] for row in ROWS]
+    splits = load_splits(str(tmp_path))
+    assert list(splits) == ["train"]
+    assert splits["train"]["id"][:] == [row["id"] for row in ROWS]
+
+
+def test_names_of_files_in_a_folder_say_their_split(tmp_path: Path) -> None:
+    """Rows to test on must not be trained on because they lie in the same folder."""
+    twin.write_jsonl(tmp_path / "samsum-train-1.jsonl", ROWS[:2])
+    twin.write_jsonl(tmp_path / "samsum-train-2.jsonl", ROWS[2:3])
+    twin.write_jsonl(tmp_path / "samsum_test.jsonl", ROWS[3:])
+    twin.write_jsonl(tmp_path / "val.jsonl", ROWS[:1])
+    assert {name: len(rows) for name, rows in load_splits(str(tmp_path)).items()} == {
+        "train": 3,
+        "test": 3,
+        "validation": 1,
+    }
+    twin.write_jsonl(tmp_path / "latest.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match=r"latest\.jsonl, whose name says none"):
+        load_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folder"])
+def test_data_without_splits_have_none_to_evaluate_on(tmp_path: Path, kind: str) -> None:
+    """The whole of it would be what was trained on."""
+    with pytest.raises(DataError, match=r"no split 'test'; it has train\. Hold out a share"):
+        examples("--dataset", str(write(tmp_path, kind)), "--eval_split", "test")
+
+
+def test_several_splits_of_an_evaluation_set_need_a_choice(tmp_path: Path) -> None:
+    saved = str(write(tmp_path, "splits"))
+    file = str(twin.write_jsonl(tmp_path / "other.jsonl", ROWS[:2]))
+    with pytest.raises(DataError, match=r"several splits: train, test\. Choose with --eval_split"):
+        examples("--dataset", file, "--eval_dataset", saved)
+    held_out = examples("--dataset", file, "--eval_dataset", saved, "--eval_split", "test")[1]
+    assert held_out is not None
+    assert len(held_out) == 1
 
 
 @pytest.mark.parametrize(
@@ -93,7 +124,7 @@ def test_folder_of_files_is_read_in_the_order_of_their_names(tmp_path: Path) -> 
 def test_unreadable_data_is_named(tmp_path: Path, prepare: Any, source: str, message: str) -> None:
     prepare(tmp_path)
     with pytest.raises(DataError) as caught:
-        load_split(str(tmp_path / source), "dev")
+        examples("--dataset", str(tmp_path / source), "--train_split", "dev")
     assert message in str(caught.value)
 
 
@@ -101,13 +132,13 @@ def test_mixed_folder_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "csv")
     write(tmp_path, "jsonl")
     with pytest.raises(DataError, match="mixes kinds of files"):
-        load_split(str(tmp_path), "train")
+        load_splits(str(tmp_path))
 
 
 def test_hub_id_without_a_network_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="some/dataset can't be read"):
-        load_split("some/dataset", "train")
+        load_splits("some/dataset")
 
 
 def examples(*words: str) -> tuple[Dataset, Dataset | None]:
@@ -176,6 +207,25 @@ def test_completion_in_letters_of_several_bytes(tokenizer: Any) -> None:
     assert labelled(tokenizer, made[0]) == "déjà 😀!</s>"
 
 
+@pytest.mark.parametrize("space", ["A: {a}", "A:{a}", "A:\\n{a}", "A: ({a})"])
+def test_first_token_of_a_completion_counts_even_with_the_space_before_it(space: str) -> None:
+    """Byte-level tokenizers write ' Paris' as one token: a short answer is nothing but that."""
+    tokenizer = twin.make_tokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.backend_tokenizer.train_from_iterator(["Paris Paris A: Paris (Paris)"] * 9, trainer)
+    made, _ = encoded([{"q": "1", "a": "Paris"}], "{q}\\n" + space, tokenizer, completion_only=True)
+    assert "Paris" in labelled(tokenizer, made[0])
+    assert "A" not in labelled(tokenizer, made[0])
+
+
+def test_columns_of_lists_are_no_text(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"messages": CONVERSATION}])
+    with pytest.raises(TemplateError, match=r"'messages', which holds no text.*--template chat"):
+        make_template("{messages}", rows.features, tokenizer)
+    with pytest.raises(TemplateError, match="For the conversations in 'messages', use --template chat"):
+        make_template(TEMPLATE, rows.features, tokenizer)
+
+
 def test_backslash_n_is_a_new_line_and_double_braces_are_braces(tokenizer: Any) -> None:
     made, _ = encoded([{"q": "1", "a": "2"}], "{{x}}{q}\\n{a}", tokenizer, completion_only=False)
     assert tokenizer.decode(made[0]["input_ids"]) == "{x}1\n2"
@@ -240,7 +290,7 @@ def test_chat_loss_on_all(tokenizer: Any) -> None:
 
 def test_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = twin.make_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
+    tokenizer.chat_template = "{{ messages | length }}" + twin.CHAT_TEMPLATE
     with pytest.raises(TemplateError, match="turn 2"):
         encoded([{"messages": CONVERSATION}], "chat", tokenizer, completion_only=True)
 

@@ -17,6 +17,11 @@ TIMES = ("tomorrow", "tonight", "on Monday", "at six", "next week")
 
 PROMPT = "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n"
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
 
 def dialogues(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Rows of id, dialogue and summary; the summary can be read off the dialogue."""

@@ -12,13 +12,13 @@ CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 
 def train(context: typer.Context) -> None:
     """Fine-tune a language model with LoRA: packing, int8, training, merge."""
+    calm()
     words = context.args
     if "--help-all" in words or "--help" in words or "-h" in words or not words:
         from lora_plugins.training.parser import make_parser
 
         typer.echo(make_parser(everything="--help-all" in words).format_help().strip())
         raise typer.Exit(0 if words else 2)
-    calm()
     from lora_plugins.training.run import run
 
     raise typer.Exit(run(words))

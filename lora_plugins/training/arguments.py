@@ -78,7 +78,15 @@ class RecipeArguments:
         default=1536, metadata={"help": "Tokens in a chunk; without packing, tokens that an example may have."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
-    quantization: str = field(default="int8", metadata={"help": "Backend of the frozen base, or 'none'."})
+    quantization: str = field(
+        default="int8",
+        metadata={
+            "help": (
+                "Backend of the frozen base, or 'none'; with options as JSON: "
+                '\'{"name": "nf4", "double_quant": true}\'.'
+            )
+        },
+    )
     r: int = field(default=8, metadata={"help": "Rank of the adapters.", "aliases": ["-r"]})
     lora_alpha: int = field(
         default=32, metadata={"help": "Scale of the adapters: the update is multiplied by alpha / r."}

@@ -46,12 +46,17 @@ def find_checkpoints(output: Path, processes: int = 1) -> Checkpoints:
     """
     found = Checkpoints()
     for folder in checkpoint_folders(output):
-        reason = next(_defects(folder, processes), None)
+        reason = checkpoint_defect(folder, processes)
         if reason is None:
             found.newest = folder
             break
         found.broken[folder] = reason
     return found
+
+
+def checkpoint_defect(folder: Path, processes: int = 1) -> str | None:
+    """Say why a checkpoint can't be resumed from, ``None`` for a complete one."""
+    return next(_defects(folder, processes), None)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,21 @@ from lora_plugins.errors import DataError
 from lora_plugins.training.parser import held_out_share
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
     from lora_plugins.training.arguments import RecipeArguments
 
 #: Loader of ``datasets`` by the end of a file's name.
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+#: Words in the names of files that say which split they are.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+_WORD = re.compile("[a-z]+")
 
 
 def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -28,13 +38,16 @@ def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset 
     Raises:
         DataError: Something is not there, unreadable, empty, or has other splits.
     """
-    train = load_split(recipe.dataset, recipe.train_split)
+    splits = load_splits(recipe.dataset)
+    train = choose_split(splits, recipe.train_split, recipe.dataset, "--train_split")
     if recipe.eval_dataset is not None:
-        name = recipe.eval_split or _only_split(recipe.eval_dataset, recipe.train_split)
-        return train, load_split(recipe.eval_dataset, name)
+        others = load_splits(recipe.eval_dataset)
+        return train, choose_split(others, recipe.eval_split, recipe.eval_dataset, "--eval_split")
     share = held_out_share(recipe)
     if share is None:
-        return train, load_split(recipe.dataset, recipe.eval_split) if recipe.eval_split else None
+        if recipe.eval_split is None:
+            return train, None
+        return train, choose_split(splits, recipe.eval_split, recipe.dataset, "--eval_split")
     count = round(len(train) * share)
     if not 0 < count < len(train):
         raise DataError(
@@ -44,44 +57,71 @@ def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset 
     return parts["train"], parts["test"]
 
 
-def load_split(source: str, split: str) -> Dataset:
-    """Read one split of a data set.
+def load_splits(source: str) -> dict[str, Dataset]:
+    """Read a data set: its splits by name.
+
+    A file is one split, ``"train"``. The files of a folder are the splits that their names say, and ``"train"`` if
+    none of them says one.
 
     Args:
         source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. What looks like a path
             (a known ending, or a beginning of ``/``, ``.`` or ``~``) or is there as one is not asked of the Hub.
-        split: Name of the split.
 
     Raises:
-        DataError: It is not there, unreadable, empty, or has no such split.
+        DataError: It is not there or unreadable.
     """
     path = Path(source).expanduser()
     is_path = path.suffix in LOADERS or source.startswith(("/", ".", "~")) or path.exists()
-    rows = _load_path(path, split) if is_path else _load_hub(source, split)
-    if not len(rows):
-        raise DataError(f"The split {split!r} of {source} is empty.")
-    return rows
+    return _load_path(path) if is_path else _load_hub(source)
 
 
-def _load_path(path: Path, split: str) -> Dataset:
+def choose_split(splits: dict[str, Dataset], name: str | None, source: str, flag: str) -> Dataset:
+    """Return one split of a data set.
+
+    Args:
+        splits: The splits.
+        name: The one to take; ``None`` takes the only one.
+        source: The data set, for messages.
+        flag: What chooses the split on the command line, for messages.
+
+    Raises:
+        DataError: It has no such split or several, or the split is empty.
+    """
+    known = ", ".join(splits)
+    if name is None:
+        if len(splits) > 1:
+            raise DataError(f"{source} has several splits: {known}. Choose with {flag}.")
+        name = next(iter(splits))
+    if name not in splits:
+        advice = f"Choose with {flag}."
+        if flag == "--eval_split" and len(splits) == 1:
+            advice = f"Hold out a share of it with {flag} 0.05, or name another data set with --eval_dataset."
+        raise DataError(f"{source} has no split {name!r}; it has {known}. {advice}")
+    if not len(splits[name]):
+        raise DataError(f"The split {name!r} of {source} is empty.")
+    return splits[name]
+
+
+def _load_path(path: Path) -> dict[str, Dataset]:
     if not path.exists():
         raise DataError(f"The data set {path} is not there.")
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         from datasets import load_from_disk
 
-        return _choose(_reading(path, lambda: load_from_disk(str(path))), split, str(path))
+        found = _reading(path, lambda: load_from_disk(str(path)))
+        return dict(found) if isinstance(found, dict) else {"train": found}
     files, loader = _data_files(path)
 
     def load() -> Any:
         from datasets import load_dataset
 
-        return load_dataset(loader, data_files=[str(file) for file in files])
+        return load_dataset(loader, data_files={name: [str(file) for file in part] for name, part in files.items()})
 
-    # Data files have no splits: all of them are what was asked for.
-    return _reading(path, load)["train"]
+    return dict(_reading(path, load))
 
 
-def _data_files(path: Path) -> tuple[list[Path], str]:
+def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
+    """The files by their split, and what ``datasets`` calls their kind."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     loaders = {LOADERS.get(file.suffix) for file in files}
     known = ", ".join(LOADERS)
@@ -93,38 +133,34 @@ def _data_files(path: Path) -> tuple[list[Path], str]:
     if loaders:
         names = ", ".join(file.name for file in files[:5])
         raise DataError(f"The folder {path} mixes kinds of files ({names}). Name one of them, or use a folder each.")
-    return files, loader
+    return ({"train": files} if path.is_file() else _by_split(path, files)), loader
 
 
-def _load_hub(name: str, split: str) -> Dataset:
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Sort files by the split that is a word of their names."""
+    found: dict[str, list[Path]] = {}
+    nameless = []
+    for file in files:
+        split = next((_SPLIT_WORDS[word] for word in _WORD.findall(file.stem.lower()) if word in _SPLIT_WORDS), None)
+        if split is None:
+            nameless.append(file)
+        else:
+            found.setdefault(split, []).append(file)
+    if found and nameless:
+        raise DataError(
+            f"The folder {folder} has files of the split{'s' * (len(found) > 1)} {', '.join(found)}, and "
+            f"{nameless[0].name}, whose name says none. Name one file, or put 'train' into its name."
+        )
+    return found or {"train": files}
+
+
+def _load_hub(name: str) -> dict[str, Dataset]:
     def load() -> Any:
         from datasets import load_dataset
 
         return load_dataset(name)
 
-    return _choose(_reading(name, load), split, name)
-
-
-def _choose(found: Dataset | DatasetDict, split: str, source: str) -> Dataset:
-    from datasets import DatasetDict
-
-    if not isinstance(found, DatasetDict):
-        return found
-    if split not in found:
-        raise DataError(f"{source} has no split {split!r}; it has {', '.join(found)}. Choose with --train_split.")
-    return found[split]
-
-
-def _only_split(source: str, fallback: str) -> str:
-    """The split of a data set that has one; files and saved data sets without splits take any name."""
-    path = Path(source).expanduser()
-    if (path / "dataset_dict.json").is_file():
-        import json
-
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if len(splits) == 1:
-            return str(splits[0])
-    return fallback
+    return dict(_reading(name, load))
 
 
 def _reading(source: object, load: Callable[[], Any]) -> Any:

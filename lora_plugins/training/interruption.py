@@ -32,12 +32,16 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
     With several processes it is enough that one of them gets the signal. A second signal, some seconds later, ends
     the program at once.
 
+    Args:
+        grace: Seconds in which further signals are taken for the first one.
+
     Attributes:
         signal: The signal that came, ``None`` when none did.
         stopped_at: The step after which training was stopped, ``None`` when it was not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = GRACE) -> None:
+        self.grace = grace
         self.signal: int | None = None
         self._came = 0.0
         self.stopped_at: int | None = None
@@ -57,7 +61,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            if time.monotonic() - self._came > GRACE:
+            if time.monotonic() - self._came > self.grace:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
@@ -75,7 +79,16 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         if state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_save = True
+            # A spot instance is gone in two minutes; the evaluation comes before the checkpoint and may take longer.
+            control.should_evaluate = False
             control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Trainer takes the interruption for the epoch's end, and would evaluate, and write the checkpoint anew."""
+        if self.stopped_at is not None:
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 def _largest_of_all(number: int, args: TrainingArguments) -> int:

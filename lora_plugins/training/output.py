@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_plugins.adapters import ADAPTER_CONFIG
 from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.training.checkpoints import checkpoint_folders
 
@@ -42,14 +43,23 @@ _DECISIVE = (
     "gradient_accumulation_steps",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "bf16",
     "fp16",
     "seed",
     "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
     "world_size",
 )
 
@@ -86,13 +96,18 @@ class Folders:
 
         Raises:
             ResumeError: There are checkpoints of another run.
-            ArgumentsError: There is a merged model.
+            ArgumentsError: There is an adapter or a merged model.
         """
         checkpoints = checkpoint_folders(self.output)
         if checkpoints:
             raise ResumeError(
                 f"{self.output} holds checkpoints of an earlier run, the newest {checkpoints[0].name}. Add --resume to "
                 "go on from it, choose another --output_dir, or remove them."
+            )
+        if (self.adapter / ADAPTER_CONFIG).is_file():
+            raise ArgumentsError(
+                f"{self.adapter} already holds an adapter. Choose another --output_dir or --adapter_folder, or remove "
+                "it."
             )
         if merge and (self.model / "config.json").is_file():
             raise ArgumentsError(f"{self.model} already holds a model. Choose another --model_folder, or remove it.")
@@ -101,7 +116,7 @@ class Folders:
 def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
     """What decides the weights of a run, as plain data."""
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
-    theirs = {name: _plain(getattr(training, name)) for name in _DECISIVE}
+    theirs = {name: _plain(getattr(training, name, None)) for name in _DECISIVE}
     return {**ours, **theirs}
 
 

@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
     _apply_hardware(given)
     recipe = RecipeArguments(**{item.name: given.pop(item.name) for item in fields(RecipeArguments)})
     _check(recipe)
+    _check_steps(given)
     _apply_evaluation(recipe, given)
     try:
         training = TrainingArguments(**given)
@@ -72,6 +73,10 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise ArgumentsError(f"{message[:1].upper()}{message[1:]}. See `{PROGRAM} --help`.")
 
+        def _check_value(self, action: argparse.Action, value: Any) -> None:
+            if action.choices is not None and value not in action.choices:
+                raise ArgumentsError(_no_choice(f"--{action.dest}", value, [str(one) for one in action.choices]))
+
     # Abbreviations would let a misspelt flag mean another one.
     parser = Parser(
         _dataclasses(everything=everything),
@@ -86,6 +91,12 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
     if everything:
         parser.set_defaults(**TRAINING_DEFAULTS, bf16=None)
     return parser
+
+
+def _no_choice(flag: str, value: Any, choices: list[str]) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
 
 
 def _dataclasses(*, everything: bool) -> list[Any]:
@@ -206,6 +217,13 @@ def _check(recipe: RecipeArguments) -> None:
         raise ArgumentsError(f"--r must be at least 1, not {recipe.r}")
     if not 0 <= recipe.lora_dropout < 1:
         raise ArgumentsError(f"--lora_dropout must be at least 0 and below 1, not {recipe.lora_dropout}")
+    if recipe.num_proc is not None and recipe.num_proc < 1:
+        raise ArgumentsError(f"--num_proc must be at least 1, not {recipe.num_proc}")
+    if recipe.revision is not None and Path(recipe.model).exists():
+        raise ArgumentsError(
+            f"--revision {recipe.revision} was given and --model {recipe.model} is a folder here, which has no "
+            "revisions. Leave one of them out."
+        )
     if held_out_share(recipe) is not None and recipe.eval_dataset:
         raise ArgumentsError(
             f"--eval_split {recipe.eval_split} holds out a part of --dataset and --eval_dataset {recipe.eval_dataset} "
@@ -217,6 +235,16 @@ def _check(recipe: RecipeArguments) -> None:
         raise ArgumentsError(f"--early_stopping_patience must be at least 1, not {recipe.early_stopping_patience}")
 
 
+def _check_steps(given: Mapping[str, Any]) -> None:
+    """Refuse a run that would end without a step."""
+    if given["max_steps"] < 0 and given["num_train_epochs"] <= 0:
+        raise ArgumentsError(f"--num_train_epochs must be above 0, not {given['num_train_epochs']}")
+    if given["max_steps"] == 0:
+        raise ArgumentsError("--max_steps must be above 0, not 0. Leave it out to train for --num_train_epochs.")
+    if given["learning_rate"] <= 0:
+        raise ArgumentsError(f"--learning_rate must be above 0, not {given['learning_rate']}")
+
+
 def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
     """Return what ``--lora`` holds.
 
@@ -225,16 +253,26 @@ def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
     """
     if recipe.lora is None:
         return {}
-    try:
-        extra = json.loads(recipe.lora)
-    except ValueError as error:
-        raise ArgumentsError(f"--lora must be a JSON object, not {recipe.lora!r}: {error}") from error
-    if not isinstance(extra, dict):
-        raise ArgumentsError(f"--lora must be a JSON object, not {recipe.lora!r}")
+    extra = json_object("--lora", recipe.lora)
     twice = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in extra]
     if twice:
         raise ArgumentsError(f"--lora has {', '.join(twice)}, which has a flag of its own: --{twice[0]}.")
     return extra
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Read a JSON object, such as a mapping in a YAML file becomes.
+
+    Raises:
+        ArgumentsError: It is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}")
+    return found
 
 
 def held_out_share(recipe: RecipeArguments) -> float | None:
@@ -260,8 +298,13 @@ def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
         given["eval_strategy"] = "epoch"
     if not held_out and (strategy != "no" or recipe.early_stopping_patience or given["load_best_model_at_end"]):
         raise ArgumentsError("There is nothing to evaluate on. Give --eval_split or --eval_dataset.")
+    metric = given["metric_for_best_model"]
+    if metric not in (None, "loss", "eval_loss"):
+        raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: all that is measured is the loss.")
     if recipe.early_stopping_patience:
         given["load_best_model_at_end"] = True
+        # Its patience is used up where it was when the run was interrupted.
+        given["restore_callback_states_from_checkpoint"] = True
         given["save_strategy"] = given["eval_strategy"]
         given["save_steps"] = given["eval_steps"] or given["save_steps"]
 

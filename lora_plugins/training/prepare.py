@@ -12,7 +12,7 @@ from lora_plugins.errors import ArgumentsError
 from lora_plugins.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
 from lora_plugins.training.arguments import CHAT, RecipeArguments
 from lora_plugins.training.data import load_examples
-from lora_plugins.training.parser import extra_lora_fields
+from lora_plugins.training.parser import extra_lora_fields, json_object
 from lora_plugins.training.templates import encode, make_template
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def prepare_data(
 def _examples(
     recipe: RecipeArguments, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, say: Say
 ) -> tuple[Dataset, PackingCounts | PaddedCounts]:
-    template = make_template(recipe.template, rows.column_names, tokenizer)
+    template = make_template(recipe.template, rows.features, tokenizer)
     encoded, unusable = encode(
         rows, template, tokenizer, completion_only=completion_only(recipe), num_proc=recipe.num_proc
     )
@@ -150,7 +150,7 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
         "r": recipe.r,
         "lora_alpha": recipe.lora_alpha,
         "lora_dropout": recipe.lora_dropout,
-        "quantization": quantization_name(recipe),
+        "quantization": quantization_of(recipe),
         **extra_lora_fields(recipe),
     }
     if recipe.target_modules:
@@ -158,9 +158,27 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
     return arguments
 
 
-def quantization_name(recipe: RecipeArguments) -> str | None:
-    """The backend's name, ``None`` for a base in float."""
-    return None if recipe.quantization == "none" else recipe.quantization
+def check_lora(recipe: RecipeArguments) -> None:
+    """Refuse LoRA arguments that no model could take, before the data are read.
+
+    Raises:
+        UnknownQuantizer: No plugin has the quantization backend.
+        UnknownArgument: ``--lora`` has something that is no field of ``peft.LoraConfig``.
+    """
+    from lora_plugins.settings import LoraSettings
+
+    LoraSettings.from_arguments(**lora_arguments(recipe))
+
+
+def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
+    """The backend's name, or a mapping of it and its options; ``None`` for a base in float.
+
+    Raises:
+        ArgumentsError: It begins as JSON and is none.
+    """
+    if recipe.quantization == "none":
+        return None
+    return json_object("--quantization", recipe.quantization) if "{" in recipe.quantization else recipe.quantization
 
 
 def _targets(words: list[str]) -> str | list[str]:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_plugins.errors import ArgumentsError, LoraPluginsError, ResumeError
 from lora_plugins.merging import RECIPE_FILE, merge_and_save, unquantized_layers
+from lora_plugins.quantization import parse_quantization
 from lora_plugins.training import prepare
 from lora_plugins.training.arguments import RecipeArguments
-from lora_plugins.training.checkpoints import find_checkpoints, finished_state
+from lora_plugins.training.checkpoints import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.training.output import (
     RUN_FILE,
     Folders,
@@ -73,6 +75,7 @@ class TrainingRun:
         """Do all of it; see `run`."""
         from transformers import set_seed
 
+        prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push)
         checkpoint = self._checkpoint()
         # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
@@ -112,6 +115,9 @@ class TrainingRun:
             return None
         check_same_run(self.folders.output, run_record(self.recipe, self.training))
         if chosen and str(chosen).lower() != "true":
+            reason = checkpoint_defect(Path(chosen), self.training.world_size)
+            if reason is not None:
+                raise ResumeError(f"--resume_from_checkpoint {chosen} is no complete checkpoint: {reason}")
             return str(chosen)
         found = find_checkpoints(self.folders.output, self.training.world_size)
         for folder, reason in found.broken.items():
@@ -132,21 +138,32 @@ class TrainingRun:
         callbacks: list[Any] = [LoraCallback(**prepare.lora_arguments(self.recipe)), ParameterReportCallback()]
         if self.recipe.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(self.recipe.early_stopping_patience))
-        trainer = Trainer(
-            model=prepare.load_base(self.recipe),
-            args=self.training,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.held_out,
-            data_collator=prepare.collator(self.recipe, self.tokenizer),
-            callbacks=[*callbacks, interruption],
-        )
+        model = prepare.load_base(self.recipe)
+        try:
+            trainer = Trainer(
+                model=model,
+                args=self.training,
+                train_dataset=self.data.train,
+                eval_dataset=self.data.held_out,
+                data_collator=prepare.collator(self.recipe, self.tokenizer),
+                callbacks=[*callbacks, interruption],
+            )
+        except LoraPluginsError:
+            raise
+        except (ValueError, ImportError) as error:
+            # It is the first to look at some of its arguments, such as --report_to.
+            raise ArgumentsError(f"The Trainer refuses these arguments: {error}") from error
         return trainer, interruption
 
     def _train(self, trainer: Trainer, checkpoint: str | None) -> None:
         """Train, or take over what a run that came to its end has left: the Trainer would do one more step."""
         state = finished_state(Path(checkpoint)) if checkpoint is not None else None
         if state is None or checkpoint is None:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except ImportError as error:
+                # Some arguments need a package that the Trainer looks for only now, such as --use_liger_kernel.
+                raise ArgumentsError(f"The Trainer lacks something for these arguments: {error}") from error
             return
         from lora_plugins.checkpoints import restore_best
 
@@ -191,9 +208,10 @@ class TrainingRun:
             "template": self.recipe.template,
             "quantization": None,
         }
-        name = prepare.quantization_name(self.recipe)
-        if name is not None:
-            record["quantization"] = {"name": name, "skip_modules": unquantized_layers(model)}
+        quantization = parse_quantization(prepare.quantization_of(self.recipe))
+        if quantization is not None:
+            skipped = unquantized_layers(model)
+            record["quantization"] = {**quantization.options, "name": quantization.name, "skip_modules": skipped}
         return record
 
     def _merge(self, figures: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from lora_plugins.packing import IGNORED
 from lora_plugins.training.arguments import CHAT
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
 #: Names in a template that the tokenizer fills.
@@ -43,16 +43,17 @@ class Template(Protocol):
         """Whether the row has everything that the template needs."""
 
 
-def make_template(text: str, columns: list[str], tokenizer: PreTrainedTokenizerBase) -> Template:
+def make_template(text: str, columns: Features | list[str], tokenizer: PreTrainedTokenizerBase) -> Template:
     """Return the template for a data set.
 
     Args:
         text: ``"chat"``, or a text with columns in braces, in which ``\\n`` also stands for a new line.
-        columns: Columns of the data set.
+        columns: Columns of the data set; of ``features`` it is also known which of them hold lists.
         tokenizer: Fills ``{eos_token}`` and ``{bos_token}``, or has the chat template.
 
     Raises:
-        TemplateError: It names no column, or one that is not there; or there is no chat template.
+        TemplateError: It names no column, one that is not there, or one that holds lists; or there is no chat
+            template.
     """
     return _ChatTemplate(columns, tokenizer) if text == CHAT else _TextTemplate(text, columns, tokenizer)
 
@@ -62,7 +63,7 @@ class _TextTemplate:
 
     add_special_tokens = True
 
-    def __init__(self, text: str, columns: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, text: str, columns: Features | list[str], tokenizer: PreTrainedTokenizerBase) -> None:
         # A shell passes \n on as two characters.
         text = text.replace("\\n", "\n")
         self.parts = _parse(text)
@@ -105,17 +106,30 @@ def _parse(text: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parsed]
 
 
-def _check_fields(names: list[str], columns: list[str], text: str) -> None:
+def _check_fields(names: list[str], columns: Features | list[str], text: str) -> None:
     if not names:
         raise TemplateError(f"The template {text!r} names no column. The data set has: {', '.join(columns)}.")
     for name in names:
         if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
+            near = difflib.get_close_matches(name, list(columns), n=1)
             hint = f" Did you mean {{{near[0]}}}?" if near else ""
+            chat = f" For the conversations in {_MESSAGES!r}, use --template {CHAT}." if _MESSAGES in columns else ""
             raise TemplateError(
                 f"The template names the column {name!r} and the data set has: {', '.join(columns)}.{hint} "
-                "Choose with --template."
+                f"Choose with --template.{chat}"
             )
+        if isinstance(columns, Mapping) and not _is_plain(columns[name]):
+            raise TemplateError(
+                f"The template names the column {name!r}, which holds no text but {columns[name]}. For conversations "
+                f"in a column {_MESSAGES!r}, use --template {CHAT}; else write the text into a column of its own."
+            )
+
+
+def _is_plain(kind: object) -> bool:
+    """Whether a column's values are texts, numbers or the like, and no lists or records."""
+    from datasets import ClassLabel, Value
+
+    return isinstance(kind, (Value, ClassLabel))
 
 
 def _special_token(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
@@ -130,7 +144,7 @@ class _ChatTemplate:
 
     add_special_tokens = False
 
-    def __init__(self, columns: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, columns: Features | list[str], tokenizer: PreTrainedTokenizerBase) -> None:
         if _MESSAGES not in columns:
             raise TemplateError(
                 f"--template chat reads the column {_MESSAGES!r}, a list of role and content; the data set has: "
@@ -193,14 +207,17 @@ class _Encoder:
         labels = []
         for tokens, places, row in zip(ids, encoded["offset_mapping"], rows, strict=True):
             spans = self.template.spans(row)
-            labels.append([t if _inside(place, spans) else IGNORED for t, place in zip(tokens, places, strict=True)])
+            labels.append([t if _answers(place, spans) else IGNORED for t, place in zip(tokens, places, strict=True)])
         return {"input_ids": ids, "labels": labels}
 
 
-def _inside(place: Span, spans: list[Span]) -> bool:
-    """Whether a token's characters lie in an answer; tokens without characters are the tokenizer's own."""
+def _answers(place: Span, spans: list[Span]) -> bool:
+    """Whether any of a token's characters is in an answer; tokens without characters are the tokenizer's own.
+
+    The first token of an answer often takes the space before it along.
+    """
     start, end = place
-    return start < end and any(begin <= start and end <= stop for begin, stop in spans)
+    return start < end and any(begin < end and start < stop for begin, stop in spans)
 
 
 def encode(
@@ -247,5 +264,6 @@ def _fingerprint(rows: Dataset, template: Template, tokenizer: Any, completion_o
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    parts = (1, rows._fingerprint, template.identity, completion_only, tokenizer.eos_token, tokenizer.bos_token, words)
+    # The first number changes whenever tokens or labels come out differently.
+    parts = (2, rows._fingerprint, template.identity, completion_only, tokenizer.eos_token, tokenizer.bos_token, words)
     return str(Hasher.hash(("lora_plugins.templates", *parts)))

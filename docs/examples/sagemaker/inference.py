@@ -1,13 +1,14 @@
 """SageMaker's inference script: the merged model, or base and adapter, with the recipe's sampling.
 
-A request holds `inputs`, a prompt or the columns of the template it was trained with, and optionally `parameters`
-for `generate`.
+A request holds `inputs` and optionally `parameters` for `generate`. The inputs are a prompt, the columns of the
+template that the model was trained with, or a conversation: a list of `role` and `content`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,39 @@ def _with_adapter(adapter: Path, recipe: dict[str, Any]) -> tuple[Any, Any]:
 
 def predict_fn(data: dict[str, Any], served: Served, context: Any = None) -> dict[str, str]:
     """Answer a request."""
-    inputs = data["inputs"]
-    prompt = inputs if isinstance(inputs, str) else prompt_of(served.template, inputs)
-    encoded = served.tokenizer(prompt, return_tensors="pt").to(served.model.device)
+    encoded = encode(data["inputs"], served).to(served.model.device)
     parameters = {**SAMPLING, "pad_token_id": served.tokenizer.pad_token_id, **data.get("parameters", {})}
     with torch.inference_mode():
         output = served.model.generate(
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], **parameters
         )
     answer = output[0, encoded["input_ids"].shape[1] :]
-    return {"generated_text": served.tokenizer.decode(answer, skip_special_tokens=True)}
+    return {"generated_text": served.tokenizer.decode(answer, skip_special_tokens=True).strip()}
 
 
-def prompt_of(template: str | None, columns: dict[str, str]) -> str:
+def encode(inputs: str | dict[str, str] | list[dict[str, str]], served: Served) -> Any:
+    """Tokens of what a request asks, written as in training."""
+    if isinstance(inputs, list):
+        return served.tokenizer.apply_chat_template(
+            inputs, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    prompt = inputs if isinstance(inputs, str) else prompt_of(served.template, inputs, served.tokenizer)
+    return served.tokenizer(prompt, return_tensors="pt")
+
+
+def prompt_of(template: str | None, columns: dict[str, str], tokenizer: Any) -> str:
     """The template's text up to its completion, filled with the columns of a request."""
     if not template:
-        raise ValueError("The model was trained without a template; send `inputs` as a text.")
-    start, _, end = template.replace("\\n", "\n").removesuffix("{eos_token}").rpartition("{")
-    if "}" not in end:
-        raise ValueError(f"The template {template!r} has no column; send `inputs` as a text.")
-    return start.format(**columns)
+        raise ValueError("It is not known how prompts were written in training; send `inputs` as a text.")
+    if template == "chat":
+        raise ValueError("The model was trained on conversations; send `inputs` as a list of `role` and `content`.")
+    tokens = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token}
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template.replace("\\n", "\n"))]
+    *asked, answer = [index for index, (_, name) in enumerate(parts) if name is not None and name not in tokens]
+    missing = [parts[index][1] for index in asked if parts[index][1] not in columns]
+    if missing:
+        raise ValueError(f"The template {template!r} needs {', '.join(map(str, missing))} in `inputs`.")
+    values = {**columns, **tokens}
+    filled = [literal + (str(values[name]) if name is not None else "") for literal, name in parts[:answer]]
+    # A space before the answer belongs to the answer's first token.
+    return ("".join(filled) + parts[answer][0]).rstrip(" ")
