@@ -20,7 +20,7 @@ from registry.strict_json import JsonRefused, parse, shown
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Header", "check_values", "read_file_header", "read_header"]
+__all__ = ["Header", "check_values", "read_file_header", "read_header", "read_values"]
 
 #: Bytes that a header may have; one with 50,000 tensors has about 7 MB.
 MAX_HEADER = 8 * 1024 * 1024
@@ -165,6 +165,15 @@ def check_values(path: Path, header: Header) -> set[str]:
             if zero:
                 zeros.add(name)
     return zeros
+
+
+def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
+    """The values of a tensor in float32 or float16, in its shape."""
+    begin, end = header.offsets[name]
+    with open(path, "rb") as file:
+        file.seek(begin)
+        values = _floats(file.read(end - begin), header.tensors[name].dtype)
+    return values.reshape(header.tensors[name].shape)
 
 
 def _check_chunk(chunk: bytes, dtype: str, name: str) -> bool:
