@@ -53,6 +53,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: weakref.ref[Trainer] | None = None
         self._undo: list[Callable[[], None]] = []
         self._movement = liveness.MovementWatch([])
+        self._told = False
         self._loss = LossWatch()
         self.report: ParameterReport | None = None
 
@@ -155,6 +156,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         record = preparation_of(model)
         towers = record.plan.vision if record is not None and record.plan is not None else ()
         self._movement = liveness.MovementWatch.over(model, exempt=towers)
+        self._told = False
         self._loss.start(fp16=bool(args.fp16))
 
     def _check_model(self, model: nn.Module) -> None:
@@ -192,6 +194,12 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._movement.after_step(bool(self.trainer.accelerator.optimizer_step_was_skipped))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The trackers close before on_train_end gets here.
+        if state.is_world_process_zero and (control.should_training_stop or self._movement.seen != self._told):
+            self._told = self._movement.seen
+            _send_scalars(self.trainer, self, self._movement.scalars(), kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

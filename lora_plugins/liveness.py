@@ -125,6 +125,7 @@ class MovementWatch:
     skipped: int = 0
     no_rate: int = 0
     rate: float = 0.0
+    unmoved: int = 0
     _pending: bool = field(default=False, repr=False)
     _rate: float = field(default=0.0, repr=False)
 
@@ -200,7 +201,24 @@ class MovementWatch:
         self.rate += self._rate
         if stuck:
             raise AdapterNotMoving(self._explain(stuck))
+        self.unmoved = len(still)
         self.watched = [] if self.counted >= WATCHED_STEPS else still
+
+    @property
+    def seen(self) -> bool:
+        """Whether every tensor has been seen to move."""
+        return self.counted > 0 and self.unmoved == 0
+
+    def scalars(self) -> dict[str, float]:
+        """What was seen so far, for experiment trackers."""
+        return {
+            "liveness/tensors": len(self.tensors),
+            "liveness/tensors_moved": len(self.tensors) - self.unmoved if self.counted else 0,
+            "liveness/steps_counted": self.counted,
+            "liveness/steps_without_gradient": self.zero_gradients,
+            "liveness/steps_without_rate": self.no_rate,
+            "liveness/steps_skipped": self.skipped,
+        }
 
     def _explain(self, stuck: list[Watched]) -> str:
         names = ", ".join(item.name for item in stuck[:3])
