@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_plugins.casting import CastsInput
 from lora_plugins.hookspecs import hookimpl
+from lora_plugins.packages import missing_package
 from lora_plugins.types import Architecture, Quantizer
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lora_plugins.callbacks import ParameterReportCallback as ParameterReportCallback
     from lora_plugins.callbacks import attach as attach
     from lora_plugins.callbacks import detach as detach
+    from lora_plugins.dequantization import dequantize_model as dequantize_model
     from lora_plugins.model import prepare_model as prepare_model
     from lora_plugins.quantization import quantization_config as quantization_config
 
@@ -25,6 +28,7 @@ _LAZY = {
     "LoraCallback": "lora_plugins.callbacks",
     "ParameterReportCallback": "lora_plugins.callbacks",
     "attach": "lora_plugins.callbacks",
+    "dequantize_model": "lora_plugins.dequantization",
     "detach": "lora_plugins.callbacks",
     "prepare_model": "lora_plugins.model",
     "quantization_config": "lora_plugins.quantization",
@@ -32,13 +36,16 @@ _LAZY = {
 
 __all__ = [
     "Architecture",
+    "CastsInput",
     "Int8PreparationCallback",
     "LoraCallback",
     "ParameterReportCallback",
     "Quantizer",
     "attach",
+    "dequantize_model",
     "detach",
     "hookimpl",
+    "missing_package",
     "prepare_model",
     "quantization_config",
 ]

@@ -167,26 +167,39 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
         base = module.get_base_layer()
         if not quantization.quantizer.owns(base):
             continue
-        wanted = quantization.quantizer.lora_layer(base)
-        if wanted is not None and type(module) is not wanted:
+        wanted = _lora_layer(quantization, base)
+        if type(module) is not wanted:
             module.__class__ = wanted
             module.fan_in_fan_out = False
+            module.is_target_conv_1d_layer = False
             changed += 1
     return changed
 
 
 def register_lora_layers(model: nn.Module, config: LoraConfig, quantization: Quantization | None) -> None:
-    """Tell PEFT which LoRA layer goes over each kind of quantized layer in the model."""
+    """Tell PEFT which LoRA layer goes over each kind of quantized layer in the model.
+
+    Raises:
+        PreparationError: The configuration asks for what PEFT can't do over layers of this backend.
+    """
     if quantization is None:
         return
-    classes: dict[type, type] = {}
-    for module in model.modules():
-        if quantization.quantizer.owns(module):
-            wanted = quantization.quantizer.lora_layer(module)
-            if wanted is not None:
-                classes[type(module)] = wanted
+    for name in quantization.quantizer.unsupported:
+        if getattr(config, name, None):
+            raise PreparationError(
+                f"{name}={getattr(config, name)!r} can't be combined with quantization={quantization.name!r}: PEFT can't "
+                "read the float weight out of its layers. Leave it out, or use another backend."
+            )
+    owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
+    classes: dict[type, type] = {type(module): _lora_layer(quantization, module) for module in owned}
     if classes:
         config._register_custom_module(classes)
+
+
+def _lora_layer(quantization: Quantization, module: nn.Module) -> type[nn.Module]:
+    from lora_plugins.lora_layer import QuantizedLoraLinear
+
+    return quantization.quantizer.lora_layer(module) or QuantizedLoraLinear
 
 
 def find_adapter_file(folder: Path, adapter_name: str) -> Path | None:

@@ -70,18 +70,20 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if packed and name == "weight":
-                count = module.in_features * module.out_features
-                quantized += count
-            else:
-                count = int(getattr(parameter, "ds_numel", parameter.numel()))
+            if packed and name != "bias":
+                # However the weight is packed and scaled: it counts once, below.
+                continue
+            count = int(getattr(parameter, "ds_numel", parameter.numel()))
             total += count
             trainable += count if parameter.requires_grad else 0
-        if packed and "weight" not in module._parameters:
-            # Some backends keep the packed weight in a buffer.
+        if packed and id(module) not in seen:
+            seen.add(id(module))
             count = module.in_features * module.out_features
             quantized += count
             total += count
+            bias = getattr(module, "bias", None)
+            if bias is not None and "bias" not in module._parameters:
+                total += bias.numel()
     return ParameterCount(trainable, total, quantized)
 
 
@@ -106,16 +108,28 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
     by_dtype: dict[str, int] = {}
     trainable = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        size = _new_bytes(tensor, seen)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        by_dtype[dtype] = by_dtype.get(dtype, 0) + size
-        trainable += size if tensor.requires_grad else 0
+        for part in _parts(tensor):
+            size = _new_bytes(part, seen)
+            dtype = str(part.dtype).removeprefix("torch.")
+            by_dtype[dtype] = by_dtype.get(dtype, 0) + size
+            trainable += size if tensor.requires_grad else 0
     state = 0
     for module in model.modules():
         owner = owner_of(module, host)
         if owner is not None:
             state += sum(_new_bytes(tensor, seen) for tensor in owner.extra_tensors(module))
     return TensorBytes(dict(sorted(by_dtype.items())), state, trainable)
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that a tensor is made of: some backends wrap weight and scales in one of their own."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    # A tensor that is spread over processes can be flattened too, and is measured by what is here.
+    if flatten is not None and not hasattr(tensor, "to_local"):
+        for name in flatten()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _new_bytes(tensor: torch.Tensor, seen: set[Any]) -> int:

@@ -38,6 +38,9 @@ BUILTIN_MODULES = (
     "lora_plugins.builtin.architectures",
     "lora_plugins.builtin.bitsandbytes",
     "lora_plugins.builtin.commands",
+    "lora_plugins.builtin.hqq",
+    "lora_plugins.builtin.quanto",
+    "lora_plugins.builtin.torchao",
 )
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"

@@ -325,9 +325,9 @@ def _layers_to_round(model: nn.Module, quantization: Quantization | None) -> set
     """The layers that were quantized in training."""
     if quantization is None:
         return set()
-    from lora_plugins.quantization import _layers_to_quantize, check_usable
+    from lora_plugins.quantization import check_usable, layers_to_quantize
 
-    layers, _ = _layers_to_quantize(model, quantization, ())
+    layers, _ = layers_to_quantize(model, quantization, ())
     first = next(iter(layers.values()), None)
     if first is not None:
         check_usable(quantization, first.weight.device, first.weight.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_plugins import adapters
 from lora_plugins.counting import TensorBytes, tensor_bytes
 from lora_plugins.errors import PreparationError
-from lora_plugins.precision import cast_frozen, resolve_compute_dtype, upcast_frozen
+from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
 from lora_plugins.quantization import (
     Quantization,
     QuantizedLayers,
@@ -19,6 +19,7 @@ from lora_plugins.quantization import (
     quantize_in_place,
     tag_quantized,
     untag_dequantized,
+    with_compute_dtype,
 )
 from lora_plugins.settings import LoraSettings
 
@@ -284,7 +285,11 @@ def prepare_base(
     wrapped = base is not model
     if not wrapped:
         base.requires_grad_(False)
+    dtype = resolve_compute_dtype(
+        compute_dtype, base, quantized=quantize is not None or record.quantization is not None, autocast=autocast
+    )
     if quantize is not None:
+        quantize = with_compute_dtype(quantize, dtype or activation_dtype(base, autocast=autocast))
         never = record.plan.never if record.plan is not None else ()
         record.layers = quantize_in_place(model, quantize, never=(*never, *record.heads), progress=progress)
         record.quantization = quantize
@@ -293,7 +298,8 @@ def prepare_base(
     elif record.quantization is not None:
         # Loaded quantized: let the backend set what makes its layers trainable.
         record.quantization.quantizer.after_quantize(base, record.quantization.options)
-    dtype = resolve_compute_dtype(compute_dtype, base, quantized=record.quantization is not None, autocast=autocast)
+        if wrapped:
+            adapters.exchange_layers(model, record.quantization)
     if dtype is not None:
         cast_frozen(base, dtype)
         record.compute_dtype = dtype

@@ -59,6 +59,18 @@ def resolve_compute_dtype(
     return getattr(torch, wanted)
 
 
+def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
+    """Return the dtype that the matrix products of a model will mostly see, ``None`` for a model without floats."""
+    import torch
+
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return None
+    if autocast and parameter.dtype == torch.float32 and fast_bfloat16(parameter.device):
+        return torch.bfloat16
+    return parameter.dtype
+
+
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen float weights of a base model, except those the model keeps in float32.
 

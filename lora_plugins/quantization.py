@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 #: Options that the core understands for every backend.
 CORE_OPTIONS = ("name", "skip_modules")
 
+#: Where a quantized layer remembers its backend and options.
+_MEMORY = "lora_plugins_quantization"
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -41,6 +43,26 @@ class Quantization:
     @property
     def name(self) -> str:
         return self.quantizer.name
+
+    def quantize(self, linear: nn.Linear) -> nn.Module:
+        """Return the quantized, frozen form of a float layer, which remembers this backend and its options.
+
+        Raises:
+            QuantizationError: The backend gave back a layer that is not its own, such as the float layer.
+        """
+        import torch
+
+        with torch.no_grad():
+            layer = self.quantizer.quantize_linear(linear, self.options)
+        if not self.quantizer.owns(layer):
+            raise QuantizationError(
+                f"The backend {self.name!r} left a layer of shape {linear.in_features} -> {linear.out_features} "
+                f"unquantized, or does not know the {type(layer).__name__} that it made."
+            )
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        remember(layer, self)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -90,10 +112,21 @@ def parse_quantization(
             raise QuantizationError(
                 f"The backend {quantizer.name!r} has no option {option!r}.{hint} It has: {', '.join(known)}."
             )
-    skip = value.get("skip_modules") or []
-    if isinstance(skip, str):
-        skip = [skip]
-    return Quantization(quantizer, {**value, "skip_modules": list(skip)})
+    options = {key: option for key, option in value.items() if key != "name"}
+    skip = options.get("skip_modules") or []
+    options["skip_modules"] = [skip] if isinstance(skip, str) else list(skip)
+    if isinstance(options.get("compute_dtype"), str):
+        options["compute_dtype"] = _float_dtype(options["compute_dtype"])
+    return Quantization(quantizer, options)
+
+
+def _float_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise QuantizationError(f"compute_dtype must be a float dtype such as 'bfloat16', not {name!r}")
+    return dtype
 
 
 def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, host: PluginHost | None = None) -> Any:
@@ -135,6 +168,30 @@ def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | N
     return None
 
 
+def with_compute_dtype(quantization: Quantization, dtype: torch.dtype | None) -> Quantization:
+    """Tell a backend that asks for it in which dtype its layers will be used, unless the user has said."""
+    if "compute_dtype" not in quantization.quantizer.options or dtype is None:
+        return quantization
+    return Quantization(quantization.quantizer, {"compute_dtype": dtype, **quantization.options})
+
+
+def remember(layer: nn.Module, quantization: Quantization) -> None:
+    """Note on a quantized layer which backend made it, and with which options."""
+    setattr(layer, _MEMORY, quantization)
+
+
+def quantization_of(module: nn.Module) -> Quantization | None:
+    """Return the backend of one layer with its options, ``None`` for a module in float.
+
+    A layer that was loaded quantized and never prepared has no options noted.
+    """
+    known = getattr(module, _MEMORY, None)
+    if known is not None and known.quantizer.owns(module):
+        return known
+    owner = owner_of(module)
+    return None if owner is None else Quantization(owner, {"skip_modules": []})
+
+
 def _all_quantizers(host: PluginHost) -> Iterator[Quantizer]:
     for name in host.quantizer_names():
         # A clash over one name must not hide the others; it is reported when that name is asked for.
@@ -161,89 +218,11 @@ def check_usable(quantization: Quantization, device: torch.device, dtype: torch.
     reason = quantization.quantizer.available(device, dtype, quantization.options)
     if reason is not None:
         raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} can't be used: {reason}")
-    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
-    failure = _self_test(quantization.quantizer, tuple(sorted(options.items())), device, dtype)
+    from lora_plugins.selftest import self_test
+
+    failure = self_test(quantization, device, dtype)
     if failure is not None:
         raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} can't be trained on: {failure}")
-
-
-@functools.lru_cache(maxsize=64)
-def _self_test(
-    quantizer: Quantizer, options: tuple[tuple[str, Any], ...], device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Train a small layer through one evaluation and back; return what is wrong, or ``None``.
-
-    The evaluation in the middle is the point: some kernels repack the weight there and lose the gradient.
-    """
-    import torch
-    from torch import nn
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        linear = nn.Linear(128, 96, bias=False, dtype=dtype).requires_grad_(False)
-        inputs = torch.randn(4, 7, 128, dtype=dtype)
-        upstream = torch.randn(4, 7, 96, dtype=dtype)
-    original = linear.weight.detach().float().clone()
-    linear, inputs, upstream = linear.to(device), inputs.to(device), upstream.to(device)
-    with _quiet():
-        try:
-            layer = quantizer.quantize_linear(linear, {**dict(options), "skip_modules": []})
-            if not quantizer.owns(layer):
-                return "owns() does not know the layer that quantize_linear() made"
-            stored = quantizer.dequantize(layer).detach().float()
-            for phase in ("training", "evaluation", "training after an evaluation"):
-                layer.train(phase != "evaluation")
-                if phase == "evaluation":
-                    with torch.no_grad():
-                        layer(inputs)
-                    continue
-                failure = _gradient_failure(quantizer, layer, inputs, upstream, phase)
-                if failure:
-                    return failure
-            after = quantizer.dequantize(layer).detach().float()
-        except (RuntimeError, AttributeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
-            return f"{type(error).__name__}: {error}"
-    if not torch.equal(stored, after):
-        return "the stored weight changed during training and evaluation"
-    distance = ((stored.cpu() - original).norm() / original.norm()).item()
-    if not distance < 0.5:
-        return f"the dequantized weight is {distance:.0%} away from the original"
-    return None
-
-
-def _gradient_failure(
-    quantizer: Quantizer, layer: nn.Module, inputs: torch.Tensor, upstream: torch.Tensor, phase: str
-) -> str | None:
-    """Compare the gradient of the layer's input with ``upstream @ dequantize(layer)``."""
-    x = inputs.detach().clone().requires_grad_(True)
-    output = layer(x)
-    if not output.requires_grad:
-        return f"its output has no grad_fn in {phase}, so no adapter below it would ever get a gradient"
-    output.backward(upstream.to(output.dtype))
-    if x.grad is None:
-        return f"its input gets no gradient in {phase}"
-    expected = upstream.float() @ quantizer.dequantize(layer).float()
-    error = ((x.grad.float() - expected).norm() / expected.norm()).item()
-    if not error < 0.05:
-        return f"the gradient of its input in {phase} is {error:.0%} away from that of the dequantized weight"
-    return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the warnings that backends give about their own kernels while they are only being tested."""
-    import logging
-    import warnings
-
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def quantize_in_place(
@@ -271,7 +250,7 @@ def quantize_in_place(
         NothingQuantized: There was no layer to quantize.
         QuantizationError: The model has no data (meta device).
     """
-    targets, skipped = _layers_to_quantize(model, quantization, never)
+    targets, skipped = layers_to_quantize(model, quantization, never)
     if not targets:
         raise NothingQuantized(
             f"The model has no linear layer for the backend {quantization.name!r}"
@@ -285,12 +264,15 @@ def quantize_in_place(
     if first.weight.device.type == "meta":
         raise QuantizationError("The model is on the meta device and has no weights to quantize.")
     check_usable(quantization, first.weight.device, first.weight.dtype)
-    parents = _parents(model)
+    parents = module_places(model)
     names = list(targets)
     for name in progress(names, len(names)) if progress else names:
         layer = targets.pop(name)
-        new = _quantize_layer(layer, quantization)
+        new = quantization.quantize(as_linear(layer))
         new.train(layer.training)
+        if new is not layer:
+            # transformers notes the same on layers that it quantizes while loading.
+            setattr(new, "source_cls", type(layer))  # noqa: B010 - not a part of the module
         for parent, attribute in parents[id(layer)]:
             setattr(parent, attribute, new)
         if new is not layer:
@@ -299,17 +281,7 @@ def quantize_in_place(
     return QuantizedLayers(names, skipped)
 
 
-def _quantize_layer(layer: nn.Module, quantization: Quantization) -> nn.Module:
-    import torch
-
-    with torch.no_grad():
-        new = quantization.quantizer.quantize_linear(_as_linear(layer), quantization.options)
-    for parameter in new.parameters():
-        parameter.requires_grad_(False)
-    return new
-
-
-def _as_linear(layer: Any) -> nn.Linear:
+def as_linear(layer: Any) -> nn.Linear:
     """Return the layer itself, or for transformers' ``Conv1D`` the linear layer with the same function."""
     from torch import nn
 
@@ -323,7 +295,7 @@ def _as_linear(layer: Any) -> nn.Linear:
     return linear
 
 
-def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place where each module hangs: a layer shared by two blocks is replaced in both."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -333,7 +305,7 @@ def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _layers_to_quantize(
+def layers_to_quantize(
     model: nn.Module, quantization: Quantization, never: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from torch import nn
@@ -353,11 +325,18 @@ def _layers_to_quantize(
         if type(module) not in (nn.Linear, Conv1D):
             if owner_of(module) is None:
                 skipped[name] = f"{type(module).__name__} is read in its own way"
-        elif reason:
-            skipped[name] = reason
         else:
-            targets[name] = module
+            reason = reason or quantization.quantizer.unsuitable(*_features(module), quantization.options)
+            if reason:
+                skipped[name] = reason
+            else:
+                targets[name] = module
     return targets, skipped
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    """Input and output features of an ``nn.Linear`` or of transformers' ``Conv1D``."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
 
 
 def _plain_path(path: str) -> str:
@@ -416,23 +395,28 @@ def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayer
     """Set all the flags that transformers sets on a model that was loaded quantized, or none.
 
     Half of them is worse than none: with ``is_quantized`` alone the Trainer fails on a missing
-    ``hf_quantizer``; without the bitsandbytes flag PEFT picks a layer class that can't merge.
-    A backend without a load-time config leaves the model untagged, which the Trainer accepts.
+    ``hf_quantizer``. A backend without a load-time config gets a `QuantizedInPlace`: without it, transformers
+    would save the base in a form that it can't read back.
     """
     from transformers import PreTrainedModel
     from transformers.quantizers import AutoHfQuantizer
 
+    from lora_plugins.in_place import QuantizedInPlace
+
     options = {**quantization.options, "skip_modules": sorted(layers.skipped) or None}
     if "compute_dtype" in quantization.quantizer.options:
         options.setdefault("compute_dtype", getattr(model, "dtype", None))
-    config = quantization.quantizer.load_config(options) if isinstance(model, PreTrainedModel) else None
-    if config is not None:
-        hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-        hf_quantizer.modules_to_not_convert = sorted(layers.skipped)
+    if isinstance(model, PreTrainedModel):
+        config = quantization.quantizer.load_config(options)
+        if config is not None:
+            hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+            hf_quantizer.modules_to_not_convert = sorted(layers.skipped)
+            model.config.quantization_config = config
+        else:
+            hf_quantizer = QuantizedInPlace(quantization.name)
         model.hf_quantizer = hf_quantizer
         model.is_quantized = True
-        model.quantization_method = config.quant_method
-        model.config.quantization_config = config
+        model.quantization_method = hf_quantizer.quantization_config.quant_method
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = True
@@ -452,7 +436,7 @@ def untag_dequantized(model: Any) -> bool:
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         return False
     model.is_quantized = False
-    for attribute in ("hf_quantizer", "quantization_method"):
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         if attribute in vars(model):
             delattr(model, attribute)
     config = getattr(model, "config", None)

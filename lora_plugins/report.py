@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_plugins.counting import count_parameters, tensor_bytes
 from lora_plugins.model import Preparation, preparation_of
-from lora_plugins.quantization import base_of, detect_quantization
+from lora_plugins.quantization import Quantization, base_of, detect_quantization
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from torch import nn
-
-#: What the two kernels of LLM.int8() mean for the numbers in a log.
-_INT8_NOTE = (
-    "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
-    "they differ slightly, and the second depends on the batch"
-)
 
 
 @dataclass(frozen=True)
@@ -205,6 +199,7 @@ def make_report(model: nn.Module) -> ParameterReport:
     size = tensor_bytes(model)
     record = preparation_of(model)
     base = base_of(model)
+    quantization = _quantization(model, record)
     names = list(getattr(model, "peft_config", {}))
     active = list(getattr(model, "active_adapters", [])) if names else []
     return ParameterReport(
@@ -213,7 +208,7 @@ def make_report(model: nn.Module) -> ParameterReport:
         trainable=count.trainable,
         total=count.total,
         percent=count.percent,
-        quantization=_backend(model, record),
+        quantization=quantization.name if quantization else "",
         quantized_share=count.quantized / count.total if count.total else 0.0,
         bytes_by_dtype=size.by_dtype,
         bytes_quantization_state=size.quantization_state,
@@ -230,9 +225,8 @@ def make_report(model: nn.Module) -> ParameterReport:
     )
 
 
-def _backend(model: nn.Module, record: Preparation | None) -> str:
-    quantization = record.quantization if record else detect_quantization(model)
-    return quantization.name if quantization else ""
+def _quantization(model: nn.Module, record: Preparation | None) -> Quantization | None:
+    return record.quantization if record else detect_quantization(model)
 
 
 def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
@@ -244,8 +238,9 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
             notes.append(f"frozen float weights are held in {str(record.compute_dtype).removeprefix('torch.')}")
         if record.upcast:
             notes.append(f"{len(record.upcast)} modules are held in float32 (upcast)")
-    if _backend(model, record) == "int8":
-        notes.append(_INT8_NOTE)
+    quantization = _quantization(model, record)
+    if quantization is not None and quantization.quantizer.loss_note:
+        notes.append(quantization.quantizer.loss_note)
     return notes
 
 

@@ -94,12 +94,17 @@ class Quantizer(ABC):
     Attributes:
         name: What users write in ``quantization="…"``.
         bits: Bits that one weight takes, scales apart; below 8, merging in place is refused.
-        options: Names of the options that `quantize_linear` understands.
+        options: Names of the options that `quantize_linear` understands. A backend that lists
+            ``"compute_dtype"`` is told the dtype of the activations in it, unless the user gave one.
+        unsupported: Fields of ``peft.LoraConfig`` that PEFT can't do over layers of this backend.
+        loss_note: What the losses in a log mean where training and evaluation use different kernels.
     """
 
     name: str
     bits: float
     options: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    loss_note: str = ""
 
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -143,8 +148,18 @@ class Quantizer(ABC):
         """Return transformers' quantization config for ``from_pretrained``, or ``None`` if there is none."""
         return None
 
+    def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
+        """Return why a layer of this shape stays in float, ``None`` when it can be quantized.
+
+        Group sizes that do not divide a layer are told here, before anything is done to it.
+        """
+        return None
+
     def lora_layer(self, module: nn.Module) -> type[nn.Module] | None:
-        """Return the PEFT LoRA layer class for a module, or ``None`` where PEFT dispatches it itself."""
+        """Return a LoRA layer class of your own for a module, ``None`` for the one that fits every backend.
+
+        That one is ``peft.tuners.lora.Linear`` with a merge by way of `dequantize` and `quantize_linear`.
+        """
         return None
 
     def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:

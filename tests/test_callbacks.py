@@ -314,7 +314,7 @@ def test_int8_under_existing_adapters_keeps_them(tmp_path: Path) -> None:
 
 
 def test_merging_works_after_quantizing_under_adapters(tmp_path: Path) -> None:
-    from peft.tuners.lora.bnb import Linear8bitLt
+    from lora_plugins.lora_layer import QuantizedLoraLinear
 
     model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_merging_works_after_quantizing_under_adapters(tmp_path: Path) -> None:
                 parameter.normal_(std=0.1)
     trainer = tiny.trainer(tmp_path, model, [Int8PreparationCallback(compute_dtype="float32")])
     layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
-    assert type(layer) is Linear8bitLt
+    assert type(layer) is QuantizedLoraLinear
     ids = torch.arange(1, 13)[None]
     with torch.no_grad():
         adapted = model.train()(ids).logits

@@ -153,7 +153,7 @@ def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], mo
     assert end.value.code == 0
     table = capsys.readouterr().out
     assert "┃ plugin" in table
-    assert "2 quantization backends (int8, nf4)" in table
+    assert "3 quantization backends" in table
 
 
 def test_a_misspelt_block_is_reported(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -272,7 +272,7 @@ def test_an_unknown_backend_names_near_misses_and_disabled_plugins(host_with: Ma
         host.quantizer("in8")
 
     assert "No quantization backend 'in8'. Did you mean 'int8'?" in str(error.value)
-    assert "Known: halves, int8, nf4" in str(error.value)
+    assert f"Known: {', '.join(host.quantizer_names())}." in str(error.value)
     assert "Disabled plugins: import-error (fake-import-error 1.0)" in str(error.value)
 
 
@@ -348,7 +348,8 @@ def test_block_as_an_argument_and_of_a_built_in(host_with: MakeHost) -> None:
     host = host_with(block=["bitsandbytes", "lora-plugins"])
 
     assert plugin(host, "bitsandbytes").disabled
-    assert host.quantizer_names() == ["halves"]
+    assert "halves" in host.quantizer_names()
+    assert not {"int8", "nf4", "fp4"} & set(host.quantizer_names())
     assert host.architecture("bloom") is not None, "blocking our own distribution blocks none of the rest"
 
 

@@ -1,23 +1,16 @@
-"""The bitsandbytes backends: ``int8`` (LLM.int8()) and ``nf4``."""
+"""The bitsandbytes backends: ``int8`` (LLM.int8()), ``nf4`` and ``fp4``."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl
+from lora_plugins import Quantizer, hookimpl, missing_package
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-def _missing() -> str | None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed; run `pip install bitsandbytes`"
-    return None
 
 
 def _is_layer(module: Any, layer: str) -> bool:
@@ -39,9 +32,13 @@ class Int8(Quantizer):
     name = "int8"
     bits = 8
     options = ("threshold",)
+    loss_note = (
+        "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
+        "they differ slightly, and the second depends on the batch"
+    )
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return _missing()
+        return missing_package("bitsandbytes", "0.49")
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
@@ -81,11 +78,6 @@ class Int8(Quantizer):
             llm_int8_skip_modules=options.get("skip_modules"),
         )
 
-    def lora_layer(self, module: nn.Module) -> type[nn.Module]:
-        from peft.tuners.lora.bnb import Linear8bitLt
-
-        return Linear8bitLt
-
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         return [_int8_scale(module)]
 
@@ -107,20 +99,20 @@ def _int8_scale(module: Any) -> torch.Tensor:
     return scale
 
 
-class Nf4(Quantizer):
-    """4-bit NormalFloat in blocks of 64 with one scale each (QLoRA).
+class FourBit(Quantizer):
+    """4 bits a weight in blocks of 64 with one scale each; the kinds differ in their table of 16 values.
 
     Options: ``double_quant`` (default false) quantizes the scales as well; ``compute_dtype`` is the dtype of
-    the matrix products, by default that of the input (bfloat16 for a model loaded with `quantization_config`).
-    Source: https://arxiv.org/abs/2305.14314
+    the matrix products, by default that of the activations (bfloat16 for a model loaded with `quantization_config`).
     """
 
-    name = "nf4"
+    #: bitsandbytes' name of the table.
+    kind: str
     bits = 4
     options = ("double_quant", "compute_dtype")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return _missing()
+        return missing_package("bitsandbytes", "0.49")
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
@@ -132,14 +124,14 @@ class Nf4(Quantizer):
             bias=linear.bias is not None,
             compute_dtype=options.get("compute_dtype"),
             compress_statistics=options.get("double_quant", False),
-            quant_type="nf4",
+            quant_type=self.kind,
             device="meta",
         )
         weight = bnb.nn.Params4bit(
             linear.weight.data.to("cpu"),
             requires_grad=False,
             compress_statistics=options.get("double_quant", False),
-            quant_type="nf4",
+            quant_type=self.kind,
             module=layer,
         )
         layer.weight = weight.to(device)
@@ -149,7 +141,7 @@ class Nf4(Quantizer):
         return layer
 
     def owns(self, module: Any) -> bool:
-        return _is_layer(module, "Linear4bit") and module.weight.quant_type == "nf4"
+        return _is_layer(module, "Linear4bit") and module.weight.quant_type == self.kind
 
     def dequantize(self, module: Any) -> torch.Tensor:
         import bitsandbytes as bnb
@@ -161,17 +153,12 @@ class Nf4(Quantizer):
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=options.get("double_quant", False),
             # transformers' default would compute every layer in float32, whatever the model's dtype.
             bnb_4bit_compute_dtype=options.get("compute_dtype") or "bfloat16",
             llm_int8_skip_modules=options.get("skip_modules"),
         )
-
-    def lora_layer(self, module: nn.Module) -> type[nn.Module]:
-        from peft.tuners.lora.bnb import Linear4bit
-
-        return Linear4bit
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         state = module.weight.quant_state
@@ -187,6 +174,24 @@ class Nf4(Quantizer):
                 _keep_trainable(module)
 
 
+class Nf4(FourBit):
+    """4-bit NormalFloat, the table that fits normally distributed weights (QLoRA).
+
+    Options: ``double_quant``, ``compute_dtype``. Source: https://arxiv.org/abs/2305.14314
+    """
+
+    name = kind = "nf4"
+
+
+class Fp4(FourBit):
+    """4-bit floating point; further from normally distributed weights than ``nf4``.
+
+    Options: ``double_quant``, ``compute_dtype``.
+    """
+
+    name = kind = "fp4"
+
+
 def _keep_trainable(layer: Any) -> None:
     """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
 
@@ -198,4 +203,4 @@ def _keep_trainable(layer: Any) -> None:
 
 @hookimpl
 def register_quantizers() -> list[Quantizer]:
-    return [Int8(), Nf4()]
+    return [Int8(), Nf4(), Fp4()]

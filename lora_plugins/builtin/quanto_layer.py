@@ -1,0 +1,20 @@
+"""optimum-quanto's linear layer, under any activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum.quanto import QLinear
+
+from lora_plugins import CastsInput
+
+
+class QuantoLinear(CastsInput, QLinear):  # type: ignore[misc]
+    """``optimum.quanto.QLinear``, which multiplies in the dtype of its scales."""
+
+    @classmethod
+    def around(cls, layer: Any) -> QuantoLinear:
+        """Make one that shares everything with a ``QLinear``; Python does not let that change its class."""
+        made: QuantoLinear = cls.__new__(cls)
+        made.__dict__ = layer.__dict__
+        return made
