@@ -187,8 +187,8 @@ def register_lora_layers(model: nn.Module, config: LoraConfig, quantization: Qua
     for name in quantization.quantizer.unsupported:
         if getattr(config, name, None):
             raise PreparationError(
-                f"{name}={getattr(config, name)!r} can't be combined with quantization={quantization.name!r}: PEFT can't "
-                "read the float weight out of its layers. Leave it out, or use another backend."
+                f"{name}={getattr(config, name)!r} can't be combined with quantization={quantization.name!r}: PEFT "
+                "can't read the float weight out of its layers. Leave it out, or use another backend."
             )
     owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
     classes: dict[type, type] = {type(module): _lora_layer(quantization, module) for module in owned}
