@@ -18,6 +18,7 @@ from registry.records import Architecture, BaseRecord, FileRecord, TensorRecord
 from registry.references import parse_version, version_text
 
 NAME = "org/adapter"
+CREATED = "2026-01-31T12:00:00Z"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIG = {
     "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "org/base",
@@ -38,9 +39,7 @@ def contents(seed: int = 0, width: int = 8) -> dict[str, bytes]:
     }
 
 
-def draft(
-    version: str, seed: int = 0, *, width: int = 8, created: str = "2026-01-31T12:00:00Z", **more: bytes
-) -> Draft:
+def draft(version: str, seed: int = 0, *, width: int = 8, created: str = CREATED, **more: bytes) -> Draft:
     """A release that is not published."""
     files = {**contents(seed, width), **{name.replace("_", "."): data for name, data in more.items()}}
     manifest = Manifest(
@@ -58,9 +57,7 @@ def draft(
     return Draft(manifest, dict(files))
 
 
-def release(
-    hub: Hub, version: str, seed: int = 0, *, name: str = NAME, created: str = "2026-01-31T12:00:00Z"
-) -> Published:
+def release(hub: Hub, version: str, seed: int = 0, *, name: str = NAME, created: str = CREATED) -> Published:
     """Publish one."""
 
     def made(chosen: Version, before: Version | None) -> Draft:

@@ -1,0 +1,92 @@
+"""What other processes do in the registry's tests: they publish, and some are killed at it.
+
+The processes are forked from a small server that has everything loaded, so each takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+from huggingface_hub import constants
+from releases import release
+
+from registry import publish as publishing
+from registry.hubs import open_hub
+
+#: What changes something in a folder, as the interpreter reports it to audit hooks.
+_CHANGES = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod"})
+
+
+def context() -> ForkServerContext:
+    """Where processes are started from."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["pushers", "huggingface_hub", "huggingface_hub.hf_api", "registry.hubs.huggingface"])
+    return found
+
+
+def push(location: str, token: str | None, version: str, seed: int, created: str, **options: Any) -> str:
+    """Publish one release; what came of it, as the name of an error or the commit."""
+    publishing.PATIENCE = options.pop("patience", 0.2)
+    if token is not None:
+        # The server was started offline; loopback is no network.
+        constants.HF_HUB_OFFLINE = False
+    try:
+        return release(open_hub(location, token), version, seed, created=created, **options).commit
+    except Exception as error:
+        return type(error).__name__
+
+
+def push_together(barrier: Barrier, results: Queue[str], arguments: tuple[Any, ...]) -> None:
+    """Publish at the same moment as the others."""
+    barrier.wait()
+    results.put(push(*arguments, patience=60))
+
+
+def push_and_die(root: str, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Publish in a folder, and be killed just before the ``step``-th change in it."""
+    _count(root, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == step else None)
+    push(*arguments, **options)
+
+
+def push_and_count(root: str, results: Queue[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Publish in a folder, and tell how many changes that took."""
+    counted = [0]
+    _count(root, lambda number: counted.__setitem__(0, number))
+    push(*arguments, **options)
+    results.put(counted[0])
+
+
+def push_alone(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Publish."""
+    push(*arguments, **options)
+
+
+def _count(root: str, tell: Callable[[int], object]) -> None:
+    number = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal number
+        if event not in _CHANGES or not any(str(path).startswith(root) for path in arguments):
+            return
+        if event == "open" and isinstance(arguments[2], int) and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        number += 1
+        tell(number)
+
+    sys.addaudithook(watch)
+
+
+def finished(process: BaseProcess) -> int | None:
+    """Wait for a process; its exit code, negative for the signal that killed it."""
+    process.join(60)
+    assert not process.is_alive()
+    return process.exitcode
