@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from registry.cache import Cache
 from registry.fetch import Fetched, Fetcher, Progress
@@ -13,7 +14,64 @@ from registry.hubs.protocol import Hub
 from registry.lock import Lock, LockEntry
 from registry.references import Reference
 
-__all__ = ["fetch_adapter", "lock_adapters"]
+if TYPE_CHECKING:
+    from registry.adapter import Adapter
+
+__all__ = ["fetch_adapter", "lock_adapters", "pull_adapter"]
+
+
+def pull_adapter(
+    reference: str,
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    lock: bool | str | os.PathLike[str] | None = None,
+    frozen: bool = False,
+    offline: bool = False,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Get a release of an adapter, checked, as a read-only folder in the cache.
+
+    Args:
+        reference: ``"org/name"`` is the newest stable release, ``"org/name>=1.2,<2"`` the newest one in a range,
+            ``"org/name@1.2.0"``, ``"org/name@alias"`` and ``"org/name@<commit>"`` are one.
+        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+            Face Hub.
+        token: For the registry; by default the one that the user logged in with.
+        lock: ``True`` or a path: pull what the lock file says, and add what it doesn't say. By default
+            ``adapters.lock`` in the working directory is used, if there is one, and not changed. ``False``: none.
+        frozen: Pull only what the lock file says.
+        offline: Use the cache only.
+        local_files_only: The same, as huggingface_hub spells it.
+        cache_dir: The cache; by default ``LORA_REGISTRY_CACHE``, else a folder in the user's cache folder.
+        progress: Called with the name, the bytes there and all bytes of a file while it is downloaded.
+
+    Raises:
+        ReferenceInvalid: The reference is malformed.
+        VersionNotFound: It means no release.
+        IntegrityError: The release is not what it was, or not what its manifest says.
+        LockError: The lock file does not allow it.
+        HubError: The registry can't be asked, and the cache has nothing that would do.
+    """
+    from registry.adapter import Adapter  # loaded when there is one: most commands need none
+
+    fetched = fetch_adapter(
+        reference,
+        hub=hub,
+        token=token,
+        lock=Lock.choose(lock, frozen=frozen),
+        offline=offline or local_files_only,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    return Adapter(
+        name=fetched.release.name,
+        commit=fetched.release.commit,
+        manifest=fetched.manifest,
+        path=str(fetched.path),
+    )
 
 
 def fetch_adapter(

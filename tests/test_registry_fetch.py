@@ -17,7 +17,6 @@ from hubs import KINDS, FolderPlace, LoopbackPlace, Place
 from releases import MODULE, NAME, contents, draft, folder_of, release
 from safetensors.numpy import save
 
-from registry.aliases import aliases, remove_alias, set_alias
 from registry.cache import VARIABLE, Cache
 from registry.cleanup import collect_garbage
 from registry.errors import (
@@ -51,6 +50,7 @@ from registry.listing import list_adapters, show, versions
 from registry.lock import LOCK_FILE, Lock
 from registry.manifest import MANIFEST_FILE
 from registry.mirroring import mirror
+from registry.naming import aliases, remove_alias, set_alias
 from registry.publish import publish
 from registry.pull import fetch_adapter, lock_adapters
 from registry.records import FileRecord

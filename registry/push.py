@@ -1,0 +1,92 @@
+"""Pushing: from a trained adapter to a release."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from packaging.version import Version
+
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub
+from registry.publish import Draft, Published, publish
+from registry.references import BUMPS, check_name, parse_version, version_text
+
+__all__ = ["push_adapter"]
+
+
+def push_adapter(
+    source: Any,
+    name: str,
+    *,
+    version: str,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    base_hub: Hub | str | os.PathLike[str] | None = None,
+    base_token: str | bool | None = None,
+    adapter_name: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    allow: Sequence[str] = (),
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> Published:
+    """Publish an adapter as a version that never changes again.
+
+    Everything is checked before anything is uploaded. The same content under the same version again is success.
+
+    Args:
+        source: A `PeftModel`, a Trainer that holds one, an adapter folder, or a Trainer's checkpoint.
+        name: ``org/name``; the repository is made if there is none.
+        version: A version such as ``"1.2.0"``; ``"patch"``, ``"minor"`` or ``"major"`` counts from the newest.
+        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+            Face Hub.
+        token: For the registry; by default the one that the user logged in with.
+        private: Whether a new repository is private.
+        base_model: ``org/base`` or ``org/base@revision``, where the base model has no id or another one.
+        base_hub: Where ``base_model`` is, to find its commit and compare it; by default the registry, if that is a hub.
+        base_token: For that hub; by default ``token``.
+        adapter_name: Which adapter of a model; the active one by default.
+        metrics: Results for manifest and card; those of the last evaluation by default.
+        allow: Names of modules whose tensors may be large although they are not LoRA's, such as ``"lm_head"``.
+        commit_message: For the history of the repository.
+        create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
+
+    Raises:
+        ReferenceInvalid: The name or the version is malformed.
+        VersionExists: Other content has been published under this version.
+        PublishError: The adapter would be of no use, or others publish at the same time, again and again.
+        UnsafeFile: A file is not what it should be.
+        HubError: The registry didn't do what it was asked for.
+    """
+    from registry.draft import make_release
+    from registry.source import collect
+
+    check_name(name)
+    wanted = version if version in BUMPS else parse_version(version)
+    place = open_hub(hub, token)
+    bases = None if base_model is None else _bases(place, base_hub, token if base_token is None else base_token)
+    with collect(
+        source,
+        on_hub=not place.local,
+        base_model=base_model,
+        base_hub=bases,
+        adapter_name=adapter_name,
+        metrics=metrics,
+        allow=allow,
+    ) as collected:
+
+        def draft(chosen: Version, before: Version | None) -> Draft:
+            parent = None if before is None else version_text(before)
+            return Draft(*make_release(collected, name, version_text(chosen), parent))
+
+        return publish(place, name, wanted, draft, message=commit_message, private=private, propose=create_pr)
+
+
+def _bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
+    """Where base models are; pushing to a folder asks nobody, unless it is said whom."""
+    if given is not None:
+        return open_hub(given, token)
+    return None if place.local else open_hub(place.location, token)
