@@ -121,9 +121,10 @@ def _usage(name: str, version: str, base: str | None, task_type: str | None) -> 
         else "base = ...  # the model it was trained on\n"
     )
     reference = json.dumps(f"{name}@{version}")
+    load = "load()" if base else "load(base)  # a model or a folder"
     return (
         "## Use\n\nVerified, with the base model that it was trained on:\n\n"
-        f"```python\nfrom registry import pull_adapter\n\nmodel = pull_adapter({reference}).load()\n```\n\n"
+        f"```python\nfrom registry import pull_adapter\n\nmodel = pull_adapter({reference}).{load}\n```\n\n"
         "With PEFT alone:\n\n"
         f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n{model}"
         f"model = PeftModel.from_pretrained(base, {json.dumps(name)}, revision={json.dumps(tag)})\n```"

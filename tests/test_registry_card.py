@@ -116,3 +116,9 @@ def test_loss_curve_is_a_picture_of_both_losses() -> None:
 )
 def test_no_curve(log: list[dict[str, Any]]) -> None:
     assert loss_curve(log) is None
+
+
+def test_usage_asks_for_a_base_that_no_id_names() -> None:
+    text = card(base=None, base_commit=None)
+    assert 'pull_adapter("org/name@1.2.0").load(base)' in text
+    assert "base_model" not in front_matter(text)
