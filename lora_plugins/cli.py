@@ -76,6 +76,12 @@ def is_expected(error: BaseException) -> bool:
     return registry_errors is not None and isinstance(error, registry_errors.RegistryError)
 
 
+def _is_ours(category: type[Warning]) -> bool:
+    registry_errors = sys.modules.get("registry.errors")
+    ours = (LoraPluginsWarning,) if registry_errors is None else (LoraPluginsWarning, registry_errors.RegistryWarning)
+    return issubclass(category, ours)
+
+
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Show warnings of ours as one line, without the source line that Python adds."""
@@ -90,7 +96,7 @@ def _short_warnings() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> Any:
-            if issubclass(category, LoraPluginsWarning):
+            if _is_ours(category):
                 typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
             else:
                 usual(message, category, filename, lineno, file, line)

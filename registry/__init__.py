@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from registry.adapter import Adapter as Adapter
+    from registry.callback import PushToRegistryCallback as PushToRegistryCallback
     from registry.cleanup import Garbage as Garbage
     from registry.cleanup import collect_garbage as collect_garbage
+    from registry.diff import compare_adapters as compare_adapters
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
     from registry.hubs.protocol import Hub as Hub
@@ -43,11 +45,13 @@ _LAZY = {
     "HuggingFaceHub": "registry.hubs.remote",
     "Manifest": "registry.manifest",
     "Published": "registry.publish",
+    "PushToRegistryCallback": "registry.callback",
     "Reference": "registry.references",
     "Release": "registry.releases",
     "Verification": "registry.verification",
     "aliases": "registry.naming",
     "collect_garbage": "registry.cleanup",
+    "compare_adapters": "registry.diff",
     "list_adapters": "registry.listing",
     "lock_adapters": "registry.pull",
     "mirror": "registry.mirroring",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-from registry.card import LOSS_CURVE, loss_curve, model_card
+from registry.card import LOSS_CURVE, model_card
 from registry.manifest import Manifest
 from registry.paths import CARD
 from registry.records import FileRecord
@@ -30,7 +30,7 @@ def make_release(
         picture: Whether the card shows the loss curve, where there is one.
     """
     files: dict[str, Path | bytes] = {file: collected.folder / file for file in collected.files}
-    curve = loss_curve(collected.training.log) if picture else None
+    curve = collected.training.curve if picture else None
     if curve is not None:
         files[LOSS_CURVE] = curve
     files[CARD] = _card(collected, name, version, picture=curve is not None).encode()

@@ -26,7 +26,7 @@ from registry.weights import check_values, read_file_header
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
 
-__all__ = ["LARGE", "Collected", "collect"]
+__all__ = ["LARGE", "Collected", "Run", "collect"]
 
 #: Bytes that tensors other than LoRA's may have together, unless they are allowed by name.
 LARGE = 32 * 1024 * 1024
@@ -61,6 +61,23 @@ class Collected:
     tokenizer_hash: str | None
     training: training_facts.Training
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a Trainer's callbacks see of it, as a source.
+
+    Attributes:
+        model: The `PeftModel`, not wrapped.
+        args: The Trainer's arguments.
+        state: The Trainer's state.
+        processing_class: Its tokenizer or processor, if it has one.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+    processing_class: Any = None
 
 
 @dataclass
@@ -131,6 +148,8 @@ def collect(
 def _copied(source: Any, folder: Path, adapter_name: str | None) -> _Found:
     if isinstance(source, (str, os.PathLike)):
         return _of_folder(Path(source), folder)
+    if isinstance(source, Run):
+        return _of_run(source, folder, adapter_name)
     if hasattr(source, "callback_handler") and hasattr(source, "model"):
         return _of_trainer(source, folder, adapter_name)
     return _of_model(source, folder, adapter_name)
@@ -171,11 +190,17 @@ def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
             "This Trainer's model is spread over processes (FSDP or DeepSpeed): push the folder of a checkpoint "
             "that it has saved."
         )
-    found = _of_model(trainer.accelerator.unwrap_model(trainer.model), folder, adapter_name)
-    training = training_facts.of_trainer(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    run = Run(model, trainer.args, trainer.state, getattr(trainer, "processing_class", None))
+    return _of_run(run, folder, adapter_name)
+
+
+def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
+    found = _of_model(run.model, folder, adapter_name)
+    training = training_facts.of_run(run.args, run.state)
     training.facts.update(found.training.facts)
     found.training = training
-    tokenizer = getattr(trainer, "processing_class", None)
+    tokenizer = run.processing_class
     if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
         with tempfile.TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Training", "finite", "libraries", "of_checkpoint", "of_trainer", "quantization_of"]
+__all__ = ["Training", "finite", "libraries", "of_checkpoint", "of_run", "quantization_of"]
 
 #: Arguments that describe the training; others hold paths, names of machines, tokens.
 _ARGUMENTS = (
@@ -36,14 +37,21 @@ class Training:
         self.log = [dict(entry) for entry in log if isinstance(entry, Mapping)]
         self.metrics = _last_evaluation(self.log)
 
+    @cached_property
+    def curve(self) -> bytes | None:
+        """The loss curve as a picture, if there is one; drawn once, however often a push is tried."""
+        from registry.card import loss_curve
 
-def of_trainer(trainer: Any) -> Training:
-    """The facts about a Trainer's training so far."""
-    facts = _state_facts(vars(trainer.state))
-    arguments = {key: _plain(getattr(trainer.args, key, None)) for key in _ARGUMENTS}
+        return loss_curve(self.log)
+
+
+def of_run(args: Any, state: Any) -> Training:
+    """The facts about a training so far, from the Trainer's arguments and state."""
+    facts = _state_facts(vars(state))
+    arguments = {key: _plain(getattr(args, key, None)) for key in _ARGUMENTS}
     facts["arguments"] = {key: value for key, value in arguments.items() if value is not None}
-    facts["processes"] = int(getattr(trainer.args, "world_size", 1))
-    return Training(facts, trainer.state.log_history)
+    facts["processes"] = int(getattr(args, "world_size", 1))
+    return Training(facts, state.log_history)
 
 
 def of_checkpoint(folder: Path) -> Training:

@@ -1,0 +1,119 @@
+"""``lora-plugins pull``, ``lock``, ``verify``, ``gc``: what brings releases here, and what is kept of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from registry.commands.terminal import (
+    CacheDir,
+    HubOption,
+    Json,
+    print_json,
+    print_rows,
+    progress,
+    say,
+    visible,
+    waiting,
+)
+
+__all__ = ["gc", "lock", "pull", "verify"]
+
+_LockFile = Annotated[
+    str | None, typer.Option("--lock-file", help="Default is adapters.lock in this folder.", show_default=False)
+]
+
+
+def pull(
+    reference: Annotated[str, typer.Argument(help="org/name, org/name@1.2.0, org/name@alias, 'org/name>=1.2,<2'.")],
+    hub: HubOption = None,
+    lock: Annotated[bool, typer.Option("--lock", help="Write what was pulled to the lock file.")] = False,
+    lock_file: _LockFile = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Pull only what the lock file says.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use the cache only.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Get a release, check every byte of it, and print the folder it is in."""
+    from registry.pull import pull_adapter
+
+    with progress() as advance:
+        adapter = pull_adapter(
+            reference,
+            hub=hub,
+            lock=(lock_file or True) if lock else lock_file if frozen else None,
+            frozen=frozen,
+            offline=offline,
+            cache_dir=cache_dir,
+            progress=advance,
+        )
+    if as_json:
+        fields = {"name": adapter.name, "version": adapter.version, "commit": adapter.commit}
+        print_json({**fields, "digest": adapter.manifest.digest, "path": adapter.path})
+    else:
+        say(adapter.path)
+
+
+def lock(
+    references: Annotated[
+        list[str] | None, typer.Argument(help="What to lock anew. Without any, the locked releases are pulled.")
+    ] = None,
+    hub: HubOption = None,
+    lock_file: _LockFile = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write the versions that references mean now to a lock file."""
+    from registry.pull import lock_adapters
+
+    with waiting("Locking …"):
+        entries = lock_adapters(references or (), hub=hub, lock=lock_file or True, cache_dir=cache_dir)
+    if as_json:
+        print_json(entries)
+    else:
+        rows = [(name, entry.version, entry.commit[:12], entry.base or "-") for name, entry in entries.items()]
+        print_rows(("adapter", "version", "commit", "base"), rows)
+
+
+def verify(
+    reference: Annotated[str, typer.Argument(help="org/name@version.")],
+    hub: HubOption = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Download a release and compare every byte with its manifest, the lock and what was pulled before."""
+    from registry.verification import verify as look
+
+    with waiting(f"Checking {visible(reference)} …"):
+        found = look(reference, hub=hub, cache_dir=cache_dir)
+    if as_json:
+        digest = found.manifest.digest if found.manifest else None
+        print_json({"release": str(found.release), "ok": found.ok, "digest": digest, "problems": found.problems})
+    else:
+        for problem in found.problems:
+            say(visible(problem))
+        files = len(found.manifest.files) if found.manifest else 0
+        say(f"{found.release}: {f'{files} files, all as published' if found.ok else 'NOT as published'}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is found instead of listing it.")] = False,
+    hub: HubOption = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Find what no version, alias or pull leads to any more, in a folder registry and in the cache."""
+    from registry.cleanup import collect_garbage
+
+    with waiting("Looking …"):
+        found = collect_garbage(hub, dry_run=not delete, cache_dir=cache_dir)
+    if as_json:
+        print_json(found)
+        return
+    for path in found.paths:
+        say(visible(path))
+    what = "deleted" if found.deleted else "could be deleted; --delete does it"
+    say(f"{len(found.paths)} folders, {found.size:,} bytes: {what if found.paths else 'nothing to do'}")

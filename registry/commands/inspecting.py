@@ -1,0 +1,136 @@
+"""``lora-plugins versions``, ``show``, ``diff``: what a registry holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.commands.terminal import (
+    CacheDir,
+    HubOption,
+    Json,
+    print_json,
+    print_rows,
+    progress,
+    say,
+    visible,
+    waiting,
+)
+
+if TYPE_CHECKING:
+    from registry.diff import Difference
+    from registry.manifest import Manifest
+
+__all__ = ["diff", "show", "versions"]
+
+
+def versions(
+    name: Annotated[str, typer.Argument(help="org/name.")],
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """List the versions of an adapter, oldest first."""
+    from registry.listing import versions as releases
+
+    with waiting(f"Reading {visible(name)} …"):
+        found = releases(name, hub=hub)
+    if as_json:
+        print_json(found)
+        return
+    print_rows(
+        ("version", "commit", "aliases", ""),
+        (
+            (
+                release.version,
+                release.commit[:12],
+                ", ".join(release.aliases),
+                f"withdrawn: {release.yanked}" if release.yanked else "pre-release" if release.prerelease else "",
+            )
+            for release in found
+        ),
+    )
+
+
+def show(
+    reference: Annotated[str, typer.Argument(help="org/name, with @version, @alias or a range.")],
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the manifest of a release says."""
+    from registry.listing import show as described
+
+    with waiting(f"Reading {visible(reference)} …"):
+        found = described(reference, hub=hub)
+    if as_json:
+        manifest = json.loads(found.manifest.to_bytes())
+        print_json({"release": found.release, "digest": found.manifest.digest, "manifest": manifest})
+        return
+    say(f"{found.release} ({found.release.commit[:12]})")
+    if found.release.yanked:
+        say(f"withdrawn: {visible(found.release.yanked)}")
+    for key, value in _facts(found.manifest):
+        say(f"  {key:<14} {visible(value)}")
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    base, kind = manifest.base, manifest.architecture
+    at = f" at {base.commit}" if base.commit else ""
+    yield "base", f"{base.id or 'known by its fingerprint'}{at} ({kind.class_name or kind.model_type or 'unknown'})"
+    yield "digest", manifest.digest
+    yield "created", manifest.created
+    if manifest.parent_version:
+        yield "parent", manifest.parent_version
+    yield "files", ", ".join(f"{name} ({record.size:,})" for name, record in manifest.files.items())
+    yield "tensors", f"{len(manifest.tensors)}"
+    for title, values in (("config", manifest.config), ("metrics", manifest.metrics), ("training", manifest.training)):
+        for key, value in _flat(values):
+            yield title, f"{key} = {value}"
+            title = ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def diff(
+    before: Annotated[str, typer.Argument(help="org/name@1.0.0.")],
+    after: Annotated[str, typer.Argument(help="org/name@1.1.0.")],
+    hub: HubOption = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two releases: configuration, metrics, and how far each layer's weight moved."""
+    from registry.diff import compare_adapters
+    from registry.pull import pull_adapter
+
+    with progress() as advance:
+        one, two = (pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after))
+    found = compare_adapters(one, two)
+    if as_json:
+        print_json(found)
+    else:
+        _print_difference(found)
+
+
+def _print_difference(found: Difference) -> None:
+    say(f"{found.before} -> {found.after}")
+    for title, pairs in (("base", found.base), ("config", found.config), ("metrics", found.metrics)):
+        for key, (old, new) in pairs.items():
+            if key == "fingerprint":
+                old, new = "one", "another"
+            say(f"  {title}: {visible(key)} {visible(_or_default(old))} -> {visible(_or_default(new))}")
+    print_rows(
+        ("layer", "norm before", "norm after", "norm of the change"),
+        ((c.name, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.change:.4g}") for c in found.layers),
+    )
+
+
+def _or_default(value: object) -> object:
+    return "-" if value is None else value

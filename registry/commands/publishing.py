@@ -1,0 +1,153 @@
+"""``lora-plugins push``, ``yank``, ``alias``, ``mirror``: what changes a registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from registry.commands.terminal import CacheDir, HubOption, Json, print_json, print_rows, say, visible, waiting
+
+__all__ = ["alias", "mirror", "push", "yank"]
+
+
+def push(
+    source: Annotated[Path, typer.Argument(help="Folder with an adapter, or a Trainer's checkpoint.")],
+    name: Annotated[str, typer.Argument(help="org/name.")],
+    version: Annotated[str, typer.Option(help="A version, or 'patch', 'minor', 'major' after the newest.")] = "patch",
+    hub: HubOption = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="org/base or org/base@revision, where the base has another id or none.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Result as name=number; can be given again.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Module whose tensors may be large although they are not LoRA's.")
+    ] = None,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="For the history of the repository.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it instead of publishing it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish an adapter as a version that never changes again."""
+    from registry.push import push_adapter
+
+    with waiting(f"Checking and publishing {visible(source)} …"):
+        done = push_adapter(
+            source,
+            name,
+            version=version,
+            hub=hub,
+            base_model=base_model,
+            metrics=_metrics(metric) if metric else None,
+            allow=allow or (),
+            private=private,
+            commit_message=message,
+            create_pr=create_pr,
+        )
+    if as_json:
+        fields = {"name": done.name, "version": done.version, "commit": done.commit, "created": done.created}
+        print_json({**fields, "digest": done.manifest.digest, "url": done.url})
+    elif done.url:
+        say(f"Proposed {done} at {visible(done.url)}")
+    else:
+        say(f"Published {done} ({done.commit[:12]})" if done.created else f"{done} has this content already")
+
+
+def _metrics(given: list[str]) -> dict[str, float]:
+    metrics = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        try:
+            metrics[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{item!r} is not name=number", param_hint="--metric") from None
+    return metrics
+
+
+def yank(
+    reference: Annotated[str, typer.Argument(help="org/name@version.")],
+    reason: Annotated[str | None, typer.Option(help="One line that everybody sees who uses it.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Offer the version again.")] = False,
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Withdraw a version: ranges no longer pick it, exact pins and locks still do, with a warning."""
+    from registry.withdrawal import unyank
+    from registry.withdrawal import yank as withdraw
+
+    if undo == (reason is not None):
+        raise typer.BadParameter("give --reason to withdraw a version, or --undo", param_hint="--reason")
+    with waiting(f"Changing {visible(reference)} …"):
+        release = unyank(reference, hub=hub) if reason is None else withdraw(reference, reason, hub=hub)
+    if as_json:
+        print_json(release)
+    else:
+        say(f"{release} is offered again" if undo else f"{release} is withdrawn: {visible(release.yanked)}")
+
+
+def alias(
+    reference: Annotated[str, typer.Argument(help="org/name@version; only org/name to list or remove.")],
+    name: Annotated[str | None, typer.Argument(help="The alias. Without it, all are listed.")] = None,
+    expect: Annotated[
+        str | None, typer.Option(help="Version it must stand for now, or 'none'.", show_default=False)
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Let it stand for nothing.")] = False,
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Let a name such as 'champion' stand for a version, or list such names with their history."""
+    from registry.naming import ANY, remove_alias, set_alias
+
+    if name is None:
+        _list_aliases(reference, hub, as_json=as_json)
+        return
+    expected = ANY if expect is None else None if expect == "none" else expect
+    if remove:
+        remove_alias(reference, name, expect=expected, hub=hub)
+        if as_json:
+            print_json({"name": reference, "alias": name, "version": None})
+        else:
+            say(f"{visible(reference)}@{visible(name)} stands for nothing any more")
+        return
+    release = set_alias(reference, name, expect=expected, hub=hub)
+    if as_json:
+        print_json({"name": release.name, "alias": name, "version": release.version, "commit": release.commit})
+    else:
+        say(f"{release.name}@{visible(name)} is {release.version}")
+
+
+def _list_aliases(name: str, hub: str | None, *, as_json: bool) -> None:
+    from registry.naming import aliases
+
+    known = aliases(name, hub=hub)
+    if as_json:
+        print_json({alias: list(moves) for alias, moves in known.items()})
+        return
+    print_rows(
+        ("alias", "version", "since", "before"),
+        (
+            (alias, moves[-1].version or "-", moves[-1].time, ", ".join(m.version or "-" for m in reversed(moves[:-1])))
+            for alias, moves in sorted(known.items())
+        ),
+    )
+
+
+def mirror(
+    reference: Annotated[str, typer.Argument(help="org/name for all its releases; or one of them.")],
+    target: Annotated[str, typer.Argument(help="Registry to copy to: https://… or file:///….")],
+    hub: HubOption = None,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Copy releases to another registry, byte by byte, with what was withdrawn and the aliases."""
+    from registry.mirroring import mirror as copy
+
+    with waiting(f"Copying {visible(reference)} …"):
+        done = copy(reference, target, hub=hub, private=private, cache_dir=cache_dir)
+    rows = [(str(each), each.manifest.digest, "copied" if each.created else "was there") for each in done]
+    if as_json:
+        print_json([dict(zip(("release", "digest", "state"), row, strict=True)) for row in rows])
+    else:
+        print_rows(("release", "digest", ""), rows)

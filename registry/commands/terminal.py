@@ -1,0 +1,106 @@
+"""What the commands share: options, tables, progress, and text from outside that can't move the cursor."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["CacheDir", "HubOption", "Json", "print_json", "print_rows", "progress", "say", "visible", "waiting"]
+
+HubOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hub",
+        help="Registry: https://… or file:///…; default is LORA_REGISTRY, else the Hugging Face Hub.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CacheDir = Annotated[
+    str | None, typer.Option(help="Folder of the cache; default is LORA_REGISTRY_CACHE.", show_default=False)
+]
+
+
+def visible(text: object) -> str:
+    """Text from outside on one line, without control, formatting and private characters."""
+    clean = "".join(
+        char if unicodedata.category(char) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") else " " for char in str(text)
+    )
+    return " ".join(clean.split())
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    typer.echo(text)
+
+
+def print_json(value: Any) -> None:
+    """Print a value, records as objects. JSON escapes what is not ASCII, so nothing reaches the terminal raw."""
+    typer.echo(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table: with frames on a terminal, with tabs elsewhere."""
+    lines = [[visible(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for line in lines:
+            typer.echo("\t".join(line))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head)
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    Console().print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Bars for the files that are downloaded, on a terminal; ``None`` elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(name: str, done: int, size: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(visible(name), total=size)
+            bars.update(tasks[name], completed=done)
+
+        yield advance
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Something that moves while nothing can be counted, on a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,33 @@
+"""The registry as a plugin of lora_plugins: its commands. The only module here that knows that package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_plugins import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["register_commands"]
+
+
+@hookimpl
+def register_commands(app: typer.Typer) -> None:
+    """Add the registry's commands."""
+    from registry.commands import fetching, inspecting, publishing
+
+    for command in (
+        publishing.push,
+        fetching.pull,
+        inspecting.versions,
+        inspecting.show,
+        fetching.verify,
+        inspecting.diff,
+        publishing.yank,
+        publishing.alias,
+        fetching.lock,
+        publishing.mirror,
+        fetching.gc,
+    ):
+        app.command()(command)
