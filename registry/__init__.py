@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from registry.publish import Published as Published
     from registry.pull import lock_adapters as lock_adapters
     from registry.pull import pull_adapter as pull_adapter
+    from registry.push import check_push as check_push
     from registry.push import push_adapter as push_adapter
     from registry.references import Reference as Reference
     from registry.releases import Release as Release
@@ -50,6 +51,7 @@ _LAZY = {
     "Release": "registry.releases",
     "Verification": "registry.verification",
     "aliases": "registry.naming",
+    "check_push": "registry.push",
     "collect_garbage": "registry.cleanup",
     "compare_adapters": "registry.diff",
     "list_adapters": "registry.listing",

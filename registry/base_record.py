@@ -35,12 +35,13 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
     named = [config.base_id, getattr(settings, "_name_or_path", None), getattr(model, "name_or_path", None)]
     name = next((text for text in named if text), None)
     commit = getattr(settings, "_commit_hash", None) or config.fields.get("revision")
+    known = fingerprint(model)
     if is_hub_id(name) and not _is_commit(commit):
-        commit = _cached(name, commit)
+        commit = _cached_commit(name, commit, known)
     from registry.contract import rows_of_embedding
 
     kind = Architecture(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
-    return BaseRecord(name, commit if _is_commit(commit) else None, fingerprint(model)), kind
+    return BaseRecord(name, commit if _is_commit(commit) else None, known), kind
 
 
 def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
@@ -51,8 +52,8 @@ def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
     commit = revision
     folder: Path | None = Path(name)
     if is_hub_id(name):
-        commit = revision if _is_commit(revision) else _cached(name, revision)
-        folder = _cached_folder(name, commit)
+        folder = _cached_folder(name, revision)
+        commit = revision if _is_commit(revision) else folder.name if folder else None
     record = BaseRecord(name, commit if _is_commit(commit) else None)
     if folder is None or not (folder / "config.json").is_file():
         return record, Architecture()
@@ -95,6 +96,8 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
         raise BaseUnknown(f"base_model={given!r} is no id of a model on a hub: give org/name or org/name@revision")
     commit = revision if _is_commit(revision) else None
     if hub is None:
+        if commit is None and record.fingerprint is not None:
+            commit = _cached_commit(name, revision, record.fingerprint)
         return BaseRecord(name, commit, record.fingerprint)
     try:
         if commit is None:
@@ -169,13 +172,20 @@ def _is_commit(text: object) -> bool:
     return isinstance(text, str) and COMMIT.fullmatch(text) is not None
 
 
-def _cached(name: str | None, revision: str | None) -> str | None:
-    from registry.hubs.huggingface import cached_commit
+def _cached_commit(name: str | None, revision: str | None, known: Fingerprint) -> str | None:
+    """The commit of a model in the local cache, if it is that model: transformers doesn't say what it has loaded."""
+    folder = _cached_folder(name, revision) if name else None
+    if folder is None:
+        return None
+    files = BaseFiles.in_folder(folder)
+    try:
+        found = compare(known, config_values(files.config().to_dict()), files)
+    except RegistryError:
+        return None
+    return folder.name if found.verified and not found.configuration else None
 
-    return cached_commit(name, revision or "main") if name else None
 
-
-def _cached_folder(name: str, commit: str | None) -> Path | None:
+def _cached_folder(name: str, revision: str | None) -> Path | None:
     from registry.hubs.huggingface import cached_folder
 
-    return cached_folder(name, commit or "main")
+    return cached_folder(name, revision or "main")

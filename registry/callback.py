@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
-from registry.adapter_config import AdapterConfig
-from registry.base_record import base_of_model, require_known, with_given
 from registry.errors import BadAdapter, RegistryError
-from registry.hubs import open_hub
 from registry.paths import ADAPTER_CONFIG
-from registry.push import push_adapter
+from registry.push import check_push, push_adapter
 from registry.references import BUMPS, check_name, parse_version
 from registry.source import Run
 from registry.training_facts import finite
@@ -83,13 +80,8 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
             raise BadAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
         if not state.is_world_process_zero:
             return
-        place = open_hub(self.hub, self.options.get("token"))
-        model = _peft_model(kwargs.get("model"))
-        config = AdapterConfig(model.active_peft_config.to_dict())
-        base, _ = base_of_model(model.get_base_model(), config)
-        if "base_model" in self.options:
-            base = with_given(base, self.options["base_model"], None)
-        require_known(base, on_hub=not place.local)
+        told = {key: self.options[key] for key in ("token", "base_model") if key in self.options}
+        check_push(_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

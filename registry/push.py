@@ -13,7 +13,7 @@ from registry.hubs.protocol import Hub
 from registry.publish import Draft, Published, publish
 from registry.references import BUMPS, check_name, parse_version, version_text
 
-__all__ = ["push_adapter"]
+__all__ = ["check_push", "push_adapter"]
 
 
 def push_adapter(
@@ -29,6 +29,7 @@ def push_adapter(
     base_token: str | bool | None = None,
     adapter_name: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    training: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
     commit_message: str | None = None,
     create_pr: bool = False,
@@ -50,6 +51,7 @@ def push_adapter(
         base_token: For that hub; by default ``token``.
         adapter_name: Which adapter of a model; the active one by default.
         metrics: Results for manifest and card; those of the last evaluation by default.
+        training: More facts about the training for manifest and card, JSON values by name.
         allow: Names of modules whose tensors may be large although they are not LoRA's, such as ``"lm_head"``.
         commit_message: For the history of the repository.
         create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
@@ -75,6 +77,7 @@ def push_adapter(
         base_hub=bases,
         adapter_name=adapter_name,
         metrics=metrics,
+        training=training,
         allow=allow,
     ) as collected:
 
@@ -83,6 +86,42 @@ def push_adapter(
             return Draft(*make_release(collected, name, version_text(chosen), parent))
 
         return publish(place, name, wanted, draft, message=commit_message, private=private, propose=create_pr)
+
+
+def check_push(
+    model: Any,
+    name: str,
+    *,
+    version: str,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Refuse before a training what `push_adapter` would refuse after it; no hub is asked.
+
+    Args:
+        model: The `PeftModel` that will be trained.
+        name: ``org/name``.
+        version: See `push_adapter`.
+        hub: Which registry.
+        token: For the registry.
+        base_model: See `push_adapter`.
+
+    Raises:
+        ReferenceInvalid: The name, the version or the registry is malformed.
+        BaseUnknown: Nobody could find the base model.
+    """
+    from registry.adapter_config import AdapterConfig
+    from registry.base_record import base_of_model, require_known, with_given
+
+    check_name(name)
+    if version not in BUMPS:
+        parse_version(version)
+    place = open_hub(hub, token)
+    base, _ = base_of_model(model.get_base_model(), AdapterConfig(model.active_peft_config.to_dict()))
+    if base_model is not None:
+        base = with_given(base, base_model, None)
+    require_known(base, on_hub=not place.local)
 
 
 def _bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:

@@ -100,6 +100,7 @@ def collect(
     base_hub: Hub | None = None,
     adapter_name: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    training: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
 ) -> Iterator[Collected]:
     """Check an adapter and copy it, before anything is published.
@@ -111,6 +112,7 @@ def collect(
         base_hub: Where base models are, to resolve ``base_model`` and compare it; ``None`` to do neither.
         adapter_name: Which adapter of a model; the active one by default.
         metrics: Results; those of the last evaluation by default.
+        training: More facts about the training, JSON values.
         allow: Names of modules (``"lm_head"``) whose tensors may be large although they are not LoRA's.
 
     Raises:
@@ -123,6 +125,7 @@ def collect(
     with tempfile.TemporaryDirectory(prefix="adapter-") as name:
         folder = Path(name)
         found = _copied(source, folder, adapter_name)
+        found.training.facts.update(training or {})
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
         tensors = _checked(folder, config, allow)
         record = found.base if base_model is None else with_given(found.base, base_model, base_hub)

@@ -19,6 +19,8 @@ _ARGUMENTS = (
     "num_train_epochs", "optim", "per_device_train_batch_size", "seed", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 _LIBRARIES = ("lora-plugins", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
+#: Packages whose layers or tensors are quantized.
+_QUANTIZERS = ("bitsandbytes", "hqq", "optimum", "torchao")
 _MAX_STATE = 64 * 1024 * 1024
 _STATE = "trainer_state.json"
 
@@ -86,8 +88,16 @@ def quantization_of(model: Any) -> str | None:
         bits = "4-bit" if values.get("load_in_4bit") or values.get("_load_in_4bit") else ""
         bits = "8-bit" if values.get("load_in_8bit") or values.get("_load_in_8bit") else bits
         return " ".join(filter(None, (str(getattr(method, "value", method)), bits)))
-    kinds = {type(module).__name__ for module in model.modules()} & {"Linear8bitLt", "Linear4bit"}
-    return {"Linear8bitLt": "bitsandbytes 8-bit", "Linear4bit": "bitsandbytes 4-bit"}[min(kinds)] if kinds else None
+    packages = {_package(module) for module in model.modules() if hasattr(module, "weight")}
+    kinds = {type(module).__name__ for module in model.modules()}
+    bits = "8-bit" if "Linear8bitLt" in kinds else "4-bit" if "Linear4bit" in kinds else ""
+    return " ".join(filter(None, (*sorted(packages & set(_QUANTIZERS)), bits))) or None
+
+
+def _package(module: Any) -> str:
+    """The package that a layer's weight, or the layer itself, comes from."""
+    own = type(module.weight).__module__.partition(".")[0]
+    return own if own in _QUANTIZERS else type(module).__module__.partition(".")[0]
 
 
 def libraries() -> dict[str, str]:

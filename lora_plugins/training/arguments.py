@@ -128,6 +128,9 @@ class RecipeArguments:
     push: str | None = field(
         default=None, metadata={"help": "Publish the adapter: org/name@1.2.0, or org/name@patch, @minor, @major."}
     )
+    push_base_model: str | None = field(
+        default=None, metadata={"help": "Its base model on the Hub, org/base@revision, where --model is a folder."}
+    )
     resume: bool = field(
         default=False,
         metadata={"help": "Go on from the newest complete checkpoint in the output folder, if there is one."},

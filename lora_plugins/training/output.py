@@ -27,6 +27,7 @@ _FREE = frozenset(
         "resume",
         "num_proc",
         "push",
+        "push_base_model",
         "merge",
         "adapter_folder",
         "model_folder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ArgumentsError
@@ -18,14 +19,16 @@ class Publication:
     Attributes:
         name: ``org/name`` in the registry.
         version: A version, or ``patch``, ``minor``, ``major`` after the newest.
+        base_model: Id of the base model on the Hub, where it was loaded from a folder.
     """
 
     name: str
     version: str
+    base_model: str | None = None
 
     @classmethod
-    def of(cls, reference: str | None) -> Publication | None:
-        """Read ``--push``, and make sure that the registry is there.
+    def of(cls, reference: str | None, base_model: str | None = None) -> Publication | None:
+        """Read ``--push`` and ``--push_base_model``.
 
         Raises:
             ArgumentsError: It is not ``org/name@version``.
@@ -35,15 +38,38 @@ class Publication:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise ArgumentsError(f"--push must be org/name@1.2.0, @patch, @minor or @major, not {reference!r}")
-        return cls(match["name"], match["version"])
+        return cls(match["name"], match["version"], base_model)
 
-    def push(self, model: Any) -> str:
-        """Publish the model's adapter.
+    def check(self, model: Any) -> None:
+        """Refuse before the training what could not be published after it.
+
+        Raises:
+            RegistryError: The version or the base model is none that can be published.
+        """
+        from registry import check_push
+
+        check_push(model, self.name, version=self.version, base_model=self.base_model)
+
+    def push(self, trainer: Any, adapter: Path, quantization: str | dict[str, Any] | None) -> str:
+        """Publish the adapter of a Trainer that has finished.
+
+        Args:
+            trainer: The Trainer.
+            adapter: Where the adapter was saved: that is published where no process has the whole model.
+            quantization: Backend of the base, by name or with its options.
 
         Returns:
             A sentence for the terminal.
         """
         from registry import push_adapter
 
-        release = push_adapter(model, self.name, version=self.version)
-        return f"Published {self.name} as {getattr(release, 'version', self.version)}"
+        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        facts = {} if quantization is None else {"quantization": quantization}
+        release = push_adapter(
+            adapter if spread else trainer,
+            self.name,
+            version=self.version,
+            base_model=self.base_model,
+            training=facts,
+        )
+        return f"Published {release} ({release.commit[:12]})"

@@ -76,13 +76,15 @@ class TrainingRun:
         from transformers import set_seed
 
         prepare.check_lora(self.recipe)
-        publication = Publication.of(self.recipe.push)
+        publication = Publication.of(self.recipe.push, self._base_on_hub())
         checkpoint = self._checkpoint()
         # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
         trainer, interruption = self._trainer()
+        if publication is not None:
+            publication.check(trainer.model)
         if self.is_main:
             write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
         with interruption.listening():
@@ -93,12 +95,19 @@ class TrainingRun:
             return self._interrupted(interruption)
         figures = self._save(trainer)
         if self.is_main and publication is not None:
-            self.say(publication.push(trainer.model))
+            self.say(publication.push(trainer, self.folders.adapter, prepare.quantization_of(self.recipe)))
         # The trained model is not needed any more and would take the merge's memory.
         del trainer, interruption
         gc.collect()
         self._merge(figures)
         return 0
+
+    def _base_on_hub(self) -> str | None:
+        """What a published adapter names as its base, where the model itself doesn't tell."""
+        recipe = self.recipe
+        if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
+            return f"{recipe.model}@{recipe.revision}"
+        return recipe.push_base_model
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to go on from.
