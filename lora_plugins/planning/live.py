@@ -58,10 +58,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
-        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
-            output = _grouped_mm(*args, **(kwargs or {}))
-        else:
-            output = func(*args, **(kwargs or {}))
+        grouped = func is torch.ops.aten._grouped_mm.default and args[0].is_meta
+        output: Any = (_grouped_mm if grouped else func)(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor):
             self.add(output)
         elif isinstance(output, (tuple, list)):
