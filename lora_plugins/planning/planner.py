@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lora_plugins.planning.variants import Workbench
     from lora_plugins.types import Quantizer
 
+#: Backends that come before others of the same size, in the tables and as advice.
+_FIRST = ("int8", "nf4")
+
 
 def plan(
     model_or_name: Any,
@@ -225,7 +228,7 @@ class _Planner:
             # Two plugins that claim one name must not hide the others.
             with contextlib.suppress(LoraPluginsError):
                 found.setdefault(name, Quantization(host.quantizer(name), self._common_options()))
-        return dict(sorted(found.items(), key=lambda item: -item[1].quantizer.bits))
+        return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, item[0] not in _FIRST)))
 
     def _common_options(self) -> dict[str, Any]:
         asked = self.bench.settings.quantization

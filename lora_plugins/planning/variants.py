@@ -16,8 +16,8 @@ from lora_plugins.planning.inputs import make_batch
 from lora_plugins.planning.layers import PlannedLinear, planned, stored_bytes
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
-from lora_plugins.precision import cast_frozen, resolve_compute_dtype, upcast_frozen
-from lora_plugins.quantization import Quantization, base_of, layers_to_quantize, module_places
+from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
+from lora_plugins.quantization import Quantization, base_of, layers_to_quantize, module_places, with_compute_dtype
 from lora_plugins.structure import Structure
 
 if TYPE_CHECKING:
@@ -64,20 +64,33 @@ class Workbench:
         if self._config is not None:
             # How adapters start changes nothing about sizes, and some ways need the values of the weights.
             self._config.init_lora_weights = True
-        self._whole: dict[bool, nn.Module] = {}
+        self._layers: dict[str, frozenset[str]] = {}
+        self._whole: dict[frozenset[str] | None, nn.Module] = {}
         self._weights: dict[str, int] = {}
-        self._floats: dict[bool, tuple[int, int, int]] = {}
+        self._floats: dict[frozenset[str] | None, tuple[int, int, int]] = {}
         self._steps: dict[Any, tuple[nn.Module, list[Block]]] = {}
         self._estimates: dict[Any, Estimate] = {}
 
     # -- counting ------------------------------------------------------------------------------
 
     def whole(self, quantization: Quantization | None) -> Any:
-        """Return the whole prepared model; all backends share one, as they quantize the same layers."""
-        quantized = quantization is not None
-        if quantized not in self._whole:
-            self._whole[quantized] = self._prepare(without_data(self.base), quantization)
-        return self._whole[quantized]
+        """Return the whole prepared model; backends that quantize the same layers share one."""
+        key = self._quantized_layers(quantization)
+        if key not in self._whole:
+            self._whole[key] = self._prepare(without_data(self.base), quantization)
+        return self._whole[key]
+
+    def _quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
+        """Paths of the layers that a backend would quantize: most take all of them, and some can't take odd sizes."""
+        if quantization is None:
+            return None
+        if quantization.name not in self._layers:
+            found, _ = layers_to_quantize(self.base, quantization, self._never())
+            self._layers[quantization.name] = frozenset(found)
+        return self._layers[quantization.name]
+
+    def _never(self) -> tuple[str, ...]:
+        return (*self.targets.never, *self.heads()) if self.targets is not None else ()
 
     def count(self) -> ParameterCount:
         """Count the weights, which are the same under every backend."""
@@ -94,7 +107,8 @@ class Workbench:
         if name not in self._weights:
             model = self.whole(quantization)
             layers = _stand_ins(model)
-            packed = sum(stored_bytes(layer, quantization) for layer in layers)
+            told = self._told(quantization)
+            packed = sum(stored_bytes(layer, told) for layer in layers)
             self._weights[name] = tensor_bytes(model).total - sum(layer.weight.numel() for layer in layers) + packed
         return self._weights[name]
 
@@ -109,7 +123,8 @@ class Workbench:
 
     def float_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
         """Return the bytes of the largest block's float weights, of those outside of blocks, and of all."""
-        known = self._floats.get(quantization is not None)
+        key = self._quantized_layers(quantization)
+        known = self._floats.get(key)
         if known is not None:
             return known
         model = base_of(self.whole(quantization))
@@ -125,7 +140,7 @@ class Workbench:
             else:
                 inside[block.path] = inside.get(block.path, 0) + size
         found = max(inside.values(), default=0), outside, outside + sum(inside.values())
-        self._floats[quantization is not None] = found
+        self._floats[key] = found
         return found
 
     def file_bytes(self) -> int:
@@ -152,7 +167,8 @@ class Workbench:
         """What of a backend matters to activations."""
         if quantization is None:
             return None
-        return quantization.quantizer.keeps_input, _lora_layer(quantization)
+        layer: Any = _lora_layer(quantization)
+        return self._quantized_layers(quantization), quantization.quantizer.keeps_input, layer.forward
 
     def _simulate(
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
@@ -213,16 +229,12 @@ class Workbench:
         base: Any = base_of(model)
         if self.targets is not None:
             base.requires_grad_(False)
+        dtype = self._dtype(base, quantization)
         if quantization is not None:
-            never = (*self.targets.never, *self.heads()) if self.targets is not None else ()
-            _stand_in(model, quantization, never)
+            _stand_in(model, quantization, self._never())
         elif self._config is None and preparation_of(model) is not None:
             # Prepared by us: nothing more would be done to it.
             return model
-        quantized = any(isinstance(module, PlannedLinear) for module in base.modules())
-        dtype = resolve_compute_dtype(
-            self.settings.compute_dtype, base, quantized=quantized, autocast=False, device=self.device
-        )
         if dtype is not None:
             cast_frozen(base, dtype)
         upcast_frozen(base, self.settings.upcast)
@@ -231,11 +243,23 @@ class Workbench:
         if self._config is None:
             return model
         config = copy.deepcopy(self._config)
-        if quantized:
+        if _stand_ins(base):
             config._register_custom_module({PlannedLinear: _lora_layer(quantization)})
         # PEFT would draw random numbers for adapters on the CPU before it moves them here.
         with torch.device("meta"):
             return adapters.inject(model, config, self.settings.adapter_name, 0)[0]
+
+    def _dtype(self, base: nn.Module, quantization: Quantization | None) -> torch.dtype | None:
+        """Dtype that the frozen float weights are cast to, ``None`` to leave them."""
+        wanted, quantized = self.settings.compute_dtype, quantization is not None or self.arrived
+        return resolve_compute_dtype(wanted, base, quantized=quantized, autocast=False, device=self.device)
+
+    def _told(self, quantization: Quantization | None) -> Quantization | None:
+        """A backend with the dtype of activations, where it wants to know it."""
+        if quantization is None:
+            return None
+        dtype = self._dtype(base_of(self.base), quantization)
+        return with_compute_dtype(quantization, dtype or activation_dtype(base_of(self.base), autocast=False))
 
     def heads(self) -> tuple[str, ...]:
         """Return the names of the heads that are trained whole."""
