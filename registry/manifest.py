@@ -197,9 +197,9 @@ def _tensor_name(name: str) -> str:
 
 def is_tensor_name(name: str) -> bool:
     """Whether a tensor of a model can have this name: identifiers and numbers with dots, and no dunder among them."""
-    return _TENSOR.fullmatch(name) is not None and not any(
-        part == "" or (part.startswith("__") and part.endswith("__")) for part in name.split(".")
-    )
+    if _TENSOR.fullmatch(name) is None or ".." in name or name.endswith("."):
+        return False
+    return "__" not in name or not any(part.startswith("__") and part.endswith("__") for part in name.split("."))
 
 
 def _plain(value: Any) -> Any:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from registry.errors import AliasNotFound, HostileAnswer, NotAdapter, VersionNotFound
-from registry.fields import COMMIT
+from registry.errors import AliasNotFound, NotAdapter, VersionNotFound
 from registry.hubs.protocol import Hub, Refs
 from registry.references import Reference, newest_in, version_text, versions_in
 from registry.state import State, read_state
-from registry.strict_json import shown
 
 __all__ = ["Index", "Release", "read_index"]
 
@@ -151,9 +149,6 @@ def read_index(hub: Hub, name: str, state: Callable[[Refs], State] | None = None
 
 
 def index_of(name: str, refs: Refs, state: State) -> Index:
-    """The releases that tags publish; a hub that gives them commits which are none is refused."""
+    """The releases that tags publish."""
     versions = {version: refs.tags[tag] for version, tag in versions_in(refs.tags).items()}
-    for commit in versions.values():
-        if COMMIT.fullmatch(commit) is None:
-            raise HostileAnswer(f"{name}: a tag stands at {shown(commit)}, which is no commit")
     return Index(name, versions, state)

@@ -40,7 +40,10 @@ def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
         raise JsonRefused("it is nested too deeply") from None
     except ValueError as error:
         raise JsonRefused(f"it is no JSON in UTF-8 ({type(error).__name__})") from None
-    _check(value, depth)
+    _check_depth(value, depth)
+    # UTF-8 holds no lone surrogates; only an escape can bring one in.
+    if b"\\u" in data:
+        _check_text(value)
     return value
 
 
@@ -82,17 +85,31 @@ def _number(text: str) -> float:
     return value
 
 
-def _check(value: Any, depth: int) -> None:
+def _check_depth(value: Any, depth: int) -> None:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            item
+            for container in level
+            if isinstance(container, (dict, list))
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise JsonRefused("it is nested too deeply")
+
+
+def _check_text(value: Any) -> None:
     if isinstance(value, str):
         _encodable(value)
-    elif isinstance(value, (dict, list)):
-        if depth == 0:
-            raise JsonRefused("it is nested too deeply")
-        for item in value.values() if isinstance(value, dict) else value:
-            _check(item, depth - 1)
-        if isinstance(value, dict):
-            for key in value:
-                _encodable(key)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _encodable(key)
+            _check_text(item)
 
 
 def _encodable(text: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hubs import KINDS, FolderPlace, LoopbackPlace, Place
@@ -822,3 +823,98 @@ def test_ten_thousand_versions(place: Place) -> None:
     with pytest.raises(IntegrityError, match=r"org/adapter@1\.9998\.0 on"):
         fetch(place)
     assert version(place, f"{NAME}<1") == "0.0.1"
+
+
+# -- hubs that lie about names and numbers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commit", ["../../x", "", "main", "a" * 39, "A" * 40, "\x1b[31m"])
+@pytest.mark.parametrize("kind", ["tags", "branches"])
+def test_commits_that_are_none(loopback_hub: LoopbackHub, commit: str, kind: str) -> None:
+    place = LoopbackPlace(loopback_hub)
+    done = release(place.hub, "1.0.0")
+    fetch(place)
+    refs = {"branches": {"main": done.commit, "registry": done.commit}, "tags": {"v1.0.0": done.commit}}
+    refs[kind] = dict.fromkeys(refs[kind], commit)
+    answer = {k: [{"name": n, "ref": n, "targetCommit": c} for n, c in named.items()] for k, named in refs.items()}
+    loopback_hub.faults.answer("refs", json.dumps(answer).encode(), times=None)
+    with pytest.raises(HostileAnswer, match="which is no commit") as caught:
+        fetch(place)
+    assert str(caught.value).isprintable()
+    loopback_hub.faults.clear()
+    assert version(place, offline=True) == "1.0.0"
+
+
+@pytest.mark.parametrize("identity", ["x" * 1000, "a\nb", "\x1b[31m"])
+def test_an_identity_that_is_none(loopback_hub: LoopbackHub, identity: str) -> None:
+    place = LoopbackPlace(loopback_hub)
+    release(place.hub, "1.0.0")
+    loopback_hub.faults.answer("info", json.dumps({"_id": identity}).encode(), times=None)
+    with pytest.raises(HostileAnswer, match="the id of the repository is none"):
+        fetch(place, lock=True)
+    assert not Path(LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("names", [["../x"], ["org/../../x", "a/b/c"], ["org/\x1b[31m"]])
+def test_names_that_are_none_are_not_listed(loopback_hub: LoopbackHub, names: list[str]) -> None:
+    place = LoopbackPlace(loopback_hub)
+    release(place.hub, "1.0.0")
+    found = [{"id": name} for name in [*names, NAME]]
+    loopback_hub.faults.answer("list_models", json.dumps(found).encode(), times=None)
+    assert [str(each.release) for each in list_adapters(hub=place.hub)] == [f"{NAME}@1.0.0"]
+
+
+def test_a_hub_that_hides_a_withdrawal_or_a_version(stocked: Place) -> None:
+    """A rollback can't be told from a young registry; what is locked is not lost by it."""
+    fetch(stocked, lock=True)
+    stocked.move_tag(NAME, "v2.0.0rc1", None)
+    assert version(stocked) == "1.1.0"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"versions": {"1.0.0": {"commit": "x", "manifest": "y"}}}', b"\xff"])
+def test_a_damaged_memory_is_forgotten(stocked: Place, damage: bytes) -> None:
+    fetch(stocked)
+    record = Cache().record_path(stocked.hub.location, NAME)
+    record.write_bytes(damage)
+    assert version(stocked) == "1.1.0"
+    assert b"1.1.0" in record.read_bytes()
+
+
+# -- secrets -------------------------------------------------------------------------------------------------------
+
+
+def everything_told(call: Callable[[], object]) -> list[str]:
+    """What a call returns, or its error with all that led to it, in every way in which it may be logged."""
+    try:
+        return [repr(call())]
+    except Exception as error:
+        texts, chain = [], cast("BaseException | None", error)
+        while chain is not None:
+            texts += [str(chain), repr(chain), repr(vars(chain)), repr(pickle.dumps(chain))]
+            chain = chain.__context__
+        return texts
+
+
+def test_the_token_is_nowhere(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
+    token, texts = loopback_hub.token, []
+    place = LoopbackPlace(loopback_hub, timeout=0.5)
+    release(place.hub, "1.0.0")
+    fetch(place, lock=True)
+    calls: list[Callable[[], object]] = [
+        lambda: fetch(place, "org/nothing"),
+        lambda: fetch(place, f"{NAME}@9", lock=False),
+        lambda: release(place.hub, "1.0.0", seed=1),
+        lambda: release(place.hub, "1.0.0", name="others/x"),
+        lambda: yank(f"{NAME}@1.0.0", "x", hub=place.hub),
+    ]
+    for fault in (None, 503, 403, 401):
+        loopback_hub.faults.clear()
+        if fault is not None:
+            loopback_hub.faults.status("*", fault, times=None, headers={"X-Error-Message": f"bad {token}"})
+        texts += [text for call in calls for text in everything_told(call)]
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            texts.append(path.read_bytes().decode("latin-1"))
+    assert len(texts) > 40
+    assert not any(token in text for text in texts)
+    assert loopback_hub.leaks() == []

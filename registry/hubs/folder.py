@@ -38,6 +38,7 @@ from registry.errors import (
     ReferenceInvalid,
     RepositoryNotFound,
 )
+from registry.fields import COMMIT
 from registry.hubs import folder_files
 from registry.hubs.folder_lock import LockTimeout, folder_lock
 from registry.hubs.protocol import MAIN, Conflict, Refs, TagExists
@@ -273,7 +274,7 @@ class FolderHub:
         path = self._repository(name) / _REFS
         found = _object(path, folder_files.read_small(path, _REFS_LIMIT))
         branches, tags = found.get("branches"), found.get("tags")
-        if not _is_texts(branches) or not _is_texts(tags):
+        if not _are_commits(branches) or not _are_commits(tags):
             raise HostileAnswer(f"{path} is damaged: it does not list branches and tags")
         return Refs(branches, tags)  # type: ignore[arg-type]
 
@@ -446,5 +447,7 @@ def _object(path: Path, content: bytes) -> dict[str, object]:
     return found
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+def _are_commits(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(commit, str) and COMMIT.fullmatch(commit) is not None for commit in value.values()
+    )

@@ -22,7 +22,8 @@ from registry.errors import (
     ReferenceInvalid,
     RepositoryNotFound,
 )
-from registry.hubs.failures import HubFailed
+from registry.fields import COMMIT
+from registry.hubs.failures import HubFailed, hostile
 from registry.hubs.protocol import Conflict, Refs, TagExists
 
 __all__ = ["HuggingFaceHub"]
@@ -69,13 +70,18 @@ class HuggingFaceHub:
         """All branches and tags at one moment."""
         with self._errors(name):
             branches, tags = self._repositories.refs(name)
+            if any(COMMIT.fullmatch(commit) is None for commit in (*branches.values(), *tags.values())):
+                raise hostile("a tag or branch stands at something which is no commit")
             return Refs(branches, tags)
 
     def identity(self, name: str) -> str:
         """The id that the hub gave the repository; when it was made, where a hub gives none."""
         with self._errors(name):
             found = self._repositories.info(name, "main")
-            return str(found.get("_id") or found.get("createdAt") or "")
+            identity = str(found.get("_id") or found.get("createdAt") or "")
+            if len(identity) > 100 or not identity.isprintable():
+                raise hostile("the id of the repository is none")
+            return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
         """The files of a commit with their sizes."""

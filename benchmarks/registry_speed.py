@@ -1,0 +1,157 @@
+"""What the registry costs: pulling with a cold and a warm cache, beside the stock client's download; many versions.
+
+The Hub is one on loopback, in a process of its own, so nothing but the software is measured. Each figure is the best of
+several runs, in which the candidates take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+REPEATS = 7
+NAME = "org/adapter"
+BASE = "org/base@" + "b" * 40
+#: Modules of the adapters: with rank 8 and width 1024, each has 64 KB.
+SMALL, LARGE = 16, 1024
+VERSIONS = 10_000
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[tuple[str, str]]:
+    """Endpoint and token of a Hub in another process."""
+    command = [sys.executable, "-m", "registry.testing.loopback", "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip().partition("=")[2] for _ in range(2)]
+        yield lines[0], lines[1]
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def adapter(folder: Path, modules: int) -> Path:
+    """An adapter folder of this size."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    torch.manual_seed(modules)
+    tensors = {}
+    for number in range(modules):
+        name = f"base_model.model.model.layers.{number}.self_attn.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(8, 1024)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(1024, 8)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(folder))
+    return folder
+
+
+def best(*calls: Callable[[], Any]) -> list[float]:
+    """The best time of each, in seconds, taking turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(REPEATS):
+        for number, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            times[number].append(time.perf_counter() - start)
+    return [min(each) for each in times]
+
+
+def hashed(folder: str) -> None:
+    """What a pull has to do in any case: hash every file."""
+    for path in Path(folder).iterdir():
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(1024 * 1024):
+                digest.update(chunk)
+
+
+def pulling(endpoint: str, token: str, modules: int) -> None:
+    """Print the times for one adapter."""
+    from huggingface_hub import snapshot_download
+
+    from registry import pull_adapter, push_adapter
+
+    with tempfile.TemporaryDirectory() as name:
+        root, repository = Path(name), f"{NAME}-{modules}"
+        source = adapter(root / "adapter", modules)
+        done = push_adapter(source, repository, version="1.0.0", hub=endpoint, token=token, base_model=BASE)
+        files, fresh = [*done.manifest.files, "adapter_manifest.json"], iter(range(10**6))
+        size = sum(record.size for record in done.manifest.files.values())
+
+        def cold() -> None:
+            pull_adapter(
+                f"{repository}@1.0.0", hub=endpoint, token=token, lock=False, cache_dir=root / str(next(fresh))
+            )
+
+        def stock() -> None:
+            options = {"endpoint": endpoint, "token": token, "cache_dir": root / str(next(fresh))}
+            snapshot_download(repository, revision="v1.0.0", allow_patterns=files, **options)
+
+        ours, theirs = best(cold, stock)
+        warm_cache = root / "warm"
+
+        def warm() -> str:
+            options: dict[str, Any] = {"token": token, "lock": False, "cache_dir": warm_cache}
+            return pull_adapter(f"{repository}@1.0.0", hub=endpoint, **options).path
+
+        folder = warm()
+        pulled, hashing = best(warm, lambda: hashed(folder))
+        print(f"\nadapter of {size / 1e6:.1f} MB, {len(files)} files")
+        print(f"  cold pull, verified      {ours * 1000:8.1f} ms")
+        print(f"  snapshot_download        {theirs * 1000:8.1f} ms   ratio {ours / theirs:.2f}")
+        print(f"  warm pull, verified      {pulled * 1000:8.1f} ms   of which hashing {hashing * 1000:.1f} ms")
+
+
+def many_versions(hub: Any, title: str) -> None:
+    """Print how long it takes to choose among many versions."""
+    from registry.references import Reference
+    from registry.releases import read_index
+
+    references = [Reference.parse(NAME), Reference.parse(f"{NAME}>=1.2,<1.9000")]
+    (seconds,) = best(lambda: [read_index(hub, NAME).resolve(reference) for reference in references[:1]])
+    (ranged,) = best(lambda: [read_index(hub, NAME).resolve(reference) for reference in references[1:]])
+    print(f"  {title:8}  newest {seconds * 1000:8.1f} ms   in a range {ranged * 1000:8.1f} ms")
+
+
+def versions() -> None:
+    """Time the choice among ten thousand versions, on a folder and on a hub."""
+    from registry import FolderHub, HuggingFaceHub
+    from registry.hubs import folder_files
+    from registry.testing import LoopbackHub
+
+    print(f"\n{VERSIONS:,} versions, refs read anew each time")
+    with tempfile.TemporaryDirectory() as name:
+        folder = FolderHub(Path(name))
+        folder.create(NAME)
+        head = folder.refs(NAME).branches["main"]
+        tags = ", ".join(f'"v1.{number}.0": "{head}"' for number in range(VERSIONS))
+        refs = f'{{"format": 1, "branches": {{"main": "{head}"}}, "tags": {{{tags}}}}}'
+        folder_files.replace_file(Path(name, NAME, "refs.json"), refs.encode())
+        many_versions(folder, "folder")
+    with LoopbackHub() as hub:
+        repository = hub.create_repo(NAME)
+        repository.tags.update({f"v1.{number}.0": repository.branches["main"] for number in range(VERSIONS)})
+        many_versions(HuggingFaceHub(hub.endpoint, hub.token), "hub")
+
+
+def main() -> None:
+    """Print all figures."""
+    os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    with loopback() as (endpoint, token):
+        for modules in (SMALL, LARGE):
+            pulling(endpoint, token, modules)
+    versions()
+
+
+if __name__ == "__main__":
+    main()
