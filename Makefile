@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # Processes that share the tests, each with one thread and whole files.
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
+ENGINES := $(VENV)-engines
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test test-slow check format docs clean
+.PHONY: install install-engines demo test test-slow test-engines check format docs clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -35,6 +36,23 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# DeepSpeed and Ray, in an environment that lies over the first one and adds only what is missing there.
+install-engines: $(ENGINES)/.installed
+
+$(ENGINES)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install 'setuptools>=77'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pip install -c constraints.txt \
+		--no-build-isolation -e '.[engines]'
+	touch $@
+
+# DeepSpeed compiles an extension in its first run and keeps it here.
+test-engines: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
+		$(ENGINES)/bin/python -m pytest tests/test_deepspeed.py
+
 check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -53,4 +71,4 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site demo-output
+	rm -rf $(VENV) $(ENGINES) build dist site demo-output

@@ -176,16 +176,24 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         base = base_of(model)
         return tuple({*own, *task_heads(base)})
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if engines.hides_gradients(self.trainer):
+            # Such an engine moves the weights within the backward pass, before any later event.
+            self._movement.before_step(_rate(self.trainer), hidden=True)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        rates = [float(group.get("lr") or 0) for group in trainer.optimizer.param_groups]
-        self._movement.before_step(max(rates, default=0.0))
+        hidden = engines.hides_gradients(trainer)
+        if not hidden:
+            self._movement.before_step(_rate(trainer))
         self._loss.step(
             state.global_step + 1,
             zero_gradients=lambda: (
-                not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
+                not hidden and not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
             ),
             distributed=trainer.accelerator.num_processes > 1,
         )
@@ -193,7 +201,9 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._movement.after_step(bool(self.trainer.accelerator.optimizer_step_was_skipped))
+        trainer = self.trainer
+        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        self._movement.after_step(skipped, norm=engines.gradient_norm(trainer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trackers close before on_train_end gets here.
@@ -205,6 +215,11 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._movement.at_end()
+
+
+def _rate(trainer: Trainer) -> float:
+    """The largest learning rate of the optimizer's groups."""
+    return max((float(group.get("lr") or 0) for group in trainer.optimizer.param_groups), default=0.0)
 
 
 def _observe_losses(trainer: Trainer, watch: LossWatch) -> Callable[[], None]:

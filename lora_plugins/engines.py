@@ -106,29 +106,63 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
         model: Its prepared model.
     """
     quantized = [module for module in model.modules() if owner_of(module) is not None]
-    if not quantized:
-        return
     plugin = _fsdp_plugin(trainer)
+    if not quantized or (plugin is None and not trainer.is_deepspeed_enabled):
+        return
+    _check_layers(trainer, quantized)
+    module: Any
+    for module in quantized:
+        module.register_state_dict_post_hook(_plain_state)
     if plugin is not None:
         plugin.ignored_modules = [*_ignored(plugin.ignored_modules, model), *quantized]
-    if plugin is not None or trainer.is_deepspeed_enabled:
-        module: Any
-        for module in quantized:
-            module.register_state_dict_post_hook(_drop_quantization_state)
     if plugin is not None or _zero_stage(trainer) == 3:
-        size = sum(p.numel() * p.element_size() for module in quantized for p in module.parameters())
-        warnings.warn(
-            f"{_engine(trainer)} does not divide quantized weights: each of the {trainer.args.world_size} processes "
-            f"holds all {len(quantized)} layers ({size:,} bytes). Only what stays in float is sharded.",
-            PreparationWarning,
-            stacklevel=4,
+        _say_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
+
+
+def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
+    if not layers:
+        return
+    size = sum(p.numel() * p.element_size() for module in layers for p in module.parameters())
+    warnings.warn(
+        f"{_engine(trainer)} does not divide these quantized weights: each of the {trainer.args.world_size} "
+        f"processes holds all {len(layers)} layers ({size:,} bytes). Only what stays in float is sharded.",
+        PreparationWarning,
+        stacklevel=5,
+    )
+
+
+def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
+    """Refuse layers that an engine would fail on with an error that names neither of them."""
+    from torch import nn
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    first: Any = quantized[0]
+    owner = owner_of(first)
+    name = owner.name if owner is not None else type(first).__name__
+    if trainer.is_deepspeed_enabled and any(is_traceable_wrapper_subclass(p) for p in first.parameters()):
+        raise UnsupportedTraining(
+            f"DeepSpeed exchanges the data of every parameter, and the weights of {name} layers are tensors of a class "
+            "of their own. Use int8, nf4 or fp4 under DeepSpeed, or train with DDP or FSDP2."
+        )
+    if trainer.is_fsdp_enabled and type(first).state_dict is not nn.Module.state_dict:
+        raise UnsupportedTraining(
+            f"Layers of {name} write a state dict of their own form, which FSDP2 can't put into a checkpoint. "
+            "Use another backend under FSDP2, or train with DDP or DeepSpeed."
         )
 
 
-def _drop_quantization_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    own = {prefix + name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+def _keeps_copy(module: Any) -> bool:
+    """Whether a layer holds its weight a second time outside of its parameters, as LLM.int8() does."""
+    return hasattr(getattr(module, "state", None), "CB")
+
+
+def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave of a quantized layer's state its parameters and buffers, each under its own name."""
+    own = {prefix + name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     for key in [key for key in state if key.startswith(prefix) and key not in own]:
         del state[key]
+    for key, tensor in own.items():
+        state.setdefault(key, tensor.detach())
 
 
 def _ignored(given: Any, model: nn.Module) -> list[nn.Module]:
@@ -230,6 +264,19 @@ def raising_together(trainer: Trainer) -> Iterator[None]:
             raise BrokenCheckpoint(f"On another process: {problems[0]}")
     if own is not None:
         raise own
+
+
+def hides_gradients(trainer: Trainer) -> bool:
+    """Whether the engine reduces gradients into buffers of its own and steps within the backward pass."""
+    return bool(trainer.is_deepspeed_enabled)
+
+
+def gradient_norm(trainer: Trainer) -> float | None:
+    """Norm of the last step's gradient where the engine hides gradients and knows it, else ``None``."""
+    if not hides_gradients(trainer):
+        return None
+    norm = trainer.model_wrapped.get_global_grad_norm()
+    return None if norm is None else float(norm)
 
 
 def _fsdp_plugin(trainer: Trainer) -> Any:

@@ -152,11 +152,12 @@ class MovementWatch:
             watched.append(Watched(name, parameter, 1 if is_b else 2, by_chance, from_zero))
         return cls(watched, [item.parameter for item in watched])
 
-    def before_step(self, rate: float) -> None:
+    def before_step(self, rate: float, *, hidden: bool = False) -> None:
         """Take the gradients and values before the optimizer moves anything.
 
         Args:
             rate: The largest learning rate of the optimizer's groups.
+            hidden: Whether the engine keeps gradients to itself, so that only `after_step` knows of them.
         """
         self._pending = False
         if not self.watched:
@@ -164,20 +165,21 @@ class MovementWatch:
         self.steps += 1
         if not rate > 0:
             self.no_rate += 1
-        elif not any(has_gradient(tensor) for tensor in self.tensors):
+        elif not hidden and not any(has_gradient(tensor) for tensor in self.tensors):
             self.zero_gradients += 1
         else:
             self._pending = True
             self._rate = rate
             for item in self.watched:
-                item.had_gradient = has_gradient(item.parameter)
+                item.had_gradient = not hidden and has_gradient(item.parameter)
                 item.before = _fingerprint(item.parameter)
 
-    def after_step(self, skipped: bool) -> None:
+    def after_step(self, skipped: bool, *, norm: float | None = None) -> None:
         """Compare with the values before.
 
         Args:
             skipped: Whether the gradient scaler skipped this step.
+            norm: Norm of the gradient, from an engine that keeps gradients to itself.
 
         Raises:
             AdapterNotMoving: A tensor that must have moved has not.
@@ -186,6 +188,9 @@ class MovementWatch:
             return
         if skipped:
             self.skipped += 1
+            return
+        if norm == 0:
+            self.zero_gradients += 1
             return
         self.counted += 1
         still: list[Watched] = []
@@ -270,18 +275,16 @@ def _drops_layers(model: nn.Module) -> bool:
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
-    if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
+    if hasattr(parameter, "ds_tensor"):
+        # What is gathered may be there still and be older.
         return parameter.ds_tensor
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def has_gradient(parameter: torch.Tensor) -> bool:
-    """Whether any value of a parameter's gradient is not zero; true where an engine hides gradients."""
+    """Whether any value of a parameter's gradient is not zero."""
     import torch
 
-    if hasattr(parameter, "ds_id"):
-        # DeepSpeed keeps gradients elsewhere; whether the weight moves still shows.
-        return True
     gradient = parameter.grad
     return gradient is not None and bool(torch.count_nonzero(_local(gradient)))
 
@@ -290,7 +293,7 @@ def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:
     """Two sums that differ when any value has changed, without keeping a copy of the tensor."""
     import torch
 
-    values = _local(parameter.detach()).to(torch.float64).flatten()
+    values = _local(parameter).detach().to(torch.float64).flatten()
     # Weights that depend on the position make a swap of two values visible as well.
     positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
     return (values.sum().item(), (values * positions.sqrt()).sum().item())

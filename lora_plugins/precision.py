@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_plugins.errors import PreparationError
 from lora_plugins.quantization import adapter_modules, owner_of
+from lora_plugins.sharding import is_part
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,9 @@ def resolve_compute_dtype(
 ) -> torch.dtype | None:
     """Return the dtype that the frozen float weights are cast to, ``None`` to leave them.
 
-    ``"auto"`` leaves a model without quantization, a model already in 16 bits, and a model under autocast
-    as it is; a float32 base that is quantized gets bfloat16 activations where `fast_bfloat16` says so.
+    ``"auto"`` leaves a model without quantization, a model already in 16 bits, one that was sharded while it
+    was loaded, and a model under autocast as it is; a float32 base that is quantized gets bfloat16 activations
+    where `fast_bfloat16` says so.
 
     Raises:
         PreparationError: ``wanted`` is no float dtype we know.
@@ -50,6 +52,8 @@ def resolve_compute_dtype(
     if wanted == "auto":
         parameters = [p for p in model.parameters() if p.is_floating_point()]
         if not quantized or autocast or not parameters or any(p.dtype != torch.float32 for p in parameters):
+            return None
+        if any(is_part(p) for p in parameters):
             return None
         return torch.bfloat16 if fast_bfloat16(parameters[0].device) else None
     if wanted not in _DTYPE_NAMES:
@@ -84,8 +88,19 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         if module in adapters or owner_of(module) is not None or any(name in path.split(".") for name in keep):
             continue
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and not parameter.requires_grad:
+            if parameter.is_floating_point() and not parameter.requires_grad and parameter.dtype != dtype:
+                _refuse_partitioned(parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
+
+
+def _refuse_partitioned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+    """Refuse to cast a weight of which only a part is here: the other parts would keep their dtype."""
+    if is_part(parameter):
+        raise PreparationError(
+            f"The weights were sharded in {str(parameter.dtype).removeprefix('torch.')} while the model was loaded and "
+            f"can't be cast to {str(dtype).removeprefix('torch.')} any more. Load it with dtype={dtype}, or leave "
+            "compute_dtype and upcast out."
+        )
 
 
 def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
@@ -116,6 +131,7 @@ def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
         if not own:
             continue
         for parameter in own:
+            _refuse_partitioned(parameter, torch.float32)
             parameter.data = parameter.data.to(torch.float32)
         changed.append(path)
         if upcast == "norms":

@@ -15,6 +15,7 @@ from lora_plugins.errors import (
     QuantizerUnavailable,
 )
 from lora_plugins.manager import PluginHost, plugin_host
+from lora_plugins.sharding import whole
 from lora_plugins.types import Quantizer
 
 if TYPE_CHECKING:
@@ -268,7 +269,9 @@ def quantize_in_place(
     names = list(targets)
     for name in progress(names, len(names)) if progress else names:
         layer = targets.pop(name)
-        new = quantization.quantize(as_linear(layer))
+        # ZeRO-3 may have partitioned the weight while the model was loaded.
+        with whole(layer.parameters()):
+            new = quantization.quantize(as_linear(layer))
         new.train(layer.training)
         if new is not layer:
             # transformers notes the same on layers that it quantizes while loading.

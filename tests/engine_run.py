@@ -16,6 +16,7 @@ from typing import Any
 
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 from lora_plugins import LoraCallback, engines
@@ -67,15 +68,17 @@ class NanOnOneRank(Trainer):
 
 def make(folder: Path, case: Settings, settings: Settings) -> Trainer:
     """A Trainer with the callback; ranks have drawn different random numbers before."""
+    if settings.get("deepspeed"):
+        # The stage belongs to accelerate's state, which outlives a Trainer.
+        AcceleratorState._reset_state()
     extra = {**settings.get("arguments", {}), **case.get("arguments", {})}
     # ZeRO-3 partitions a model while it is loaded, but only when the arguments were there before it.
     args = arguments(folder, **extra) if case.get("arguments_first") else None
     model = load(case)
     args = args or arguments(folder, **extra)
     torch.manual_seed(100 + RANK)
-    callback = LoraCallback(
-        r=4, lora_dropout=0.0, quantization=case.get("quantization"), compute_dtype="float32", **case.get("lora", {})
-    )
+    lora = {"r": 4, "lora_dropout": 0.0, "compute_dtype": "float32", **case.get("lora", {})}
+    callback = LoraCallback(quantization=case.get("quantization"), **lora)
     cls = NanOnOneRank if case.get("nan") else Trainer
     return cls(
         **({"model_init": lambda: load(case)} if case.get("model_init") else {"model": model}),
@@ -191,8 +194,22 @@ def main(folder: Path, settings: Settings) -> None:
         torch.distributed.destroy_process_group()
 
 
+def prepare_deepspeed() -> None:
+    """Make accelerate's state as the Trainer would on a machine with accelerators, but over gloo.
+
+    Without it each process on a CPU takes itself for the only one.
+    """
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
 if __name__ == "__main__":
     settings = json.loads(sys.argv[2])
+    if settings.get("deepspeed"):
+        prepare_deepspeed()
     if settings.get("fsdp"):
         from force_fsdp import force_fsdp
 

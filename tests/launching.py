@@ -1,4 +1,4 @@
-"""Starting tests/engine_run.py under a launcher, and reading what its ranks wrote."""
+"""Starting tests/engine_run.py under a launcher, reading what its ranks wrote, comparing it with one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import peft
+import pytest
+import tiny
+from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 
@@ -19,6 +24,9 @@ ACCELERATE = [
     *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
 ]
 
+#: Elements of the tiny model with its adapters.
+ELEMENTS = 25_632
+
 #: What each rank wrote, by case.
 Results = dict[str, list[dict[str, Any]]]
 
@@ -29,7 +37,9 @@ def launch(
     """Run the script to its end; every case of every rank must have written something."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [*launcher, str(SCRIPT), str(folder), json.dumps(settings)]
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder), **(environment or {})}
+    # Extensions are compiled by programs of this environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    own = {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder), **(environment or {})}
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, (done.stderr or done.stdout)[-4000:]
     ranks = 1 if launcher is ALONE else 2
@@ -37,3 +47,41 @@ def launch(
         case: [json.loads((folder / case / f"rank{rank}.json").read_text()) for rank in range(ranks)]
         for case in settings["cases"]
     }
+
+
+def assert_same_run(ranks: list[dict[str, Any]], one: dict[str, Any], *, resumed: bool = True) -> None:
+    """Every rank has the losses, the start and the end of the single process."""
+    assert len(one["losses"]) == 6
+    for rank in ranks:
+        assert rank["processes"] == rank["world_size"] == 2
+        assert rank["losses"] == pytest.approx(one["losses"], abs=2e-6)
+        assert rank["eval"] == pytest.approx(one["eval"], abs=2e-6)
+        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-4)
+        assert rank["adapter"] == one["adapter"] == 8
+        assert rank["predicted"] == one["predicted"]
+        assert rank["generated"] == 5
+        if resumed:
+            assert rank["resumed"] == rank["losses"]
+    starts = [list(rank["start"].values()) for rank in (*ranks, one)]
+    assert starts[0] == starts[1] == starts[2], "the adapter starts with the same values, whatever was drawn before"
+    assert ranks[0]["best_adapter"] == ranks[1]["best_adapter"]
+
+
+def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> None:
+    """Checkpoints are whole, the best one is what the model holds, and PEFT loads it."""
+    place = "" if name == "default" else name
+    assert rank["best"] == "checkpoint-2"
+    for part in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "saved"):
+        stored = load_file(folder / part / place / "adapter_model.safetensors")
+        assert len(stored) == 8
+        for key, tensor in stored.items():
+            out = 32 if "q_proj" in key else 16
+            assert tuple(tensor.shape) == ((4, 32) if "lora_A" in key else (out, 4)), key
+    best = load_file(folder / "checkpoint-2" / place / "adapter_model.safetensors")
+    live = {key.replace(f".{name}", ""): value for key, value in rank["best_adapter"].items()}
+    assert {key: tensor.double().flatten().tolist() for key, tensor in best.items()} == live
+    last = load_file(folder / "checkpoint-6" / place / "adapter_model.safetensors")
+    assert all(not tensor.equal(last[key]) for key, tensor in best.items())
+    reloaded = peft.PeftModel.from_pretrained(tiny.llama(), folder / "saved" / place)
+    values = peft.get_peft_model_state_dict(reloaded)
+    assert all(values[key].equal(tensor) for key, tensor in best.items())

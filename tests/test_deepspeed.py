@@ -1,0 +1,147 @@
+"""DeepSpeed for real: ZeRO-2 and ZeRO-3 in two processes against one process on the same global batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from launching import ALONE, ELEMENTS, TORCHRUN, Results, assert_files, assert_same_run, launch
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; run `make test-engines`"),
+    # The first run compiles how processes of one machine talk to each other.
+    pytest.mark.timeout(900),
+]
+
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
+
+
+def configuration(stage: int) -> dict[str, Any]:
+    """What people write into the JSON file; with the usual threshold nothing of so small a model is divided."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("deepspeed")
+    tiny.llama().save_pretrained(path / "base")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Results:
+    cases = {name: {"quantization": name if name != "fp32" else None} for name in ("fp32", "int8", "nf4")}
+    return launch(folder / "alone", ALONE, {"cases": cases})
+
+
+@pytest.fixture(scope="module")
+def zero(folder: Path) -> Results:
+    two, three = ({"arguments": {"deepspeed": configuration(stage)}} for stage in (2, 3))
+    # The model is made before the arguments, or after them, when DeepSpeed partitions it while it is loaded.
+    loaded = {**three, "arguments_first": True, "pretrained": str(folder / "base")}
+    cases = {
+        "zero2_quanto": {**two, "quantization": "int8-quanto"},
+        "zero2_fp32": two,
+        "zero2_int8": {**two, "quantization": "int8"},
+        "zero3_fp32": three,
+        "zero3_int8": {**three, "quantization": "int8"},
+        "zero3_nf4": {**three, "quantization": "nf4", "lora": {"adapter_name": "mine"}},
+        "zero3_loaded_fp32": loaded,
+        "zero3_loaded_int8": {**loaded, "quantization": "int8"},
+        "zero3_loaded_cast": {**loaded, "lora": {"compute_dtype": "bfloat16"}},
+        "zero3_save_on_one": {**three, "save_on_one": True, "resume": False},
+    }
+    arguments = {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+    settings = {"deepspeed": True, "arguments": arguments, "cases": cases}
+    return launch(folder / "zero", TORCHRUN, settings, ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def accelerate(folder: Path) -> Results:
+    file = folder / "zero3.json"
+    file.write_text(json.dumps(configuration(3)))
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes=2"),
+        *(f"--deepspeed_config_file={file}", "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"),
+    ]
+    settings = {"arguments": {"use_cpu": False}, "cases": {"fp32": {}}}
+    return launch(folder / "accelerate", launcher, settings, ENVIRONMENT)
+
+
+def assert_deepspeed(rank: dict[str, Any], optimizer: str) -> None:
+    assert rank["distributed_type"] == "DistributedType.DEEPSPEED"
+    assert rank["wrapper"] == "DeepSpeedEngine"
+    assert rank["model"] == "PeftModelForCausalLM"
+    assert rank["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_zero2(folder: Path, zero: Results, alone: Results, quantization: str) -> None:
+    ranks = zero[f"zero2_{quantization}"]
+    for rank in ranks:
+        assert_deepspeed(rank, "DeepSpeedZeroOptimizer")
+        assert rank["local"] == rank["elements"] == ELEMENTS, "ZeRO-2 divides gradients and optimizer, not weights"
+        assert rank["warnings"] == []
+    assert_same_run(ranks, alone[quantization][0])
+    assert_files(folder / "zero" / f"zero2_{quantization}", ranks[0])
+
+
+def assert_zero3(ranks: list[dict[str, Any]], elements: int = ELEMENTS) -> None:
+    for rank in ranks:
+        assert_deepspeed(rank, "DeepSpeedZeroOptimizer_Stage3")
+        assert rank["elements"] == elements
+        assert rank["local"] == elements // 2
+        assert rank["sharded_adapter"] == rank["adapter"] == 8
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+@pytest.mark.parametrize("order", ["zero3", "zero3_loaded"])
+def test_zero3(folder: Path, zero: Results, alone: Results, order: str, quantization: str) -> None:
+    case = f"{order}_{quantization}"
+    assert_zero3(zero[case])
+    for rank in zero[case]:
+        said = [text for text in rank["warnings"] if "ZeRO-3 does not divide these quantized weights" in text]
+        assert len(said) == len(rank["warnings"]) == (1 if quantization == "int8" else 0)
+    assert_same_run(zero[case], alone[quantization][0])
+    assert_files(folder / "zero" / case, zero[case][0])
+
+
+def test_zero3_with_four_bits_and_another_name(folder: Path, zero: Results, alone: Results) -> None:
+    packed = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) // 2
+    assert_zero3(zero["zero3_nf4"], ELEMENTS - packed)
+    assert_same_run(zero["zero3_nf4"], alone["nf4"][0])
+    assert_files(folder / "zero" / "zero3_nf4", zero["zero3_nf4"][0], "mine")
+
+
+def test_accelerate_launch(folder: Path, accelerate: Results, alone: Results) -> None:
+    assert_zero3(accelerate["fp32"])
+    assert_same_run(accelerate["fp32"], alone["fp32"][0])
+    assert_files(folder / "accelerate" / "fp32", accelerate["fp32"][0])
+
+
+def test_casting_what_is_partitioned_is_refused(zero: Results) -> None:
+    for rank in zero["zero3_loaded_cast"]:
+        assert rank["error"].startswith("PreparationError: The weights were sharded in float32")
+
+
+def test_weights_that_deepspeed_cant_exchange_are_refused(zero: Results) -> None:
+    for rank in zero["zero2_quanto"]:
+        assert rank["error"].startswith("UnsupportedTraining: DeepSpeed exchanges the data of every parameter")
+
+
+def test_saving_on_one_rank_only_is_named_instead_of_hanging(folder: Path, zero: Results) -> None:
+    first, second = zero["zero3_save_on_one"]
+    assert first["error"].startswith("ProcessMissing: save_model() gathers a model that is spread over 2 processes")
+    assert "error" not in second
+    assert not (folder / "zero" / "zero3_save_on_one" / "alone").exists()
