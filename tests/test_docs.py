@@ -48,6 +48,7 @@ PROGRAMS = [
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_python_blocks_run(program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
     namespace = {"__name__": "documentation"}
     for number, block in enumerate(program):
         exec(compile(block, f"block {number}", "exec"), namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "PATIENCE", 0.3)
+    # Waiting for the disk is for power failures, which these tests don't have.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def tags(place: Place) -> list[str]:
