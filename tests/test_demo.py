@@ -300,12 +300,17 @@ def test_the_demo_learns_and_reloads(result: dict[str, Any]) -> None:
     assert result["reload"]["equal"] is True
     assert result["reload"]["difference"] == 0.0
     assert result["reload"]["difference_off"] > 0.0
+    assert result["reload"]["identity"] == "verified"
+    assert result["release"] == "demo/summaries@0.1.0"
     assert len(result["samples"]) == 3
     assert result["trainable"] > 0
 
 
 def test_what_the_demo_writes(result: dict[str, Any]) -> None:
-    adapter, picture, report = map(Path, result["files"])
+    adapter, picture, report, registry = map(Path, result["files"])
+    assert [path.name for path in sorted(registry.parent.iterdir())] == [
+        "adapter", "loss.png", "parameter_report.json", "registry", "registry-cache",
+    ]  # fmt: skip
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert json.loads(report.read_text())["trainable"] == result["trainable"]
@@ -345,7 +350,13 @@ def test_the_demos_text(base: Path, tmp_path: Path, result: dict[str, Any]) -> N
     options = ["--steps", "3", "--seed", "7", "--quantization", "none"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for expected in ("trainable params: ", "perplexity is ", "logits bit-equal: yes", "   author: ", "Written: "):
+    for expected in (
+        "trainable params: ",
+        "perplexity is ",
+        "logits bit-equal: yes",
+        "   author: ",
+        "demo/summaries@0.1.0",
+    ):
         assert expected in done.stdout
     in_float, before = re.findall(r"(?:base as loaded, float|before: float base, adapter zero) +([\d.]+)", done.stdout)
     assert in_float == before

@@ -25,7 +25,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Two runs with one seed print the same numbers.")] = 42,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
 ) -> None:
-    """Train an adapter on this machine, compare before and after, reload it. Offline."""
+    """Train an adapter on this machine, compare before and after, publish it, pull it, reload it. Offline."""
     from lora_plugins.demo.run import Demo, DemoOptions
 
     options = DemoOptions(model, None if quantization == "none" else quantization, steps, output, seed)
@@ -51,7 +51,8 @@ def _text(result: DemoResult) -> str:
     if result.reload is not None:
         lines += [
             "",
-            "Adapter saved, loaded onto a fresh base in a new process, same batch:",
+            f"Published in a folder as {result.release}, pulled and loaded onto a fresh base in a new process:",
+            f"   the base is the one it was trained on: {result.reload.identity}",
             f"   logits bit-equal: {'yes' if result.reload.equal else 'NO'}; "
             f"with the adapter off they differ by {result.reload.difference_off:.2f}",
         ]

@@ -1,4 +1,4 @@
-"""The demo itself: train, measure before and after, save, reload in a new process."""
+"""The demo itself: train, measure before and after, publish, pull and reload in a new process."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ BATCH_SIZE = 8
 MAX_TOKENS = 128
 HELD_OUT = 40
 SHOWN = 3
+#: What the adapter is called in the demo's registry.
+ADAPTER = "demo/summaries"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class DemoResult:
         perplexity_after: ``exp(loss_after)``.
         training_loss: Loss of each step, in training mode.
         samples: Generations before and after.
-        reload: How the adapter does when it is loaded in a new process.
+        release: What the adapter is published as, in a registry that is a folder.
+        content: sha256 over what was published: weights, configuration, base.
+        reload: How the adapter does when it is pulled and loaded in a new process.
         files: What was written.
         seconds: Wall time by phase.
     """
@@ -94,6 +98,8 @@ class DemoResult:
     perplexity_after: float = 0.0
     training_loss: list[float] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    release: str = ""
+    content: str = ""
     reload: Reload | None = None
     files: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -136,6 +142,7 @@ class Demo:
         self._lap("training")
         self._measure_after(trainer, before)
         self._save(trainer)
+        self._publish(trainer)
         self._reload(trainer)
         return self.result
 
@@ -210,17 +217,39 @@ class Demo:
         output = self.options.output
         trainer.save_model(str(output / "adapter"))
         draw_losses(self.result, output / "loss.png")
-        self.result.files = [str(output / name) for name in ("adapter", "loss.png", "parameter_report.json")]
+        self.result.files = [
+            str(output / name) for name in ("adapter", "loss.png", "parameter_report.json", "registry")
+        ]
+
+    def _publish(self, trainer: Trainer) -> None:
+        from registry import push_adapter
+
+        self.say("Publishing the adapter in a folder …")
+        done = push_adapter(
+            trainer,
+            ADAPTER,
+            version="minor",
+            hub=self._registry,
+            metrics={"perplexity_before": self.result.perplexity_before, "perplexity": self.result.perplexity_after},
+            training={"quantization": self.options.quantization or "none"},
+        )
+        self.result.release, self.result.content = str(done), done.manifest.content_digest
+        self._lap("publishing")
+
+    @property
+    def _registry(self) -> Path:
+        return self.options.output.absolute() / "registry"
 
     def _reload(self, trainer: Trainer) -> None:
-        self.say("Loading the adapter onto a fresh base in a new process …")
+        self.say("Pulling it in a new process, checking it against a fresh base, loading it …")
         batch = data.collator(self.tokenizer)([self.test_data[index] for index in range(4)])
         self.result.reload = compare_in_new_process(
             trainer.model,
             batch,
             base=self._base,
-            adapter=self.options.output / "adapter",
+            adapter=self.result.release,
             quantization=self.options.quantization,
+            registry=self._registry,
         )
         self._lap("reloading")
         if not self.result.reload.equal or not self.result.reload.difference_off:
