@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_plugins.callbacks import detach as detach
     from lora_plugins.dequantization import dequantize_model as dequantize_model
     from lora_plugins.model import prepare_model as prepare_model
+    from lora_plugins.planning.planner import plan as plan
     from lora_plugins.quantization import quantization_config as quantization_config
 
 _LAZY = {
@@ -30,6 +31,7 @@ _LAZY = {
     "attach": "lora_plugins.callbacks",
     "dequantize_model": "lora_plugins.dequantization",
     "detach": "lora_plugins.callbacks",
+    "plan": "lora_plugins.planning.planner",
     "prepare_model": "lora_plugins.model",
     "quantization_config": "lora_plugins.quantization",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "detach",
     "hookimpl",
     "missing_package",
+    "plan",
     "prepare_model",
     "quantization_config",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lora_plugins import engines, liveness, preference
+from lora_plugins import chunked_loss, engines, liveness, preference
 from lora_plugins.checkpoints import check_checkpoint, restore_best
 from lora_plugins.engines import raising_together
 from lora_plugins.errors import (
@@ -49,7 +49,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     settings: LoraSettings
 
-    def __init__(self) -> None:
+    def __init__(self, chunked_loss: bool = True) -> None:
+        self._chunked_loss = chunked_loss
         self._trainer: weakref.ref[Trainer] | None = None
         self._undo: list[Callable[[], None]] = []
         self._movement = liveness.MovementWatch([])
@@ -106,6 +107,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             optimizer.apply()
         if trainer.model_init is not None:
             self._undo.append(wrap_model_init(trainer, functools.partial(self._make, trainer)))
+        if self._chunked_loss:
+            self._undo += chunked_loss.install(trainer)
         self._undo.append(_observe_losses(trainer, self._loss))
         self._undo += engines.guard(trainer)
 
@@ -256,6 +259,8 @@ class LoraCallback(_PreparingCallback):
         adapter_name: Name of the adapter in the model.
         experts: See `prepare_model`.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
+        chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
+            logits of a whole batch.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Raises:
@@ -274,9 +279,10 @@ class LoraCallback(_PreparingCallback):
         adapter_name: str = "default",
         experts: str = "default",
         strict: bool = True,
+        chunked_loss: bool = True,
         **lora: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(chunked_loss)
         self.settings = LoraSettings.from_arguments(
             quantization=quantization,
             peft_config=peft_config,
@@ -330,6 +336,8 @@ class Int8PreparationCallback(_PreparingCallback):
         quantization: The backend, ``"int8"`` unless told otherwise.
         compute_dtype: See `prepare_model`.
         upcast: See `prepare_model`.
+        chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
+            logits of a whole batch.
     """
 
     def __init__(
@@ -338,8 +346,9 @@ class Int8PreparationCallback(_PreparingCallback):
         *,
         compute_dtype: Any = "auto",
         upcast: str = "none",
+        chunked_loss: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(chunked_loss)
         self.settings = LoraSettings.from_arguments(
             quantization=quantization, compute_dtype=compute_dtype, upcast=upcast
         )

@@ -42,6 +42,7 @@
     │   ├── TemplateError (ValueError)
     │   └── ResumeError
     ├── MergeError
+    ├── PlanError (ValueError)
     └── DemoError
 
     LoraPluginsWarning (UserWarning)
@@ -212,6 +213,10 @@ class ResumeError(TrainingError):
 
 class MergeError(LoraPluginsError):
     """An adapter can't be merged into its base model."""
+
+
+class PlanError(LoraPluginsError, ValueError):
+    """What a run would take can't be worked out: the model is unknown, or an argument has no meaning."""
 
 
 class DemoError(LoraPluginsError):

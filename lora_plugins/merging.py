@@ -46,6 +46,8 @@ class MergeResult:
         into: What the adapter was added to, in words.
         bytes: Bytes of the merged weights.
         distance: How far the merged model is from the trained one, ``None`` when it was not measured.
+        as_trained: Whether it is known how the base was quantized in training. If not, the distance is that from
+            the adapter on the float base.
     """
 
     output: Path
@@ -54,11 +56,19 @@ class MergeResult:
     into: str
     bytes: int
     distance: Distance | None
+    as_trained: bool = True
 
     def line(self) -> str:
         """The result as a sentence or two."""
         text = f"Merged model in {self.output}: {self.dtype}, {self.bytes:,} bytes, into {self.into}."
-        return text if self.distance is None else f"{text} Against the trained model: {self.distance.line()}"
+        if self.distance is None:
+            return text
+        if self.as_trained:
+            return f"{text} Against the trained model: {self.distance.line()}"
+        return (
+            f"{text} Against the adapter on the float base: {self.distance.line()}. Whether it was trained on a "
+            "quantized one is not known; --quantization says it."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
@@ -89,16 +99,16 @@ def merge_and_save(
             weights that the adapter was trained against, in the dtype that the base is stored in.
         base: Base model; default is the one that the adapter names.
         revision: Branch, tag or commit of the base model; default is the one that the adapter names.
-        quantization: Backend that the adapter was trained on, ``None`` for a float base; default is what
-            ``recipe.json`` beside the adapter says.
+        quantization: Backend that the adapter was trained on, ``None`` or ``"none"`` for a float base; default is
+            what ``recipe.json`` beside the adapter says.
         probe: Text on which the merged model's logits are compared with the trained model's; ``None``
             leaves that out.
         overwrite: Whether a model that is already in ``output`` may be replaced.
         max_shard_size: Largest file of weights.
 
     Raises:
-        MergeError: ``dtype`` is unknown, the base can't be told or loaded, the output is taken, or weights
-            overflow the dtype.
+        MergeError: ``dtype`` is unknown, the base can't be told or loaded, the output is taken or holds an
+            adapter, or weights overflow the dtype.
         AdapterMismatch: The adapter does not fit the base.
         QuantizationError: The backend is unknown or can't be used here.
     """
@@ -106,8 +116,7 @@ def merge_and_save(
         raise MergeError(f"dtype must be {', '.join(map(repr, get_args(MergeDtype)))}, not {dtype!r}")
     job = _Job.make(adapter, base, revision, quantization, same=dtype == "same")
     target = Path(output)
-    if (target / "config.json").is_file() and not overwrite:
-        raise MergeError(f"{target} already holds a model. Choose another folder, or allow overwriting.")
+    _check_output(target, overwrite=overwrite)
     tokenizer = job.tokenizer()
     trained = _trained_logits(job, tokenizer, probe) if probe else None
     model = job.load(_torch_dtype(dtype))
@@ -124,7 +133,18 @@ def merge_and_save(
         into=_into(job, same=dtype == "same"),
         bytes=sum(tensor.nbytes for tensor in _unique_tensors(merged)),
         distance=distance,
+        as_trained=job.as_trained,
     )
+
+
+def _check_output(target: Path, *, overwrite: bool) -> None:
+    if (target / adapters.ADAPTER_CONFIG).is_file():
+        # transformers would load the merged model and put the adapter on it a second time.
+        raise MergeError(f"{target} holds an adapter. The merged model needs a folder of its own.")
+    if (target / "config.json").is_file() and not overwrite:
+        raise MergeError(
+            f"{target} already holds a model. Choose another folder, or pass overwrite=True (--overwrite)."
+        )
 
 
 def unquantized_layers(model: nn.Module) -> list[str]:
@@ -153,12 +173,14 @@ class _Job:
         base: Its base model.
         revision: The base model's revision.
         quantization: What the adapter was trained on, ``None`` for a float base.
+        as_trained: Whether that is known.
     """
 
     folder: Path
     base: str
     revision: str | None
     quantization: Quantization | None
+    as_trained: bool
 
     @classmethod
     def make(
@@ -176,16 +198,20 @@ class _Job:
         named = os.fspath(base) if base is not None else recipe.get("base") or config.base_model_name_or_path
         if not named:
             raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base=.")
+        if revision is not None and Path(named).exists():
+            raise MergeError(
+                f"revision={revision!r} was given, and the base model {named} is a folder, which has none."
+            )
+        known = quantization != AS_TRAINED or "quantization" in recipe
         if quantization == AS_TRAINED:
-            if same and "quantization" not in recipe:
+            if same and not known:
                 raise MergeError(
                     f"dtype='same' needs to know how the base was quantized in training, and {folder} has no "
-                    f"{RECIPE_FILE} that says it. Pass quantization=, a backend's name or None."
+                    f"{RECIPE_FILE} that says it. Pass quantization= (--quantization): a backend's name, or 'none'."
                 )
             quantization = recipe.get("quantization")
-        return cls(
-            folder, named, revision or recipe.get("revision") or config.revision, parse_quantization(quantization)
-        )
+        backend = parse_quantization(None if quantization == "none" else quantization)
+        return cls(folder, named, revision or recipe.get("revision") or config.revision, backend, known)
 
     def load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         """Load the base in a dtype, ``"auto"`` for the one it is stored in."""

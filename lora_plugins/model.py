@@ -335,6 +335,9 @@ def _prepare_wrapped(
 
 
 def _finish(model: Any, record: Preparation) -> Any:
+    from lora_plugins.fused import fuse_adapters
+
+    fuse_adapters(model)
     record.after = tensor_bytes(model)
     setattr(model, RECORD_ATTRIBUTE, record)
     return model

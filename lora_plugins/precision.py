@@ -34,13 +34,25 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(
-    wanted: str | torch.dtype, model: nn.Module, *, quantized: bool, autocast: bool
+    wanted: str | torch.dtype,
+    model: nn.Module,
+    *,
+    quantized: bool,
+    autocast: bool,
+    device: torch.device | None = None,
 ) -> torch.dtype | None:
     """Return the dtype that the frozen float weights are cast to, ``None`` to leave them.
 
     ``"auto"`` leaves a model without quantization, a model already in 16 bits, one that was sharded while it
     was loaded, and a model under autocast as it is; a float32 base that is quantized gets bfloat16 activations
     where `fast_bfloat16` says so.
+
+    Args:
+        wanted: What was asked for.
+        model: The base model.
+        quantized: Whether it is quantized, or will be.
+        autocast: Whether the Trainer runs it under autocast.
+        device: Where it will run, for a model on the meta device; by default where it is.
 
     Raises:
         PreparationError: ``wanted`` is no float dtype we know.
@@ -55,7 +67,7 @@ def resolve_compute_dtype(
             return None
         if any(is_part(p) for p in parameters):
             return None
-        return torch.bfloat16 if fast_bfloat16(parameters[0].device) else None
+        return torch.bfloat16 if fast_bfloat16(device or parameters[0].device) else None
     if wanted not in _DTYPE_NAMES:
         raise PreparationError(
             f"compute_dtype must be 'auto', {', '.join(map(repr, _DTYPE_NAMES))} or a torch dtype, not {wanted!r}"

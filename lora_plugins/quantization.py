@@ -311,6 +311,13 @@ def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def layers_to_quantize(
     model: nn.Module, quantization: Quantization, never: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the linear layers that would be quantized, by path, and the reason for each that would not.
+
+    Args:
+        model: A float model, on any device.
+        quantization: The backend and its options.
+        never: More module names to leave alone.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

@@ -247,10 +247,10 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
 def _target_rows(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
     if record is not None and record.plan is not None:
         return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in record.plan.hits]
-    return _rows_of_adapters(model)
+    return rows_of_adapters(model)
 
 
-def _rows_of_adapters(model: nn.Module) -> list[TargetRow]:
+def rows_of_adapters(model: nn.Module) -> list[TargetRow]:
     """The hit table of adapters that somebody else put in, by the last part of the module names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -98,6 +98,8 @@ class Quantizer(ABC):
             ``"compute_dtype"`` is told the dtype of the activations in it, unless the user gave one.
         unsupported: Fields of ``peft.LoraConfig`` that PEFT can't do over layers of this backend.
         loss_note: What the losses in a log mean where training and evaluation use different kernels.
+        keeps_input: Whether a layer holds its input until its backward pass where gradient checkpointing can't
+            free it: as an attribute instead of a saved tensor. `plan` counts those bytes.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Quantizer(ABC):
     options: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     loss_note: str = ""
+    keeps_input: bool = False
 
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -165,6 +168,22 @@ class Quantizer(ABC):
     def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
         """Return what a module of ours stores outside its parameters and buffers, for counting bytes."""
         return ()
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        """Return the bytes of one quantized weight with its scales and tables, for `plan`; the bias is not part of it.
+
+        ``None`` lets the core quantize two small layers and go on from there, which is exact where every row
+        of the weight is stored alike.
+
+        Args:
+            in_features: Columns of the weight.
+            out_features: Rows of the weight.
+            dtype: Dtype of the float weight.
+            options: Options the user gave.
+        """
+        return None
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:  # noqa: B027 - optional
         """Set flags that this backend's libraries look for on a model with layers of ours.

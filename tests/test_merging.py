@@ -317,6 +317,31 @@ def test_output_that_holds_a_model_is_kept(tmp_path: Path) -> None:
         merge_and_save(adapter, tmp_path / "base")
 
 
+def test_model_is_not_written_beside_an_adapter(tmp_path: Path) -> None:
+    """transformers would load it and put the adapter on it a second time."""
+    adapter, _ = make(tmp_path, bloom())
+    with pytest.raises(MergeError, match="holds an adapter"):
+        merge_and_save(adapter, adapter, overwrite=True)
+    assert not (adapter / "config.json").exists()
+
+
+def test_folder_has_no_revisions(tmp_path: Path) -> None:
+    adapter, _ = make(tmp_path, bloom())
+    with pytest.raises(MergeError, match=r"revision='v2' was given.* is a folder"):
+        merge_and_save(adapter, tmp_path / "merged", revision="v2")
+
+
+def test_distance_does_not_pass_for_one_from_the_trained_model_where_that_is_not_known(tmp_path: Path) -> None:
+    adapter, _ = make(tmp_path, bloom())
+    assert "Against the trained model" in merge_and_save(adapter, tmp_path / "known").line()
+    (adapter / RECIPE_FILE).unlink()
+    said = merge_and_save(adapter, tmp_path / "unknown", base=tmp_path / "base").line()
+    assert "Against the adapter on the float base" in said
+    assert "Against the trained model" not in said
+    said = merge_and_save(adapter, tmp_path / "told", base=tmp_path / "base", quantization="none").line()
+    assert "Against the trained model" in said
+
+
 def test_unknown_dtype_is_named(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="'fp16', 'bf16', 'same', not 'fp8'"):
         merge_and_save(tmp_path, tmp_path / "merged", "fp8")

@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import twin
 from transformers import AutoModelForCausalLM
 
+from lora_plugins import prepare_model
 from lora_plugins.demo.model import demo_model
 from lora_plugins.errors import DemoError
 from lora_plugins.training.parser import parse
+from registry import push_adapter
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "sagemaker"
 
@@ -90,6 +93,26 @@ def test_conversation_of_a_request_is_written_as_in_training() -> None:
     served = inference.Served(None, tokenizer, "chat")
     encoded = inference.encode([{"role": "user", "content": "Hi"}], served)
     assert tokenizer.decode(encoded["input_ids"][0]) == "<s>user\nHi</s><s>assistant\n"
+
+
+def test_adapter_from_the_registry_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = twin.make_base(tmp_path / "base", steps=2)
+    trained = prepare_model(AutoModelForCausalLM.from_pretrained(base))
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    monkeypatch.setenv("LORA_REGISTRY", (tmp_path / "registry").as_uri())
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    push_adapter(trained, "org/summaries", version="1.0.0")
+    monkeypatch.setenv("ADAPTER", "org/summaries>=1,<2")
+    monkeypatch.setenv("BASE", str(base))
+    inference = example("inference")
+    served = inference.model_fn(str(tmp_path / "nothing"))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(served.model(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
+    request = {"inputs": "Hi", "parameters": {"max_new_tokens": 4}}
+    assert set(inference.predict_fn(request, served)) == {"generated_text"}
 
 
 def test_sampling_is_the_recipes() -> None:

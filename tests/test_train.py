@@ -28,6 +28,8 @@ from lora_plugins.cli import main
 from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.training.checkpoints import find_checkpoints
 from lora_plugins.training.run import run
+from registry import pull_adapter
+from registry.errors import VersionExists
 
 STEPS = 24
 SAVE_STEPS = LOGGING_STEPS = 4
@@ -384,6 +386,23 @@ def test_conversations_on_a_base_in_four_bits(place: Place) -> None:
     assert metrics["merge"]["distance"]["relative"] < 1e-4
 
 
+def test_failed_push_loses_nothing_of_the_run(
+    place: Place, inside: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY", (place.folder / "registry").as_uri())
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(place.folder / "registry-cache"))
+    few = ["--max_steps", "4", "--eval_steps", "4", "--push"]
+    assert inside("pushed", *few, "org/summaries@minor", "--merge", "none") == 0
+    published = pull_adapter("org/summaries@0.1.0").manifest.metrics
+    assert published["eval_loss"] == pytest.approx(place.metrics("pushed")["eval_loss"])
+    # Another adapter, under a version that exists.
+    with pytest.raises(VersionExists):
+        inside("refused", *few, "org/summaries@0.1.0", "--seed", "1")
+    assert "The adapter in refused/adapter is not published" in capsys.readouterr().out
+    assert (place.folder / "refused" / "model" / "model.safetensors").is_file()
+    assert "merge" in place.metrics("refused")
+
+
 def test_checkpoints_cut_off_anywhere_are_passed_over(
     place: Place, whole: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:
@@ -419,6 +438,8 @@ def test_new_run_over_the_files_of_another_is_refused(
         shutil.copytree(place.folder / "whole" / folder, place.folder / f"only-{folder}" / folder)
         with pytest.raises(ArgumentsError, match=f"only-{folder}/{folder} already holds an? {folder}"):
             inside(f"only-{folder}", *more)
+    with pytest.raises(ArgumentsError, match="can't both go to mixed"):
+        inside("new", "--adapter_folder", "mixed", "--model_folder", "mixed")
 
 
 def test_resuming_with_other_arguments_is_refused(

@@ -36,6 +36,8 @@ class Int8(Quantizer):
         "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
         "they differ slightly, and the second depends on the batch"
     )
+    # Its autograd function keeps the input as an attribute.
+    keeps_input = True
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return missing_package("bitsandbytes", "0.49")
@@ -80,6 +82,11 @@ class Int8(Quantizer):
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         return [_int8_scale(module)]
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        return in_features * out_features + 4 * out_features
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
         import bitsandbytes as bnb
@@ -166,6 +173,17 @@ class FourBit(Quantizer):
         if state.nested:
             parts += [state.offset, state.state2.absmax, state.state2.code]
         return [part for part in parts if part is not None]
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        size = in_features * out_features
+        blocks = -(-size // 64)
+        packed, table = -(-size // 2), 4 * 16
+        if not options.get("double_quant", False):
+            return packed + table + 4 * blocks
+        # A byte for each scale; a scale, a table and an offset for those.
+        return packed + table + blocks + 4 * -(-blocks // 256) + 4 * 256 + 4
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
         model.is_loaded_in_4bit = True

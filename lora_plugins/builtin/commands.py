@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 def register_commands(app: typer.Typer) -> None:
     from lora_plugins.commands.demo import demo
     from lora_plugins.commands.merge import merge
+    from lora_plugins.commands.plan import plan
     from lora_plugins.commands.plugins import plugins
     from lora_plugins.commands.train import CONTEXT, train
 
     app.command()(demo)
     app.command()(merge)
+    app.command()(plan)
     app.command()(plugins)
     app.command(context_settings=CONTEXT)(train)

@@ -63,6 +63,17 @@ class Hqq(Quantizer):
     def dequantize(self, module: Any) -> torch.Tensor:
         return module.dequantize()
 
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        size = _group_size(in_features, options)
+        if size is None:
+            return None
+        groups = in_features // size * out_features
+        # A scale and a zero point for each group.
+        item = (options.get("compute_dtype") or dtype).itemsize
+        return in_features * out_features * self.bits // 8 + 2 * groups * item
+
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         import torch
 

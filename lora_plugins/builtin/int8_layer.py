@@ -1,19 +1,83 @@
-"""bitsandbytes' int8 layer, with a scale that survives being dequantized on a CPU."""
+"""bitsandbytes' int8 layer: a scale that survives being dequantized on a CPU, and a lean training pass there."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
+import torch
+from torch.autograd.function import once_differentiable
+
+#: Weights that are dequantized at a time, so that the float32 intermediate stays in the CPU's cache.
+_BLOCK = 1 << 20
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """``Linear8bitLt`` that keeps its scale.
+    """``Linear8bitLt`` that keeps its scale and trains on a CPU without waste.
 
     PEFT reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
     ``weight.to("cpu")``. That makes a parameter with a fresh ``CB`` and without scale, from which
     bitsandbytes would take over the missing scale, and the next forward pass fails.
+
+    In training mode on a CPU the products are those of bitsandbytes, with the same rounding; nothing but the int8
+    weight is kept for the backward pass, where bitsandbytes keeps the input of every layer.
     """
 
     def init_8bit_state(self) -> None:
         if self.weight.SCB is None and self.state.SCB is not None:
             self.weight.SCB = self.state.SCB
         super().init_8bit_state()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        weight, scale = self.weight.data, self.state.SCB
+        if weight.dtype != torch.int8 or scale is None or self.weight.requires_grad:
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        product: Any = _Int8Product.apply
+        with torch.autocast("cpu", enabled=False):
+            return product(x.to(dtype), weight, scale, bias)
+
+
+class _Int8Product(torch.autograd.Function):
+    """``x @ weight.T + bias`` for a frozen int8 weight, in the dtype of ``x``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        return torch.nn.functional.linear(x, dequantized(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+        weight, scale = ctx.saved_tensors
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = gradient @ dequantized(weight, scale, gradient.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_input, None, None, of_bias
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an int8 weight as float, each value rounded once.
+
+    Args:
+        weight: Shape ``[out, in]``, int8.
+        scale: Largest magnitude of each row in float32, shape ``[out]``.
+        dtype: Dtype of the result.
+    """
+    factors = scale.unsqueeze(1).mul(1.0 / 127.0)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows = max(1, _BLOCK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        # int8 to float32 and the product are vectorized; int8 times float32 in one go is not.
+        result[block] = weight[block].float().mul_(factors[block])
+    return result

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,20 @@ class Quanto(Quantizer):
     def dequantize(self, module: Any) -> torch.Tensor:
         return module.weight.dequantize().detach()
 
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        found = self.parts(in_features, out_features)
+        if found is None:
+            return None
+        # Beside the scales of the weight there are those of input and output, which stay at one.
+        packed, numbers = found
+        return packed + (numbers + 2) * int((options.get("compute_dtype") or dtype).itemsize)
+
+    @abstractmethod
+    def parts(self, in_features: int, out_features: int) -> tuple[int, int] | None:
+        """Bytes of a packed weight, and how many scales and shifts it has; ``None`` where that is not known."""
+
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import QuantoConfig
 
@@ -96,6 +111,9 @@ class Int8Quanto(Quanto):
     bits = 8
     kind, loaded_kind = "qint8", "int8"
 
+    def parts(self, in_features: int, out_features: int) -> tuple[int, int] | None:
+        return in_features * out_features, out_features
+
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
         # torch's kernel for bfloat16 on CPUs reads whole vectors of 16 weights: past the end it finds other
         # memory, NaN or none. With a single output the scale is none per row, which it does not expect either.
@@ -115,6 +133,13 @@ class Int4Quanto(Quanto):
     name = "int4-quanto"
     bits = 4
     kind, loaded_kind = "qint4", "int4"
+
+    def parts(self, in_features: int, out_features: int) -> tuple[int, int] | None:
+        size = next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)
+        if size is None:
+            return None
+        groups = in_features // size * out_features
+        return -(-groups // 2) * size, 2 * groups
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         missing = super().available(device, dtype, options)

@@ -24,10 +24,12 @@ class Torchao(Quantizer):
     Attributes:
         configuration: Name of the default class of settings in ``torchao.quantization``.
         tensor: Name of the class of the weight in ``torchao.quantization``.
+        row_bytes: Bytes that the default settings keep for each output row, beside its weights.
     """
 
     configuration: str
     tensor: str
+    row_bytes: int
     bits = 8
     options = ("config", "compute_dtype")
 
@@ -62,6 +64,13 @@ class Torchao(Quantizer):
     def dequantize(self, module: Any) -> torch.Tensor:
         return module.weight.dequantize()
 
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        if options.get("config") is not None:
+            return None
+        return (in_features + self.row_bytes) * out_features
+
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import TorchAoConfig
 
@@ -82,6 +91,8 @@ class Int8Torchao(Torchao):
     name = "int8-torchao"
     configuration = "Int8WeightOnlyConfig"
     tensor = "Int8Tensor"
+    # A float32 scale and an int8 zero point.
+    row_bytes = 5
 
 
 class Float8Torchao(Torchao):
@@ -90,6 +101,7 @@ class Float8Torchao(Torchao):
     name = "float8-torchao"
     configuration = "Float8WeightOnlyConfig"
     tensor = "Float8Tensor"
+    row_bytes = 4
 
 
 @hookimpl

@@ -48,7 +48,7 @@ def merge(
         dtype.value,
         base=base,
         revision=revision,
-        quantization=AS_TRAINED if quantization is None else None if quantization == "none" else quantization,
+        quantization=AS_TRAINED if quantization is None else quantization,
         probe=PROBE_TEXT if probe else None,
         overwrite=overwrite,
     )

@@ -97,8 +97,10 @@ class Folders:
 
         Raises:
             ResumeError: There are checkpoints of another run.
-            ArgumentsError: There is an adapter or a merged model.
+            ArgumentsError: There is an adapter or a merged model, or both would go to one folder.
         """
+        if merge and self.model.resolve() == self.adapter.resolve():
+            raise ArgumentsError(f"Adapter and merged model can't both go to {self.model}. Give each a folder.")
         checkpoints = checkpoint_folders(self.output)
         if checkpoints:
             raise ResumeError(

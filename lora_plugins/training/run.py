@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,12 +95,15 @@ class TrainingRun:
         if interruption.stopped_at is not None:
             return self._interrupted(interruption)
         figures = self._save(trainer)
-        if self.is_main and publication is not None:
-            self.say(publication.push(trainer, self.folders.adapter, prepare.quantization_of(self.recipe)))
+        unpublished = self._publish(publication, trainer)
         # The trained model is not needed any more and would take the merge's memory.
+        if unpublished is not None:
+            traceback.clear_frames(unpublished.__traceback__)
         del trainer, interruption
         gc.collect()
         self._merge(figures)
+        if unpublished is not None:
+            raise unpublished
         return 0
 
     def _base_on_hub(self) -> str | None:
@@ -108,6 +112,17 @@ class TrainingRun:
         if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
             return f"{recipe.model}@{recipe.revision}"
         return recipe.push_base_model
+
+    def _publish(self, publication: Publication | None, trainer: Trainer) -> Exception | None:
+        """Publish the adapter; an error is given back, to be raised when the merge is done."""
+        if publication is None or not self.is_main:
+            return None
+        try:
+            self.say(publication.push(trainer, self.folders.adapter, prepare.quantization_of(self.recipe)))
+        except Exception as error:
+            self.say(f"The adapter in {self.folders.adapter} is not published, for the reason at the end")
+            return error
+        return None
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to go on from.

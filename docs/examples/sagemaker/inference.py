@@ -32,23 +32,20 @@ class Served:
 def model_fn(model_dir: str, context: Any = None) -> Served:
     """Load what is served.
 
-    With `ADAPTER=org/name@1.2` in the environment it comes from the registry, else it is the merged model in
-    `model_dir`, else the adapter in `model_dir/adapter` over its base.
+    With `ADAPTER=org/name@1.2` in the environment it comes from the registry, over the base that the release names or
+    over `BASE`, a folder or an id. Else it is the merged model in `model_dir`, else the adapter in `model_dir/adapter`
+    over its base.
     """
     folder = Path(model_dir)
+    recipe = _recipe(folder / "adapter") or _recipe(folder)
     reference = os.environ.get("ADAPTER")
     if reference:
-        from registry import pull_adapter
-
-        adapter = Path(os.fspath(pull_adapter(reference)))
-    else:
-        adapter = folder / "adapter"
-    recipe = _recipe(adapter) or _recipe(folder)
-    if reference or not (folder / "config.json").is_file():
-        model, tokenizer = _with_adapter(adapter, recipe)
-    else:
+        model, tokenizer = _from_registry(reference, os.environ.get("BASE"))
+    elif (folder / "config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        model, tokenizer = _with_adapter(folder / "adapter", recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Served(model.to(device).eval(), tokenizer, recipe.get("template"))
 
@@ -56,6 +53,20 @@ def model_fn(model_dir: str, context: Any = None) -> Served:
 def _recipe(folder: Path) -> dict[str, Any]:
     file = folder / "recipe.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _from_registry(reference: str, base: str | None) -> tuple[Any, Any]:
+    from registry import pull_adapter
+
+    adapter = pull_adapter(reference)
+    model = adapter.load(base, dtype="auto")
+    if Path(adapter.path, "tokenizer_config.json").is_file():
+        # Its vocabulary is not the base's.
+        return model, AutoTokenizer.from_pretrained(adapter.path)
+    recorded = adapter.manifest.base
+    if base is not None:
+        return model, AutoTokenizer.from_pretrained(base)
+    return model, AutoTokenizer.from_pretrained(recorded.id, revision=recorded.commit or "main")
 
 
 def _with_adapter(adapter: Path, recipe: dict[str, Any]) -> tuple[Any, Any]:

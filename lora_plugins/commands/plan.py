@@ -1,0 +1,102 @@
+"""``lora-plugins plan``: what a run would train and take, before anything is spent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or configuration file of the base model.")],
+    r: Annotated[int, typer.Option("--r", "-r", min=1, help="Rank of the adapters.")] = 8,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Scope or module name; several times for several names.", show_default="the architecture's"),
+    ] = None,
+    experts: Annotated[str, typer.Option(help="Routed experts: none, routed, shared or default.")] = "default",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FIELD=VALUE", help="Another field of peft.LoraConfig; value as JSON or text."),
+    ] = None,
+    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, or 'none'.")] = "none",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples on each device.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 1024,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward pass.")] = False,
+    optim: Annotated[str, typer.Option(help="Optimizer, as in TrainingArguments.")] = "adamw_torch_fused",
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    strategy: Annotated[
+        str | None, typer.Option(help="single, ddp, zero2, zero3 or fsdp.", show_default="single or ddp")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a device, such as 24GiB.", show_default="the present GPU's")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Such as causal-lm.", show_default="the configuration's")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the base's weights.", show_default="the configuration's")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Write a bar chart of the memory to this PNG file.")] = None,
+) -> None:
+    """Show what a LoRA run would train, and whether it fits. Needs the configuration only, no weights."""
+    from lora_plugins.planning.planner import plan as make_plan
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        made = make_plan(
+            model,
+            quantization=None if quantization == "none" else quantization,
+            batch_size=batch_size,
+            length=length,
+            gradient_checkpointing=gradient_checkpointing,
+            optim=optim,
+            devices=devices,
+            strategy=strategy,
+            memory=memory,
+            task=task,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            experts=experts,
+            **{"r": r, **_targets(target_modules), **_fields(lora or [])},
+        )
+        if chart is not None:
+            made.chart(chart)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(made)
+    else:
+        typer.echo(str(made))
+
+
+def _targets(names: list[str] | None) -> dict[str, Any]:
+    """One name that is a scope or a pattern stays a string, as in the Python interface; others are a list."""
+    if not names:
+        return {}
+    from lora_plugins.resolver import SCOPES
+
+    scope_or_pattern = len(names) == 1 and (names[0] in SCOPES or not names[0].replace(".", "").isidentifier())
+    return {"target_modules": names[0] if scope_or_pattern else names}
+
+
+def _fields(given: list[str]) -> dict[str, Any]:
+    from lora_plugins.errors import PlanError
+
+    fields: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise PlanError(f"--lora takes FIELD=VALUE, not {text!r}")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields

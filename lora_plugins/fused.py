@@ -1,0 +1,185 @@
+"""A LoRA branch as one differentiable function: PEFT's numbers with fewer copies and less kept for the backward pass.
+
+PEFT's layer casts its input to float32, keeps that and the dropout mask in float32 for the backward pass, and adds
+the scaled branch in two more passes. Here the input is kept as it came (others keep it too), the mask takes a byte a
+value, and the rest is computed again. Random numbers are drawn as ``torch.nn.Dropout`` draws them, so a seed gives the
+same masks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Let the LoRA layers of a model compute their branch as one function while they are trained.
+
+    Classes, weights, names and everything that PEFT does with a layer stay: only ``forward`` is put over, on each
+    layer object. Whatever is not the plain case (several adapters, DoRA and other variants, merged or disabled
+    adapters, evaluation, a mixed batch, a compiled model) goes to PEFT's own ``forward``.
+
+    Returns:
+        How many layers were changed.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    known = _forwards_of_peft()
+    count = 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and type(module).forward in known and "forward" not in vars(module):
+            module.forward = types.MethodType(forward, module)
+            count += 1
+    return count
+
+
+def _forwards_of_peft() -> set[Any]:
+    """The ``forward`` functions whose branch is the one that is written here."""
+    from peft.tuners.lora.layer import Linear
+
+    known: set[Any] = {Linear.forward}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        from peft.tuners.lora import bnb
+
+        known |= {getattr(bnb, name).forward for name in ("Linear8bitLt", "Linear4bit") if hasattr(bnb, name)}
+    return known
+
+
+# A bound method is pickled as its object and its name, so this must be called what it stands in for.
+def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute ``base_layer(x) + scaling * B(A(dropout(x)))``.
+
+    Args:
+        layer: A LoRA layer of PEFT over a linear base layer.
+        x: Shape ``[..., in_features]``.
+        *args: Go to PEFT's forward.
+        **kwargs: Go to PEFT's forward.
+
+    Returns:
+        Shape ``[..., out_features]``, in the dtype of the base layer's output.
+    """
+    name = None if args or kwargs else _only_adapter(layer, x)
+    if name is None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    result = layer.base_layer(x)
+    dropout = layer.lora_dropout[name]
+    rate = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+    branch: Any = LoraBranch.apply
+    with _without_autocast(device):
+        return branch(result, x, a, b, layer.scaling[name], rate, dtype)
+
+
+def _only_adapter(layer: Any, x: torch.Tensor) -> str | None:
+    """Name of the adapter if this is the plain case, else ``None``."""
+    if not layer.training or layer.disable_adapters or layer.merged or not torch.is_grad_enabled():
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or names[0] in layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return None
+    if torch.compiler.is_compiling() or not x.is_floating_point() or not _is_plain(layer, names[0]):
+        return None
+    return names[0]
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """Whether the parts of an adapter are what PEFT made: nothing wrapped, sharded, hooked or with a bias."""
+    if not (_is_plain_linear(layer.lora_A[name]) and _is_plain_linear(layer.lora_B[name])):
+        return False
+    dropout = layer.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
+        return False
+    return not (getattr(dropout, "inplace", False) or getattr(dropout, "p", 0.0) >= 1)
+
+
+def _is_plain_linear(part: Any) -> bool:
+    weight = part._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.numel() == 0 or hasattr(weight, "ds_id"):
+        return False
+    return type(part) is nn.Linear and part._parameters["bias"] is None and not _is_hooked(part)
+
+
+def _is_hooked(module: Any) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+class LoraBranch(torch.autograd.Function):
+    """``result + scaling * dropout(x) @ a.T @ b.T``.
+
+    Arguments of ``apply``:
+        result: Output of the base layer, shape ``[..., out]``.
+        x: Its input, shape ``[..., in]``.
+        a: Shape ``[r, in]``.
+        b: Shape ``[out, r]``.
+        scaling: Factor of the branch.
+        rate: Probability that a value of ``x`` is dropped, below 1.
+        dtype: Dtype that the branch is computed in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        rate: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        mask = _draw_mask(x, rate, dtype) if rate else None
+        inner = _dropped(x, mask, dtype) @ a.to(dtype).T
+        factor = scaling / (1 - rate)
+        ctx.save_for_backward(x, mask, inner, a, b)
+        ctx.factor, ctx.dtype = factor, dtype
+        base = result.reshape(-1, result.shape[-1])
+        if torch.promote_types(base.dtype, dtype) == dtype:
+            total = torch.addmm(base.to(dtype), inner, b.to(dtype).T, alpha=factor)
+        else:
+            total = base + (inner @ b.to(dtype).T).mul_(factor)
+        return total.to(result.dtype).view(result.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, mask, inner, a, b = ctx.saved_tensors
+        for_result, for_x, for_a, for_b = ctx.needs_input_grad[:4]
+        rows = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
+        of_x = of_a = of_b = None
+        with _without_autocast(x.device.type):
+            of_inner = (rows @ b.to(ctx.dtype)).mul_(ctx.factor)
+            if for_b:
+                of_b = (rows.T @ inner).mul_(ctx.factor).to(b.dtype)
+            if for_a:
+                of_a = (of_inner.T @ _dropped(x, mask, ctx.dtype)).to(a.dtype)
+            if for_x:
+                of_x = _dropped(of_inner @ a.to(ctx.dtype), mask, ctx.dtype).to(x.dtype).view(x.shape)
+        return gradient if for_result else None, of_x, of_a, of_b, None, None, None
+
+
+def _draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> torch.Tensor:
+    """Draw which values stay, with the random numbers that ``torch.nn.Dropout`` would use; shape ``[rows, in]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu":
+        return torch.empty(rows.shape, dtype=torch.bool).bernoulli_(1 - rate)
+    return torch.native_dropout(rows.to(dtype), rate, True)[1]
+
+
+def _dropped(values: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Values as rows in a dtype, those that were dropped being zero."""
+    rows = values.reshape(-1, values.shape[-1]).to(dtype)
+    # A product with a bool tensor is not vectorized; one with a float tensor is.
+    return rows if mask is None else mask.view(torch.uint8).to(dtype).mul_(rows)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

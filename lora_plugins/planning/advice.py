@@ -1,0 +1,117 @@
+"""The nearest change that makes a run fit: few changes first, among those the ones that cost least."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lora_plugins.planning.memory import show_bytes
+
+#: How many changes are tried together.
+_MOST_CHANGES = 4
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way of running.
+
+    Attributes:
+        quantization: Backend of the base, empty for float.
+        batch_size: Examples on each device.
+        length: Tokens in each.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        optim: Name of the optimizer.
+        strategy: How devices share the work.
+        devices: How many.
+    """
+
+    quantization: str
+    batch_size: int
+    length: int
+    checkpointing: bool
+    optim: str
+    strategy: str
+    devices: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change in words, and the scenario with it."""
+
+    words: str
+    apply: Callable[[Scenario], Scenario]
+
+
+def nearest_change(
+    scenario: Scenario, backends: Sequence[str], measure: Callable[[Scenario], int | None], limit: float
+) -> str:
+    """Return what to change so that a run fits, in words; says so when nothing that is tried does.
+
+    Args:
+        scenario: What was asked for, which does not fit.
+        backends: Names of backends that can run, those with more bits first.
+        measure: Bytes that a scenario takes on each device, ``None`` where it is impossible.
+        limit: Bytes that tensors can fill.
+    """
+    best: tuple[int, str] | None = None
+    groups = [list(group) for group in _groups(scenario, backends)]
+    for count in range(1, min(_MOST_CHANGES, len(groups)) + 1):
+        for chosen in itertools.combinations(groups, count):
+            for changes in itertools.product(*chosen):
+                size = measure(_changed(scenario, changes))
+                if size is None:
+                    continue
+                words = " and ".join(change.words for change in changes)
+                if size <= limit:
+                    return f"With {words} it takes {show_bytes(size)} on each device and fits."
+                if best is None or size < best[0]:
+                    best = (size, words)
+    if best is None:
+        return "Nothing that could be changed makes it smaller."
+    return f"Nothing that was tried makes it fit; the smallest is {show_bytes(best[0])} on each device, with {best[1]}."
+
+
+def _changed(scenario: Scenario, changes: Sequence[Change]) -> Scenario:
+    for change in changes:
+        scenario = change.apply(scenario)
+    return scenario
+
+
+def _groups(now: Scenario, backends: Sequence[str]) -> Iterator[list[Change]]:
+    """Changes that exclude each other, by what they cost: time, precision, money."""
+    if not now.checkpointing:
+        yield [Change("gradient checkpointing", lambda s: replace(s, checkpointing=True))]
+    smaller = [now.batch_size // 2**n for n in range(1, now.batch_size.bit_length())]
+    if smaller:
+        yield [_batch(now.batch_size, size) for size in smaller]
+    if not now.quantization and backends:
+        yield [_quantization(name) for name in backends]
+    elif now.quantization and backends and backends[-1] != now.quantization:
+        yield [_quantization(backends[-1])]
+    if now.optim.startswith("adamw_torch"):
+        yield [Change("optim='adamw_8bit'", lambda s: replace(s, optim="adamw_8bit"))]
+    if now.strategy in ("single", "ddp"):
+        counts = [n for n in (2, 4, 8) if n > now.devices] or [now.devices]
+        yield [_shard(n) for n in counts]
+    if now.length >= 512:
+        yield [_length(now.length // 2**n) for n in (1, 2, 3) if now.length // 2**n >= 256]
+
+
+def _batch(before: int, size: int) -> Change:
+    steps = -(-before // size)
+    return Change(
+        f"batch size {size} and {steps} times the gradient accumulation", lambda s: replace(s, batch_size=size)
+    )
+
+
+def _quantization(name: str) -> Change:
+    return Change(f"quantization={name!r}", lambda s: replace(s, quantization=name))
+
+
+def _shard(devices: int) -> Change:
+    return Change(f"FSDP over {devices} devices", lambda s: replace(s, strategy="fsdp", devices=devices))
+
+
+def _length(tokens: int) -> Change:
+    return Change(f"sequences of {tokens} tokens", lambda s: replace(s, length=tokens))

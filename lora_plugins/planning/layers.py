@@ -1,0 +1,153 @@
+"""Quantized layers without data: they take the place of linear layers while a step is simulated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_plugins.counting import tensor_bytes
+from lora_plugins.quantization import Quantization, as_linear
+from lora_plugins.types import Quantizer
+
+#: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
+_SAMPLE_ROWS = (128, 256)
+
+
+class PlannedLinear(nn.Linear):
+    """A frozen layer on the meta device that computes as a quantized one does: dequantize, multiply, forget.
+
+    Its weight has the logical shape, so that it counts right; what it would take is in ``stored_bytes``.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        bias: The bias, which is counted with the weight and is no parameter of this layer.
+        keeps_input: Whether the backend's layer holds its input until the backward pass.
+        float_dtype: Dtype of the weight before it is quantized.
+        stored_bytes: Bytes of weight, scales and bias of a layer that is quantized already, else ``None``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: torch.Tensor | None,
+        keeps_input: bool,
+        float_dtype: torch.dtype,
+        stored_bytes: int | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"), requires_grad=False
+        )
+        self.keeps_input = keeps_input
+        self.float_dtype = float_dtype
+        self.stored_bytes = stored_bytes
+        # In a tuple, so that it is not registered: its dtype must not be cast with those of the float layers.
+        self.held_bias = (bias,)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = _DequantizeAndMultiply.apply(input, self)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _DequantizeAndMultiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, layer: PlannedLinear) -> torch.Tensor:
+        ctx.shape = (layer.out_features, layer.in_features)
+        if layer.keeps_input:
+            ctx.input = input
+        bias = layer.held_bias[0]
+        weight = torch.empty(ctx.shape, dtype=input.dtype, device="meta")
+        return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device="meta"), None
+
+
+def planned(layer: Any, quantization: Quantization) -> PlannedLinear:
+    """Return the stand-in of a float layer that a backend would quantize.
+
+    Args:
+        layer: An ``nn.Linear`` or transformers' ``Conv1D`` on the meta device.
+        quantization: The backend and its options.
+    """
+    linear = as_linear(layer)
+    return PlannedLinear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias.detach() if linear.bias is not None else None,
+        quantization.quantizer.keeps_input,
+        linear.weight.dtype,
+    )
+
+
+def standing_in(module: Any, owner: Quantizer) -> PlannedLinear:
+    """Return the stand-in of a layer that is quantized already, with the bytes it has."""
+    bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
+    size = tensor_bytes(module).total
+    dtype = bias.dtype if bias is not None else torch.bfloat16
+    return PlannedLinear(module.in_features, module.out_features, bias, owner.keeps_input, dtype, size)
+
+
+def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int:
+    """Return the bytes of a stand-in's weight, scales and bias under a backend."""
+    if layer.stored_bytes is not None:
+        return layer.stored_bytes
+    assert quantization is not None, "only a layer that arrived quantized needs no backend"
+    bias = layer.held_bias[0]
+    size = weight_bytes(quantization, layer.in_features, layer.out_features, layer.float_dtype)
+    return size + (bias.numel() * bias.element_size() if bias is not None else 0)
+
+
+def weight_bytes(quantization: Quantization, in_features: int, out_features: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one quantized weight with its scales.
+
+    The backend says it, or two small layers are quantized here; where it can't run here, its bits per weight
+    have to do.
+    """
+    quantizer = quantization.quantizer
+    own = quantizer.layer_bytes(in_features, out_features, dtype, quantization.options)
+    if own is not None:
+        return own
+    options = tuple(sorted((key, repr(value)) for key, value in quantization.options.items()))
+    sample = _sample_bytes(_Options(quantizer, quantization.options, options), in_features, dtype)
+    if sample is None:
+        return int(quantizer.bits * in_features * out_features / 8)
+    small, large = sample
+    rate = (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0])
+    return round(small + rate * (out_features - _SAMPLE_ROWS[0]))
+
+
+class _Options:
+    """A backend with options, comparable so that it can be a key."""
+
+    def __init__(self, quantizer: Quantizer, options: Mapping[str, Any], key: tuple[tuple[str, str], ...]) -> None:
+        self.quantizer = quantizer
+        self.options = options
+        self._key = (id(quantizer), key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Options) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=512)
+def _sample_bytes(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[int, int] | None:
+    """Bytes of two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend.quantizer.available(device, dtype, backend.options) is not None:
+        return None
+    sizes = []
+    for rows in _SAMPLE_ROWS:
+        linear = nn.Linear(in_features, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
+        with torch.no_grad():
+            sizes.append(tensor_bytes(backend.quantizer.quantize_linear(linear, backend.options)).total)
+    return sizes[0], sizes[1]

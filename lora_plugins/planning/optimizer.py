@@ -1,0 +1,85 @@
+"""Bytes that an optimizer keeps for each trained tensor, by the names of ``TrainingArguments.optim``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import TYPE_CHECKING
+
+from lora_plugins.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+#: bitsandbytes keeps the state of smaller tensors in float32.
+_SMALLEST_IN_8_BITS = 4096
+
+#: Values that share one scale in bitsandbytes' 8-bit states.
+_BLOCK = 256
+
+_Rule = Callable[[tuple[int, ...], int], int]
+
+
+def _elementwise(states: int, scalars: int = 1) -> _Rule:
+    """States of the tensor's own dtype, and float32 scalars such as the step."""
+    return lambda shape, item: states * prod(shape) * item + 4 * scalars
+
+
+def _float32(states: int) -> _Rule:
+    return lambda shape, item: 4 * states * prod(shape)
+
+
+def _eight_bits(states: int) -> _Rule:
+    def rule(shape: tuple[int, ...], item: int) -> int:
+        size = prod(shape)
+        if size < _SMALLEST_IN_8_BITS:
+            return 4 * states * size
+        return states * (size + 4 * -(-size // _BLOCK))
+
+    return rule
+
+
+def _factored(shape: tuple[int, ...], item: int) -> int:
+    """Adafactor: a float32 row and column for a matrix, the whole for a vector, and the update's root mean square."""
+    if len(shape) < 2:
+        return 4 * prod(shape) + 4
+    return 4 * (prod(shape[:-1]) + prod((*shape[:-2], shape[-1]))) + 4
+
+
+RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), _elementwise(2)),
+    **dict.fromkeys(("adagrad", "rmsprop"), _elementwise(1)),
+    "sgd": lambda shape, item: 0,
+    "adafactor": _factored,
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), _eight_bits(2)),
+    "paged_adamw_32bit": _float32(2),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), _eight_bits(1)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), _float32(1)),
+}
+
+#: The two tables of 256 float32 values that 8-bit states share, by number of states.
+_TABLES = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 * 1024),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1024),
+}
+
+
+def optimizer_bytes(optim: str, parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of an optimizer's state after its first step.
+
+    Args:
+        optim: A name of ``TrainingArguments.optim``.
+        parameters: The trained tensors.
+
+    Raises:
+        PlanError: The name is unknown here.
+    """
+    rule = RULES.get(optim)
+    if rule is None:
+        near = difflib.get_close_matches(optim, RULES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"The state of the optimizer {optim!r} is not known.{hint} Known: {', '.join(RULES)}.")
+    trained = [(tuple(p.shape), p.element_size()) for p in parameters]
+    tables = _TABLES.get(optim, 0) if any(prod(shape) >= _SMALLEST_IN_8_BITS for shape, _ in trained) else 0
+    return tables + sum(rule(shape, item) for shape, item in trained)

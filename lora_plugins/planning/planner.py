@@ -1,0 +1,325 @@
+"""`plan`: what a run would train and what it would take, without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import LoraPluginsError, PlanError
+from lora_plugins.planning.advice import Scenario, nearest_change
+from lora_plugins.planning.memory import USABLE, Parts, fits, parse_memory, per_device, present_memory
+from lora_plugins.planning.optimizer import optimizer_bytes
+from lora_plugins.planning.records import Memory, Plan, PlannedTarget, Row
+from lora_plugins.quantization import Quantization, base_of
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+
+    from lora_plugins.planning.variants import Workbench
+    from lora_plugins.types import Quantizer
+
+#: Backends that come before others of the same size, in the tables and as advice.
+_FIRST = ("int8", "nf4")
+
+
+def plan(
+    model_or_name: Any,
+    *,
+    quantization: str | Mapping[str, Any] | Quantizer | None = None,
+    peft_config: peft.LoraConfig | None = None,
+    batch_size: int = 1,
+    length: int = 1024,
+    gradient_checkpointing: bool = False,
+    optim: str = "adamw_torch_fused",
+    strategy: str | None = None,
+    devices: int = 1,
+    memory: str | int | None = None,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    compute_dtype: str | torch.dtype = "auto",
+    upcast: str = "none",
+    experts: str = "default",
+    strict: bool = True,
+    **lora: Any,
+) -> Plan:
+    """Say what a LoRA run would train and what it would take, without loading or making weights.
+
+    The model is built on the meta device, prepared as `prepare_model` does, and takes one training step there,
+    in which the bytes of everything alive are counted. Counts, weights, gradients, optimizer state and the adapter's
+    file are exact; activations are those of the step.
+
+    Args:
+        model_or_name: A live model (which stays as it is), a configuration, a mapping, a ``config.json``, a folder, or
+            a Hub id.
+        quantization: Backend of the base; the others are compared anyway.
+        peft_config: A ready configuration, instead of LoRA arguments.
+        batch_size: Examples on each device.
+        length: Tokens in each.
+        gradient_checkpointing: Whether blocks are computed again in the backward pass; both are compared anyway.
+        optim: Name of the optimizer, as in ``TrainingArguments``.
+        strategy: How devices share the work: ``"single"``, ``"ddp"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``; by default
+            ``"single"`` for one device and ``"ddp"`` for more.
+        devices: How many devices.
+        memory: Memory of one device, such as ``"24GiB"``; by default that of the GPU that is there.
+        task: What the model is for, such as ``"causal-lm"`` or ``"sequence-classification"``; by default what the
+            configuration says.
+        dtype: Dtype of the base's weights; by default the configuration's, else float32.
+        device: Where the run will be, which decides what backends do; by default the GPU where there is one.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Whether code that comes with the model may run.
+        compute_dtype: As in `prepare_model`.
+        upcast: As in `prepare_model`.
+        experts: As in `prepare_model`.
+        strict: As in `prepare_model`.
+        **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
+
+    Returns:
+        The plan: printed, it is a table; it also goes into JSON and a chart.
+
+    Raises:
+        PlanError: The model is unknown, or an argument has no meaning.
+        TargetError: Targets match nothing, or cover the blocks unevenly.
+        QuantizationError: The backend is unknown.
+    """
+    from lora_plugins.settings import LoraSettings
+
+    settings = LoraSettings.from_arguments(
+        quantization=quantization,
+        peft_config=peft_config,
+        compute_dtype=compute_dtype,
+        upcast=upcast,
+        experts=experts,
+        strict=strict,
+        **lora,
+    )
+    if batch_size < 1 or length < 2:
+        raise PlanError(f"batch_size={batch_size} and length={length} make no batch.")
+    chosen = Scenario(
+        settings.quantization.name if settings.quantization else "",
+        batch_size,
+        length,
+        gradient_checkpointing,
+        optim,
+        strategy or ("ddp" if devices > 1 else "single"),
+        devices,
+    )
+    limit = parse_memory(memory) if memory is not None else present_memory()
+    bench = _workbench(model_or_name, settings, _device(device), task, dtype, revision, trust_remote_code)
+    return _Planner(bench, chosen, limit).run()
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _workbench(
+    source: Any,
+    settings: Any,
+    device: torch.device,
+    task: str | None,
+    dtype: str | torch.dtype | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Workbench:
+    from peft import PeftModel
+
+    from lora_plugins.planning.source import meta_model
+    from lora_plugins.planning.variants import Workbench
+    from lora_plugins.targets import resolve_targets
+
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    model = meta_model(source, task=task, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    if isinstance(model, PeftModel):
+        if settings.lora or settings.peft_config is not None:
+            raise PlanError("The model has its adapters already: leave the LoRA arguments out, or pass the base model.")
+        return Workbench(model, settings, None, device)
+
+    def asked(name: str) -> Any:
+        return getattr(settings.peft_config, name) if settings.peft_config is not None else settings.lora.get(name)
+
+    targets = resolve_targets(
+        model,
+        asked("target_modules"),
+        experts=settings.experts,
+        exclude_modules=asked("exclude_modules"),
+        layers_to_transform=asked("layers_to_transform"),
+        target_parameters=asked("target_parameters"),
+        strict=settings.strict,
+    )
+    return Workbench(model, settings, targets, device)
+
+
+class _Planner:
+    """Puts one plan together."""
+
+    def __init__(self, bench: Workbench, chosen: Scenario, limit: int | None) -> None:
+        self.bench = bench
+        self.chosen = chosen
+        self.limit = limit
+        self.notes: list[str] = []
+        self.backends = {"": None, **self._backends()}
+        self.gradients = sum(p.numel() * p.element_size() for p in bench.trained)
+
+    def run(self) -> Plan:
+        bench, chosen = self.bench, self.chosen
+        rows = self._rows()
+        asked = next((row for row in rows if self._is_chosen(row)), None)
+        if asked is None:
+            raise PlanError("This model has no gradient checkpointing; leave gradient_checkpointing out.")
+        count = bench.count()
+        targets = bench.targets
+        base: Any = base_of(bench.base)
+        return Plan(
+            model=type(base).__name__,
+            model_type=str(getattr(getattr(base, "config", None), "model_type", "")),
+            dtype=_main_dtype(base),
+            trainable=count.trainable,
+            total=count.total,
+            adapter_bytes=bench.file_bytes(),
+            targets=self._targets(),
+            source=targets.source if targets else "the model's own adapters",
+            bare=dict(targets.bare) if targets else {},
+            coverage={kind: list(pair) for kind, pair in targets.coverage.items()} if targets else {},
+            heads=list(bench.heads()),
+            expert_share=bench.structure.expert_share(),
+            batch_size=chosen.batch_size,
+            length=chosen.length,
+            optim=chosen.optim,
+            strategy=chosen.strategy,
+            devices=chosen.devices,
+            memory_limit=self.limit,
+            chosen=asked,
+            rows=rows,
+            advice=self._advice(asked),
+            notes=[*(targets.notes if targets else []), *dict.fromkeys(self.notes)],
+        )
+
+    def _rows(self) -> list[Row]:
+        rows = [self._row(name, checkpointing) for name in self.backends for checkpointing in (False, True)]
+        return [row for row in rows if row is not None]
+
+    def _is_chosen(self, row: Row) -> bool:
+        wanted = (self.chosen.quantization, self.chosen.checkpointing)
+        if self.bench.arrived:
+            # Whatever it was quantized with is how it will be trained.
+            return row.checkpointing == self.chosen.checkpointing
+        return (row.quantization, row.checkpointing) == wanted
+
+    def _backends(self) -> dict[str, Quantization]:
+        """Every backend by name, the one that was asked for with its options; those with more bits first."""
+        from lora_plugins.manager import plugin_host
+
+        asked = self.bench.settings.quantization
+        found = {asked.name: asked} if asked is not None else {}
+        if self.bench.arrived:
+            # Its layers can't be quantized again.
+            return found
+        host = plugin_host()
+        for name in host.quantizer_names():
+            # Two plugins that claim one name must not hide the others.
+            with contextlib.suppress(LoraPluginsError):
+                found.setdefault(name, Quantization(host.quantizer(name), self._common_options()))
+        return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, item[0] not in _FIRST)))
+
+    def _common_options(self) -> dict[str, Any]:
+        asked = self.bench.settings.quantization
+        return {"skip_modules": asked.options.get("skip_modules", []) if asked is not None else []}
+
+    def _row(self, name: str, checkpointing: bool) -> Row | None:
+        scenario = self._scenario(name, checkpointing)
+        memory = self._memory(scenario)
+        if memory is None:
+            return None
+        quantization = self.backends[name]
+        return Row(
+            name,
+            checkpointing,
+            memory,
+            self.bench.quantized_share(quantization),
+            fits(memory, self.limit),
+            self._unavailable(quantization),
+        )
+
+    def _scenario(self, name: str, checkpointing: bool) -> Scenario:
+        now = self.chosen
+        return Scenario(name, now.batch_size, now.length, checkpointing, now.optim, now.strategy, now.devices)
+
+    def _unavailable(self, quantization: Quantization | None) -> str:
+        if quantization is None:
+            return ""
+        import torch
+
+        reason = quantization.quantizer.available(self.bench.device, torch.bfloat16, quantization.options)
+        return reason or ""
+
+    def _memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
+        """Bytes on each device, ``None`` where the model can't checkpoint."""
+        quantization = self.backends[scenario.quantization]
+        if activations is None:
+            estimate = self.bench.activations(
+                quantization, scenario.batch_size, scenario.length, scenario.checkpointing
+            )
+            if estimate is None:
+                return None
+            if estimate.note:
+                self.notes.append(estimate.note)
+            activations = estimate.size
+        weights = self.bench.weight_bytes(quantization)
+        optimizer = optimizer_bytes(scenario.optim, self.bench.trained)
+        alone = Memory(weights, self.gradients, optimizer, activations)
+        block, outside, shardable = self.bench.float_weights(quantization)
+        return per_device(Parts(alone, shardable, block, outside), scenario.strategy, scenario.devices)
+
+    # -- advice --------------------------------------------------------------------------------
+
+    def _advice(self, asked: Row) -> str:
+        if self.limit is None or asked.fits:
+            return ""
+        usable = [name for name in self.backends if name and not self._unavailable(self.backends[name])]
+        return nearest_change(self.chosen, usable, self._size, USABLE * self.limit)
+
+    def _size(self, scenario: Scenario) -> int | None:
+        """Bytes on each device: judged by the step that was simulated, and simulated itself where that fits."""
+        base = self._memory(self._scenario(scenario.quantization, scenario.checkpointing))
+        if base is None:
+            return None
+        tokens = scenario.batch_size * scenario.length / (self.chosen.batch_size * self.chosen.length)
+        rough = self._memory(scenario, round(base.activations * tokens))
+        if rough is None or not fits(rough, self.limit):
+            return rough.total if rough else None
+        exact = self._memory(scenario)
+        return exact.total if exact else None
+
+    # -- the hit table -------------------------------------------------------------------------
+
+    def _targets(self) -> list[PlannedTarget]:
+        from lora_plugins.report import rows_of_adapters
+
+        if self.bench.targets is None:
+            return [PlannedTarget(row.name, row.modules, row.shapes) for row in rows_of_adapters(self.bench.base)]
+        return [
+            PlannedTarget(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes)))
+            for hit in self.bench.targets.hits
+        ]
+
+
+def _main_dtype(model: Any) -> str:
+    """Dtype of most of a model's float weights."""
+    sizes: dict[str, int] = {}
+    for parameter in _floats(model):
+        name = str(parameter.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return max(sizes, key=lambda name: sizes[name], default="")
+
+
+def _floats(model: Any) -> Iterator[Any]:
+    return (p for p in model.parameters() if p.is_floating_point())

@@ -1,0 +1,193 @@
+"""From a live model, a configuration, a file, a folder or a Hub id to the same model on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import PlanError
+from lora_plugins.quantization import owner_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: What a model is for -> the class of transformers that makes it; the first that knows a configuration is taken.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
+
+def meta_model(
+    source: Any,
+    *,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Return a model without data; a live model stays as it is and is not copied.
+
+    Args:
+        source: A live model, a configuration of transformers, a mapping, a ``config.json``, a folder, or a Hub id.
+        task: One of `TASKS`; by default what the configuration's ``architectures`` says, else the first that fits.
+        dtype: Dtype of the weights; by default the configuration's, else float32. Not for a live model.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        PlanError: There is no such model, or transformers can't make it.
+    """
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        if dtype is not None or task is not None:
+            raise PlanError("task and dtype belong to a configuration or a name; a live model has both already.")
+        return without_data(source)
+    config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    return _from_config(config, task, _dtype(dtype, config), trust_remote_code)
+
+
+def read_config(source: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the configuration that a source names.
+
+    Raises:
+        PlanError: It can't be read.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if isinstance(source, PreTrainedConfig):
+        return source
+    if isinstance(source, Mapping):
+        return _config_of(dict(source), "the mapping")
+    if not isinstance(source, (str, os.PathLike)):
+        raise PlanError(
+            f"plan() takes a model, a configuration, a mapping, a file, a folder or a Hub id, not {source!r}"
+        )
+    path = Path(source)
+    if path.is_file():
+        try:
+            return _config_of(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} is no configuration file: {error}") from None
+    try:
+        return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise PlanError(f"No configuration for {str(source)!r}: {' '.join(str(error).split())}") from None
+
+
+def _config_of(values: dict[str, Any], where: str) -> Any:
+    from transformers import AutoConfig
+
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise PlanError(f"{where} names no model_type, so it is no configuration of a model.")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"transformers can't read {where}: {' '.join(str(error).split())}") from None
+
+
+def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
+    import torch
+
+    if wanted is None:
+        wanted = getattr(config, "dtype", None) or torch.float32
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    found = getattr(torch, wanted.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PlanError(f"dtype must be a float dtype such as 'float32', 'bfloat16' or 'float16', not {wanted!r}")
+    return found
+
+
+def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    import torch
+
+    make = _factory(config, task, trust_remote_code)
+    # The caller's object stays as it is: making a model writes into its configuration.
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make(config, dtype=dtype)
+    except (ImportError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise PlanError(
+            f"transformers can't make a model from this {config.model_type!r} configuration: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    _keep_in_float32(model, dtype)
+    return model
+
+
+def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
+    import transformers
+
+    if task is not None and task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"There is no task {task!r}.{hint} Known: {', '.join(TASKS)}.")
+    remote = getattr(config, "auto_map", None) or {}
+    named = (getattr(config, "architectures", None) or [None])[0]
+    if task is None and named and hasattr(transformers, named):
+        return getattr(transformers, named)._from_config
+    for name in [TASKS[task]] if task else TASKS.values():
+        auto = getattr(transformers, name)
+        if name in remote and trust_remote_code:
+            return lambda config, dtype: auto.from_config(config, dtype=dtype, trust_remote_code=True)
+        if type(config) in auto._model_mapping:
+            return auto.from_config
+    wanted = f" for {task}" if task else ""
+    raise PlanError(
+        f"transformers has no model{wanted} of type {config.model_type!r}. Known tasks: {', '.join(TASKS)}. "
+        "Pass the model itself, or trust_remote_code=True where its code comes with it."
+    )
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights that `from_pretrained` holds in float32 that dtype, as it does."""
+    import torch
+
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, parameter in model.named_parameters() if names and dtype != torch.float32 else ():
+        if names & set(path.split(".")):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device; a quantized layer becomes a stand-in with its bytes."""
+    import torch
+    from torch import nn
+
+    from lora_plugins.planning.layers import standing_in
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        owner = owner_of(module)
+        if owner is not None:
+            memo[id(module)] = standing_in(module, owner)
+    for parameter in model.parameters():
+        empty = torch.empty(_shape(parameter), dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(tuple(buffer.shape), dtype=buffer.dtype, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    # ZeRO-3 keeps the real shape beside an emptied tensor.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,119 @@
+"""A plan as tables on a terminal, and as text elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.planning.memory import show_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_plugins.planning.records import Plan, Row
+
+#: Columns of the text where there is no terminal.
+_WIDTH = 120
+
+_ANSWERS = {True: "yes", False: "no", None: "?"}
+
+
+def as_text(plan: Plan) -> str:
+    """Return the tables as plain text."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDTH, color_system=None).print(plan)
+    return stream.getvalue().rstrip()
+
+
+def tables(plan: Plan) -> Iterator[Any]:
+    """Yield what `rich` prints: the summary, the hit table, the memory, advice and notes."""
+    from rich.markup import escape
+
+    yield _summary(plan)
+    yield _hits(plan)
+    yield _memory(plan)
+    for name, reason in {row.quantization: row.unavailable for row in plan.rows if row.unavailable}.items():
+        yield f"[dim]* {escape(name)} can't be used here: {escape(reason)}[/dim]"
+    if plan.advice:
+        yield f"[bold]{escape(plan.advice)}[/bold]"
+    for note in plan.notes:
+        yield f"[dim]note:[/dim] {escape(note)}"
+
+
+def _table(title: str, columns: str, *, head: bool = True) -> Table:
+    """A table; a column whose name begins with ``>`` is aligned to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=head)
+    for column in columns.split("|"):
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _summary(plan: Plan) -> Table:
+    from rich.markup import escape
+
+    table = _table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
+    rows = [
+        ("trainable", f"{plan.trainable:,}"),
+        ("all", f"{plan.total:,}"),
+        ("trainable %", f"{plan.percent:.4f}"),
+        ("adapter file", show_bytes(plan.adapter_bytes)),
+        ("batch", f"{plan.batch_size} x {plan.length} tokens on each device"),
+        ("optimizer", plan.optim),
+    ]
+    if plan.devices > 1:
+        rows.append(("devices", f"{plan.devices}, {plan.strategy}"))
+    if plan.memory_limit is not None:
+        rows.append(("memory of a device", show_bytes(plan.memory_limit)))
+    if plan.expert_share:
+        rows.append(("in stacked experts", f"{plan.expert_share:.1%} of the weights, which no backend quantizes"))
+    rows += [(f"blocks of {kind}", f"{hit} of {total} adapted") for kind, (hit, total) in plan.coverage.items()]
+    if plan.heads:
+        rows.append(("trained heads", ", ".join(plan.heads)))
+    for label, value in rows:
+        table.add_row(escape(label), escape(value))
+    return table
+
+
+def _hits(plan: Plan) -> Table:
+    from rich.markup import escape
+
+    table = _table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
+    for target in plan.targets:
+        table.add_row(escape(target.name), str(target.modules), escape(", ".join(target.shapes)))
+    for name, count in plan.bare.items():
+        table.add_row(f"[dim]{escape(name)}[/dim]", f"[dim]{count}[/dim]", "[dim]no adapter[/dim]")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    several = "|>communication" if plan.devices > 1 else ""
+    known = "|fits" if plan.memory_limit is not None else ""
+    columns = f"base|>quantized|>weights|>gradients|>optimizer|>activations{several}|>total{known}"
+    table = _table("Memory on each device", columns)
+    for row in plan.rows:
+        table.add_row(*_cells(plan, row), style=_style(plan, row))
+    return table
+
+
+def _cells(plan: Plan, row: Row) -> list[str]:
+    from rich.markup import escape
+
+    memory = row.memory
+    parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
+    if plan.devices > 1:
+        parts.append(memory.communication)
+    share = f"{row.quantized_share:.1%}" if row.quantization else ""
+    label = escape(row.label) + (" *" if row.unavailable else "")
+    cells = [label, share, *map(show_bytes, parts), show_bytes(memory.total)]
+    return [*cells, _ANSWERS[row.fits]] if plan.memory_limit is not None else cells
+
+
+def _style(plan: Plan, row: Row) -> str:
+    if row is plan.chosen:
+        return "bold"
+    return "dim" if row.unavailable else ""

@@ -1,0 +1,315 @@
+"""The prepared model on the meta device, whole for counting and shortened for simulating, for each backend."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins import adapters
+from lora_plugins.counting import ParameterCount, count_parameters, tensor_bytes
+from lora_plugins.model import preparation_of
+from lora_plugins.planning.file_size import file_bytes
+from lora_plugins.planning.inputs import make_batch
+from lora_plugins.planning.layers import PlannedLinear, planned, stored_bytes
+from lora_plugins.planning.source import without_data
+from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
+from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
+from lora_plugins.quantization import Quantization, base_of, layers_to_quantize, module_places, with_compute_dtype
+from lora_plugins.structure import Structure
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lora_plugins.settings import LoraSettings
+    from lora_plugins.targets import TargetPlan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of activations, and how they were found.
+
+    Attributes:
+        size: Bytes.
+        note: Empty when a step was simulated, else why the sizes of the layers had to do.
+    """
+
+    size: int
+    note: str = ""
+
+
+class Workbench:
+    """Everything that is asked of one model, each variant of it made once.
+
+    Args:
+        base: The base model on the meta device, or a `peft.PeftModel` with its adapters.
+        settings: What was asked for.
+        targets: The chosen modules, ``None`` for a model that has its adapters.
+        device: Where the model will run.
+    """
+
+    def __init__(
+        self, base: nn.Module, settings: LoraSettings, targets: TargetPlan | None, device: torch.device
+    ) -> None:
+        self.base = base
+        self.settings = settings
+        self.targets = targets
+        self.device = device
+        self.structure = Structure(base_of(base))
+        self.arrived = bool(_stand_ins(base))
+        self._config = adapters.build_config(settings, targets) if targets is not None else None
+        if self._config is not None:
+            # How adapters start changes nothing about sizes, and some ways need the values of the weights.
+            self._config.init_lora_weights = True
+        self._layers: dict[str, frozenset[str]] = {}
+        self._whole: dict[frozenset[str] | None, nn.Module] = {}
+        self._weights: dict[str, int] = {}
+        self._floats: dict[frozenset[str] | None, tuple[int, int, int]] = {}
+        self._steps: dict[Any, tuple[nn.Module, list[Block]]] = {}
+        self._estimates: dict[Any, Estimate] = {}
+
+    # -- counting ------------------------------------------------------------------------------
+
+    def whole(self, quantization: Quantization | None) -> Any:
+        """Return the whole prepared model; backends that quantize the same layers share one."""
+        key = self._quantized_layers(quantization)
+        if key not in self._whole:
+            self._whole[key] = self._prepare(without_data(self.base), quantization)
+        return self._whole[key]
+
+    def _quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
+        """Paths of the layers that a backend would quantize: most take all of them, and some can't take odd sizes."""
+        if quantization is None:
+            return None
+        if quantization.name not in self._layers:
+            found, _ = layers_to_quantize(self.base, quantization, self._never())
+            self._layers[quantization.name] = frozenset(found)
+        return self._layers[quantization.name]
+
+    def _never(self) -> tuple[str, ...]:
+        return (*self.targets.never, *self.heads()) if self.targets is not None else ()
+
+    def count(self) -> ParameterCount:
+        """Count the weights, which are the same under every backend."""
+        return count_parameters(self.whole(None))
+
+    @functools.cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """The tensors that get gradients."""
+        return [p for p in self.whole(None).parameters() if p.requires_grad]
+
+    def weight_bytes(self, quantization: Quantization | None) -> int:
+        """Return the bytes of all weights and buffers, scales of quantized layers among them."""
+        name = quantization.name if quantization is not None else ""
+        if name not in self._weights:
+            model = self.whole(quantization)
+            layers = _stand_ins(model)
+            told = self._told(quantization)
+            packed = sum(stored_bytes(layer, told) for layer in layers)
+            self._weights[name] = tensor_bytes(model).total - sum(layer.weight.numel() for layer in layers) + packed
+        return self._weights[name]
+
+    def quantized_share(self, quantization: Quantization | None) -> float:
+        """Return the share of the base's bytes in float that a backend stores in its own way, 0 to 1."""
+        layers = _stand_ins(base_of(self.whole(quantization)))
+        replaced = sum(layer.weight.numel() * layer.float_dtype.itemsize for layer in layers)
+        # Stand-ins of layers that arrived quantized count a byte for each weight in the base.
+        there = [layer for layer in layers if layer.stored_bytes is not None]
+        arrived = sum(layer.weight.numel() * (layer.float_dtype.itemsize - 1) for layer in there)
+        return replaced / (tensor_bytes(self.base).total + arrived or 1)
+
+    def float_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
+        """Return the bytes of the largest block's float weights, of those outside of blocks, and of all."""
+        key = self._quantized_layers(quantization)
+        known = self._floats.get(key)
+        if known is not None:
+            return known
+        model = base_of(self.whole(quantization))
+        inside: dict[str, int] = {}
+        outside = 0
+        for path, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            block = self.structure.block_of(path.replace(".base_layer", ""))
+            size = parameter.numel() * parameter.element_size()
+            if block is None:
+                outside += size
+            else:
+                inside[block.path] = inside.get(block.path, 0) + size
+        found = max(inside.values(), default=0), outside, outside + sum(inside.values())
+        self._floats[key] = found
+        return found
+
+    def file_bytes(self) -> int:
+        """Return the bytes of the adapter's file."""
+        model = self.whole(None)
+        name = self.settings.adapter_name if self._config is not None else model.active_adapters[0]
+        return file_bytes(model, name)
+
+    # -- simulating ----------------------------------------------------------------------------
+
+    def activations(
+        self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
+    ) -> Estimate | None:
+        """Return the activations of a step, ``None`` where the model can't checkpoint."""
+        key = (self._signature(quantization), batch_size, length, checkpointing)
+        if key not in self._estimates:
+            found = self._simulate(quantization, batch_size, length, checkpointing)
+            if found is None:
+                return None
+            self._estimates[key] = found
+        return self._estimates[key]
+
+    def _signature(self, quantization: Quantization | None) -> Any:
+        """What of a backend matters to activations."""
+        if quantization is None:
+            return None
+        layer: Any = _lora_layer(quantization)
+        return self._quantized_layers(quantization), quantization.quantizer.keeps_input, layer.forward
+
+    def _simulate(
+        self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
+    ) -> Estimate | None:
+        reason = ""
+        for short in (True, False):
+            try:
+                size = self.simulate(quantization, batch_size, length, checkpointing, short=short)
+                return None if size is None else Estimate(size)
+            except Exception as error:  # noqa: PERF203 - a model's own code may raise anything without data
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        size = self._rough(batch_size * length, checkpointing)
+        return Estimate(size, f"activations are estimated from the sizes of the layers, as no step ran ({reason})")
+
+    def simulate(
+        self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool, *, short: bool
+    ) -> int | None:
+        """Return the activations of a step that is taken now, ``None`` where the model can't checkpoint.
+
+        Args:
+            quantization: The backend.
+            batch_size: Examples.
+            length: Tokens in each.
+            checkpointing: Whether blocks are computed again.
+            short: Whether blocks that are like others are left out and their share added.
+        """
+        model, removed = self._step_model(quantization, short)
+        if not _set_checkpointing(model, checkpointing):
+            return None
+        return activation_bytes(model, make_batch(model, batch_size, length), removed)
+
+    def _rough(self, tokens: int, checkpointing: bool) -> int:
+        """What the linear layers take in and give out, where no step can be simulated."""
+        item = 4 if self.settings.compute_dtype == "float32" else 2
+        sizes: dict[str, int] = {}
+        for linear in self.structure.linears.values():
+            where = linear.block.path if linear.block is not None else ""
+            sizes[where] = sizes.get(where, 0) + (linear.in_features + linear.out_features) * item
+        if not checkpointing:
+            return tokens * sum(sizes.values())
+        width = min((linear.in_features for linear in self.structure.linears.values()), default=0)
+        return tokens * (max(sizes.values(), default=0) + sizes.get("", 0) + width * item * len(sizes))
+
+    def _step_model(self, quantization: Quantization | None, short: bool) -> tuple[Any, list[Block]]:
+        key = (self._signature(quantization), short)
+        if key not in self._steps:
+            model = without_data(self.base)
+            removed = shorten(base_of(model), removable_blocks(self.structure)) if short else []
+            self._steps[key] = (self._prepare(model, quantization).train(), removed)
+        return self._steps[key]
+
+    # -- preparing -----------------------------------------------------------------------------
+
+    def _prepare(self, model: nn.Module, quantization: Quantization | None) -> Any:
+        """Do on the meta device what `prepare_model` does."""
+        import torch
+
+        base: Any = base_of(model)
+        if self.targets is not None:
+            base.requires_grad_(False)
+        dtype = self._dtype(base, quantization)
+        if quantization is not None:
+            _stand_in(model, quantization, self._never())
+        elif self._config is None and preparation_of(model) is not None:
+            # Prepared by us: nothing more would be done to it.
+            return model
+        if dtype is not None:
+            cast_frozen(base, dtype)
+        upcast_frozen(base, self.settings.upcast)
+        if hasattr(base, "config"):
+            base.config.use_cache = False
+        if self._config is None:
+            return model
+        config = copy.deepcopy(self._config)
+        if _stand_ins(base):
+            config._register_custom_module({PlannedLinear: _lora_layer(quantization)})
+        # PEFT would draw random numbers for adapters on the CPU before it moves them here.
+        with torch.device("meta"):
+            return adapters.inject(model, config, self.settings.adapter_name, 0)[0]
+
+    def _dtype(self, base: nn.Module, quantization: Quantization | None) -> torch.dtype | None:
+        """Dtype that the frozen float weights are cast to, ``None`` to leave them."""
+        wanted, quantized = self.settings.compute_dtype, quantization is not None or self.arrived
+        return resolve_compute_dtype(wanted, base, quantized=quantized, autocast=False, device=self.device)
+
+    def _told(self, quantization: Quantization | None) -> Quantization | None:
+        """A backend with the dtype of activations, where it wants to know it."""
+        if quantization is None:
+            return None
+        dtype = self._dtype(base_of(self.base), quantization)
+        return with_compute_dtype(quantization, dtype or activation_dtype(base_of(self.base), autocast=False))
+
+    def heads(self) -> tuple[str, ...]:
+        """Return the names of the heads that are trained whole."""
+        wrapped: Any = self.base
+        config = self._config or wrapped.peft_config[wrapped.active_adapters[0]]
+        return tuple(config.modules_to_save or ())
+
+
+def _stand_ins(model: nn.Module) -> list[PlannedLinear]:
+    return [module for module in model.modules() if isinstance(module, PlannedLinear)]
+
+
+def _lora_layer(quantization: Quantization | None) -> type[nn.Module]:
+    from peft.tuners.lora import Linear
+
+    if quantization is None:
+        return Linear
+    try:
+        wanted = quantization.quantizer.lora_layer(PlannedLinear(1, 1, None, False, _float32()))
+    except Exception:
+        # The layer is not one of the backend's own: a class that depends on it can't be told.
+        return Linear
+    return wanted or Linear
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+def _stand_in(model: nn.Module, quantization: Quantization, never: Iterable[str]) -> None:
+    targets, _ = layers_to_quantize(model, quantization, never)
+    places = module_places(model)
+    for layer in targets.values():
+        new = planned(layer, quantization)
+        for parent, attribute in places[id(layer)]:
+            setattr(parent, attribute, new)
+
+
+def _set_checkpointing(model: Any, wanted: bool) -> bool:
+    """Switch gradient checkpointing as the Trainer does; false where the model has none."""
+    if not wanted:
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+        return True
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        return False
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,270 @@
+"""The fused LoRA branch against PEFT's own forward and backward; where it steps aside; what PEFT still does with it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from lora_plugins import LoraCallback, prepare_model
+from lora_plugins.fused import LoraBranch, fuse_adapters
+
+SHAPE = (3, 5, 16)
+
+
+def wrapped(*, dtype: torch.dtype = torch.float64, bias: bool = True, **config: Any) -> Any:
+    """A PeftModel over one linear layer ``q``, with adapters that are not zero; not fused."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q": nn.Linear(16, 12, bias=bias)}).to(dtype)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q"], "init_lora_weights": False, **config}
+    return peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=False)
+
+
+def layer_of(model: Any) -> Any:
+    return model.base_model.model["q"]
+
+
+def run(model: Any, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """Output and gradients of one pass whose random numbers are always the same."""
+    x = x.detach().clone().requires_grad_(True)
+    model.zero_grad()
+    torch.manual_seed(5)
+    output = layer_of(model)(x, **kwargs)
+    torch.manual_seed(6)
+    output.backward(torch.randn(output.shape, dtype=torch.float64).to(output.dtype))
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "x": x.grad, "output": output.detach()}
+
+
+def is_fused(model: Any, x: torch.Tensor, **kwargs: Any) -> bool:
+    """Whether the branch was computed by ``LoraBranch``."""
+    function = layer_of(model)(x.detach().clone().requires_grad_(True), **kwargs).grad_fn
+    return function is not None and type(function).__name__ == "LoraBranchBackward"
+
+
+def compare(model: Any, x: torch.Tensor, *, fused: bool = True, tolerance: float = 1e-13) -> None:
+    plain = copy.deepcopy(model)
+    assert fuse_adapters(model) == 1
+    assert is_fused(model, x) is fused
+    expected, found = run(plain, x), run(model, x)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def rows(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+# -- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_dropout": 0.5}])
+def test_equals_peft_in_float64(config: dict[str, Any], bias: bool) -> None:
+    compare(wrapped(bias=bias, **config), rows())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_gradients_are_those_of_finite_differences(rate: float) -> None:
+    def branch(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return LoraBranch.apply(*tensors, 2.0, rate, torch.float64)
+
+    torch.manual_seed(0)
+    shapes = [(2, 3, 6), (2, 3, 5), (4, 5), (6, 4)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(branch, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_over_a_16_bit_base(dtype: torch.dtype) -> None:
+    model = wrapped(dtype=torch.float32, lora_dropout=0.3)
+    layer_of(model).base_layer.to(dtype)
+    compare(model, rows(dtype), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    model = wrapped(dtype=torch.float32, lora_dropout=0.3)
+    layer_of(model).base_layer.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(model, rows(torch.float32), tolerance=4e-2)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    model = wrapped()
+    layer_of(model).lora_A["default"].weight.requires_grad_(False)
+    compare(model, rows())
+    assert fuse_adapters(model) == 0, "twice would be once too often"
+
+
+def test_input_without_gradient() -> None:
+    model = wrapped(lora_dropout=0.3)
+    fuse_adapters(model)
+    layer_of(model)(rows()).sum().backward()
+    assert layer_of(model).lora_B["default"].weight.grad is not None
+
+
+def test_keeps_less_for_the_backward_pass() -> None:
+    def kept(model: Any) -> int:
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(64, 16, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            layer_of(model)(x)
+        return sum(found.values())
+
+    model = wrapped(dtype=torch.float32, lora_dropout=0.1)
+    layer_of(model).base_layer.to(torch.bfloat16)
+    before = kept(model)
+    fuse_adapters(model)
+    assert kept(model) < before / 2
+
+
+# -- where PEFT's own forward is used ----------------------------------------------------------
+
+
+def two_adapters() -> Any:
+    model = wrapped()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    model.double()
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def hooked() -> Any:
+    model = wrapped()
+    layer_of(model).lora_A["default"].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def disabled() -> Any:
+    model = wrapped()
+    layer_of(model).enable_adapters(False)
+    return model
+
+
+def merged() -> Any:
+    model = wrapped()
+    layer_of(model).merge()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: wrapped(use_dora=True),
+        lambda: wrapped(lora_bias=True),
+        lambda: wrapped(lora_dropout=1.0),
+        lambda: wrapped().eval(),
+        two_adapters,
+        hooked,
+        disabled,
+        merged,
+    ],
+    ids=["dora", "lora_bias", "all dropped", "eval", "two adapters", "hooked", "disabled", "merged"],
+)
+def test_anything_else_is_left_to_peft(make: Callable[[], Any]) -> None:
+    compare(make(), rows(), fused=False, tolerance=0)
+
+
+def test_mixed_batch_is_left_to_peft() -> None:
+    model = two_adapters()
+    model.base_model.set_adapter("default")
+    model.eval()
+    plain = copy.deepcopy(model)
+    fuse_adapters(model)
+    names = ["second", "__base__", "default"]
+    expected, found = (run(m, rows(), adapter_names=names)["output"] for m in (plain, model))
+    assert torch.equal(expected, found)
+    model.train()
+    with pytest.raises(ValueError, match="adapter_names"):
+        layer_of(model)(rows(), adapter_names=["default"])
+
+
+def test_switching_adapters_switches_the_branch() -> None:
+    model = two_adapters()
+    plain = copy.deepcopy(model)
+    fuse_adapters(model)
+    for name in ("second", "default"):
+        for each in (plain, model):
+            each.base_model.set_adapter(name)
+        torch.testing.assert_close(run(model, rows())["output"], run(plain, rows())["output"])
+
+
+def test_forward_that_somebody_put_over_a_layer_stays() -> None:
+    model = wrapped()
+    layer_of(model).forward = lambda x: x
+    assert fuse_adapters(model) == 0
+
+
+# -- what PEFT does with a layer ---------------------------------------------------------------
+
+
+def test_copies_pickles_and_unloading() -> None:
+    model = wrapped(lora_dropout=0.3)
+    keys = list(model.state_dict())
+    fuse_adapters(model)
+    assert type(layer_of(model)) is LoraLinear
+    assert list(model.state_dict()) == keys
+    twin = copy.deepcopy(model)
+    assert layer_of(twin).forward.__self__ is layer_of(twin)
+    assert is_fused(twin, rows())
+    thawed = pickle.loads(pickle.dumps(model))
+    for other in (twin, thawed):
+        for name, tensor in run(model, rows()).items():
+            torch.testing.assert_close(run(other, rows())[name], tensor)
+    expected = layer_of(copy.deepcopy(model).eval())(rows())
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()["q"](rows()), expected)
+    assert type(model.unload()["q"]) is nn.Linear
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_training_gives_the_losses_of_peft(
+    tmp_path: Path, quantization: str | None, checkpointing: bool | None
+) -> None:
+    """With dropout and the same seed; ``checkpointing`` is its ``use_reentrant``."""
+    losses = []
+    for fused in (True, False):
+        options: dict[str, Any] = {} if checkpointing is None else {"gradient_checkpointing": True}
+        if checkpointing is not None:
+            options["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing}
+        callback = LoraCallback(r=4, lora_dropout=0.3, quantization=quantization, compute_dtype="float32")
+        trainer = tiny.trainer(tmp_path, callbacks=[callback], **options)
+        layers = [m for m in trainer.model.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
+        assert len(layers) == 4
+        if not fused:
+            for layer in layers:
+                del layer.forward
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 4
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
+def test_prepared_models_are_fused(quantization: str | None) -> None:
+    model = prepare_model(tiny.llama(), r=4, quantization=quantization).train()
+    seen = []
+    model.base_model.model.model.layers[1].self_attn.q_proj.register_forward_hook(
+        lambda module, args, output: seen.append(type(output.grad_fn).__name__)
+    )
+    ids = torch.arange(1, 9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert seen == ["LoraBranchBackward"]
