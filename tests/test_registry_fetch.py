@@ -620,6 +620,19 @@ def test_changes_of_state_at_once_are_all_there(stocked: Place) -> None:
     assert version(stocked, f"{NAME}<1.2") == "1.1.0"
 
 
+def test_who_starts_the_state_second_loses_nothing(stocked: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_branch = type(stocked.hub).create_branch
+
+    def late(self: Any, name: str, branch: str, commit: str) -> None:
+        monkeypatch.setattr(type(stocked.hub), "create_branch", create_branch)
+        set_alias(f"{NAME}@1.0.0", "first", hub=self)
+        self.create_branch(name, branch, commit)
+
+    monkeypatch.setattr(type(stocked.hub), "create_branch", late)
+    set_alias(f"{NAME}@1.1.0", "second", hub=stocked.hub)
+    assert set(aliases(NAME, hub=stocked.hub)) == {"first", "second"}
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 2}', b'{"format": 1, "aliases": {"main": []}}',
                                      b'{"format": 1, "yanked": {"x": {"reason": "r", "time": "t"}}}'])  # fmt: skip
 def test_a_damaged_state_is_said_to_be(stocked: Place, content: bytes) -> None:
