@@ -51,7 +51,7 @@ $(ENGINES)/.installed: $(INSTALLED)
 # DeepSpeed compiles an extension in its first run and keeps it here.
 test-engines: $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
-		$(ENGINES)/bin/python -m pytest tests/test_deepspeed.py
+		$(ENGINES)/bin/python -m pytest tests/test_deepspeed.py tests/test_ray.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -15,6 +15,8 @@ from lora_plugins import attach, engines
 from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
 
 INT8 = {"quantization": "int8"}
+#: Backends whose layers FSDP2 would break as well: 4 bits with a state beside them, tensors of a class of their own.
+OTHERS = ["nf4", "int8-quanto", "int8-torchao"]
 SHARDED = {"arguments": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}}
 
 
@@ -27,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
-    return launch(folder / "alone", ALONE, {"cases": {"fp32": {}, "int8": INT8}})
+    others = {name: {"quantization": name, "resume": False} for name in OTHERS}
+    return launch(folder / "alone", ALONE, {"cases": {"fp32": {}, "int8": INT8, **others}})
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,8 @@ def fsdp(folder: Path) -> Results:
         "model_init": {**INT8, "model_init": True, "resume": False},
         "sharded": SHARDED,
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
+        **{name: {"quantization": name, "resume": False} for name in OTHERS},
+        "hqq": {"quantization": "int8-hqq"},
         "ram": {**INT8, "arguments": {"fsdp_config": {"cpu_ram_efficient_loading": True}}},
         "save_on_one": {"save_on_one": True, "resume": False},
     }
@@ -134,6 +139,21 @@ def test_fsdp2_keeps_int8_weights_whole_and_says_so(folder: Path, fsdp: Results,
         assert "14 layers" in rank["warnings"][0]
     assert_same_run(fsdp[case], alone["int8"][0], resumed=case == "int8")
     assert_files(folder / "fsdp" / case, fsdp[case][0], "mine" if case == "sharded_int8" else "default")
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_fsdp2_with_other_backends(folder: Path, fsdp: Results, alone: Results, backend: str) -> None:
+    for rank in fsdp[backend]:
+        assert rank["distributed_type"] == "DistributedType.FSDP"
+        assert rank["sharded_adapter"] == 8
+        assert rank["local"] > rank["elements"] // 2
+    assert_same_run(fsdp[backend], alone[backend][0], resumed=False)
+    assert_files(folder / "fsdp" / backend, fsdp[backend][0])
+
+
+def test_fsdp2_refuses_layers_with_a_state_of_their_own_form(fsdp: Results) -> None:
+    for rank in fsdp["hqq"]:
+        assert rank["error"].startswith("UnsupportedTraining: Layers of int8-hqq")
 
 
 def test_a_sharded_checkpoint_is_there_beside_the_adapter(folder: Path, fsdp: Results) -> None:

@@ -143,6 +143,7 @@ def test_callback_in_the_constructor(tmp_path: Path, kind: str, quantization: st
     trainer.train()
     assert_trained(trainer)
     assert_quantized(trainer, quantization)
+    assert {p.dtype for p in tiny.adapter_tensors(trainer.model).values()} == {torch.float32}
     stored = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
     assert sum("lora_" in key for key in stored) == 8
     assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
@@ -232,6 +233,14 @@ def test_ready_model_gets_the_reference_of_trl(tmp_path: Path, kind: str) -> Non
     trainer.train()
     assert_trained(trainer)
     assert (tmp_path / "checkpoint-4" / "ref" / "adapter_model.safetensors").exists()
+
+
+def test_trl_casts_the_adapters_of_a_model_that_arrives_quantized(tmp_path: Path) -> None:
+    """When this fails, TRL leaves them in float32: say so in docs/engines.md."""
+    trainer = make("dpo", tmp_path, prepare_model(tiny.llama(), r=4, quantization="int8"), [LoraCallback()])
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    trainer.train()
+    assert_trained(trainer)
 
 
 def test_best_checkpoint_of_a_run_with_a_reference(tmp_path: Path, stored: Path) -> None:
