@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 def register_commands(app: typer.Typer) -> None:
     from lora_plugins.commands.demo import demo
     from lora_plugins.commands.merge import merge
+    from lora_plugins.commands.new_plugin import new_plugin
     from lora_plugins.commands.plan import plan
     from lora_plugins.commands.plugins import plugins
     from lora_plugins.commands.train import CONTEXT, train
 
     app.command()(demo)
     app.command()(merge)
+    app.command("new-plugin")(new_plugin)
     app.command()(plan)
     app.command()(plugins)
     app.command(context_settings=CONTEXT)(train)

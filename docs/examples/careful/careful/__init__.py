@@ -1,0 +1,1 @@
+"""Another default for GPT-2, and a quantization backend."""

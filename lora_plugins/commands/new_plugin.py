@@ -1,0 +1,27 @@
+"""``lora-plugins new-plugin``: write a package with a plugin and a passing test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="Name of the model type, such as mytype; the package is NAME-lora.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write it; must not exist.", show_default="./NAME-lora")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help="Module that gets an adapter by default; several times.", show_default="q_proj, v_proj"
+        ),
+    ] = None,
+) -> None:
+    """Write a plugin package for an architecture, with a test that passes."""
+    from lora_plugins.scaffold import write_package
+
+    made = write_package(name, folder, tuple(targets or ("q_proj", "v_proj")))
+    typer.echo(f"{made} is ready. Try it:\n\n    cd {made}\n    pip install -e .\n    pytest\n    lora-plugins plugins")

@@ -1,0 +1,187 @@
+"""For the tests of plugin authors: one call that shows an architecture or a quantization backend to work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.manager import PluginHost, plugin_host
+from lora_plugins.quantization import Quantization, with_compute_dtype
+from lora_plugins.types import Quantizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lora_plugins.target_plan import TargetPlan
+
+
+def check_architecture(
+    make_model: Callable[[], nn.Module],
+    batch: Mapping[str, torch.Tensor] | None = None,
+    *,
+    host: PluginHost | None = None,
+    **lora: Any,
+) -> TargetPlan:
+    """Assert that a model's architecture is registered, trains, saves and reloads.
+
+    The default targets must come from a record and reach every repeated block. Then adapters are trained for one step
+    on a small model: every adapter's second matrix gets a gradient at once, the first after that step; the saved
+    adapter on a fresh base gives equal outputs, and without it other ones.
+
+    Args:
+        make_model: Makes a small model with random weights; called several times, each time with the same seed.
+        batch: What its forward takes, with labels if it has a loss; two rows of eight tokens by default.
+        host: Where the architecture is looked up; default is the process's plugin host.
+        **lora: Arguments of `prepare_model`, such as ``target_modules="mlp"`` for another scope than the default.
+
+    Returns:
+        What was resolved, for further assertions.
+
+    Raises:
+        AssertionError: Something of this does not hold; the message says what.
+    """
+    from lora_plugins.targets import resolve_targets
+
+    host = host or plugin_host()
+    base = _fresh(make_model)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    assert host.architecture(str(model_type)) is not None, (
+        f"no plugin registers the model type {model_type!r}; is the package installed, with its entry point in the "
+        "group 'lora_plugins'?"
+    )
+    plan = resolve_targets(base, lora.get("target_modules"), host=host)
+    assert plan.source.startswith(("the registered", "scope", "the names", "the pattern")), (
+        f"the record of {model_type!r} names nothing that is in the model: targets came from {plan.source}"
+    )
+    missed = {kind: pair for kind, pair in plan.coverage.items() if pair[0] < pair[1]}
+    assert not missed, f"some blocks get no adapter (adapted, all): {missed}"
+    inputs = dict(batch) if batch is not None else _default_batch(base)
+    _check_training(make_model, base, inputs, {**lora, "target_modules": _names(plan)}, plan)
+    return plan
+
+
+def check_quantizer(
+    quantizer: Quantizer, options: Mapping[str, Any] | None = None, *, dtype: torch.dtype | None = None
+) -> None:
+    """Assert that a backend runs on this machine's CPU, can be trained on, and says its sizes right.
+
+    Args:
+        quantizer: The backend.
+        options: Options for it.
+        dtype: Dtype of the activations; float32 by default.
+
+    Raises:
+        AssertionError: It can't run here, fails the training that every backend must pass, or a size is wrong.
+    """
+    import torch
+    from torch import nn
+
+    from lora_plugins.counting import tensor_bytes
+    from lora_plugins.errors import QuantizationError
+    from lora_plugins.quantization import check_usable
+
+    dtype = dtype or torch.float32
+    asked = Quantization(quantizer, {"skip_modules": [], **(options or {})})
+    try:
+        check_usable(asked, torch.device("cpu"), dtype)
+    except QuantizationError as error:
+        raise AssertionError(str(error)) from error
+    rows, columns = 192, 256
+    linear = nn.Linear(columns, rows, bias=False, dtype=dtype).requires_grad_(False)
+    layer = asked.quantize(linear)
+    assert not any(parameter.requires_grad for parameter in layer.parameters()), "the quantized layer is not frozen"
+    weight = quantizer.dequantize(layer)
+    assert tuple(weight.shape) == (rows, columns), f"dequantize() gives the shape {tuple(weight.shape)}"
+    said = quantizer.layer_bytes(columns, rows, dtype, asked.options)
+    found = tensor_bytes(layer).total
+    assert said is None or said == found, f"layer_bytes() says {said} bytes and the layer has {found}"
+    _check_dtypes(asked, dtype)
+
+
+def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:
+    """A layer with a bias that stays in its dtype must take activations of another one: that is what a base gets."""
+    import torch
+    from torch import nn
+
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    told = with_compute_dtype(quantization, other)
+    layer = told.quantize(nn.Linear(256, 64, dtype=dtype).requires_grad_(False)).train()
+    try:
+        output = layer(torch.ones(2, 256, dtype=other))
+    except RuntimeError as error:
+        raise AssertionError(f"a layer made from {dtype} does not take {other} activations: {error}") from error
+    assert output.dtype == other, f"a layer made from {dtype} turns {other} activations into {output.dtype}"
+
+
+def _fresh(make_model: Callable[[], nn.Module]) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make_model().eval()
+
+
+def _default_batch(base: Any) -> dict[str, torch.Tensor]:
+    import inspect
+
+    import torch
+
+    size = int(getattr(base.config, "vocab_size", 100))
+    ids = torch.randint(0, size, (2, 8), generator=torch.Generator().manual_seed(0))
+    return {name: ids for name in ("input_ids", "labels") if name in inspect.signature(base.forward).parameters}
+
+
+def _names(plan: TargetPlan) -> list[str] | str:
+    # As they were resolved, so that the process's own host, which may not know the plugin, decides nothing.
+    return list(plan.target_modules)
+
+
+def _check_training(
+    make_model: Callable[[], nn.Module], base: Any, inputs: dict[str, Any], lora: dict[str, Any], plan: TargetPlan
+) -> None:
+    import torch
+    from peft import PeftModel
+
+    from lora_plugins.model import prepare_model
+
+    model: Any = prepare_model(base, **{"r": 2, "lora_dropout": 0.0, **lora})
+    dead = _without_gradient(model, inputs, "lora_B", plan.vision)
+    assert not dead, f"no gradient reaches {', '.join(dead[:3])}: the model does not call these layers"
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    dead = _without_gradient(model, inputs, "lora_A", plan.vision)
+    assert not dead, f"no gradient reaches {', '.join(dead[:3])} after a step"
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        again: Any = PeftModel.from_pretrained(_fresh(make_model), folder)
+        trained, loaded = _output(model, inputs), _output(again.eval(), inputs)
+        with model.disable_adapter():
+            plain = _output(model, inputs)
+    assert torch.equal(trained, loaded), (
+        "the reloaded adapter gives another output; does make_model() draw other weights?"
+    )
+    assert not torch.equal(trained, plain), "the trained adapter changes nothing about the output"
+
+
+def _output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    found = model(**inputs)
+    output: torch.Tensor = found.logits if getattr(found, "logits", None) is not None else found[0]
+    return output
+
+
+def _without_gradient(model: Any, inputs: dict[str, Any], part: str, unreached: tuple[str, ...]) -> list[str]:
+    """Run forward and backward; names of the adapters' tensors that got no gradient."""
+    model.zero_grad()
+    found = model(**inputs)
+    loss = getattr(found, "loss", None)
+    loss = loss if loss is not None else _output(model, inputs).float().pow(2).mean()
+    if loss.requires_grad:
+        loss.backward()
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if part in name
+        and not set(unreached) & set(name.split("."))
+        and (parameter.grad is None or not parameter.grad.any())
+    ]
