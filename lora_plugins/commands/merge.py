@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.training.calm import calm
+from lora_plugins.calm import calm
 
 
 class Dtype(str, Enum):

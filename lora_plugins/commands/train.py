@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lora_plugins.training.calm import calm
+from lora_plugins.calm import calm
 
 #: The command's own parser reads everything, its help included.
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+from lora_plugins.calm import calm
 
 
 def quiet() -> None:
     """Silence what the libraries say below an error, in this process. Call it before they are imported."""
-    # bitsandbytes speaks while it is imported, and then at every cast.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    calm()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -7,11 +7,14 @@ import os
 import sys
 import warnings
 
+#: Who speaks, while it is imported, of optional kernels and of its own future.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
 
 def calm() -> None:
     """Silence known remarks, and progress bars where no terminal shows them. Call it before anything is imported."""
-    # bitsandbytes speaks of optional kernels while it is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # PEFT calls a method of transformers by its former name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     if not sys.stderr.isatty():
