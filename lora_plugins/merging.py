@@ -28,6 +28,9 @@ MergeDtype = Literal["fp16", "bf16", "same"]
 #: Written beside an adapter by ``lora-plugins train``: its base, template and quantization.
 RECIPE_FILE = "recipe.json"
 
+#: Written by the registry; its "training" has the facts of the run.
+_MANIFEST_FILE = "adapter_manifest.json"
+
 #: Marks "as it was trained", which ``None`` (in float) is not.
 AS_TRAINED = "as trained"
 
@@ -100,7 +103,7 @@ def merge_and_save(
         base: Base model; default is the one that the adapter names.
         revision: Branch, tag or commit of the base model; default is the one that the adapter names.
         quantization: Backend that the adapter was trained on, ``None`` or ``"none"`` for a float base; default is
-            what ``recipe.json`` beside the adapter says.
+            what ``recipe.json`` beside the adapter, or the manifest of a release, says.
         probe: Text on which the merged model's logits are compared with the trained model's; ``None``
             leaves that out.
         overwrite: Whether a model that is already in ``output`` may be replaced.
@@ -197,7 +200,7 @@ class _Job:
         recipe = _read_recipe(folder)
         named = os.fspath(base) if base is not None else recipe.get("base") or config.base_model_name_or_path
         if not named:
-            raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base=.")
+            raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base= (--base).")
         if revision is not None and Path(named).exists():
             raise MergeError(
                 f"revision={revision!r} was given, and the base model {named} is a folder, which has none."
@@ -241,15 +244,26 @@ class _Job:
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
-    try:
-        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """What is known of the training: from the train command, else from the manifest of a release."""
+    recipe = _read_object(folder / RECIPE_FILE)
+    if recipe is not None:
+        return recipe
+    training = (_read_object(folder / _MANIFEST_FILE) or {}).get("training")
+    if not isinstance(training, dict) or "quantization" not in training:
         return {}
+    return {"quantization": training["quantization"]}
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
-        raise MergeError(f"{folder / RECIPE_FILE} can't be read: {error}") from error
-    if not isinstance(recipe, dict):
-        raise MergeError(f"{folder / RECIPE_FILE} must hold a JSON object, not a {type(recipe).__name__}")
-    return recipe
+        raise MergeError(f"{file} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise MergeError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def _torch_dtype(dtype: str) -> torch.dtype | str:

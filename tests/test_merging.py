@@ -342,6 +342,17 @@ def test_distance_does_not_pass_for_one_from_the_trained_model_where_that_is_not
     assert "Against the trained model" in said
 
 
+def test_manifest_of_a_release_says_how_the_base_was_quantized(tmp_path: Path) -> None:
+    adapter, trained = make(tmp_path, bloom())
+    (adapter / RECIPE_FILE).unlink()
+    (adapter / "adapter_manifest.json").write_text(json.dumps({"training": {"quantization": "int8"}}))
+    merge_and_save(adapter, tmp_path / "merged", "same", base=tmp_path / "base")
+    assert torch.allclose(logits(reload(tmp_path / "merged")), trained_logits(trained), atol=1e-4)
+    (adapter / "adapter_manifest.json").write_text(json.dumps({"training": {"steps": 3}}))
+    with pytest.raises(MergeError, match="needs to know how the base was quantized"):
+        merge_and_save(adapter, tmp_path / "unknown", "same", base=tmp_path / "base")
+
+
 def test_unknown_dtype_is_named(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="'fp16', 'bf16', 'same', not 'fp8'"):
         merge_and_save(tmp_path, tmp_path / "merged", "fp8")
