@@ -107,3 +107,8 @@ def test_generated_pages_are_up_to_date(
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f": {page.name}" not in navigation] == []
+
+
+def test_the_schema_in_the_documentation_is_the_one_in_the_package() -> None:
+    name = "adapter_manifest.schema.json"
+    assert (ROOT / "docs" / name).read_bytes() == (ROOT / "registry" / name).read_bytes()
