@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_plugins.builtin import int8_layer
 from lora_plugins.builtin.bitsandbytes import Int8
-from lora_plugins.builtin.int8_layer import Int8Linear, dequantized
+from lora_plugins.builtin.int8_layer import Int8Linear, dequantized, quantized
 
 
 def layers(dtype: torch.dtype, *, bias: bool = True) -> tuple[Any, Any]:
@@ -96,3 +96,19 @@ def test_dequantized_values_are_rounded_once() -> None:
     torch.testing.assert_close(wide.double(), weight.double() * scale.double()[:, None] / 127)
     assert torch.equal(dequantized(weight, scale, torch.bfloat16), wide.to(torch.bfloat16))
     assert type(ours) is Int8Linear
+
+
+@pytest.mark.parametrize("block", [1 << 20, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantized_values_are_those_of_bitsandbytes(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_layer, "_BLOCK", block)
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24).to(dtype)
+    weight[3] *= 1e-5
+    weight[5, 1] = -30
+    expected = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+    values, scale = quantized(weight)
+    assert torch.equal(values, expected.data)
+    assert torch.equal(scale, expected.SCB)

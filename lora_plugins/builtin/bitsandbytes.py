@@ -45,7 +45,7 @@ class Int8(Quantizer):
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
 
-        from lora_plugins.builtin.int8_layer import Int8Linear
+        from lora_plugins.builtin.int8_layer import Int8Linear, quantized
 
         device = linear.weight.device
         layer = Int8Linear(
@@ -56,9 +56,13 @@ class Int8(Quantizer):
             threshold=options.get("threshold", 6.0),
             device="meta",
         )
-        # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.
-        weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
-        layer.weight = weight.to(device)
+        if device.type == "cpu":
+            values, scale = quantized(linear.weight.data)
+            layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
+        else:
+            # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.
+            weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
+            layer.weight = weight.to(device)
         if linear.bias is not None:
             layer.bias = linear.bias
         return layer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch.autograd.function import once_differentiable
 
-#: Weights that are dequantized at a time, so that the float32 intermediate stays in the CPU's cache.
+#: Weights that are converted at a time, so that the float32 intermediate stays in the CPU's cache.
 _BLOCK = 1 << 20
 
 
@@ -75,9 +76,33 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     """
     factors = scale.unsqueeze(1).mul(1.0 / 127.0)
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    rows = max(1, _BLOCK // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        block = slice(start, start + rows)
+    for block in _blocks(weight, _BLOCK):
         # int8 to float32 and the product are vectorized; int8 times float32 in one go is not.
         result[block] = weight[block].float().mul_(factors[block])
     return result
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a float weight on the CPU by rows, to the bits that bitsandbytes gives.
+
+    Args:
+        weight: Shape ``[out, in]``; rounded to float16 first, as bitsandbytes does.
+
+    Returns:
+        The int8 weight, shape ``[out, in]``, and the largest magnitude of each row in float32, shape ``[out]``.
+    """
+    result = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32)
+    # An eighth at most, so that the intermediates take less than the layer itself.
+    for block in _blocks(weight, min(_BLOCK, weight.numel() // 8)):
+        values = weight[block].to(torch.float16).float()
+        largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
+        scale[block] = largest
+        result[block] = values.mul_((127.0 / largest).unsqueeze(1)).round_()
+    return result, scale
+
+
+def _blocks(weight: torch.Tensor, size: int) -> Iterator[slice]:
+    """Rows of a weight, some at a time, that hold about ``size`` values."""
+    rows = max(1, size // max(1, weight.shape[1]))
+    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
