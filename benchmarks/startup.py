@@ -1,6 +1,9 @@
-"""How long until something is there: the import, the program, the plugin host with a hundred plugins installed.
+"""How long until something is there: the import, the program, the host with a hundred plugins, a quantized model.
 
 Each figure is the best of several new processes, so that it is the program's and not the machine's.
+
+    python benchmarks/startup.py            prints
+    python benchmarks/startup.py --write    renews the docs page
 """
 
 from __future__ import annotations
@@ -22,6 +25,21 @@ from lora_plugins.manager import PluginHost
 imported = time.perf_counter()
 host = PluginHost()
 print(imported - start, time.perf_counter() - imported, len(host.plugins))
+"""
+
+_PREPARATION = """
+import time, torch
+from transformers import AutoModelForCausalLM
+from lora_plugins.demo.model import demo_model
+from lora_plugins.quantization import check_usable, parse_quantization, quantize_in_place
+model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+quantization = parse_quantization("int8")
+check_usable(quantization, torch.device("cpu"), torch.bfloat16)
+start = time.perf_counter()
+copies = [parameter.detach().clone() for parameter in model.parameters()]
+copied = time.perf_counter()
+quantize_in_place(model, quantization)
+print(copied - start, time.perf_counter() - copied)
 """
 
 _IMPORT = "import time; start = time.perf_counter(); import {0}; print(time.perf_counter() - start)"
@@ -63,6 +81,12 @@ def install_plugins(folder: Path) -> None:
         )
 
 
+def preparation_seconds() -> list[float]:
+    """Best times of copying the demo model's weights once, and of quantizing it in place."""
+    runs = [python(_PREPARATION) for _ in range(3)]
+    return [min(times) for times in zip(*runs, strict=True)]
+
+
 def host_seconds() -> tuple[float, int]:
     """Best time of making a plugin host with many plugins installed, and how many it found."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,13 +97,25 @@ def host_seconds() -> tuple[float, int]:
 
 
 def main() -> None:
-    """Print the figures."""
-    print(f"import lora_plugins        {import_seconds('lora_plugins'):.3f} s")
-    print(f"import registry            {import_seconds('registry'):.3f} s")
-    print(f"lora-plugins --help        {program_seconds('--help'):.3f} s")
-    print(f"lora-plugins plugins       {program_seconds('plugins'):.3f} s")
+    """Print the figures and, where asked, write them."""
     seconds, found = host_seconds()
-    print(f"plugin host, {found} plugins  {seconds:.3f} s")
+    figures = {
+        "import lora_plugins": import_seconds("lora_plugins"),
+        "import registry": import_seconds("registry"),
+        "lora-plugins --help": program_seconds("--help"),
+        "lora-plugins plugins": program_seconds("plugins"),
+        f"plugin host, {found} plugins installed": seconds,
+    }
+    copying, quantizing = preparation_seconds()
+    figures["copying the weights of SmolLM2 once (bfloat16)"] = copying
+    figures["quantizing SmolLM2 in place (int8)"] = quantizing
+    for name, value in figures.items():
+        print(f"{name:48} {value:.3f} s")
+    if "--write" in sys.argv[1:]:
+        from measure import hardware, record, versions
+
+        command = "python benchmarks/startup.py --write"
+        record("startup", {"command": command, "hardware": hardware(), "versions": versions(), "seconds": figures})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""The page of the benchmarks is made of their results; how growth and ratios are worked out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _programs_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in ("page", "measure", "scaling"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def machine() -> dict[str, Any]:
+    hardware = {"cpu": "a CPU", "cores": 2, "flags": ["avx2"], "memory_gib": 8, "gpu": None, "python": "3.11"}
+    return {"hardware": hardware, "versions": {"torch": "2"}, "command": "python benchmarks/training.py"}
+
+
+def training() -> dict[str, Any]:
+    def row(speed: float, memory: float) -> dict[str, Any]:
+        return {
+            "tokens_per_second": speed,
+            "step_seconds": 1000 / speed,
+            "step_range": [1.0, 2.0],
+            "step_cpu_seconds": 3.0,
+            "peak_mib": memory,
+            "callback_share": 0.004,
+        }
+
+    return {
+        **machine(),
+        "settings": {
+            "r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "targets": ["q", "v"], "batch": 4, "length": 256,
+            "rounds": 2, "steps": 5, "loss_steps": 60,
+        },
+        "speed": {"recipe-int8": row(100, 3000), "ours-int8": row(250, 1200), "ours-nf4": row(200, 1100)},
+        "learning": {"recipe-int8": {"held_out": 2.0}, "ours-int8": {"held_out": 2.01}},
+    }  # fmt: skip
+
+
+def test_committed_page_is_what_the_results_give() -> None:
+    results = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == module("page").render(results), "run python benchmarks/page.py"
+
+
+def test_ratios_are_worked_out_from_the_medians(tmp_path: Path) -> None:
+    text = module("page").render({"training": training()})
+    assert "int8 against the recipe: 2.50 times the tokens a second" in text
+    assert "int8 against the recipe: 0.40 of the memory" in text
+    assert "nf4 against int8: 1.25 times the seconds" in text
+    assert "| lora-plugins, int8 | 2.0100 | +0.50 % |" in text
+    assert "the callback's own time: 0.40 % of a step" in text
+    assert "TRL in int8:" not in text, "what was not measured is left out"
+    assert "`python benchmarks/scaling.py --write` puts it here" in text
+    module("page").chart(training(), tmp_path / "chart.svg")
+    assert "lora-plugins, nf4" in (tmp_path / "chart.svg").read_text(encoding="utf-8")
+
+
+def test_growth_is_told_in_stretches() -> None:
+    series = [
+        {"value": 1, "growth": None},
+        {"value": 2, "growth": 1.05},
+        {"value": 4, "growth": 0.9},
+        {"value": 8, "growth": 1.4},
+    ]
+    told = module("scaling").findings({"batch": series})
+    assert told == ["batch: linear from 1 to 4, then more than linear from 4 to 8"]
