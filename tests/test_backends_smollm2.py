@@ -78,7 +78,7 @@ def rows(tokens: torch.Tensor, count: int, length: int, offset: int) -> Dataset:
 
 
 def journey(
-    folder: Path, load: Load, tokens: torch.Tensor, quantization: Any, *, layers: int | None, length: int
+    folder: Path, load: Load, tokens: torch.Tensor, quantization: Any, *, layers: int | None, length: int, rate: float
 ) -> None:
     """Train through the Trainer, evaluate in between, save, load onto a fresh base, merge."""
     base = load(layers)
@@ -91,7 +91,7 @@ def journey(
             max_steps=STEPS,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=4,
-            learning_rate=2e-3,
+            learning_rate=rate,
             lr_scheduler_type="constant",
             eval_strategy="steps",
             eval_steps=STEPS // 2,
@@ -155,10 +155,10 @@ def _without_dropout(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_four_layers(tmp_path: Path, load: Load, tokens: torch.Tensor, name: str) -> None:
-    journey(tmp_path, load, tokens, name, layers=4, length=16)
+    journey(tmp_path, load, tokens, name, layers=4, length=16, rate=2e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", [*NAMES, *DOUBLE], ids=str)
 def test_all_layers(tmp_path: Path, load: Load, tokens: torch.Tensor, quantization: Any) -> None:
-    journey(tmp_path, load, tokens, quantization, layers=None, length=32)
+    journey(tmp_path, load, tokens, quantization, layers=None, length=64, rate=5e-4)
