@@ -15,6 +15,7 @@ from lora_plugins.quantization import (
     Quantization,
     QuantizedLayers,
     base_of,
+    check_arrived,
     detect_quantization,
     quantize_in_place,
     tag_quantized,
@@ -297,6 +298,7 @@ def prepare_base(
             adapters.exchange_layers(model, quantize)
     elif record.quantization is not None:
         # Loaded quantized: let the backend set what makes its layers trainable.
+        check_arrived(base, record.quantization)
         record.quantization.quantizer.after_quantize(base, record.quantization.options)
         if wrapped:
             adapters.exchange_layers(model, record.quantization)

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 #: Options that the core understands for every backend.
 CORE_OPTIONS = ("name", "skip_modules")
 
+#: Why layers stay in float that nobody expects to be quantized; other reasons are worth a note.
+EXPECTED_REASONS = (
+    "never touched in this architecture",
+    "head, tied weight or kept in float32 by the model",
+    "skip_modules",
+)
+
 #: Where a quantized layer remembers its backend and options.
 _MEMORY = "lora_plugins_quantization"
 
@@ -209,6 +216,26 @@ def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Qua
     return None
 
 
+def check_arrived(model: nn.Module, quantization: Quantization) -> None:
+    """Refuse a model that was loaded quantized where its backend can't compute one of the layers.
+
+    Raises:
+        QuantizationError: It has such layers.
+    """
+    quantizer = quantization.quantizer
+    for path, module in model.named_modules():
+        if not quantizer.owns(module):
+            continue
+        layer: Any = module
+        reason = quantizer.unsuitable(layer.in_features, layer.out_features, quantization.options)
+        if reason is not None:
+            name = _plain_path(path)
+            raise QuantizationError(
+                f"{name} was loaded quantized and {quantization.name!r} can't compute it: {reason}. Load the model "
+                f"with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}}), or in float."
+            )
+
+
 def check_usable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
     """Ask a backend whether it runs here and let it pass the self-test, once per process and device.
 
@@ -321,9 +348,10 @@ def layers_to_quantize(
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    reasons = dict.fromkeys(never, "never touched in this architecture")
-    reasons |= dict.fromkeys(_kept_by_model(model), "head, tied weight or kept in float32 by the model")
-    reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), "skip_modules")
+    untouched, kept, told = EXPECTED_REASONS
+    reasons = dict.fromkeys(never, untouched)
+    reasons |= dict.fromkeys(_kept_by_model(model), kept)
+    reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), told)
     trainable = adapter_modules(model)
     targets: dict[str, Any] = {}
     skipped: dict[str, str] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_plugins.counting import count_parameters, tensor_bytes
 from lora_plugins.model import Preparation, preparation_of
-from lora_plugins.quantization import Quantization, base_of, detect_quantization
+from lora_plugins.quantization import EXPECTED_REASONS, Quantization, base_of, detect_quantization
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -238,6 +238,9 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
             notes.append(f"frozen float weights are held in {str(record.compute_dtype).removeprefix('torch.')}")
         if record.upcast:
             notes.append(f"{len(record.upcast)} modules are held in float32 (upcast)")
+        if record.layers is not None:
+            reasons = Counter(why for why in record.layers.skipped.values() if why not in EXPECTED_REASONS)
+            notes += [f"{count} linear layers stay in float: {why}" for why, count in reasons.items()]
     quantization = _quantization(model, record)
     if quantization is not None and quantization.quantizer.loss_note:
         notes.append(quantization.quantizer.loss_note)

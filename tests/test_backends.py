@@ -422,6 +422,21 @@ def test_layer_that_does_not_fit_stays_in_float_with_the_reason(quantization: An
     assert type(model.odd) is nn.Linear
 
 
+def test_report_says_which_layers_stay_in_float() -> None:
+    model = prepare_model(tiny.llama(intermediate_size=100), r=4, quantization="int8-quanto")
+    notes = make_report(model).notes
+    assert [note for note in notes if "stay in float" in note] == [
+        "2 linear layers stay in float: 100 input features are no multiple of 16, as its bfloat16 kernel needs"
+    ]
+
+
+def test_model_loaded_with_a_layer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    tiny.llama(intermediate_size=100).save_pretrained(tmp_path)
+    loaded = fresh(tmp_path, quantization_config=quantization_config("int8-quanto"))
+    with pytest.raises(QuantizationError, match=r"mlp\.down_proj was loaded quantized and 'int8-quanto' can't"):
+        prepare_model(loaded, r=4)
+
+
 def test_model_where_no_layer_fits_is_an_error() -> None:
     with pytest.raises(NothingQuantized, match="parted in groups of 48"):
         quantize_in_place(tiny.llama(), parse_quantization({"name": "int4-hqq", "group_size": 48}))  # type: ignore[arg-type]
