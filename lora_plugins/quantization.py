@@ -231,8 +231,8 @@ def check_arrived(model: nn.Module, quantization: Quantization) -> None:
         if reason is not None:
             name = _plain_path(path)
             raise QuantizationError(
-                f"{name} was loaded quantized and {quantization.name!r} can't compute it: {reason}. Load the model "
-                f"with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}}), or in float."
+                f"{name} was loaded quantized and {quantization.name!r} can't compute it: {reason}. Load the model in "
+                f"float, or with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}})."
             )
 
 
