@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -527,3 +530,24 @@ def test_lock_of_a_running_compilation_is_waited_for(tmp_path: Path) -> None:
     start = time.monotonic()
     quanto.wait_for_build(tmp_path)
     assert time.monotonic() - start > 0.2
+
+
+# -- the page of measurements ------------------------------------------------------------------
+
+
+def test_page_shows_the_committed_measurements_of_every_backend() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "backends.py"
+    spec = importlib.util.spec_from_file_location("backends_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark
+    spec.loader.exec_module(benchmark)
+    snapshot = json.loads(benchmark.SNAPSHOT.read_text(encoding="utf-8"))
+    assert benchmark.page(snapshot) == benchmark.PAGE.read_text(encoding="utf-8"), "run benchmarks/backends.py --page"
+    assert [row["name"] for row in snapshot["rows"]] == list(benchmark.CASES)
+    assert set(ALL) <= set(benchmark.CASES)
+    for row in snapshot["rows"]:
+        assert row["gradient"] > 0
+        assert row["reload"] == 0
+        assert row["merge"] < 0.2
