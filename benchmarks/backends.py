@@ -7,6 +7,8 @@ Every cell comes from this run. Times are CPU seconds of one thread, all backend
 that what else runs on the machine meets all of them alike.
 """
 
+# ruff: noqa: TID253 - a program for developers, which always needs them
+
 from __future__ import annotations
 
 import argparse
