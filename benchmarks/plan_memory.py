@@ -103,6 +103,7 @@ def measure(
     from transformers import AutoModelForCausalLM
 
     from lora_plugins import prepare_model
+    from lora_plugins.chunked_loss import chunked_loss
     from lora_plugins.counting import tensor_bytes
     from lora_plugins.planning.live import LiveBytes
     from lora_plugins.quantization import owner_of
@@ -117,7 +118,8 @@ def measure(
     ids = torch.randint(100, 1000, (batch_size, length), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with chunked_loss(model):
+            model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
     step()

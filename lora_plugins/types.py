@@ -98,8 +98,8 @@ class Quantizer(ABC):
             ``"compute_dtype"`` is told the dtype of the activations in it, unless the user gave one.
         unsupported: Fields of ``peft.LoraConfig`` that PEFT can't do over layers of this backend.
         loss_note: What the losses in a log mean where training and evaluation use different kernels.
-        keeps_input: Whether a layer holds its input until its backward pass where gradient checkpointing can't
-            free it: as an attribute instead of a saved tensor. `plan` counts those bytes.
+        keeps_input: Whether a layer on a GPU holds its input until its backward pass where gradient checkpointing
+            can't free it: as an attribute instead of a saved tensor. `plan` counts those bytes.
     """
 
     name: str

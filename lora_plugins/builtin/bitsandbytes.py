@@ -36,7 +36,7 @@ class Int8(Quantizer):
         "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
         "they differ slightly, and the second depends on the batch"
     )
-    # Its autograd function keeps the input as an attribute.
+    # bitsandbytes' autograd function keeps the input as an attribute.
     keeps_input = True
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:

@@ -70,29 +70,36 @@ class _DequantizeAndMultiply(torch.autograd.Function):
         return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device="meta"), None
 
 
-def planned(layer: Any, quantization: Quantization) -> PlannedLinear:
+def planned(layer: Any, quantization: Quantization, device: torch.device) -> PlannedLinear:
     """Return the stand-in of a float layer that a backend would quantize.
 
     Args:
         layer: An ``nn.Linear`` or transformers' ``Conv1D`` on the meta device.
         quantization: The backend and its options.
+        device: Where the run will be.
     """
     linear = as_linear(layer)
     return PlannedLinear(
         linear.in_features,
         linear.out_features,
         linear.bias.detach() if linear.bias is not None else None,
-        quantization.quantizer.keeps_input,
+        keeps_input(quantization.quantizer, device),
         linear.weight.dtype,
     )
 
 
+def keeps_input(quantizer: Quantizer, device: torch.device) -> bool:
+    """Whether a backend's layers hold their input until the backward pass."""
+    return quantizer.keeps_input and device.type != "cpu"
+
+
 def standing_in(module: Any, owner: Quantizer) -> PlannedLinear:
     """Return the stand-in of a layer that is quantized already, with the bytes it has."""
+    device = next(module.parameters()).device
     bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
     size = tensor_bytes(module).total
     dtype = bias.dtype if bias is not None else torch.bfloat16
-    return PlannedLinear(module.in_features, module.out_features, bias, owner.keeps_input, dtype, size)
+    return PlannedLinear(module.in_features, module.out_features, bias, keeps_input(owner, device), dtype, size)
 
 
 def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int:

@@ -46,6 +46,7 @@ def plan(
     upcast: str = "none",
     experts: str = "default",
     strict: bool = True,
+    chunked_loss: bool = True,
     **lora: Any,
 ) -> Plan:
     """Say what a LoRA run would train and what it would take, without loading or making weights.
@@ -77,6 +78,7 @@ def plan(
         upcast: As in `prepare_model`.
         experts: As in `prepare_model`.
         strict: As in `prepare_model`.
+        chunked_loss: As in `LoraCallback`; with ``"fsdp"`` and ZeRO the loss is not computed in pieces.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
@@ -111,6 +113,7 @@ def plan(
     )
     limit = parse_memory(memory) if memory is not None else present_memory()
     bench = _workbench(model_or_name, settings, _device(device), task, dtype, revision, trust_remote_code)
+    bench.chunked = chunked_loss and chosen.strategy in ("single", "ddp")
     return _Planner(bench, chosen, limit).run()
 
 

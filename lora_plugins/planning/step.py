@@ -41,6 +41,7 @@ def as_on_a_device() -> Iterator[None]:
     way that keeps the whole matrix of weights. A mode would not do: none is active where blocks are computed again.
     """
     original, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
+    enabled: Any = torch.is_autocast_enabled
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         output = _fused(*args, **kwargs)
@@ -48,11 +49,13 @@ def as_on_a_device() -> Iterator[None]:
 
     nn.functional.scaled_dot_product_attention = attention
     torch.autocast = _Autocast  # type: ignore[misc]
+    torch.is_autocast_enabled = lambda *kind: kind != ("meta",) and enabled(*kind)
     try:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = original
         torch.autocast = autocast  # type: ignore[misc]
+        torch.is_autocast_enabled = enabled
 
 
 def _fused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from lora_plugins.counting import ParameterCount, count_parameters, tensor_bytes
 from lora_plugins.model import preparation_of
 from lora_plugins.planning.file_size import file_bytes
 from lora_plugins.planning.inputs import make_batch
-from lora_plugins.planning.layers import PlannedLinear, planned, stored_bytes
+from lora_plugins.planning.layers import PlannedLinear, keeps_input, planned, stored_bytes
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
@@ -49,15 +50,22 @@ class Workbench:
         settings: What was asked for.
         targets: The chosen modules, ``None`` for a model that has its adapters.
         device: Where the model will run.
+        chunked: Whether the loss is computed in pieces where that is possible.
     """
 
     def __init__(
-        self, base: nn.Module, settings: LoraSettings, targets: TargetPlan | None, device: torch.device
+        self,
+        base: nn.Module,
+        settings: LoraSettings,
+        targets: TargetPlan | None,
+        device: torch.device,
+        chunked: bool = False,
     ) -> None:
         self.base = base
         self.settings = settings
         self.targets = targets
         self.device = device
+        self.chunked = chunked
         self.structure = Structure(base_of(base))
         self.arrived = bool(_stand_ins(base))
         self._config = adapters.build_config(settings, targets) if targets is not None else None
@@ -168,7 +176,7 @@ class Workbench:
         if quantization is None:
             return None
         layer: Any = _lora_layer(quantization)
-        return self._quantized_layers(quantization), quantization.quantizer.keeps_input, layer.forward
+        return self._quantized_layers(quantization), keeps_input(quantization.quantizer, self.device), layer.forward
 
     def _simulate(
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
@@ -198,7 +206,10 @@ class Workbench:
         model, removed = self._step_model(quantization, short)
         if not _set_checkpointing(model, checkpointing):
             return None
-        return activation_bytes(model, make_batch(model, batch_size, length), removed)
+        from lora_plugins.chunked_loss import chunked_loss
+
+        with chunked_loss(model) if self.chunked else contextlib.nullcontext():
+            return activation_bytes(model, make_batch(model, batch_size, length), removed)
 
     def _rough(self, tokens: int, checkpointing: bool) -> int:
         """What the linear layers take in and give out, where no step can be simulated."""
@@ -226,12 +237,14 @@ class Workbench:
         """Do on the meta device what `prepare_model` does."""
         import torch
 
+        from lora_plugins.fused import fuse_adapters
+
         base: Any = base_of(model)
         if self.targets is not None:
             base.requires_grad_(False)
         dtype = self._dtype(base, quantization)
         if quantization is not None:
-            _stand_in(model, quantization, self._never())
+            _stand_in(model, quantization, self._never(), self.device)
         elif self._config is None and preparation_of(model) is not None:
             # Prepared by us: nothing more would be done to it.
             return model
@@ -247,7 +260,9 @@ class Workbench:
             config._register_custom_module({PlannedLinear: _lora_layer(quantization)})
         # PEFT would draw random numbers for adapters on the CPU before it moves them here.
         with torch.device("meta"):
-            return adapters.inject(model, config, self.settings.adapter_name, 0)[0]
+            wrapped = adapters.inject(model, config, self.settings.adapter_name, 0)[0]
+        fuse_adapters(wrapped)
+        return wrapped
 
     def _dtype(self, base: nn.Module, quantization: Quantization | None) -> torch.dtype | None:
         """Dtype that the frozen float weights are cast to, ``None`` to leave them."""
@@ -291,11 +306,11 @@ def _float32() -> torch.dtype:
     return torch.float32
 
 
-def _stand_in(model: nn.Module, quantization: Quantization, never: Iterable[str]) -> None:
+def _stand_in(model: nn.Module, quantization: Quantization, never: Iterable[str], device: torch.device) -> None:
     targets, _ = layers_to_quantize(model, quantization, never)
     places = module_places(model)
     for layer in targets.values():
-        new = planned(layer, quantization)
+        new = planned(layer, quantization, device)
         for parent, attribute in places[id(layer)]:
             setattr(parent, attribute, new)
 
