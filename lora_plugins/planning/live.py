@@ -58,6 +58,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            # Every label counts and every flag is set.
+            full = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device="meta")
+            self.add(full)
+            return full
         grouped = func is torch.ops.aten._grouped_mm.default and args[0].is_meta
         output: Any = (_grouped_mm if grouped else func)(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor):
