@@ -141,12 +141,14 @@ class LoraBranch(torch.autograd.Function):
         factor = scaling / (1 - rate)
         ctx.save_for_backward(x, mask, inner, a, b)
         ctx.factor, ctx.dtype = factor, dtype
-        base = result.reshape(-1, result.shape[-1])
-        if torch.promote_types(base.dtype, dtype) == dtype:
-            total = torch.addmm(base.to(dtype), inner, b.to(dtype).T, alpha=factor)
+        if torch.promote_types(result.dtype, dtype) == dtype:
+            # Written into a tensor of its final shape: models may change the output in place, but not a view.
+            total = torch.empty(result.shape, dtype=dtype, device=result.device)
+            rows = result.reshape(-1, result.shape[-1]).to(dtype)
+            torch.addmm(rows, inner, b.to(dtype).T, alpha=factor, out=total.view(rows.shape))
         else:
-            total = base + (inner @ b.to(dtype).T).mul_(factor)
-        return total.to(result.dtype).view(result.shape)
+            total = result + (inner @ b.to(dtype).T).mul_(factor).view(result.shape)
+        return total.to(result.dtype)
 
     @staticmethod
     @once_differentiable

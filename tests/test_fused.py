@@ -75,6 +75,17 @@ def test_equals_peft_in_float64(config: dict[str, Any], bias: bool) -> None:
     compare(wrapped(bias=bias, **config), rows())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_output_can_be_changed_in_place(dtype: torch.dtype) -> None:
+    """Some models scale their queries so; autograd forbids it for views that come out of a function."""
+    model = wrapped(dtype=dtype)
+    fuse_adapters(model)
+    output = layer_of(model)(rows(dtype).requires_grad_(True))
+    assert type(output.grad_fn).__name__ == "LoraBranchBackward"
+    output /= 2.0
+    output.sum().backward()
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_gradients_are_those_of_finite_differences(rate: float) -> None:
     def branch(*tensors: torch.Tensor) -> torch.Tensor:

@@ -436,7 +436,7 @@ def test_errors_say_what_to_do(loopback_hub: LoopbackHub) -> None:
         HuggingFaceHub(loopback_hub.endpoint, "hf_wrong", 1).refs("org/gated")
     loopback_hub.faults.status("refs", 503, times=None)
     with pytest.raises(HubUnavailable, match="did not answer: HTTP 503"):
-        HuggingFaceHub(loopback_hub.endpoint, None, 0.3).refs("org/gated")
+        HuggingFaceHub(loopback_hub.endpoint, None, 1.5).refs("org/gated")
 
 
 def test_a_412_without_a_cause_is_no_conflict_for_ever(loopback_hub: LoopbackHub) -> None:

@@ -90,7 +90,9 @@ def test_the_wheels_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "lora-plugins"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "lora-plugins = lora_plugins.cli:main" in entry_points
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert (
+        metadata.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    )
     required = [value.split(";")[0] for value in metadata.get_all("Requires-Dist") if "extra ==" not in value]
     assert not [value for value in required if "==" in value], "dependencies are ranges"
 
