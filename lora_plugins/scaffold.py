@@ -108,7 +108,7 @@ def test_default_trains_saves_and_reloads():
 _README = """\
 # $package
 
-Tells [lora-plugins](https://pypi.org/project/lora-plugins/) where LoRA adapters go in models of the type `$name`.
+Tells `lora-plugins` where LoRA adapters go in models of the type `$name`.
 
     pip install -e .
     pytest
