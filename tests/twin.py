@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
@@ -85,9 +86,16 @@ def make_base(folder: Path, *, steps: int = 60) -> Path:
     return folder
 
 
-def held_out_loss(model: Any, tokenizer: Any, count: int = 20) -> float:
-    """Mean negative log-likelihood of unseen dialogues with their summaries, in nats a token."""
+def held_out_loss(model: Any, tokenizer: Any, count: int = 20, *, training_kernels: bool = False) -> float:
+    """Mean negative log-likelihood of unseen dialogues with their summaries, in nats a token.
+
+    With ``training_kernels`` int8 layers multiply by their dequantized weight, as in training and in a merged model;
+    otherwise they quantize the activations too.
+    """
     model.eval()
+    for module in model.modules():
+        if training_kernels and isinstance(module, bnb.nn.Linear8bitLt):
+            module.training = True
     total, tokens = 0.0, 0
     for row in dialogues(count, seed=2):
         text = PROMPT.format(**row) + row["summary"] + tokenizer.eos_token
