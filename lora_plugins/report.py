@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from lora_plugins.quantization import EXPECTED_REASONS, Quantization, base_of, d
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from torch import nn
+
+    from lora_plugins.target_plan import TargetHit
 
 
 @dataclass(frozen=True)
@@ -249,8 +252,13 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
 
 def _target_rows(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
     if record is not None and record.plan is not None:
-        return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in record.plan.hits]
+        return rows_of_hits(record.plan.hits)
     return rows_of_adapters(model)
+
+
+def rows_of_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
+    """The hit table of targets that were resolved here."""
+    return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in hits]
 
 
 def rows_of_adapters(model: nn.Module) -> list[TargetRow]:

@@ -11,7 +11,7 @@ from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.planning.advice import Scenario, nearest_change
 from lora_plugins.planning.memory import USABLE, Parts, fits, parse_memory, per_device, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
-from lora_plugins.planning.records import Memory, Plan, PlannedTarget, Row
+from lora_plugins.planning.records import Memory, Plan, Row
 from lora_plugins.quantization import Quantization, base_of
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_plugins.planning.variants import Workbench
+    from lora_plugins.report import TargetRow
     from lora_plugins.types import Quantizer
 
 #: Backends that come before others of the same size, in the tables and as advice.
@@ -304,15 +305,12 @@ class _Planner:
 
     # -- the hit table -------------------------------------------------------------------------
 
-    def _targets(self) -> list[PlannedTarget]:
-        from lora_plugins.report import rows_of_adapters
+    def _targets(self) -> list[TargetRow]:
+        from lora_plugins.report import rows_of_adapters, rows_of_hits
 
         if self.bench.targets is None:
-            return [PlannedTarget(row.name, row.modules, row.shapes) for row in rows_of_adapters(self.bench.base)]
-        return [
-            PlannedTarget(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes)))
-            for hit in self.bench.targets.hits
-        ]
+            return rows_of_adapters(self.bench.base)
+        return rows_of_hits(self.bench.targets.hits)
 
 
 def _main_dtype(model: Any) -> str:

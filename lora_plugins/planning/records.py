@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from lora_plugins.report import TargetRow
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -63,21 +65,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class PlannedTarget:
-    """One requested target name and what it matches.
-
-    Attributes:
-        name: The name as it was asked for or registered.
-        modules: How many modules it matches.
-        shapes: ``"in -> out"`` of the matched layers, each different one once.
-    """
-
-    name: str
-    modules: int
-    shapes: list[str]
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run would train and what it would take.
 
@@ -112,7 +99,7 @@ class Plan:
     trainable: int
     total: int
     adapter_bytes: int
-    targets: list[PlannedTarget]
+    targets: list[TargetRow]
     source: str
     bare: dict[str, int]
     coverage: dict[str, list[int]]
