@@ -12,7 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -137,6 +137,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "convnextv2": {"image_size": 64, "patch_size": 4},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "dia_decoder": {
+        "cross_hidden_size": 64,
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+        "cross_head_dim": 16,
+    },
     "donut-swin": _STAGES,
     "encoder-decoder": {"encoder": _BERT, "decoder": _BERT_DECODER, **_IDS},
     "vision-encoder-decoder": {"encoder": _VIT, "decoder": _BERT_DECODER, **_IDS},
@@ -158,6 +164,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
+    **{name: {"num_query_tokens": 4, "image_token_index": 5} for name in ("blip-2", "instructblip")},
+    "instructblipvideo": {"num_query_tokens": 4, "video_token_index": 5},
+    # Its gates start at zero by default, and nothing of the image comes through.
+    "idefics": {"alpha_initializer": "ones", "cross_layer_interval": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2": {"layer_types": _CONV},
@@ -173,6 +183,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "kosmos-2": {"latent_query_num": 4},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
     "swin": _STAGES,
     "swinv2": _STAGES,
@@ -180,6 +191,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2},
     "levit": {"image_size": 224, "patch_size": 16},
     "mobilevit": {"image_size": 128, "patch_size": 2},
+    "pi0": {"vlm_config": {"projection_dim": 64}, "chunk_size": 4},
+    "pix2struct_text_model": {"hidden_size": 64},
     "pvt": {"image_size": 128},
     "xmod": {"default_language": "en_XX"},
     **{name: {"hidden_size": 512} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text")},
@@ -195,6 +208,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 #: What a type needs for one task.
 TASK_OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
     ("causal LM", "reformer"): {"is_decoder": True},
+}
+
+
+#: Type -> ends of the names of parameters that are zero in a new model (never in a trained one) and stop every
+#: gradient: the scale of keys, the last layer of a block.
+BLOCKING: dict[str, tuple[str, ...]] = {
+    "neomme": ("o_proj.weight", "down_proj.weight"),
+    "zaya": ("qk_norm.temp",),
 }
 
 
@@ -238,11 +259,22 @@ def build(case: Case, device: str = "meta", *, small_only: bool = False, seed: i
         try:
             torch.manual_seed(seed)
             with torch.device(device):
-                return model_class(configuration())
+                model = model_class(configuration())
+            _wake(model, case.model_type)
+            return cast(nn.Module, model)
         except Exception as error:  # noqa: PERF203 - making a model takes longer
             # Whatever a configuration class or a missing library raises is a reason for the list.
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise CannotBuild(reason)
+
+
+def _wake(model: nn.Module, model_type: str) -> None:
+    """Give random values to parameters that start at zero and let nothing through before training."""
+    names = BLOCKING.get(model_type, ())
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith(names) and names:
+                parameter.normal_(std=0.2)
 
 
 def _configurations(case: Case, model_class: Any, small_only: bool) -> Iterator[Callable[[], Any]]:
@@ -341,7 +373,101 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
         "input_features": lambda: _sound(config, main, generator),
         "input_values": lambda: _sound(config, main, generator),
     }
-    return {name: makers[name]() for name in dict.fromkeys(wanted) if name in makers}
+    batch = {name: makers[name]() for name in dict.fromkeys(wanted) if name in makers}
+    special = BATCHES.get(config.model_type)
+    return {**batch, **special(config, batch, generator)} if special else batch
+
+
+def _placed(ids: torch.Tensor, token: int, count: int) -> torch.Tensor:
+    """Return words that begin with so many placeholders for an image."""
+    return torch.cat([torch.full((len(ids), count), token), ids], dim=1)
+
+
+def _image_words(config: Any, batch: Mapping[str, torch.Tensor], _: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"input_ids": _placed(batch["input_ids"], config.image_token_id, config.num_query_tokens)}
+
+
+def _video_words(config: Any, batch: Mapping[str, torch.Tensor], _: torch.Generator) -> dict[str, torch.Tensor]:
+    frames = 4
+    return {
+        "pixel_values": batch["pixel_values"][:, None].repeat(1, frames, 1, 1, 1),
+        "input_ids": _placed(batch["input_ids"], config.video_token_id, frames * config.num_query_tokens),
+    }
+
+
+def _kosmos(config: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    place = torch.zeros_like(batch["input_ids"])
+    place[:, 1 : 1 + config.latent_query_num] = 1
+    return {"pixel_values": _image(config, generator), "image_embeds_position_mask": place}
+
+
+def _patches(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    vision = config.vision_config
+    place = torch.stack(torch.meshgrid(torch.arange(1, 3), torch.arange(1, 5), indexing="ij"), dim=-1).view(8, 2)
+    colours = torch.randn(2, 8, vision.patch_embed_hidden_size, generator=generator)
+    return {"flattened_patches": torch.cat([place.expand(2, 8, 2).float(), colours], dim=-1)}
+
+
+def _idefics(config: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": _image(config, generator)[:, None],
+        "image_attention_mask": torch.ones(*batch["input_ids"].shape, 1, dtype=torch.long),
+    }
+
+
+def _speech(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"input_values": _sound(config, "input_values", generator)}
+
+
+def _boxes(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    corner = torch.rand(2, 16, 2, generator=generator) / 2
+    return {"bbox": torch.cat([corner, corner + 0.25], dim=-1), "pixel_values": _image(config, generator)}
+
+
+def _dia(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    decoder = config.decoder_config
+    size = (2, 8, decoder.num_channels)
+    return {"decoder_input_ids": torch.randint(1, decoder.vocab_size, size, generator=generator)}
+
+
+def _stream(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Sound and words at the same time: so many frames for each word."""
+    frames = 16 * 2 * config.downsample_factor
+    return {"input_features": torch.randn(2, config.audio_config.num_mel_bins, frames, generator=generator)}
+
+
+def _robot(config: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One camera; the noise and its time are given, as they would be drawn anew in each step."""
+    text = batch["input_ids"]
+    vision = config.vlm_config.vision_config
+    words = _placed(text, config.vlm_config.image_token_id, (vision.image_size // vision.patch_size) ** 2)
+    return {
+        "input_ids": words,
+        "attention_mask": torch.ones_like(words),
+        "pixel_values": _image(config.vlm_config, generator)[:, None],
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+        "state": torch.randn(2, config.max_state_dim, generator=generator),
+        "noise": torch.randn(2, config.chunk_size, config.max_action_dim, generator=generator),
+        "timestep": torch.tensor([0.25, 0.75]),
+    }
+
+
+Batch = Callable[[Any, Mapping[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
+
+#: Model type -> what its batch has beside, or instead of, what the names in its forward say.
+BATCHES: dict[str, Batch] = {
+    "blip-2": _image_words,
+    "dia": _dia,
+    "idefics": _idefics,
+    "instructblip": _image_words,
+    "instructblipvideo": _video_words,
+    "kosmos-2": _kosmos,
+    "pi0": _robot,
+    "pix2struct": _patches,
+    "speech-encoder-decoder": _speech,
+    "udop": _boxes,
+    "voxtral_realtime": _stream,
+}
 
 
 def _codebooks(config: Any) -> int:
