@@ -67,6 +67,7 @@ class PluginInfo:
         commands: Name of each command it adds to the program.
         disabled: Why it is switched off; ``None`` when it works.
         notes: Clashes and overrides that concern it, and what it costs every command.
+        requires: The distributions that each of its backends needs, by the backend's name.
     """
 
     name: str
@@ -78,6 +79,7 @@ class PluginInfo:
     commands: list[str] = field(default_factory=list)
     disabled: str | None = None
     notes: list[str] = field(default_factory=list)
+    requires: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"
@@ -281,6 +283,7 @@ class PluginHost:
             quantizers = _collect(loaded, "register_quantizers", Quantizer)  # type: ignore[type-abstract]
             for quantizer in quantizers:
                 _check_name(quantizer)
+                _check_requires(quantizer)
             _check_unique("architecture", [item.model_type for item in architectures])
             _check_unique("quantization backend", [item.name for item in quantizers])
         except KeyboardInterrupt:
@@ -296,6 +299,7 @@ class PluginHost:
             self._quantizers.add(quantizer.name, info, quantizer)
         info.architectures = sorted(item.model_type for item in architectures)
         info.quantizers = sorted(item.name for item in quantizers)
+        info.requires = {item.name: list(item.requires) for item in sorted(quantizers, key=lambda item: item.name)}
         heavy = [name for name in light if name in sys.modules]
         if heavy:
             info.notes.append(f"imports {' and '.join(heavy)} when it is loaded, which delays every command")
@@ -402,6 +406,13 @@ def _check_name(quantizer: Quantizer) -> None:
     name = getattr(quantizer, "name", None)
     if not isinstance(name, str) or not name:
         raise _Rejected(f"its backend {type(quantizer).__name__} must have a `name` that is a string, not {name!r}")
+
+
+def _check_requires(quantizer: Quantizer) -> None:
+    requires: Any = quantizer.requires
+    # A bare string would be read letter by letter.
+    if isinstance(requires, str) or not all(isinstance(item, str) for item in requires):
+        raise _Rejected(f"its backend {quantizer.name!r} must have a tuple of strings in `requires`, not {requires!r}")
 
 
 def _check_unique(kind: str, names: list[str]) -> None:

@@ -15,6 +15,7 @@ from lora_plugins.errors import (
     QuantizerUnavailable,
 )
 from lora_plugins.manager import PluginHost, plugin_host
+from lora_plugins.packages import missing_requirements
 from lora_plugins.sharding import whole
 from lora_plugins.types import Quantizer
 
@@ -236,6 +237,15 @@ def check_arrived(model: nn.Module, quantization: Quantization) -> None:
             )
 
 
+def why_unavailable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a backend can't run here and what to install, ``None`` when it can.
+
+    Its packages come first: a backend need not be able to say anything while they are missing.
+    """
+    quantizer = quantization.quantizer
+    return missing_requirements(quantizer.requires) or quantizer.available(device, dtype, quantization.options)
+
+
 def check_usable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
     """Ask a backend whether it runs here and let it pass the self-test, once per process and device.
 
@@ -243,7 +253,7 @@ def check_usable(quantization: Quantization, device: torch.device, dtype: torch.
         QuantizerUnavailable: It can't run; the message has its reason.
         QuantizerSelfTestFailed: It runs and can't train.
     """
-    reason = quantization.quantizer.available(device, dtype, quantization.options)
+    reason = why_unavailable(quantization, device, dtype)
     if reason is not None:
         raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} can't be used: {reason}")
     from lora_plugins.selftest import self_test

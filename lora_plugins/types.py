@@ -94,6 +94,9 @@ class Quantizer(ABC):
     Attributes:
         name: What users write in ``quantization="…"``.
         bits: Bits that one weight takes, scales apart; below 8, merging in place is refused.
+        requires: Distributions that it needs beside torch, as ``pip install`` takes them: ``("hqq>=0.2.8",)``. The
+            core refuses the backend with the command where one is missing, before ``available`` is asked, and
+            ``lora-plugins plugins`` lists what is installed of them without importing anything.
         options: Names of the options that `quantize_linear` understands. A backend that lists
             ``"compute_dtype"`` is told the dtype of the activations in it, unless the user gave one.
         unsupported: Fields of ``peft.LoraConfig`` that PEFT can't do over layers of this backend.
@@ -104,6 +107,7 @@ class Quantizer(ABC):
 
     name: str
     bits: float
+    requires: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     loss_note: str = ""
@@ -112,6 +116,8 @@ class Quantizer(ABC):
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         """Say whether this backend can run; must not raise and must not import heavy packages needlessly.
+
+        What it requires is installed when this is called; here is the place for devices, compilers and options.
 
         Args:
             device: Where the quantized layers will live.

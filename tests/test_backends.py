@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -484,7 +485,22 @@ def test_missing_and_old_packages_name_the_command() -> None:
     )
     old = missing_package("torch", "99.0")
     assert old is not None
-    assert "99.0 or newer is needed; run `pip install 'torch>=99.0'`" in old
+    assert "is installed and >=99.0 is needed; run `pip install 'torch>=99.0'`" in old
+
+
+def test_requirements_of_a_backend_are_checked_before_it_is_asked() -> None:
+    class Needy(InHalves):
+        name, requires = "needy", ("torch>=1.0", "torch<2", "no-such-thing[extra]>=1.2", "old; python_version < '3'")
+
+        def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+            raise AssertionError("asked although a package is missing")
+
+    with pytest.raises(QuantizerUnavailable) as error:
+        check_usable(parse_quantization(Needy()), CPU, torch.float32)  # type: ignore[arg-type]
+    assert str(error.value).endswith(
+        f"torch {torch.__version__} is installed and <2 is needed and no-such-thing is not installed; "
+        "run `pip install 'torch<2' 'no-such-thing[extra]>=1.2'`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -496,7 +512,10 @@ def test_missing_and_old_packages_name_the_command() -> None:
     ],
 )
 def test_backend_without_its_package(monkeypatch: pytest.MonkeyPatch, name: str, command: str) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", nothing)
     with pytest.raises(QuantizerUnavailable) as error:
         check_usable(parse_quantization(name), CPU, torch.float32)  # type: ignore[arg-type]
     assert command in str(error.value)

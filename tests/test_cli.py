@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -135,12 +136,35 @@ def test_listing_as_json_is_complete(run: Callable[..., subprocess.CompletedProc
         "builtin": False,
         "architectures": ["working"],
         "quantizers": ["halves"],
+        "requires": {"halves": ["pluggy>=1", "no-such-thing>=1.2"]},
+        "packages": {
+            "halves": {
+                "installed": {"pluggy": version("pluggy"), "no-such-thing": None},
+                "missing": "no-such-thing is not installed; run `pip install 'no-such-thing>=1.2'`",
+            }
+        },
         "commands": ["say-hello"],
         "disabled": None,
         "notes": [],
     }
     assert by_name["import-error"]["disabled"].startswith("it raised RuntimeError")
     assert len(by_name["architectures"]["architectures"]) >= 40
+    found = {name: state for plugin in plugins for name, state in plugin["packages"].items()}
+    assert found["nf4"] == {"installed": {"bitsandbytes": version("bitsandbytes")}, "missing": None}
+    builtin = {name for plugin in plugins if plugin["builtin"] for name in plugin["quantizers"]}
+    assert len(builtin) >= 9
+    assert all(found[name]["installed"] for name in builtin), "every built-in backend says what it needs"
+
+
+def test_listing_says_which_packages_are_missing_and_how_to_get_them(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    lines = run("plugins", cases=("working", "unreadable_requirement", "bare_requirement")).stdout.splitlines()
+    assert f"    fp4, int8, nf4: bitsandbytes {version('bitsandbytes')} installed" in lines
+    assert "    halves: no-such-thing is not installed; run `pip install 'no-such-thing>=1.2'`" in lines
+    assert "    guess: 'hqq newer than 1' in its `requires` is nothing that `pip install` could read" in lines
+    [refused] = [line for line in lines if line.startswith("bare-requirement")]
+    assert refused.endswith("disabled: its backend 'bare' must have a tuple of strings in `requires`, not 'hqq'")
 
 
 def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +178,7 @@ def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], mo
     table = capsys.readouterr().out
     assert "┃ plugin" in table
     assert "3 quantization backends" in table
+    assert f"bitsandbytes {version('bitsandbytes')}" in table
 
 
 def test_a_misspelt_block_is_reported(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

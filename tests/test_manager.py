@@ -73,7 +73,14 @@ def test_a_plugin_that_works_is_listed_with_what_it_provides(host_with: MakeHost
     host.build_program(app)
 
     assert plugin(host, "working") == PluginInfo(
-        "working", "fake-working", "1.2.3", False, ["working"], ["halves"], ["say-hello"]
+        "working",
+        "fake-working",
+        "1.2.3",
+        False,
+        ["working"],
+        ["halves"],
+        ["say-hello"],
+        requires={"halves": ["pluggy>=1", "no-such-thing>=1.2"]},
     )
     assert host.architecture("working").targets == ("q", "v")
     assert "working" in host.model_types()
@@ -83,6 +90,7 @@ def test_a_plugin_that_works_is_listed_with_what_it_provides(host_with: MakeHost
 
 
 BROKEN = {
+    "bare_requirement": "its backend 'bare' must have a tuple of strings in `requires`, not 'hqq'",
     "import_error": "it raised RuntimeError: no licence found in the usual place",
     "system_exit": "it raised SystemExit: this machine is not supported",
     "panic": "it raised PanicException: called `Option::unwrap()` on a `None` value",

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl, missing_package
+from lora_plugins import Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_REQUIRES = ("bitsandbytes>=0.49",)
 
 
 def _is_layer(module: Any, layer: str) -> bool:
@@ -31,6 +33,7 @@ class Int8(Quantizer):
 
     name = "int8"
     bits = 8
+    requires = _REQUIRES
     options = ("threshold",)
     loss_note = (
         "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
@@ -40,7 +43,7 @@ class Int8(Quantizer):
     keeps_input = True
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return missing_package("bitsandbytes", "0.49")
+        return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
@@ -120,10 +123,11 @@ class FourBit(Quantizer):
     #: bitsandbytes' name of the table.
     kind: str
     bits = 4
+    requires = _REQUIRES
     options = ("double_quant", "compute_dtype")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return missing_package("bitsandbytes", "0.49")
+        return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl, missing_package
+from lora_plugins import Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,13 @@ class Hqq(Quantizer):
     """
 
     bits: int
+    requires = ("hqq>=0.2.8",)
     options = ("group_size", "compute_dtype")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        missing = missing_package("hqq", "0.2.8")
-        if missing is None and options.get("group_size", 8) % 8:
+        if options.get("group_size", 8) % 8:
             return f"group_size must be a multiple of 8, not {options['group_size']!r}"
-        return missing
+        return None
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
         size = _group_size(in_features, options)

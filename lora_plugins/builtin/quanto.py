@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl, missing_package
+from lora_plugins import Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,13 @@ class Quanto(Quantizer):
 
     kind: str
     loaded_kind: str
+    requires = ("optimum-quanto>=0.2.7",)
     options = ("compute_dtype",)
     # It reads the float weight, which PEFT can't get from these tensors.
     unsupported = ("use_dora",)
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return missing_package("optimum-quanto", "0.2.7", "optimum.quanto")
+        return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import torch
@@ -142,10 +143,7 @@ class Int4Quanto(Quanto):
         return -(-groups // 2) * size, 2 * groups
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        missing = super().available(device, dtype, options)
-        if missing is not None or device.type != "cpu":
-            return missing
-        return _why_not_compiled()
+        return _why_not_compiled() if device.type == "cpu" else None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         if linear.weight.device.type == "cpu":

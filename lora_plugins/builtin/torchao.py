@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl, missing_package
+from lora_plugins import Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,11 @@ class Torchao(Quantizer):
     tensor: str
     row_bytes: int
     bits = 8
+    requires = ("torchao>=0.18",)
     options = ("config", "compute_dtype")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return missing_package("torchao", "0.18")
+        return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         from torchao.quantization import quantize_

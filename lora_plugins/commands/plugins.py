@@ -1,4 +1,4 @@
-"""``lora-plugins plugins``: who provides what, and why something is disabled."""
+"""``lora-plugins plugins``: who provides what, what is installed for it, and why something is disabled."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_plugins.manager import BLOCK_VARIABLE, PluginHost, PluginInfo, plugin_host
+from lora_plugins.packages import installed_versions, missing_requirements
 
 #: How many names of one kind are written out before the rest is only counted.
 SHOWN = 4
@@ -19,17 +20,31 @@ SHOWN = 4
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print every name of everything, as JSON.")] = False,
 ) -> None:
-    """List every plugin with what it provides, or why it is disabled."""
+    """List every plugin with what it provides, or why it is disabled.
+
+    For each quantization backend it says which of the packages it needs are installed, and how to install the
+    others. Whether a backend runs on this machine can only be told by its library: `lora-plugins plan` asks it.
+    """
     host = plugin_host()
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(info) for info in host.plugins], indent=2))
+        typer.echo(json.dumps([_record(info) for info in host.plugins], indent=2))
     elif sys.stdout.isatty():
         _print_table(host)
     else:
         for info in host.plugins:
-            typer.echo("\n    ".join([f"{info}: {'; '.join(_state(info))}", *info.notes]))
+            typer.echo("\n    ".join([f"{info}: {'; '.join(_state(info))}", *_packages(info), *info.notes]))
     for name in host.unknown_blocks():
         typer.echo(f"warning: {BLOCK_VARIABLE} names {name!r}, which is no plugin", err=True)
+
+
+def _record(info: PluginInfo) -> dict[str, Any]:
+    """Everything about a plugin; of each backend also what is installed, and what to do where it is missing."""
+    record = dataclasses.asdict(info)
+    record["packages"] = {
+        name: {"installed": installed_versions(requires), "missing": missing_requirements(requires)}
+        for name, requires in info.requires.items()
+    }
+    return record
 
 
 def _state(info: PluginInfo) -> Iterator[str]:
@@ -48,6 +63,17 @@ def _summary(kind: str, names: list[str]) -> str:
     return f"{len(names)} {plural} ({', '.join(names[:SHOWN])}{more})"
 
 
+def _packages(info: PluginInfo) -> Iterator[str]:
+    """For the backends that need the same packages, one line on whether those are installed."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, requires in info.requires.items():
+        if requires:
+            alike.setdefault(tuple(requires), []).append(name)
+    for requirements, names in alike.items():
+        installed = " and ".join(f"{name} {version}" for name, version in installed_versions(requirements).items())
+        yield f"{', '.join(names)}: {missing_requirements(requirements) or f'{installed} installed'}"
+
+
 def _print_table(host: PluginHost) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -55,7 +81,7 @@ def _print_table(host: PluginHost) -> None:
 
     table = Table("plugin", "distribution", "version", "provides")
     for info in host.plugins:
-        lines = [*_state(info), *info.notes]
+        lines = [*_state(info), *_packages(info), *info.notes]
         style = "red" if info.disabled else ""
         table.add_row(info.name, info.distribution, info.version, Text("\n".join(lines), style=style))
     Console().print(table)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins.counting import tensor_bytes
-from lora_plugins.quantization import Quantization, as_linear
+from lora_plugins.quantization import Quantization, as_linear, why_unavailable
 from lora_plugins.types import Quantizer
 
 #: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
@@ -150,7 +150,7 @@ class _Options:
 def _sample_bytes(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[int, int] | None:
     """Bytes of two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backend.quantizer.available(device, dtype, backend.options) is not None:
+    if why_unavailable(Quantization(backend.quantizer, backend.options), device, dtype) is not None:
         return None
     sizes = []
     for rows in _SAMPLE_ROWS:

@@ -12,7 +12,7 @@ from lora_plugins.planning.advice import Scenario, nearest_change
 from lora_plugins.planning.memory import USABLE, Parts, fits, parse_memory, per_device, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Memory, Plan, Row
-from lora_plugins.quantization import Quantization, base_of
+from lora_plugins.quantization import Quantization, base_of, why_unavailable
 
 if TYPE_CHECKING:
     import peft
@@ -262,8 +262,7 @@ class _Planner:
             return ""
         import torch
 
-        reason = quantization.quantizer.available(self.bench.device, torch.bfloat16, quantization.options)
-        return reason or ""
+        return why_unavailable(quantization, self.bench.device, torch.bfloat16) or ""
 
     def _memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
         """Bytes on each device, ``None`` where the model can't checkpoint."""

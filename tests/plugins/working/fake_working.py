@@ -6,6 +6,7 @@ from lora_plugins import Architecture, Quantizer, hookimpl
 class Halves(Quantizer):
     name = "halves"
     bits = 16
+    requires = ("pluggy>=1", "no-such-thing>=1.2")
 
     def available(self, device, dtype, options):
         return None
