@@ -44,14 +44,7 @@ _CONFIGURATION = "no valid small configuration is known"
 NOT_TRAINED = {
     **dict.fromkeys("dinat fast_vlm gemma3n inkling_mm_model layoutlmv2 perception_lm timm_wrapper".split(), _LIBRARY),
     **dict.fromkeys("dots3_note dots3_note_text efficientnet florence2 janus vibevoice vibevoice_asr".split(), _BIG),
-    **dict.fromkeys(
-        """
-        blt cosmos3_edge diffusion_gemma ernie4_5_vl_moe fun_asr_nano gemma4_assistant gemma4_unified_assistant
-        glm46v glm4v glm5_next glmga granite_docling hunyuan_vl kyutai_speech_to_text layoutlmv3 lilt mistral4
-        molmo2 muse_spark nemo_speechlm nemotron_h_omni reformer siglip2 step3p7 xlstm
-        """.split(),
-        _CONFIGURATION,
-    ),
+    **dict.fromkeys("gemma4_assistant gemma4_unified_assistant reformer".split(), _CONFIGURATION),
     "mra": "on a CPU transformers gives zeros for its attention, which is a CUDA kernel",
     "longformer": "with random weights a gradient is exactly zero",
     **dict.fromkeys("ibert mobilenet_v1 mobilenet_v2".split(), "its layers are of classes that PEFT can't wrap"),

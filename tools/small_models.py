@@ -123,6 +123,20 @@ _SHARED_CACHE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input":
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _HYBRID},
     "bamba": {"attn_layer_indices": [1, 3]},
+    # Its cache asks this configuration for a number of layers, which only the parts have.
+    "blt": {"use_cache": False},
+    "blt_global_transformer": {"hidden_size": 128, "head_dim": 32},
+    **{name: {"hidden_size_global": 128} for name in ("blt_local_encoder", "blt_local_decoder")},
+    "cosmos3_edge_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    },
+    "diffusion_gemma": {"canvas_length": 16},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "global_head_dim": 32},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 32],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "cohere_compass_text": {
@@ -157,25 +171,54 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_assistant": {"text_config": _SHARED_CACHE},
     "gemma4_unified_assistant": {"text_config": _SHARED_CACHE},
-    "glm5_next_text": {"num_key_value_heads": 4},
+    "glm5_next_text": {
+        "num_key_value_heads": 4,
+        "qk_rope_head_dim": 0,
+        "index_topk": 8,
+        "index_kpool": 4,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "glm5_next_vision": {"out_hidden_size": 64, "projection_intermediate_size": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "granite_docling_vision": {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1, 2]},
     "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "hunyuan_vl_text": {"head_dim": 16},
     **{name: {"num_query_tokens": 4, "image_token_index": 5} for name in ("blip-2", "instructblip")},
     "instructblipvideo": {"num_query_tokens": 4, "video_token_index": 5},
     # Its gates start at zero by default, and nothing of the image comes through.
     "idefics": {"alpha_initializer": "ones", "cross_layer_interval": 1},
+    "hunyuan_vl_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]},
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID},
+    "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 16}},
     "lfm2": {"layer_types": _CONV},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12, "input_size": 32},
+    "lilt": {"hidden_size": 96},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mistral4": {"head_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [3, 1], "hidden_size": 64, "head_dim": 16},
+    "muse_spark_audio": {"out_hidden_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "vision_hidden_size": 64},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -185,6 +228,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "kosmos-2": {"latent_query_num": 4},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
+    "step3p5": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "swin": _STAGES,
     "swinv2": _STAGES,
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]},
@@ -194,9 +238,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pi0": {"vlm_config": {"projection_dim": 64}, "chunk_size": 4},
     "pix2struct_text_model": {"hidden_size": 64},
     "pvt": {"image_size": 128},
+    "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
     **{name: {"hidden_size": 512} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text")},
-    **{name: {"head_dim": 64} for name in ("glm4v_text", "glm46v_text", "glm_ocr_text")},
+    **{name: {"hidden_size": 256} for name in ("glm4v_text", "glm46v_text")},
+    "glm_ocr_text": {"head_dim": 64},
     **{name: {"head_dim": 128} for name in ("glm4v_moe_text", "paddleocr_vl_text")},
     "convnext": {"image_size": 64, "patch_size": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -424,6 +470,20 @@ def _boxes(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generato
     return {"bbox": torch.cat([corner, corner + 0.25], dim=-1), "pixel_values": _image(config, generator)}
 
 
+def _cut_images(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Images of four by four patches each."""
+    return {
+        "pixel_values": torch.randn(2, 16, 3 * config.vision_config.patch_size**2, generator=generator),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "spatial_shapes": torch.full((2, 2), 4),
+    }
+
+
+def _words_and_sound(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """At each position one word, and the sound of that time in every codebook."""
+    return {"input_ids": torch.randint(10, VOCABULARY - 60, (2, 16, 1 + config.num_codebooks), generator=generator)}
+
+
 def _dia(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
     decoder = config.decoder_config
     size = (2, 8, decoder.num_channels)
@@ -462,8 +522,10 @@ BATCHES: dict[str, Batch] = {
     "instructblip": _image_words,
     "instructblipvideo": _video_words,
     "kosmos-2": _kosmos,
+    "kyutai_speech_to_text": _words_and_sound,
     "pi0": _robot,
     "pix2struct": _patches,
+    "siglip2": _cut_images,
     "speech-encoder-decoder": _speech,
     "udop": _boxes,
     "voxtral_realtime": _stream,

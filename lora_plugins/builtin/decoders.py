@@ -32,6 +32,8 @@ ARCHITECTURES = [
         (*QKVO, "attn.Wo"),
         (*GATED, *FC, "Wi", "mlp.Wo"),
     ),
+    # Its encoder hands over keys and values alone: the query of the last layer is never read.
+    *family("diffusion_gemma_text", ("k_proj", "v_proj"), QKVO, GATED, experts=EXPERTS, never=("router",)),
     *family("gemma3n_text", QV, QKVO, GATED, never=("altup",)),
     *family("gemma4_assistant gemma4_unified_assistant", ("q_proj", "o_proj"), QKVO, GATED),
     *family("glm glm4 glm4v_text glm46v_text glm_ocr_text", QV, QKVO, _PHI_MLP),
@@ -85,7 +87,7 @@ ARCHITECTURES = [
         afmoe aria_text beam cohere2_moe dbrx dots1 ernie4_5_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint
         glm4_moe glm4v_moe_text gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 inkling_text
         inkling2_text kolibri1 laguna llama4_text mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral
-        muse_spark_text olmoe openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_vl_moe_text solar_open step3p7_text
+        muse_spark_text olmoe openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_vl_moe_text solar_open step3p5
         qwen3_omni_moe_text unlimited_ocr_text
         """,
         (*QV, "Wqkv"),

@@ -10,6 +10,8 @@ _TOWERS = (
     "multi_modal_projector", "mm_projector", "vision_projection", "vision_adapter", "connector", "projector",
     "resampler_model", "layerwise_projectors", "spatial_projectors", "aligner", "merger",
     "language_projection", "embed_vision", "embed_audio",
+    # Times words by the speech encoder, apart from the language model.
+    "word_timestamp_encoder",
 )  # fmt: skip
 
 ARCHITECTURES = [
