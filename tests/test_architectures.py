@@ -37,18 +37,15 @@ poolformer regnet hgnet_v2 whisper speecht5
 """.split()
 
 _LIBRARY = "needs a library that is not installed"
-_BIG = "its smallest valid configuration is too big for this test"
 _CONFIGURATION = "no valid small configuration is known"
 
 #: Types that are resolved on the meta device only, and why.
 NOT_TRAINED = {
     **dict.fromkeys("dinat fast_vlm gemma3n inkling_mm_model layoutlmv2 perception_lm timm_wrapper".split(), _LIBRARY),
-    **dict.fromkeys("dots3_note dots3_note_text efficientnet florence2 janus vibevoice vibevoice_asr".split(), _BIG),
     **dict.fromkeys("gemma4_assistant gemma4_unified_assistant reformer".split(), _CONFIGURATION),
     "mra": "on a CPU transformers gives zeros for its attention, which is a CUDA kernel",
     "longformer": "with random weights a gradient is exactly zero",
     **dict.fromkeys("ibert mobilenet_v1 mobilenet_v2".split(), "its layers are of classes that PEFT can't wrap"),
-    "levit": "loads with a difference in the last digit",
     "pp_formulanet": "PEFT asks it for input embeddings, which it does not name",
     **dict.fromkeys("deepseek_ocr2 unlimited_ocr".split(), "PEFT renames its adapter's tensors and then finds none"),
 }
@@ -116,7 +113,8 @@ def train_and_reload(case: Case, folder: Path) -> None:
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     assert dead(model, batch, "lora_A", record.plan.vision) == []
     model.save_pretrained(folder)
-    again: Any = PeftModel.from_pretrained(fresh(case), folder)
+    # Trainable as the first one: torch multiplies by a frozen matrix in another order.
+    again: Any = PeftModel.from_pretrained(fresh(case), folder, is_trainable=True)
     for name, module in again.named_modules():
         module.training = modes.get(name, module.training)
     with torch.no_grad():
