@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 
 from lora_plugins import prepare_model
+from lora_plugins.liveness import MovementWatch
 from lora_plugins.manager import PluginHost
 from lora_plugins.model import preparation_of
 
@@ -41,10 +42,9 @@ _CONFIGURATION = "no valid small configuration is known"
 
 #: Types that are resolved on the meta device only, and why.
 NOT_TRAINED = {
-    **dict.fromkeys("dinat fast_vlm gemma3n inkling_mm_model layoutlmv2 perception_lm timm_wrapper".split(), _LIBRARY),
+    **dict.fromkeys("dinat fast_vlm gemma3n layoutlmv2 perception_lm timm_wrapper".split(), _LIBRARY),
     **dict.fromkeys("gemma4_assistant gemma4_unified_assistant reformer".split(), _CONFIGURATION),
     "mra": "on a CPU transformers gives zeros for its attention, which is a CUDA kernel",
-    "longformer": "with random weights a gradient is exactly zero",
     **dict.fromkeys("ibert mobilenet_v1 mobilenet_v2".split(), "its layers are of classes that PEFT can't wrap"),
     "pp_formulanet": "PEFT asks it for input embeddings, which it does not name",
     **dict.fromkeys("deepseek_ocr2 unlimited_ocr".split(), "PEFT renames its adapter's tensors and then finds none"),
@@ -138,6 +138,31 @@ def test_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", REST)
 def test_every_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
     train_and_reload(CASES[model_type], tmp_path)
+
+
+def test_all_of_longformer_is_reached_where_every_word_is_read() -> None:
+    base = fresh(Case("token classification", "longformer", "LongformerForTokenClassification"))
+    batch = small_models.inputs(base)
+    model = prepare_model(base, r=2, lora_dropout=0.0)
+    assert len([name for name, _ in model.named_parameters() if "_global.lora_B" in name]) == 8
+    assert dead(model, batch, "lora_B", ()) == []
+
+
+@pytest.mark.parametrize("model_type", ["longformer", "pi0"])
+def test_liveness_knows_what_no_batch_reaches(model_type: str) -> None:
+    """A head on the first word, or actions that read keys and values, leave out some queries of the last layer."""
+    base = fresh(CASES[model_type])
+    batch = small_models.inputs(base)
+    model = prepare_model(base, r=2, lora_dropout=0.0)
+    record = preparation_of(model)
+    assert record is not None
+    assert record.plan is not None
+    assert dead(model, batch, "lora_B", ()) != []
+    watch = MovementWatch.over(model, record.plan.vision)
+    watch.before_step(0.1)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    watch.after_step(skipped=False)
+    assert watch.counted == 1
 
 
 def test_lists_name_types_that_exist() -> None:

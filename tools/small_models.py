@@ -203,6 +203,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12, "input_size": 32},
     "lilt": {"hidden_size": 96},
+    "longformer": {"attention_window": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "mistral4": {"head_dim": 32},
     "molmo2_adapter": {"vision_feature_layer": [3, 1], "hidden_size": 64, "head_dim": 16},
@@ -549,6 +550,12 @@ def _stream(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generat
     return {"input_features": torch.randn(2, config.audio_config.num_mel_bins, frames, generator=generator)}
 
 
+def _first_is_global(_: Any, batch: Mapping[str, torch.Tensor], __: torch.Generator) -> dict[str, torch.Tensor]:
+    mask = torch.zeros_like(batch["input_ids"])
+    mask[:, 0] = 1
+    return {"global_attention_mask": mask}
+
+
 def _robot(config: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One camera; the noise and its time are given, as they would be drawn anew in each step."""
     text = batch["input_ids"]
@@ -576,6 +583,7 @@ BATCHES: dict[str, Batch] = {
     "instructblipvideo": _video_words,
     "kosmos-2": _kosmos,
     "kyutai_speech_to_text": _words_and_sound,
+    "longformer": _first_is_global,
     "pi0": _robot,
     "pix2struct": _patches,
     "siglip2": _cut_images,

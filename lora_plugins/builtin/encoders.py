@@ -11,12 +11,21 @@ ARCHITECTURES = [
     *family(
         """
         bert bert-generation big_bird bros camembert convbert data2vec-text electra ernie esm layoutlm layoutlmv2
-        layoutlmv3 lilt longformer luke markuplm megatron-bert mobilebert mra nystromformer rembert roberta
+        layoutlmv3 lilt luke markuplm megatron-bert mobilebert mra nystromformer rembert roberta
         roberta-prelayernorm roc_bert roformer splinter tapas xlm-roberta xlm-roberta-xl xmod yoso
         """,
         ("query", "value"),
         ("query", "key", "value", "attention.output.dense"),
         _BERT_MLP,
+    ),
+    *family(
+        "longformer",
+        ("query", "value", "query_global", "value_global"),
+        ("query", "key", "value", "query_global", "key_global", "value_global", "attention.output.dense"),
+        _BERT_MLP,
+        # A head that reads the first word alone, which attends globally, leaves out the last layer's local half;
+        # a batch without globally attending words leaves out every global one.
+        optional=("query", "value", "query_global", "value_global"),
     ),
     *family(
         "canine",
