@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lora_plugins import chunked_loss, engines, liveness, preference
 from lora_plugins.checkpoints import check_checkpoint, restore_best
-from lora_plugins.engines import raising_together
+from lora_plugins.engines import meet, raising_together
 from lora_plugins.errors import (
     AttachError,
     ModelReplaced,
@@ -25,6 +25,7 @@ from lora_plugins.model import Preparation, preparation_of, prepare, prepare_pla
 from lora_plugins.quantization import base_of, detect_quantization
 from lora_plugins.report import ParameterReport, make_report
 from lora_plugins.settings import LoraSettings
+from lora_plugins.sharding import is_sharded
 from lora_plugins.trainer import (
     OptimizerRebuild,
     check_supported,
@@ -32,10 +33,12 @@ from lora_plugins.trainer import (
     is_training,
     keep_generation_config,
     put_model,
+    release_optimizer,
     shadow_method,
     uses_autocast,
     wrap_model_init,
 )
+from lora_plugins.unsharding import leave_engine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -442,7 +445,8 @@ def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
 def detach(trainer: Trainer) -> nn.Module:
     """Take the adapters out of a Trainer and give the base model back, without merging them.
 
-    The base stays as it was prepared (quantized, frozen).
+    The base stays as it was prepared (quantized, frozen). Where FSDP2 or DeepSpeed has trained it, its parts are put
+    together, so that each process holds the whole of it, and each must call this.
 
     Args:
         trainer: A Trainer with a `LoraCallback`, not inside ``train()``.
@@ -452,18 +456,22 @@ def detach(trainer: Trainer) -> nn.Module:
 
     Raises:
         AttachError: The Trainer has none, or is inside ``train()``.
+        ProcessMissing: The model is spread over processes and not all of them call this.
     """
     if is_training(trainer):
         raise AttachError("The Trainer is inside train(); detach before or after it.")
     callbacks = [known for known in trainer.callback_handler.callbacks if isinstance(known, LoraCallback)]
     if not callbacks:
         raise AttachError("This Trainer has no LoraCallback.")
+    if is_sharded(trainer.model):
+        meet(trainer, "detach()")
+    leave_engine(trainer)
     base: nn.Module = trainer.model.unload()
     for callback in callbacks:
         callback.release()
         trainer.callback_handler.callbacks.remove(callback)
     put_model(trainer, base)
-    OptimizerRebuild(trainer).apply()
+    release_optimizer(trainer)
     return base
 
 

@@ -195,11 +195,7 @@ class OptimizerRebuild:
     def apply(self) -> None:
         """Bring the optimizer in line with the model that is in the Trainer now."""
         if self._given is None:
-            self._trainer.optimizer = None
-            self._trainer.lr_scheduler = None
-            self._trainer._created_lr_scheduler = False
-            self._trainer.callback_handler.optimizer = None
-            self._trainer.callback_handler.lr_scheduler = None
+            _drop_optimizer(self._trainer)
             return
         trainable = {id(p): (name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad}
         for group in self._given.param_groups:
@@ -208,6 +204,28 @@ class OptimizerRebuild:
                 del trainable[id(parameter)]
         for name, parameter in trainable.values():
             self._given.param_groups[self._groups.get(_module_of(name), 0)]["params"].append(parameter)
+
+
+def release_optimizer(trainer: Trainer) -> None:
+    """Take adapters that are gone out of a Trainer's optimizer; one that has trained them is dropped.
+
+    That goes for one that the user passed in, too: it held nothing else. One that has not trained yet stays.
+    """
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    if isinstance(trainer.optimizer, AcceleratedOptimizer):
+        _drop_optimizer(trainer)
+    else:
+        OptimizerRebuild(trainer).apply()
+
+
+def _drop_optimizer(trainer: Trainer) -> None:
+    """Let the Trainer make its optimizer and its schedule anew."""
+    trainer.optimizer = None
+    trainer.lr_scheduler = None
+    trainer._created_lr_scheduler = False
+    trainer.callback_handler.optimizer = None
+    trainer.callback_handler.lr_scheduler = None
 
 
 def _module_of(parameter_name: str) -> str:

@@ -19,8 +19,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
-from lora_plugins import LoraCallback, engines
+from lora_plugins import LoraCallback, attach, detach, engines, prepare_model
+from lora_plugins.adapters import has_adapters
 from lora_plugins.errors import LoraPluginsError, PreparationWarning
+from lora_plugins.quantization import parse_quantization
+from lora_plugins.sharding import is_sharded
 
 RANK = int(os.environ.get("RANK", "-1"))
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
@@ -156,10 +159,12 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         warnings.simplefilter("always")
         trainer = make(folder, case, settings)
     start = live(trainer)
+    quantization = parse_quantization(case.get("quantization"))
     trainer.train()
     best = trainer.state.best_model_checkpoint
     result = facts(trainer) | {
         "warnings": [str(item.message) for item in caught if issubclass(item.category, PreparationWarning)],
+        "two_kernels": quantization is not None and bool(quantization.quantizer.loss_note),
         "start": start,
         "best": Path(best).name if best else None,
         "best_adapter": live(trainer),
@@ -179,7 +184,37 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         engines.MEETING_TIME = timedelta(seconds=3)
         if RANK == 0:
             trainer.save_model(str(folder / "alone"))
+    if case.get("detach"):
+        result["detached"] = detached(trainer, case)
     return result
+
+
+def detached(trainer: Trainer, case: Settings) -> Settings:
+    """What `detach` gives back after training, beside a base that never saw an engine."""
+    base = detach(trainer)
+    plain = prepare_model(tiny.llama(), quantization=case.get("quantization"), compute_dtype="float32").unload()
+    original = dict(plain.named_parameters())
+    now = dict(base.named_parameters())
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        expected, got = plain.eval()(input_ids=ids).logits, base.eval()(input_ids=ids).logits
+    return {
+        "classes": [type(module).__name__ for module in base.modules()],
+        "plain_classes": [type(module).__name__ for module in plain.modules()],
+        "adapters": has_adapters(base),
+        "in_trainer": trainer.model is base and trainer.model_wrapped is base,
+        "sharded": is_sharded(base),
+        "same_weights": now.keys() == original.keys() and all(p.equal(original[name]) for name, p in now.items()),
+        "difference": float((got - expected).abs().max()),
+        "again": retrained(trainer),
+    }
+
+
+def retrained(trainer: Trainer) -> list[float]:
+    """Losses of a second run on the base that was given back."""
+    attach(trainer, r=4, lora_dropout=0.0, compute_dtype="float32")
+    trainer.train()
+    return history(trainer, "loss")
 
 
 def main(folder: Path, settings: Settings) -> None:

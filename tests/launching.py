@@ -52,10 +52,13 @@ def launch(
 def assert_same_run(ranks: list[dict[str, Any]], one: dict[str, Any], *, resumed: bool = True) -> None:
     """Every rank has the losses, the start and the end of the single process."""
     assert len(one["losses"]) == 6
+    # LLM.int8() rounds activations in an evaluation: where a sum in another order lies on the other side of a step,
+    # the last digit of a float becomes one of 8 bits.
+    tolerance = 2e-5 if one["two_kernels"] else 2e-6
     for rank in ranks:
         assert rank["processes"] == rank["world_size"] == 2
         assert rank["losses"] == pytest.approx(one["losses"], abs=2e-6)
-        assert rank["eval"] == pytest.approx(one["eval"], abs=2e-6)
+        assert rank["eval"] == pytest.approx(one["eval"], abs=tolerance)
         assert rank["norms"] == pytest.approx(one["norms"], rel=1e-4)
         assert rank["adapter"] == one["adapter"] == 8
         assert rank["predicted"] == one["predicted"]
@@ -65,6 +68,19 @@ def assert_same_run(ranks: list[dict[str, Any]], one: dict[str, Any], *, resumed
     starts = [list(rank["start"].values()) for rank in (*ranks, one)]
     assert starts[0] == starts[1] == starts[2], "the adapter starts with the same values, whatever was drawn before"
     assert ranks[0]["best_adapter"] == ranks[1]["best_adapter"]
+
+
+def assert_detached(ranks: list[dict[str, Any]]) -> None:
+    """`detach` gave back the base on every rank: whole, without the engine, and fit to be trained again."""
+    for rank in ranks:
+        found = rank["detached"]
+        assert not found["adapters"]
+        assert not found["sharded"]
+        assert found["in_trainer"]
+        assert found["classes"] == found["plain_classes"]
+        assert found["same_weights"]
+        assert found["difference"] == 0
+        assert found["again"] == pytest.approx(rank["losses"], abs=2e-6)
 
 
 def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> None:

@@ -159,6 +159,32 @@ def test_reports_say_which_loss_is_which_where_there_are_two(folder: Path) -> No
     assert with_note == ["int8"]
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_four_bits_are_never_repacked_on_a_cpu_with_avx512_bf16(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, loaded: bool
+) -> None:
+    """The packed form that bitsandbytes makes in an evaluation there has no backward pass, and nothing unpacks it."""
+    # What it asks the CPU; the answer is this one on the machines that are meant.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    import bitsandbytes as bnb
+
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu, "bitsandbytes would repack"
+    if loaded:
+        base = fresh(folder, quantization_config=quantization_config(name))
+        assert any(getattr(m, "support_avx512bf16_for_cpu", False) for m in base.modules())
+        model = prepare_model(base, r=4)
+    else:
+        model = prepare_model(fresh(folder), r=4, quantization=name)
+    layers: list[Any] = quantized_layers(model)
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    parsed = parse_quantization(name)
+    assert parsed is not None
+    alone: Any = parsed.quantize(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+    assert not alone.support_avx512bf16_for_cpu, "the self-test must see the layer as it will be trained"
+
+
 # -- activations of another dtype --------------------------------------------------------------
 
 

@@ -228,6 +228,23 @@ def test_second_attach_is_refused_and_detach_gives_the_base_back(tmp_path: Path)
     assert_trained_lora_only(trainer)
 
 
+def test_detach_drops_a_given_optimizer_that_has_trained_the_adapters(tmp_path: Path) -> None:
+    model = tiny.llama()
+    given = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = tiny.trainer(
+        tmp_path, model, [LoraCallback(r=4)], trainer_arguments={"optimizers": (given, None)}, max_steps=2
+    )
+    assert detach(trainer) is model
+    assert trainer.optimizer is given, "it has not trained yet"
+    attach(trainer, r=4)
+    trainer.train()
+    assert detach(trainer) is model
+    assert trainer.optimizer is None
+    attach(trainer, r=2)
+    trainer.train()
+    assert_trained_lora_only(trainer)
+
+
 # -- models that arrive prepared ---------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-from launching import ALONE, ELEMENTS, TORCHRUN, Results, assert_files, assert_same_run, launch
+from launching import ALONE, ELEMENTS, TORCHRUN, Results, assert_detached, assert_files, assert_same_run, launch
 
 pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; run `make test-engines`"),
@@ -49,16 +49,22 @@ def alone(folder: Path) -> Results:
 def zero(folder: Path) -> Results:
     two, three = ({"arguments": {"deepspeed": configuration(stage)}} for stage in (2, 3))
     # The model is made before the arguments, or after them, when DeepSpeed partitions it while it is loaded.
-    loaded = {**three, "arguments_first": True, "pretrained": str(folder / "base")}
+    late = {"arguments_first": True, "pretrained": str(folder / "base")}
+    loaded = {**three, **late}
+    again = {"quantization": "int8", "model_init": True, "resume": False}
     cases = {
         "zero2_quanto": {**two, "quantization": "int8-quanto"},
-        "zero2_fp32": two,
+        "zero2_fp32": {**two, "detach": True},
         "zero2_int8": {**two, "quantization": "int8"},
-        "zero3_fp32": three,
-        "zero3_int8": {**three, "quantization": "int8"},
+        "zero2_loaded_fp32": {**two, **late},
+        "zero2_loaded_int8": {**two, **late, "quantization": "int8"},
+        "zero2_model_init": {**two, **again},
+        "zero3_fp32": {**three, "detach": True},
+        "zero3_int8": {**three, "quantization": "int8", "detach": True},
+        "zero3_model_init": {**three, **again},
         "zero3_nf4": {**three, "quantization": "nf4", "lora": {"adapter_name": "mine"}},
         "zero3_loaded_fp32": loaded,
-        "zero3_loaded_int8": {**loaded, "quantization": "int8"},
+        "zero3_loaded_int8": {**loaded, "quantization": "int8", "detach": True},
         "zero3_loaded_cast": {**loaded, "lora": {"compute_dtype": "bfloat16"}},
         "zero3_save_on_one": {**three, "save_on_one": True, "resume": False},
     }
@@ -75,7 +81,14 @@ def accelerate(folder: Path) -> Results:
         *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes=2"),
         *(f"--deepspeed_config_file={file}", "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"),
     ]
-    settings = {"arguments": {"use_cpu": False}, "cases": {"fp32": {}}}
+    late = {"arguments_first": True, "pretrained": str(folder / "base")}
+    cases = {
+        "fp32": {},
+        "int8": {"quantization": "int8"},
+        "loaded_fp32": late,
+        "loaded_int8": {**late, "quantization": "int8"},
+    }
+    settings = {"arguments": {"use_cpu": False}, "cases": cases}
     return launch(folder / "accelerate", launcher, settings, ENVIRONMENT)
 
 
@@ -87,14 +100,15 @@ def assert_deepspeed(rank: dict[str, Any], optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "int8"])
-def test_zero2(folder: Path, zero: Results, alone: Results, quantization: str) -> None:
-    ranks = zero[f"zero2_{quantization}"]
+@pytest.mark.parametrize("order", ["zero2", "zero2_loaded"])
+def test_zero2(folder: Path, zero: Results, alone: Results, order: str, quantization: str) -> None:
+    ranks = zero[f"{order}_{quantization}"]
     for rank in ranks:
         assert_deepspeed(rank, "DeepSpeedZeroOptimizer")
         assert rank["local"] == rank["elements"] == ELEMENTS, "ZeRO-2 divides gradients and optimizer, not weights"
         assert rank["warnings"] == []
     assert_same_run(ranks, alone[quantization][0])
-    assert_files(folder / "zero" / f"zero2_{quantization}", ranks[0])
+    assert_files(folder / "zero" / f"{order}_{quantization}", ranks[0])
 
 
 def assert_zero3(ranks: list[dict[str, Any]], elements: int = ELEMENTS) -> None:
@@ -117,6 +131,23 @@ def test_zero3(folder: Path, zero: Results, alone: Results, order: str, quantiza
     assert_files(folder / "zero" / case, zero[case][0])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_model_of_model_init_is_prepared(folder: Path, zero: Results, alone: Results, stage: int) -> None:
+    case = f"zero{stage}_model_init"
+    if stage == 3:
+        assert_zero3(zero[case])
+    else:
+        for rank in zero[case]:
+            assert_deepspeed(rank, "DeepSpeedZeroOptimizer")
+    assert_same_run(zero[case], alone["int8"][0], resumed=False)
+    assert_files(folder / "zero" / case, zero[case][0])
+
+
+@pytest.mark.parametrize("case", ["zero2_fp32", "zero3_fp32", "zero3_int8", "zero3_loaded_int8"])
+def test_detaching_gives_the_whole_base_back(zero: Results, case: str) -> None:
+    assert_detached(zero[case])
+
+
 def test_zero3_with_four_bits_and_another_name(folder: Path, zero: Results, alone: Results) -> None:
     packed = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) // 2
     assert_zero3(zero["zero3_nf4"], ELEMENTS - packed)
@@ -124,10 +155,13 @@ def test_zero3_with_four_bits_and_another_name(folder: Path, zero: Results, alon
     assert_files(folder / "zero" / "zero3_nf4", zero["zero3_nf4"][0], "mine")
 
 
-def test_accelerate_launch(folder: Path, accelerate: Results, alone: Results) -> None:
-    assert_zero3(accelerate["fp32"])
-    assert_same_run(accelerate["fp32"], alone["fp32"][0])
-    assert_files(folder / "accelerate" / "fp32", accelerate["fp32"][0])
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+@pytest.mark.parametrize("order", ["", "loaded_"])
+def test_accelerate_launch(folder: Path, accelerate: Results, alone: Results, order: str, quantization: str) -> None:
+    case = order + quantization
+    assert_zero3(accelerate[case])
+    assert_same_run(accelerate[case], alone[quantization][0])
+    assert_files(folder / "accelerate" / case, accelerate[case][0])
 
 
 def test_casting_what_is_partitioned_is_refused(zero: Results) -> None:

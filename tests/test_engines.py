@@ -9,7 +9,17 @@ from typing import Any
 import peft
 import pytest
 import tiny
-from launching import ACCELERATE, ALONE, ELEMENTS, TORCHRUN, Results, assert_files, assert_same_run, launch
+from launching import (
+    ACCELERATE,
+    ALONE,
+    ELEMENTS,
+    TORCHRUN,
+    Results,
+    assert_detached,
+    assert_files,
+    assert_same_run,
+    launch,
+)
 
 from lora_plugins import attach, engines
 from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
@@ -36,7 +46,7 @@ def alone(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def ddp(folder: Path) -> Results:
     cases = {
-        "fp32": {},
+        "fp32": {"detach": True},
         "int8": INT8,
         "model_init": {**INT8, "model_init": True, "resume": False},
         "nan": {"nan": True},
@@ -48,8 +58,8 @@ def ddp(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def fsdp(folder: Path) -> Results:
     cases = {
-        "fp32": {},
-        "int8": INT8,
+        "fp32": {"detach": True},
+        "int8": {**INT8, "detach": True},
         "model_init": {**INT8, "model_init": True, "resume": False},
         "sharded": SHARDED,
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
@@ -171,6 +181,12 @@ def test_saving_on_one_rank_only_is_named_instead_of_hanging(folder: Path, fsdp:
     assert first["error"].startswith("ProcessMissing: save_model() gathers a model that is spread over 2 processes")
     assert "error" not in second
     assert not (folder / "fsdp" / "save_on_one" / "alone").exists()
+
+
+def test_detaching_gives_the_whole_base_back(ddp: Results, fsdp: Results) -> None:
+    """FSDP2 has exchanged the classes of the model and its blocks, and their parameters for parts."""
+    for ranks in (ddp["fp32"], fsdp["fp32"], fsdp["int8"]):
+        assert_detached(ranks)
 
 
 # -- sharded while loading ---------------------------------------------------------------------
