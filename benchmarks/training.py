@@ -6,6 +6,8 @@ own, in turns, and the medians of several rounds count. Two measurements:
 * speed and memory: a few steps of ``--batch`` rows of ``--length`` tokens, with and without gradient checkpointing;
 * learning: the loss on held-out text after ``--loss-steps`` steps of a quarter of the batch, without checkpointing.
 
+A float base is in the dtype that the machine is fast at (`float_dtype`): nobody would choose the other one.
+
     python benchmarks/training.py                    at most twenty minutes; prints the tables
     python benchmarks/training.py --full --write     all combinations, more rounds; refreshes the docs page
 """
@@ -33,16 +35,27 @@ RATE = 2e-4
 #: Name of each contender and what it is.
 CONTENDERS = {
     "recipe-int8": "the recipe: int8, prepare_model_for_kbit_training, get_peft_model, Trainer",
-    "peft-bf16": "get_peft_model and Trainer on the bfloat16 model",
+    "peft-float": "get_peft_model and Trainer on the float model",
     "full-fp32": "full fine-tuning in float32, Trainer",
-    "trl-bf16": "TRL's SFTTrainer(peft_config=…) on the bfloat16 model",
+    "trl-float": "TRL's SFTTrainer(peft_config=…) on the float model",
     "trl-int8": "TRL's SFTTrainer(peft_config=…) on the int8 model",
     "ours-int8": 'LoraCallback(quantization="int8")',
     "ours-nf4": 'LoraCallback(quantization="nf4")',
-    "ours-none": "LoraCallback() on the bfloat16 model",
+    "ours-float": "LoraCallback() on the float model",
 }
 #: What a default run does with gradient checkpointing; ``--full`` does all.
 WITH_CHECKPOINTING = ("recipe-int8", "trl-int8", "ours-int8")
+#: Whose held-out loss a default run measures; ``--full`` does all.
+LEARNING = ("recipe-int8", "ours-int8", "ours-nf4", "ours-float")
+
+
+def float_dtype() -> str:
+    """Name of the dtype of a float base: bfloat16 where the CPU multiplies it natively, else float32."""
+    import torch
+
+    from lora_plugins.precision import fast_bfloat16
+
+    return "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
 
 
 # -- in the contender's own process ------------------------------------------------------------
@@ -168,19 +181,18 @@ def _rows(options: argparse.Namespace, name: str = "train") -> Any:
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def _load(dtype: str = "bfloat16", **arguments: Any) -> Any:
-    import torch
+def _load(dtype: str, **arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from lora_plugins.demo.model import demo_model
 
-    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, dtype), **arguments)
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, **arguments)
 
 
-def _load_int8() -> Any:
+def _load_int8(dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return _load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    return _load(dtype, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 def _lora_config() -> Any:
@@ -199,21 +211,21 @@ def _plain(options: argparse.Namespace, model: Any, **arguments: Any) -> Any:
 def _recipe(options: argparse.Namespace) -> Any:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    model = prepare_model_for_kbit_training(_load_int8(), use_gradient_checkpointing=options.checkpointing)
+    model = prepare_model_for_kbit_training(_load_int8("bfloat16"), use_gradient_checkpointing=options.checkpointing)
     return _plain(options, get_peft_model(model, _lora_config()))
 
 
-def _peft_bf16(options: argparse.Namespace) -> Any:
+def _peft_float(options: argparse.Namespace) -> Any:
     from peft import get_peft_model
 
-    return _plain(options, get_peft_model(_load(), _lora_config()))
+    return _plain(options, get_peft_model(_load(float_dtype()), _lora_config()))
 
 
 def _trl(options: argparse.Namespace, model: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    # The rows are packed already and of one length; everything else is TRL's default.
-    args = SFTConfig(**_arguments(options), max_length=None)
+    # The rows are packed already and of one length. Autocast to bfloat16 is TRL's default, and no use where it is slow.
+    args = SFTConfig(**_arguments(options), max_length=None, bf16=float_dtype() == "bfloat16")
     return SFTTrainer(model=model, args=args, train_dataset=_rows(options), peft_config=_lora_config())
 
 
@@ -221,18 +233,20 @@ def _ours(options: argparse.Namespace, quantization: str | None) -> Any:
     from lora_plugins import LoraCallback
 
     callback = LoraCallback(quantization=quantization, target_modules=TARGETS, **LORA)
-    return _plain(options, _load(), callbacks=[callback])
+    # A checkpoint in 16 bits, as most are; the callback decides what its quantized base computes in.
+    model = _load("bfloat16" if quantization else float_dtype())
+    return _plain(options, model, callbacks=[callback])
 
 
 _BUILDERS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "recipe-int8": _recipe,
-    "peft-bf16": _peft_bf16,
+    "peft-float": _peft_float,
     "full-fp32": lambda options: _plain(options, _load("float32")),
-    "trl-bf16": lambda options: _trl(options, _load()),
-    "trl-int8": lambda options: _trl(options, _load_int8()),
+    "trl-float": lambda options: _trl(options, _load(float_dtype())),
+    "trl-int8": lambda options: _trl(options, _load_int8(float_dtype())),
     "ours-int8": lambda options: _ours(options, "int8"),
     "ours-nf4": lambda options: _ours(options, "nf4"),
-    "ours-none": lambda options: _ours(options, None),
+    "ours-float": lambda options: _ours(options, None),
 }
 
 
@@ -274,6 +288,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             **LORA,
             "targets": TARGETS,
+            "float": float_dtype(),
             "batch": options.batch,
             "length": options.length,
             "rounds": options.rounds,
@@ -306,6 +321,8 @@ def _measure_speed(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 def _measure_learning(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     found = {}
     for name in options.only:
+        if not options.full and name not in LEARNING:
+            continue
         batch = max(1, options.batch // 4)
         run = _run(options, folder, name, False, batch, options.loss_steps, held_out=options.held_out)
         found[name] = {"held_out": run["held_out"], "first": run["loss"][0], "losses": run["loss"]}
@@ -362,7 +379,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", help=argparse.SUPPRESS)
     parser.add_argument("--count-operations", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.steps = options.steps or (8 if options.full else 5)
+    options.steps = options.steps or (8 if options.full else 4)
     options.rounds = options.rounds or (4 if options.full else 2)
     return options
 

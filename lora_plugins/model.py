@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from lora_plugins import adapters
 from lora_plugins.counting import TensorBytes, tensor_bytes
 from lora_plugins.errors import PreparationError
-from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
+from lora_plugins.precision import (
+    activation_dtype,
+    cast_frozen,
+    resolve_compute_dtype,
+    slow_products_note,
+    upcast_frozen,
+)
 from lora_plugins.quantization import (
     Quantization,
     QuantizedLayers,
@@ -97,8 +103,9 @@ def prepare_model(
         quantization: A backend's name, or a mapping with ``name`` and options.
         peft_config: A ready configuration, instead of LoRA arguments.
         adapter: Adapter to continue from: a folder, or a registry reference such as ``"org/name@1.2"``.
-        compute_dtype: Dtype of the frozen float weights; ``"auto"`` gives a quantized float32 base
-            bfloat16 where the hardware is fast at it, and leaves everything else.
+        compute_dtype: Dtype of the frozen float weights; ``"auto"`` gives a quantized base
+            bfloat16 where the hardware is fast at it, float32 on a CPU that is slow at 16 bits, and leaves a
+            model without quantization.
         upcast: What is held in float32: ``"none"``, ``"norms"``, or ``"all"`` that is not quantized.
         adapter_name: Name of the adapter in the model.
         experts: What happens to routed experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for
@@ -308,6 +315,8 @@ def prepare_base(
     if quantize is not None and record.layers is not None:
         tag_quantized(base, quantize, record.layers)
     record.upcast = upcast_frozen(base, upcast)
+    slow = slow_products_note(base, autocast=autocast)
+    record.notes += [slow] if slow else []
 
 
 def _prepare_wrapped(
