@@ -20,7 +20,8 @@ _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 natively.
 
-    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer.
+    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer; a CUDA device that is
+    not here, but planned for, is taken for a new one.
     """
     import torch
 
@@ -29,7 +30,7 @@ def fast_bfloat16(device: torch.device) -> bool:
         flags = probe() if probe is not None else {}
         return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     return False
 
 
@@ -46,6 +47,14 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return supported is not None and not supported()
+
+
+def loading_dtype() -> torch.dtype:
+    """Dtype of matrix products for a model that is yet to be loaded: bfloat16, float32 where only a slow CPU is."""
+    import torch
+
+    only_cpu = not torch.accelerator.is_available()
+    return torch.float32 if only_cpu and slow_dtype(torch.bfloat16, torch.device("cpu")) else torch.bfloat16
 
 
 def resolve_compute_dtype(

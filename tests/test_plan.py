@@ -77,7 +77,7 @@ def test_int8_bytes_of_bloom_7b1() -> None:
     """8,098,234,368 is the published figure; it has neither the scales nor the adapters."""
     scales = 30 * 4 * (12288 + 4096 + 16384 + 4096)
     adapters = 4 * 3_932_160
-    planned = plan(bloom(4096, 30, 32), dtype="float16", quantization="int8", length=16)
+    planned = plan(bloom(4096, 30, 32), dtype="float16", quantization="int8", length=16, device="cuda")
     assert planned.chosen.memory.weights - scales - adapters == 8_098_234_368
     upcast = plan(bloom(4096, 30, 32), dtype="float16", quantization="int8", upcast="all", length=16)
     # The biases of quantized layers stay as they are.

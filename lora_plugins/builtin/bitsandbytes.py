@@ -117,7 +117,8 @@ class FourBit(Quantizer):
     """4 bits a weight in blocks of 64 with one scale each; the kinds differ in their table of 16 values.
 
     Options: ``double_quant`` (default false) quantizes the scales as well; ``compute_dtype`` is the dtype of
-    the matrix products, by default that of the activations (bfloat16 for a model loaded with `quantization_config`).
+    the matrix products, by default that of the activations (for a model loaded with `quantization_config`:
+    bfloat16, or float32 on a CPU that is slow at it).
     """
 
     #: bitsandbytes' name of the table.
@@ -166,12 +167,14 @@ class FourBit(Quantizer):
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig
 
+        from lora_plugins.precision import loading_dtype
+
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=options.get("double_quant", False),
             # transformers' default would compute every layer in float32, whatever the model's dtype.
-            bnb_4bit_compute_dtype=options.get("compute_dtype") or "bfloat16",
+            bnb_4bit_compute_dtype=options.get("compute_dtype") or loading_dtype(),
             llm_int8_skip_modules=options.get("skip_modules"),
         )
 

@@ -35,6 +35,9 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Memory of a device, such as 24GiB.", show_default="the present GPU's")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the run will be, such as cuda.", show_default="cuda where there is one")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Such as causal-lm.", show_default="the configuration's")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the base's weights.", show_default="the configuration's")
@@ -58,6 +61,7 @@ def plan(
             devices=devices,
             strategy=strategy,
             memory=memory,
+            device=device,
             task=task,
             dtype=dtype,
             revision=revision,

@@ -204,8 +204,21 @@ class _Planner:
             chosen=asked,
             rows=rows,
             advice=self._advice(asked),
-            notes=[*(targets.notes if targets else []), *dict.fromkeys(self.notes)],
+            notes=[*(targets.notes if targets else []), *self._precision_notes(), *dict.fromkeys(self.notes)],
         )
+
+    def _precision_notes(self) -> list[str]:
+        """What is counted in another dtype than that of the checkpoint because of the device."""
+        import torch
+
+        stored = _main_dtype(base_of(self.bench.base))
+        held = [self.bench.compute_dtype(quantization) for quantization in self.backends.values() if quantization]
+        if stored not in ("float16", "bfloat16") or torch.float32 not in held or not self.bench.by_hardware:
+            return []
+        return [
+            f"embeddings, norms and head of a quantized base are counted in float32: this CPU is slow at {stored}. "
+            "For a run elsewhere give the device, such as 'cuda'"
+        ]
 
     def _rows(self) -> list[Row]:
         rows = [self._row(name, checkpointing) for name in self.backends for checkpointing in (False, True)]

@@ -242,7 +242,7 @@ class Workbench:
         base: Any = base_of(model)
         if self.targets is not None:
             base.requires_grad_(False)
-        dtype = self._dtype(base, quantization)
+        dtype = self.compute_dtype(quantization, base)
         if quantization is not None:
             _stand_in(model, quantization, self._never(), self.device)
         elif self._config is None and preparation_of(model) is not None:
@@ -264,8 +264,14 @@ class Workbench:
         fuse_adapters(wrapped)
         return wrapped
 
-    def _dtype(self, base: nn.Module, quantization: Quantization | None) -> torch.dtype | None:
+    @property
+    def by_hardware(self) -> bool:
+        """Whether the device decides the dtype of activations."""
+        return self.settings.compute_dtype == "auto"
+
+    def compute_dtype(self, quantization: Quantization | None, base: nn.Module | None = None) -> torch.dtype | None:
         """Dtype that the frozen float weights are cast to, ``None`` to leave them."""
+        base = base if base is not None else base_of(self.base)
         wanted, quantized = self.settings.compute_dtype, quantization is not None or self.arrived
         return resolve_compute_dtype(wanted, base, quantized=quantized, autocast=False, device=self.device)
 
@@ -273,7 +279,7 @@ class Workbench:
         """A backend with the dtype of activations, where it wants to know it."""
         if quantization is None:
             return None
-        dtype = self._dtype(base_of(self.base), quantization)
+        dtype = self.compute_dtype(quantization)
         return with_compute_dtype(quantization, dtype or activation_dtype(base_of(self.base), autocast=False))
 
     def heads(self) -> tuple[str, ...]:
