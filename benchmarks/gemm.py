@@ -15,6 +15,7 @@ from typing import Any
 
 import page
 from measure import Clock, hardware, record, run_child, versions, write_rows
+from training import float_dtype
 
 REPEATS = 7
 
@@ -69,11 +70,12 @@ def main() -> None:
     seconds = sorted(run["wall"])[len(run["wall"]) // 2]
     reached = run["operations"] / seconds / 1e12
     # What the products of a step would take at the speed of each shape is close to that of the middle one.
-    limit = sorted(shape["bfloat16"] for shape in shapes[1:])[2]
+    kind = float_dtype()
+    limit = sorted(shape[kind] for shape in shapes[1:])[2]
     share = (
         f"A step of lora-plugins in int8 (4 rows of 256 tokens) has {run['operations'] / 1e9:.0f}·10⁹ operations in "
         f"matrix products and takes {seconds:.2f} s: {reached:.2f}·10¹² a second, {100 * reached / limit:.0f} % of the "
-        f"{limit:.2f}·10¹² that these shapes reach in bfloat16. The int8 speed of the machine is not used: it would "
+        f"{limit:.2f}·10¹² that these shapes reach in {kind}. The int8 speed of the machine is not used: it would "
         "need activations in int8, which changes the results."
     )
     command = " ".join(["python benchmarks/gemm.py", *sys.argv[1:]])
