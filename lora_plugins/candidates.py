@@ -58,6 +58,7 @@ def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
         ),
         never=_union([record.never, *(part.never for part in known)]),
         optional=_union([record.optional, *(part.optional for part in known)]),
+        input_gradients=record.input_gradients or any(part.input_gradients for part in known),
     )
 
 

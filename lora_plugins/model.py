@@ -226,6 +226,9 @@ class _Pipeline:
         adapters.register_lora_layers(self.model, config, record.quantization)
         wrapped, inject_notes = adapters.inject(self.model, config, settings.adapter_name, self.seed)
         record.notes += inject_notes
+        if plan.input_gradients:
+            self.model.enable_input_require_grads()  # type: ignore[operator]
+            record.notes.append("the embeddings, which stay frozen, hand a gradient through: the blocks need it")
         if base_first:
             record.notes.append(
                 f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under"

@@ -121,6 +121,7 @@ class Resolver:
             coverage=self._coverage(_paths([*module_hits, *parameter_hits])),
             never=(*self.candidates.never, *float_only),
             vision=self.candidates.unreached(),
+            input_gradients=self.record is not None and self.record.input_gradients,
             notes=self.notes,
         )
 

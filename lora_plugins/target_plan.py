@@ -37,6 +37,7 @@ class TargetPlan:
         coverage: For each kind of block, how many have an adapter and how many there are.
         never: Names that stay untouched, by quantization as well.
         vision: Parts of paths that a batch may pass by: encoders, cross-attention without an encoder.
+        input_gradients: Whether the embeddings' output has to ask for a gradient.
         notes: Sentences for the report.
     """
 
@@ -51,4 +52,5 @@ class TargetPlan:
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
     vision: tuple[str, ...] = ()
+    input_gradients: bool = False
     notes: list[str] = field(default_factory=list)

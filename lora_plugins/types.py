@@ -40,6 +40,8 @@ class Architecture:
         inner: Attributes of the configuration that hold the configurations of inner models, such as
             ``"text_config"``. Where an inner model's type is registered, its record names the targets,
             scopes and experts; ``targets`` is for inner models that nobody registered.
+        input_gradients: Whether the input of the blocks has to ask for a gradient: reversible blocks compute
+            those of their own weights only then. The model needs transformers' ``enable_input_require_grads``.
     """
 
     model_type: str
@@ -53,13 +55,14 @@ class Architecture:
     heads: tuple[str, ...] = ("score", "classifier", "qa_outputs")
     optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
+    input_gradients: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_type, str) or not self.model_type:
             raise TypeError(f"Architecture.model_type must be a non-empty string, not {self.model_type!r}")
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("model_type", "scopes", "expert_policy"):
+            if item.name in ("model_type", "scopes", "expert_policy", "input_gradients"):
                 continue
             object.__setattr__(self, item.name, _names(f"Architecture.{item.name}", value))
         if not self.targets:

@@ -116,8 +116,7 @@ _VIT = {**_BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
 _WAV2VEC2 = {**_BERT, "model_type": "wav2vec2", "conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "layerdrop": 0.0}
 _IDS = {"decoder_start_token_id": 1, "pad_token_id": 0}
 
-#: A draft model that reads the keys and values of another one.
-_SHARED_CACHE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
+_WINDOW = ["sliding_attention", "full_attention"] * 2
 
 #: What single types need beyond `SMALL`, by ``model_type`` of the configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -165,12 +164,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 300, "pad_token_id": 1, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
     "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": _WINDOW,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "gemma4_assistant": {"text_config": _SHARED_CACHE},
-    "gemma4_unified_assistant": {"text_config": _SHARED_CACHE},
+    # Draft models, which read the keys and values of another one. The first asks for layers that all do; the second
+    # takes less, and can be made.
+    "gemma4_assistant": {
+        "text_config": {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 4,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+    "gemma4_unified_assistant": {
+        "text_config": {"num_kv_shared_layers": 2, "layer_types": _WINDOW, "global_head_dim": 16},
+        "backbone_hidden_size": 64,
+    },
     "glm5_next_text": {
         "num_key_value_heads": 4,
         "qk_rope_head_dim": 0,
@@ -228,8 +239,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "kosmos-2": {"latent_query_num": 4},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
-    "step3p5": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    # In training the positions must be as many as the words.
+    "reformer": {
+        "axial_pos_shape": [4, 4],
+        "axial_pos_embds_dim": [32, 32],
+        "feed_forward_size": 96,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 2,
+        "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
+    "step3p5": {"sliding_window": 8, "layer_types": _WINDOW},
     "swin": _STAGES,
     "swinv2": _STAGES,
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]},
@@ -538,6 +560,20 @@ def _words_and_sound(config: Any, _: Mapping[str, torch.Tensor], generator: torc
     return {"input_ids": torch.randint(10, VOCABULARY - 60, (2, 16, 1 + config.num_codebooks), generator=generator)}
 
 
+def _draft(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, Any]:
+    """What the model that is drafted for hands over: words and states side by side, the last keys and values."""
+    text = config.text_config
+    heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    return {
+        "inputs_embeds": torch.randn(2, 16, 2 * config.backbone_hidden_size, generator=generator),
+        "position_ids": torch.arange(16).expand(2, 16),
+        "shared_kv_states": {
+            kind: tuple(torch.randn(2, heads, 16, size, generator=generator) for _ in range(2))
+            for kind in ("full_attention", "sliding_attention")
+        },
+    }
+
+
 def _dia(config: Any, _: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
     decoder = config.decoder_config
     size = (2, 8, decoder.num_channels)
@@ -572,12 +608,13 @@ def _robot(config: Any, batch: Mapping[str, torch.Tensor], generator: torch.Gene
     }
 
 
-Batch = Callable[[Any, Mapping[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
+Batch = Callable[[Any, Mapping[str, torch.Tensor], torch.Generator], dict[str, Any]]
 
 #: Model type -> what its batch has beside, or instead of, what the names in its forward say.
 BATCHES: dict[str, Batch] = {
     "blip-2": _image_words,
     "dia": _dia,
+    "gemma4_unified_assistant": _draft,
     "idefics": _idefics,
     "instructblip": _image_words,
     "instructblipvideo": _video_words,

@@ -61,6 +61,7 @@ ARCHITECTURES = [
         ("query", "query_key", "value"),
         ("query", "key", "query_key", "value", "attention.output.dense"),
         ("feed_forward.dense.dense", "feed_forward.output.dense"),
+        input_gradients=True,
     ),
     *family(
         "perceiver",
