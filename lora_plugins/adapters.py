@@ -17,6 +17,7 @@ from lora_plugins.errors import (
     UnsupportedInitialization,
 )
 from lora_plugins.quantization import Quantization, owner_of
+from lora_plugins.reloading import put_back
 from lora_plugins.settings import DEFAULTS, LoraSettings
 from lora_plugins.sharding import gathered_state, is_sharded
 
@@ -269,6 +270,7 @@ def load_weights(model: PeftModel, file: Path, adapter_name: str) -> None:
     stored = load_file(str(file), device="cpu")
     check_same_tensors({k: tuple(v.shape) for k, v in stored.items()}, adapter_shapes(model, adapter_name), file)
     set_peft_model_state_dict(model, stored, adapter_name=adapter_name)
+    put_back(model, stored, adapter_name)
     wrong = differing_tensors(stored, adapter_state(model, adapter_name))
     if wrong:
         raise BrokenCheckpoint(f"{file} was loaded and {len(wrong)} tensors differ afterwards, first {wrong[0]}")
@@ -293,6 +295,7 @@ def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
         model.add_adapter(copy, model.peft_config[source])
     state = {name: tensor.detach().clone() for name, tensor in adapter_state(model, source).items()}
     set_peft_model_state_dict(model, state, adapter_name=copy)
+    put_back(model, state, copy)
     model.set_adapter(active)
 
 

@@ -22,6 +22,7 @@
     ├── PreparationError
     │   ├── UnknownArgument (TypeError)
     │   ├── UnsupportedTraining
+    │   ├── UnloadableAdapter
     │   └── AdapterMismatch (ValueError)
     ├── AttachError
     │   ├── TrainerNotFound
@@ -133,6 +134,10 @@ class UnknownArgument(PreparationError, TypeError):
 
 class UnsupportedTraining(PreparationError):
     """An option of the Trainer can't be combined with the adapters as they were asked for."""
+
+
+class UnloadableAdapter(PreparationError):
+    """The adapter could be trained and saved, and PEFT would not find its tensors on loading."""
 
 
 class AdapterMismatch(PreparationError, ValueError):

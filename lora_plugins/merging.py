@@ -327,15 +327,13 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
 def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter into the base; every tensor of it must have a place there."""
     from peft import PeftModel
-    from safetensors import safe_open
 
     wrapped = PeftModel.from_pretrained(model, str(folder))
     file = adapters.find_adapter_file(folder, "default")
     if file is None:
         raise MergeError(f"The folder {folder} has no {adapters.ADAPTER_FILE}.")
-    with safe_open(str(file), framework="pt") as stored:
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    adapters.check_same_tensors(shapes, adapters.adapter_shapes(wrapped, "default"), file)
+    # PEFT warns of what it lost and goes on.
+    adapters.load_weights(wrapped, file, "default")
     return wrapped
 
 

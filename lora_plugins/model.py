@@ -28,6 +28,7 @@ from lora_plugins.quantization import (
     untag_dequantized,
     with_compute_dtype,
 )
+from lora_plugins.reloading import check_loadable
 from lora_plugins.settings import LoraSettings
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ class _Pipeline:
         if plan.input_gradients:
             self.model.enable_input_require_grads()  # type: ignore[operator]
             record.notes.append("the embeddings, which stay frozen, hand a gradient through: the blocks need it")
+        lost = check_loadable(wrapped, settings.adapter_name, strict=settings.strict)
+        record.notes += [lost] if lost else []
         if base_first:
             record.notes.append(
                 f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under"
@@ -336,6 +339,8 @@ def _prepare_wrapped(
     record = Preparation(name, known.plan if known else None, arrived, None, tensor_bytes(model))
     record.heads = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
     record.notes.append("the model came with its adapters; they were left as they are")
+    lost = check_loadable(model, name, strict=settings.strict)
+    record.notes += [lost] if lost else []
     prepare_base(
         model,
         record,

@@ -104,6 +104,8 @@ class Adapter(os.PathLike[str]):
         from peft import PeftModel
         from torch import nn
 
+        from registry.loading import put_back
+
         if isinstance(base, nn.Module):
             if kwargs:
                 raise TypeError(f"{', '.join(kwargs)}: for loading the base, and a loaded one was given")
@@ -113,7 +115,9 @@ class Adapter(os.PathLike[str]):
         result = self.check(model)
         if result.identity != "verified" and not trust_identity:
             self._warn(model)
-        return PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        put_back(loaded, self.path, adapter_name)
+        return loaded
 
     def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:
         """The base model from a folder or a hub, at the commit of the manifest, grown to the adapter's vocabulary."""

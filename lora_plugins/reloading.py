@@ -1,0 +1,113 @@
+"""Adapters that PEFT does not find again: what it renames while it loads, and putting the tensors back by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from lora_plugins.errors import PreparationWarning, UnloadableAdapter
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:
+    """Find out, before anything is trained, whether PEFT will find the tensors of an adapter's file.
+
+    PEFT reads their names as transformers reads those of a base model's checkpoint. For some types the patterns that
+    bring old names to new ones also match new ones, and PEFT then looks for names that nobody has, warns of missing
+    keys, and leaves the adapter at zero.
+
+    Args:
+        model: The wrapped model.
+        adapter_name: Which of its adapters.
+        strict: Whether it is an error; a warning otherwise.
+
+    Returns:
+        A sentence for the report where it is not; ``None`` where all is well.
+
+    Raises:
+        UnloadableAdapter: PEFT would lose at least one tensor.
+    """
+    tensors = dict(_named(model, adapter_name))
+    lost = renamed_on_loading(model, adapter_name)
+    if not lost:
+        return None
+    name, other = next(iter(lost.items()))
+    text = (
+        f"PEFT would not find {len(lost)} of the {len(tensors)} tensors of this adapter in its own file: it renames "
+        f"them as transformers renames those of old checkpoints of {model.config.model_type!r} models (first {name}, "
+        f"for which it looks under {other})"
+    )
+    if strict:
+        raise UnloadableAdapter(
+            f"{text}. PeftModel.from_pretrained would give the base model with a warning about missing keys. Choose "
+            "target_modules outside of it, or another release of PEFT and transformers; with strict=False it is "
+            "trained all the same, and prepare_model(…, adapter=…, strict=False), merging and the registry's load() "
+            "put the tensors back by name."
+        )
+    warnings.warn(text + ".", PreparationWarning, stacklevel=2)
+    return text
+
+
+def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
+    """Return the tensors that PEFT looks for under another name: name in the file, and name looked for."""
+    import torch
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        # Releases of PEFT for transformers 4 rename nothing.
+        return {}
+    state = {
+        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for name, parameter in _named(model, adapter_name)
+    }
+    config = model.peft_config[adapter_name]
+
+    def loaded(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = convert_peft_adapter_state_dict_for_transformers(
+            model, config, part, adapter_name
+        )
+        return converted
+
+    found = loaded(dict(state))
+    lost = [name for name in state if name not in found]
+    return {name: next(iter(loaded({name: state[name]})), "nothing") for name in lost}
+
+
+def put_back(model: PeftModel, stored: Mapping[str, torch.Tensor], adapter_name: str) -> int:
+    """Give the LoRA tensors of an adapter the values of its file, where PEFT has not.
+
+    Args:
+        model: A wrapped model that has the adapter.
+        stored: What the file holds.
+        adapter_name: Which of the model's adapters.
+
+    Returns:
+        How many tensors PEFT had lost.
+    """
+    import torch
+
+    count = 0
+    with torch.no_grad():
+        for name, parameter in _named(model, adapter_name):
+            value = stored.get(name)
+            if value is None or value.shape != parameter.shape:
+                continue
+            value = value.to(parameter.device, parameter.dtype)
+            if not torch.equal(value, parameter):
+                parameter.copy_(value)
+                count += 1
+    return count
+
+
+def _named(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The LoRA parameters of an adapter under the names that its file has."""
+    for name, parameter in model.named_parameters():
+        before, dot, after = name.rpartition(f".{adapter_name}")
+        if dot and "lora_" in before and after in ("", ".weight", ".bias"):
+            # PEFT writes the magnitudes of DoRA without the name of their parameter.
+            yield before if before.endswith("lora_magnitude_vector") else before + after, parameter
