@@ -14,6 +14,7 @@ from lora_plugins import adapters
 from lora_plugins.errors import MergeError
 from lora_plugins.probe import PROBE_TEXT, Distance, compare_logits, probe_logits
 from lora_plugins.quantization import Quantization, adapter_modules, base_of, owner_of, parse_quantization
+from lora_plugins.reloading import put_back
 
 if TYPE_CHECKING:
     import torch
@@ -327,13 +328,17 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
 def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter into the base; every tensor of it must have a place there."""
     from peft import PeftModel
+    from safetensors.torch import load_file
 
     wrapped = PeftModel.from_pretrained(model, str(folder))
     file = adapters.find_adapter_file(folder, "default")
     if file is None:
         raise MergeError(f"The folder {folder} has no {adapters.ADAPTER_FILE}.")
+    stored = load_file(str(file), device="cpu")
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    adapters.check_same_tensors(shapes, adapters.adapter_shapes(wrapped, "default"), file)
     # PEFT warns of what it lost and goes on.
-    adapters.load_weights(wrapped, file, "default")
+    put_back(wrapped, stored, "default")
     return wrapped
 
 
