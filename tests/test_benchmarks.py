@@ -49,7 +49,7 @@ def training() -> dict[str, Any]:
         **machine(),
         "settings": {
             "r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "targets": ["q", "v"], "batch": 4, "length": 256,
-            "rounds": 2, "steps": 5, "loss_steps": 60,
+            "rounds": 2, "steps": 5, "loss_steps": 60, "float": "bfloat16",
         },
         "speed": {"recipe-int8": row(100, 3000), "ours-int8": row(250, 1200), "ours-nf4": row(200, 1100)},
         "learning": {"recipe-int8": {"held_out": 2.0}, "ours-int8": {"held_out": 2.01}},
