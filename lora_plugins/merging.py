@@ -355,13 +355,26 @@ def _cleaned(merged: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _untie(layer: Any, model: PreTrainedModel) -> None:
-    """Give a layer whose weight another one shares its own: the adapter was trained for this place alone."""
+    """Give a head or embeddings that share their weight one of its own: the adapter was trained for this place alone.
+
+    Raises:
+        MergeError: Another layer shares its weight: transformers would tie the two again when it loads the model.
+    """
     from torch import nn
 
     weight = layer.weight
     # A wrapper's `weight` is its layer's: only parameters of a module's own count.
-    if sum(module._parameters.get("weight") is weight for module in model.modules()) > 1:
-        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    sharing = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight]
+    if len(sharing) <= 1:
+        return
+    ends = [end for end in (model.get_output_embeddings(), model.get_input_embeddings()) if end is not None]
+    if not any(layer is end or layer is getattr(end, "base_layer", None) for end in ends):
+        names = " and ".join(name.replace(".base_layer", "") for name in sharing)
+        raise MergeError(
+            f"{names} share one weight and the adapter changes them differently: a merged model can't hold both. Use "
+            "the adapter on its base."
+        )
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def _layers_to_round(model: nn.Module, quantization: Quantization | None) -> set[nn.Module]:

@@ -178,6 +178,15 @@ def test_head_trained_whole_is_untied_and_takes_the_dtype(tmp_path: Path) -> Non
     assert compare_logits(trained_logits(trained)[0], logits(merged)[0]).relative < 0.02
 
 
+def test_layers_that_share_a_weight_are_not_merged() -> None:
+    """An encoder and a decoder with one set of weights would both add their adapters to it."""
+    model = llama()
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
+    second.weight = first.weight
+    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj and model\.layers\.1.* share one weight"):
+        merging._untie(second, model)
+
+
 # -- files -------------------------------------------------------------------------------------
 
 
