@@ -81,15 +81,20 @@ def make(folder: Path, case: Settings, settings: Settings) -> Trainer:
     args = args or arguments(folder, **extra)
     torch.manual_seed(100 + RANK)
     lora = {"r": 4, "lora_dropout": 0.0, "compute_dtype": "float32", **case.get("lora", {})}
-    callback = LoraCallback(quantization=case.get("quantization"), **lora)
+    lora["quantization"] = case.get("quantization")
     cls = NanOnOneRank if case.get("nan") else Trainer
-    return cls(
+    trainer = cls(
         **({"model_init": lambda: load(case)} if case.get("model_init") else {"model": model}),
         args=args,
         train_dataset=tiny.rows(48),
         eval_dataset=tiny.rows(16, seed=2),
-        callbacks=[callback],
+        callbacks=None if case.get("attach") else [LoraCallback(**lora)],
     )
+    if case.get("attach"):
+        # The Trainer has seeded every rank alike when it was made.
+        torch.manual_seed(100 + RANK)
+        attach(trainer, **lora)
+    return trainer
 
 
 def load(case: Settings) -> Any:

@@ -27,6 +27,7 @@ from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
 INT8 = {"quantization": "int8"}
 #: Backends whose layers FSDP2 would break as well: 4 bits with a state beside them, tensors of a class of their own.
 OTHERS = ["nf4", "int8-quanto", "int8-torchao"]
+ATTACHED = {"attach": True, "resume": False}
 SHARDED = {"arguments": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}}
 
 
@@ -50,6 +51,7 @@ def ddp(folder: Path) -> Results:
         "int8": INT8,
         "model_init": {**INT8, "model_init": True, "resume": False},
         "nan": {"nan": True},
+        "attached": ATTACHED,
         "fsdp_without_shim": {"arguments": {"fsdp": True}, "resume": False},
     }
     return launch(folder / "ddp", TORCHRUN, {"cases": cases})
@@ -61,6 +63,7 @@ def fsdp(folder: Path) -> Results:
         "fp32": {"detach": True},
         "int8": {**INT8, "detach": True},
         "model_init": {**INT8, "model_init": True, "resume": False},
+        "attached": ATTACHED,
         "sharded": SHARDED,
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
         **{name: {"quantization": name, "resume": False} for name in OTHERS},
@@ -181,6 +184,14 @@ def test_saving_on_one_rank_only_is_named_instead_of_hanging(folder: Path, fsdp:
     assert first["error"].startswith("ProcessMissing: save_model() gathers a model that is spread over 2 processes")
     assert "error" not in second
     assert not (folder / "fsdp" / "save_on_one" / "alone").exists()
+
+
+def test_ranks_that_have_drawn_different_numbers_get_the_same_adapter(
+    ddp: Results, fsdp: Results, alone: Results
+) -> None:
+    """DDP would send that of the first rank; FSDP2 would put one together from the parts of both."""
+    assert_same_run(ddp["attached"], alone["fp32"][0], resumed=False)
+    assert_same_run(fsdp["attached"], alone["fp32"][0], resumed=False)
 
 
 def test_detaching_gives_the_whole_base_back(ddp: Results, fsdp: Results) -> None:
