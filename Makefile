@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install install-engines demo test test-slow test-engines check format docs clean
+.PHONY: install install-engines demo test test-slow test-architectures test-engines check format docs clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -35,6 +35,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Every model type: a small model is trained, saved and reloaded. Types are spread one by one over the processes.
+test-architectures: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m "slow or not slow" tests/test_architectures.py
 
 # DeepSpeed and Ray, in an environment that lies over the first one and adds only what is missing there.
 install-engines: $(ENGINES)/.installed

@@ -73,6 +73,22 @@ def test_mixtral_experts() -> None:
     assert int8.memory.activations > 2 * 8 * 14336 * 4096 * 2
 
 
+def test_mixtral_with_its_routers_is_pefts_own_figure() -> None:
+    """PEFT's "all-linear" trains the routers as well; here they are named, as parameters that no layer of torch holds."""
+    planned = plan(
+        MixtralConfig(),
+        dtype="bfloat16",
+        target_modules="all-linear",
+        experts="routed",
+        target_parameters=["gate.weight"],
+        quantization="int8",
+        length=16,
+    )
+    assert planned.trainable == 179_832_832
+    assert planned.total - planned.trainable == 46_702_792_704
+    assert [row.modules for row in planned.targets if row.name == "gate.weight"] == [32]
+
+
 def test_int8_bytes_of_bloom_7b1() -> None:
     """8,098,234,368 is the published figure; it has neither the scales nor the adapters."""
     scales = 30 * 4 * (12288 + 4096 + 16384 + 4096)
