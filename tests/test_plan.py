@@ -74,7 +74,7 @@ def test_mixtral_experts() -> None:
 
 
 def test_mixtral_with_its_routers_is_pefts_own_figure() -> None:
-    """PEFT's "all-linear" trains the routers as well; here they are named, as parameters that no layer of torch holds."""
+    """PEFT's "all-linear" trains the routers as well; here they are named, as parameters."""
     planned = plan(
         MixtralConfig(),
         dtype="bfloat16",

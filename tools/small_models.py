@@ -356,8 +356,8 @@ NOT_TRAINED: dict[str, str] = {
     ),
     "mra": "on a CPU transformers gives zeros for its attention, which is a CUDA kernel",
     "ibert": (
-        "its layers are of a class that PEFT can't wrap; target_parameters=['query.weight', 'value.weight'] adapts their "
-        "bare weights, which is no default"
+        "its layers are of a class that PEFT can't wrap; target_parameters=['query.weight', 'value.weight'] adapts "
+        "their bare weights, which is no default"
     ),
     **dict.fromkeys(("mobilenet_v1", "mobilenet_v2"), _PADDING),
     "pp_formulanet": "PEFT asks a model with tied weights for its input embeddings, and transformers' class names none",
