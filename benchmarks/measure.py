@@ -111,11 +111,16 @@ def write_rows(folder: Path, length: int) -> None:
         np.save(folder / f"{name}.npy", np.array(ids[: rows * length], dtype=np.int32).reshape(rows, length))
 
 
+def recorded() -> dict[str, Any]:
+    """Return what the programs have measured so far, by program."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+
+
 def record(section: str, results: dict[str, Any]) -> None:
     """Put the results of one program among the committed ones and renew the docs page."""
     import page
 
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    known = recorded()
     known[section] = results
     RESULTS.write_text(json.dumps(_rounded(known), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     page.write()

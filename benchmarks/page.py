@@ -1,6 +1,7 @@
 """The docs page about the benchmarks, made of what the programs measured last.
 
-python benchmarks/page.py        renews docs/benchmarks.md and docs/benchmarks.svg from docs/benchmarks.json
+python benchmarks/page.py        renews docs/benchmarks.md, docs/benchmarks.svg and a part of docs/planning.md
+                                 from docs/benchmarks.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+#: What stands between them in docs/planning.md is made of the results of `plan_memory.py`.
+PLAN_START = "<!-- benchmarks/plan_memory.py -->"
+PLAN_END = "<!-- end -->"
 
 NAMES = {
     "recipe-int8": "the recipe, int8",
@@ -180,6 +185,61 @@ def startup_section(section: dict[str, Any]) -> list[str]:
 _SECTIONS = {"training": training_section, "scaling": scaling_section, "gemm": gemm_section, "startup": startup_section}
 
 
+_PLAN_BASES = {
+    "float32": "float32",
+    "int8-float32": "int8, float32 activations",
+    "nf4-float32": "nf4, float32 activations",
+    "bfloat16": "bfloat16",
+    "int8-bfloat16": "int8, bfloat16 activations",
+    "nf4-bfloat16": "nf4, bfloat16 activations",
+}
+
+
+def plan_memory_section(section: dict[str, Any]) -> list[str]:
+    """The tables of `plan_memory.py`: what does not depend on the batch, then the peaks."""
+    lasting: dict[str, list[str]] = {}
+    peaks = []
+    for row in section["rows"]:
+        base, predicted, found = _PLAN_BASES[row["base"]], row["predicted"], row["measured"]
+        names = ("weights", "gradients", "optimizer")
+        pairs = [f"{predicted[name]:,} / {found[name]:,}" for name in names]
+        shares = [f"{100 * step['quantized_share']:.2f} %" for step in (predicted, found)]
+        lasting[base] = [base, *pairs, " / ".join(shares)]
+        peaks.append(
+            [
+                base,
+                "yes" if row["checkpointing"] else "no",
+                f"{row['batch_size']} × {row['length']}",
+                *[f"{step['peak'] / 1e6:.1f}" for step in (predicted, found)],
+                f"{100 * (predicted['peak'] / found['peak'] - 1):+.1f} %",
+                f"{found['resident_rise'] / 1e6:.0f}",
+            ]
+        )
+    head = ["predicted / measured, bytes", "weights", "gradients", "optimizer's state", "of the base quantized"]
+    bar = ["base", "checkpointing", "batch × length", "predicted, MB", "measured, MB", "difference", "resident, MB"]
+    return [
+        *_machine(section),
+        "",
+        *_table(head, lasting.values()),
+        "",
+        "The peak of live tensor bytes in one step, and by how much the resident memory of the process rose at most,",
+        "which also holds the file that the weights were read from and what the allocator keeps:",
+        "",
+        *_table(bar, peaks),
+    ]
+
+
+def with_plan(text: str, results: dict[str, Any]) -> str:
+    """A page with the plan's comparison between its two marks renewed."""
+    before, rest = text.split(PLAN_START)
+    after = rest.split(PLAN_END)[1]
+    section = results.get("plan_memory")
+    lines = (
+        plan_memory_section(section) if section else ["Not measured yet: `python benchmarks/plan_memory.py --write`"]
+    )
+    return before + PLAN_START + "\n\n" + "\n".join(lines) + "\n\n" + PLAN_END + after
+
+
 def chart(section: dict[str, Any], file: Path) -> None:
     """Draw tokens a second and peak memory as bars."""
     import matplotlib
@@ -219,6 +279,8 @@ def write() -> None:
     """Renew the page and the chart."""
     results = json.loads((DOCS / "benchmarks.json").read_text(encoding="utf-8"))
     (DOCS / "benchmarks.md").write_text(render(results), encoding="utf-8")
+    planning = DOCS / "planning.md"
+    planning.write_text(with_plan(planning.read_text(encoding="utf-8"), results), encoding="utf-8")
     if "training" in results:
         chart(results["training"], DOCS / "benchmarks.svg")
 

@@ -2,9 +2,10 @@
 
 For each dtype and backend of the frozen base, with and without gradient checkpointing, at two batch sizes and
 two lengths: weights, gradients and optimizer state (must be equal) and the peak of live tensor bytes. The peak of
-resident memory of the process that ran the step stands beside. Prints a table; ``--json`` prints everything.
+resident memory of the process that ran the step stands beside.
 
-    python benchmarks/plan_memory.py --bases float32 int8 --batch-sizes 2 3 --lengths 96 160
+    python benchmarks/plan_memory.py                           prints
+    python benchmarks/plan_memory.py --bases float32 --write   renews these rows on the docs page
 """
 
 # ruff: noqa: TID253 - a program for developers, which always needs them
@@ -12,117 +13,144 @@ resident memory of the process that ran the step stands beside. Prints a table; 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
-import json
 import multiprocessing
-import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-#: Name -> dtype of the model as it is loaded, and the backend.
-BASES: dict[str, tuple[str, str | None]] = {
-    "float32": ("float32", None),
-    "bfloat16": ("bfloat16", None),
-    "int8": ("bfloat16", "int8"),
-    "nf4": ("bfloat16", "nf4"),
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import measure
+
+
+class Base(NamedTuple):
+    """How the frozen base is held; what ``compute_dtype="auto"`` depends on, the machine, is said here."""
+
+    dtype: str
+    quantization: str | None
+    compute_dtype: str
+
+
+BASES = {
+    "float32": Base("float32", None, "float32"),
+    "int8-float32": Base("float32", "int8", "float32"),
+    "nf4-float32": Base("float32", "nf4", "float32"),
+    "bfloat16": Base("bfloat16", None, "bfloat16"),
+    "int8-bfloat16": Base("float32", "int8", "bfloat16"),
+    "nf4-bfloat16": Base("float32", "nf4", "bfloat16"),
 }
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One step, predicted and measured; bytes."""
+class Case:
+    """One step.
+
+    Attributes:
+        base: A key of `BASES`.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        batch_size: Examples.
+        length: Tokens in each.
+    """
 
     base: str
+    checkpointing: bool
     batch_size: int
     length: int
-    checkpointing: bool
-    weights: tuple[int, int]
-    gradients: tuple[int, int]
-    optimizer: tuple[int, int]
-    peak: tuple[int, int]
-    peak_rss_rise: int
-
-    @property
-    def exact(self) -> bool:
-        """Whether everything but activations is as predicted, to the byte."""
-        return all(predicted == found for predicted, found in (self.weights, self.gradients, self.optimizer))
-
-    @property
-    def error(self) -> float:
-        """By how much the predicted peak is off, relative to the measured one."""
-        return self.peak[0] / self.peak[1] - 1
 
 
-def compare(folder: str, base: str, batch_size: int, length: int, checkpointing: bool) -> Comparison:
-    """Predict one step and run it in this process.
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one step, predicted or measured.
 
-    Args:
-        folder: Folder of the model.
-        base: A key of `BASES`.
-        batch_size: Examples in the batch.
-        length: Tokens in each.
-        checkpointing: Whether blocks are computed again in the backward pass.
+    Attributes:
+        weights: Base, adapters and buffers.
+        gradients: Of all trained tensors.
+        optimizer: State of the optimizer.
+        peak: Most that is alive at one time, all of the above included.
+        quantized_share: Share of the float base's bytes that the backend stores in its own way, 0 to 1.
+        resident_rise: Peak of resident memory above what the process held before the model, 0 if predicted.
     """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    quantized_share: float
+    resident_rise: int = 0
+
+    @property
+    def lasting(self) -> tuple[int, int, int]:
+        """What does not depend on the batch."""
+        return self.weights, self.gradients, self.optimizer
+
+    @property
+    def activations(self) -> int:
+        """What is alive at the peak besides weights and optimizer state."""
+        return self.peak - self.weights - self.optimizer
+
+
+def predict(folder: str, case: Case) -> Step:
+    """Return what `plan` says about a step."""
+    name = BASES[case.base].quantization or ""
+    rows = _rows(folder, BASES[case.base]._replace(quantization=None), case.batch_size, case.length)
+    row = next(row for row in rows if (row.quantization, row.checkpointing) == (name, case.checkpointing))
+    memory = row.memory
+    return Step(memory.weights, memory.gradients, memory.optimizer, memory.total, row.quantized_share)
+
+
+@functools.cache
+def _rows(folder: str, base: Base, batch_size: int, length: int) -> list[Any]:
+    """The plan's rows, which have every backend, with and without checkpointing."""
     from lora_plugins import plan
 
-    dtype, quantization = BASES[base]
-    predicted = plan(
+    return plan(
         folder,
-        dtype=dtype,
-        quantization=quantization,
+        dtype=base.dtype,
+        compute_dtype=base.compute_dtype,
         batch_size=batch_size,
         length=length,
-        gradient_checkpointing=checkpointing,
         optim="adamw_torch",
         device="cpu",
-    ).chosen.memory
-    before = _peak_rss()
-    found = measure(folder, dtype, quantization, batch_size, length, checkpointing)
-    return Comparison(
-        base,
-        batch_size,
-        length,
-        checkpointing,
-        (predicted.weights, found["weights"]),
-        (predicted.gradients, found["gradients"]),
-        (predicted.optimizer, found["optimizer"]),
-        (predicted.total, found["peak"]),
-        _peak_rss() - before,
-    )
+    ).rows
 
 
-def measure(
-    folder: str, dtype: str, quantization: str | None, batch_size: int, length: int, checkpointing: bool
-) -> dict[str, int]:
+def run(folder: str, case: Case) -> Step:
     """Train two steps for real and count the second one, when the optimizer has its state."""
     from transformers import AutoModelForCausalLM
 
     from lora_plugins import prepare_model
     from lora_plugins.chunked_loss import chunked_loss
-    from lora_plugins.counting import tensor_bytes
+    from lora_plugins.counting import count_parameters, tensor_bytes
     from lora_plugins.planning.live import LiveBytes
     from lora_plugins.quantization import owner_of
 
+    before = measure.resident()
+    dtype, quantization, compute_dtype = BASES[case.base]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model: Any = prepare_model(base, quantization=quantization).train()
+    float_bytes = tensor_bytes(base).total
+    model: Any = prepare_model(base, quantization=quantization, compute_dtype=compute_dtype).train()
     model.config.use_cache = False
-    if checkpointing:
+    if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.randint(100, 1000, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
 
-    def step() -> None:
+    def step(*shape: int) -> None:
+        ids = torch.randint(100, 1000, shape, generator=random)
         with chunked_loss(model):
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
-    step()
+    # A few tokens give the optimizer the same state as many.
+    step(1, 8)
     gradients = sum(p.grad.nbytes for p in trained)
     optimizer.zero_grad()
     gc.collect()
@@ -135,22 +163,57 @@ def measure(
     ]
     live = LiveBytes(*model.parameters(), *model.buffers(), *packed, *state)
     with live:
-        step()
-    return {
-        "weights": tensor_bytes(model).total,
-        "gradients": gradients,
-        "optimizer": sum(tensor.nbytes for tensor in state),
-        "peak": live.peak,
-    }
+        step(case.batch_size, case.length)
+    quantized = count_parameters(model).quantized * getattr(torch, dtype).itemsize
+    return Step(
+        tensor_bytes(model).total,
+        gradients,
+        sum(tensor.nbytes for tensor in state),
+        live.peak,
+        quantized / float_bytes,
+        measure.peak_resident() - before,
+    )
 
 
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def failures(predicted: Step, found: Step) -> list[str]:
+    """Return what of a prediction does not hold, empty when all does."""
+    wrong = [
+        f"{name}: {one:,} predicted, {other:,} found"
+        for name, one, other in zip(
+            ("weights", "gradients", "optimizer"), predicted.lasting, found.lasting, strict=True
+        )
+        if one != other
+    ]
+    if abs(predicted.quantized_share - found.quantized_share) > 1e-9:
+        wrong.append(f"share quantized: {predicted.quantized_share:.4f} predicted, {found.quantized_share:.4f} found")
+    if abs(predicted.peak / found.peak - 1) > 0.1:
+        wrong.append(f"peak: {predicted.peak:,} predicted, {found.peak:,} found")
+    return wrong
 
 
-def _job(arguments: tuple[str, str, int, int, bool]) -> Comparison:
-    torch.set_num_threads(2)
-    return compare(*arguments)
+def _predict(arguments: tuple[str, Case]) -> Step:
+    return predict(*arguments)
+
+
+def _run(arguments: tuple[str, Case]) -> Step:
+    torch.set_num_threads(1)
+    return run(*arguments)
+
+
+def compare(folder: str, cases: Sequence[Case]) -> Iterator[tuple[Case, Step, Step]]:
+    """Predict each case and run it, in a process of its own because the peak of resident memory never falls.
+
+    Yields:
+        The case, what was predicted and what was found.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # What every case needs is imported once, before the processes part.
+    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "peft", "lora_plugins.chunked_loss"])
+    jobs = [(folder, case) for case in cases]
+    with context.Pool(1) as planner, context.Pool(1, maxtasksperchild=1) as runner:
+        predicted = planner.imap(_predict, jobs)
+        found = runner.imap(_run, jobs, chunksize=1)
+        yield from zip(cases, predicted, found, strict=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,33 +221,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 320])
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[48, 96])
+    parser.add_argument("--write", action="store_true", help="renew these rows on the docs page")
     options = parser.parse_args(arguments)
     from lora_plugins.demo.model import demo_model
 
-    folder = str(demo_model())
-    results = []
-    # A process for each, because the peak of resident memory never falls.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        cases = itertools.product(options.bases, options.batch_sizes, options.lengths, (False, True))
-        for result in pool.imap(_job, [(folder, *case) for case in cases], chunksize=1):
-            results.append(result)
-            if not options.json:
-                print(_line(result), flush=True)
-    if options.json:
-        print(json.dumps([asdict(result) for result in results], indent=1))
-    return 0 if all(result.exact and abs(result.error) <= 0.1 for result in results) else 1
+    cases = [
+        Case(base, checkpointing, batch_size, length)
+        for base, batch_size, length, checkpointing in itertools.product(
+            options.bases, options.batch_sizes, options.lengths, (False, True)
+        )
+    ]
+    wrong = 0
+    for case, predicted, found in compare(str(demo_model()), cases):
+        print(_line(case, predicted, found), flush=True)
+        wrong += bool(failures(predicted, found))
+        if options.write:
+            _write({**asdict(case), "predicted": asdict(predicted), "measured": asdict(found)})
+    return 1 if wrong else 0
 
 
-def _line(result: Comparison) -> str:
-    exact = "exact" if result.exact else f"NOT exact: {result.weights} {result.gradients} {result.optimizer}"
+def _line(case: Case, predicted: Step, found: Step) -> str:
+    lasting = "as predicted" if predicted.lasting == found.lasting else "; ".join(failures(predicted, found))
     return (
-        f"{result.base:9} batch {result.batch_size} length {result.length:4} "
-        f"checkpointing {'on ' if result.checkpointing else 'off'}: weights, gradients, optimizer {exact}; "
-        f"peak predicted {result.peak[0] / 1e6:7.1f} MB, measured {result.peak[1] / 1e6:7.1f} MB "
-        f"({result.error:+.1%}), resident memory +{result.peak_rss_rise / 1e6:.0f} MB"
+        f"{case.base:13} batch {case.batch_size} length {case.length:4} "
+        f"checkpointing {'on ' if case.checkpointing else 'off'}: weights, gradients, optimizer {lasting}; "
+        f"peak predicted {predicted.peak / 1e6:7.1f} MB, found {found.peak / 1e6:7.1f} MB "
+        f"({predicted.peak / found.peak - 1:+.1%}, of the activations "
+        f"{(predicted.peak - found.peak) / found.activations:+.1%}), "
+        f"resident memory +{found.resident_rise / 1e6:.0f} MB"
     )
+
+
+def _write(row: dict[str, Any]) -> None:
+    """Put a row in the place of the one of the same case."""
+
+    def place(row: dict[str, Any]) -> tuple[int, int, int, bool]:
+        return list(BASES).index(row["base"]), row["batch_size"], row["length"], row["checkpointing"]
+
+    known = measure.recorded().get("plan_memory", {}).get("rows", [])
+    rows = sorted([*(other for other in known if place(other) != place(row)), row], key=place)
+    command = "python benchmarks/plan_memory.py --write"
+    section = {"command": command, "hardware": measure.hardware(), "versions": measure.versions(), "rows": rows}
+    measure.record("plan_memory", section)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long until something is there: the import, the program, the host with a hundred plugins, a quantized model.
+"""How long until something is there: imports, the program, a host with a hundred plugins, a quantized model, a plan.
 
 Each figure is the best of several new processes, so that it is the program's and not the machine's.
 
@@ -40,6 +40,22 @@ copies = [parameter.detach().clone() for parameter in model.parameters()]
 copied = time.perf_counter()
 quantize_in_place(model, quantization)
 print(copied - start, time.perf_counter() - copied)
+"""
+
+_PLAN = """
+import time
+import peft, transformers
+from transformers import BloomConfig, MixtralConfig
+import lora_plugins.planning.variants
+from lora_plugins import plan
+from lora_plugins.manager import plugin_host
+bloom = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)
+plan(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), length=8)
+for config in (bloom, MixtralConfig()):
+    start = time.process_time()
+    plan(config, dtype="bfloat16", device="cpu")
+    print(time.process_time() - start)
+print(len(plugin_host().quantizer_names()))
 """
 
 _IMPORT = "import time; start = time.perf_counter(); import {0}; print(time.perf_counter() - start)"
@@ -87,6 +103,12 @@ def preparation_seconds() -> list[float]:
     return [min(times) for times in zip(*runs, strict=True)]
 
 
+def plan_seconds() -> tuple[float, float, int]:
+    """Least CPU seconds of planning BLOOMZ-7B1 and Mixtral-8x7B without imports, and the number of backends."""
+    runs = [python(_PLAN) for _ in range(3)]
+    return min(run[0] for run in runs), min(run[1] for run in runs), int(runs[0][2])
+
+
 def host_seconds() -> tuple[float, int]:
     """Best time of making a plugin host with many plugins installed, and how many it found."""
     with tempfile.TemporaryDirectory() as folder:
@@ -109,8 +131,11 @@ def main() -> None:
     copying, quantizing = preparation_seconds()
     figures["copying the weights of SmolLM2 once (bfloat16)"] = copying
     figures["quantizing SmolLM2 in place (int8)"] = quantizing
+    bloom, mixtral, backends = plan_seconds()
+    figures[f"plan of BLOOMZ-7B1, {backends} backends (CPU seconds)"] = bloom
+    figures[f"plan of Mixtral-8x7B, {backends} backends (CPU seconds)"] = mixtral
     for name, value in figures.items():
-        print(f"{name:48} {value:.3f} s")
+        print(f"{name:52} {value:.3f} s")
     if "--write" in sys.argv[1:]:
         from measure import hardware, record, versions
 

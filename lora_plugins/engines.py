@@ -116,7 +116,7 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
     if plugin is not None:
         plugin.ignored_modules = [*_ignored(plugin.ignored_modules, model), *quantized]
     if plugin is not None or _zero_stage(trainer) == 3:
-        _say_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
+        _say_undivided(trainer, [module for module in quantized if plugin is not None or keeps_copy(module)])
 
 
 def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
@@ -151,7 +151,7 @@ def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
         )
 
 
-def _keeps_copy(module: Any) -> bool:
+def keeps_copy(module: Any) -> bool:
     """Whether a layer holds its weight a second time outside of its parameters, as LLM.int8() does."""
     return hasattr(getattr(module, "state", None), "CB")
 

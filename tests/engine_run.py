@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from typing import Any
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_plugins import LoraCallback, attach, detach, engines, prepare_model
 from lora_plugins.adapters import has_adapters
 from lora_plugins.errors import LoraPluginsError, PreparationWarning
-from lora_plugins.quantization import parse_quantization
+from lora_plugins.quantization import owner_of, parse_quantization
 from lora_plugins.sharding import is_sharded
 
 RANK = int(os.environ.get("RANK", "-1"))
@@ -58,6 +59,48 @@ def arguments(folder: Path, **extra: Any) -> TrainingArguments:
             **extra,
         }
     )
+
+
+class Holdings(TrainerCallback):
+    """Measures what this rank holds when the optimizer takes its second step and has its state."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        model, optimizer = others["model"], others["optimizer"]
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        optimizer.register_step_pre_hook(lambda *_: self._look(model, optimizer))
+
+    def _look(self, model: Any, optimizer: Any) -> None:
+        if not optimizer.state:
+            return
+        seen: set[int] = set()
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+        quantized = [(module, owner) for module in model.modules() if (owner := owner_of(module)) is not None]
+        extra = [tensor for module, owner in quantized for tensor in owner.extra_tensors(module)]
+        # LLM.int8() refers to its weight a second time, which ZeRO-3 does not know.
+        extra += [m.state.CB for m, _ in quantized if getattr(getattr(m, "state", None), "CB", None) is not None]
+        self.held = {
+            "weights": stored([*map(local, model.parameters()), *model.buffers(), *extra], seen),
+            # DeepSpeed steps copies in float32, each rank its part of them.
+            "copies": stored([local(p) for p in stepped], seen),
+            "gradients": stored([local(p.grad) for p in stepped if p.grad is not None], seen),
+            "optimizer": stored([local(value) for value in state], seen),
+        }
+
+
+def stored(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
+    """Bytes of the storages of tensors, each once."""
+    size = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            size += storage.nbytes()
+    return size
 
 
 class NanOnOneRank(Trainer):
@@ -164,6 +207,8 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         warnings.simplefilter("always")
         trainer = make(folder, case, settings)
     start = live(trainer)
+    holdings = Holdings()
+    trainer.add_callback(holdings)
     quantization = parse_quantization(case.get("quantization"))
     trainer.train()
     best = trainer.state.best_model_checkpoint
@@ -173,6 +218,7 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         "start": start,
         "best": Path(best).name if best else None,
         "best_adapter": live(trainer),
+        "held": holdings.held,
         "losses": history(trainer, "loss"),
         "eval": history(trainer, "eval_loss"),
         "norms": history(trainer, "grad_norm"),

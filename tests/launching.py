@@ -14,6 +14,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
+from lora_plugins import plan
+
 SCRIPT = Path(__file__).with_name("engine_run.py")
 
 #: Ways to start processes; each is followed by the script.
@@ -81,6 +83,24 @@ def assert_detached(ranks: list[dict[str, Any]]) -> None:
         assert found["same_weights"]
         assert found["difference"] == 0
         assert found["again"] == pytest.approx(rank["losses"], abs=2e-6)
+
+
+def assert_held(rank: dict[str, Any], strategy: str, quantization: str | None = None) -> None:
+    """A rank holds what the plan says, to the byte."""
+    memory = plan(
+        tiny.llama(),
+        r=4,
+        compute_dtype="float32",
+        quantization=quantization,
+        strategy=strategy,
+        devices=2,
+        batch_size=4,
+        length=tiny.LENGTH,
+    ).chosen.memory
+    held = rank["held"]
+    assert held["weights"] == memory.weights
+    assert held["gradients"] == memory.gradients
+    assert held["optimizer"] + held["copies"] == memory.optimizer
 
 
 def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> None:

@@ -60,6 +60,18 @@ def test_committed_page_is_what_the_results_give() -> None:
     results = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert page == module("page").render(results), "run python benchmarks/page.py"
+    planning = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert planning == module("page").with_plan(planning, results), "run python benchmarks/page.py"
+
+
+def test_committed_plans_hold() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))["plan_memory"]["rows"]
+    assert {row["base"] for row in rows} >= {"float32", "bfloat16", "int8-float32", "nf4-float32"}
+    for row in rows:
+        predicted, found = row["predicted"], row["measured"]
+        for exact in ("weights", "gradients", "optimizer", "quantized_share"):
+            assert predicted[exact] == found[exact], row
+        assert predicted["peak"] == pytest.approx(found["peak"], rel=0.1), row
 
 
 def test_ratios_are_worked_out_from_the_medians(tmp_path: Path) -> None:

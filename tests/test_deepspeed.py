@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import tiny
-from launching import ALONE, ELEMENTS, TORCHRUN, Results, assert_detached, assert_files, assert_same_run, launch
+from launching import (
+    ALONE,
+    ELEMENTS,
+    TORCHRUN,
+    Results,
+    assert_detached,
+    assert_files,
+    assert_held,
+    assert_same_run,
+    launch,
+)
 
 pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; run `make test-engines`"),
@@ -153,6 +163,13 @@ def test_zero3_with_four_bits_and_another_name(folder: Path, zero: Results, alon
     assert_zero3(zero["zero3_nf4"], ELEMENTS - packed)
     assert_same_run(zero["zero3_nf4"], alone["nf4"][0])
     assert_files(folder / "zero" / "zero3_nf4", zero["zero3_nf4"][0], "mine")
+
+
+@pytest.mark.parametrize("case", ["zero2_fp32", "zero2_int8", "zero3_fp32", "zero3_int8", "zero3_nf4"])
+def test_ranks_hold_what_the_plan_says(zero: Results, case: str) -> None:
+    stage, backend = case.split("_")
+    for rank in zero[case]:
+        assert_held(rank, stage, None if backend == "fp32" else backend)
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "int8"])

@@ -17,6 +17,7 @@ from launching import (
     Results,
     assert_detached,
     assert_files,
+    assert_held,
     assert_same_run,
     launch,
 )
@@ -98,6 +99,17 @@ def test_ddp(folder: Path, ddp: Results, alone: Results, case: str) -> None:
         assert rank["sharded_adapter"] == 0
     assert_same_run(ddp[case], alone[case][0])
     assert_files(folder / "ddp" / case, ddp[case][0])
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8"])
+def test_ranks_hold_what_the_plan_says(ddp: Results, fsdp: Results, quantization: str) -> None:
+    backend = None if quantization == "fp32" else quantization
+    for rank in ddp[quantization]:
+        assert_held(rank, "ddp", backend)
+    for rank in fsdp[quantization]:
+        assert_held(rank, "fsdp", backend)
+    # The share of a parameter that FSDP2 can't divide evenly, and the step's number, are on every rank.
+    assert fsdp["fp32"][0]["held"]["optimizer"] > ddp["fp32"][0]["held"]["optimizer"] // 2
 
 
 def test_ddp_prepares_every_model_of_model_init(folder: Path, ddp: Results, alone: Results) -> None:

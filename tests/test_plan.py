@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,13 +336,31 @@ def test_state_of_optimizers(optim: str, tmp_path: Path) -> None:
 
 
 def test_shares_of_devices() -> None:
-    parts = Parts(Memory(1000, 100, 200, 50), shardable=600, block=60, outside=80)
-    assert per_device(parts, "single", 1) == parts.memory
-    assert per_device(parts, "ddp", 4) == Memory(1000, 100, 200, 50, 100)
-    assert per_device(parts, "zero2", 4) == Memory(1000, 25, 50, 50, 100)
-    assert per_device(parts, "zero3", 4) == Memory(400 + 150, 25, 50, 50, 120)
-    assert per_device(parts, "fsdp", 4) == Memory(400 + 150, 25, 50, 50, 200)
-    assert all(per_device(parts, name, 1).total == parts.memory.total for name in ("ddp", "zero2", "zero3", "fsdp"))
+    trained = [((6, 10), 4), ((5,), 4)]
+    frozen = [((40, 10), 2)]
+    alone = Memory(weights=260 + 800 + 500, gradients=260, optimizer=520 + 8, activations=50)
+    parts = Parts(alone, [*frozen, *trained], trained, block=60, outside=80, optim="adamw_torch", packed=400)
+    assert per_device(parts, "single", 1) == alone
+    assert per_device(parts, "ddp", 4) == Memory(1560, 260, 528, 50, 260)
+    # Rows: 10 of 40, 2 of 6, 2 of 5; quantized layers stay whole.
+    rows = 2 * 10 + 2
+    assert per_device(parts, "fsdp", 4) == Memory(500 + 200 + 4 * rows, 4 * rows, 8 * rows + 8, 50, 200)
+    # 65 trained values in parts of 18, which the optimizer copies in float32; one step counter.
+    bucket = 4 * 500_000_000
+    assert per_device(parts, "zero2", 4) == Memory(1560, 72, 72 + 2 * 72 + 4, 50, bucket)
+    # 15 and 2 values of the trained ones; the quantized parameters are divided, what is beside them is not.
+    found = per_device(replace(parts, copied=300), "zero3", 4)
+    assert found == Memory(100 + 100 + 200 + 4 * 17 + 300, 68, 68 + 2 * 68 + 4, 50, 800 + 260 + 400 + bucket)
+    assert all(per_device(parts, name, 1) == alone for name in ("ddp", "zero2", "zero3", "fsdp"))
+
+
+def test_gathered_weights_of_zero3_are_those_used_soon() -> None:
+    weight = ((4096, 4096), 2)
+    block, layers = 8 * 4096 * 4096 * 2, 100
+    parts = Parts(Memory(0, 0, 0, 0), [weight] * (8 * layers), [((8, 4096), 4)], block, 0, "sgd")
+    gathered = per_device(parts, "zero3", 8).communication - 4 * 500_000_000
+    assert block * 2 < gathered < block * layers
+    assert gathered == 500_000_000 * 2
 
 
 def test_int8_layers_are_not_sharded() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_plugins.counting import tensor_bytes
+from lora_plugins.engines import keeps_copy
 from lora_plugins.quantization import Quantization, as_linear, why_unavailable
 from lora_plugins.types import Quantizer
 
@@ -29,6 +30,8 @@ class PlannedLinear(nn.Linear):
         keeps_input: Whether the backend's layer holds its input until the backward pass.
         float_dtype: Dtype of the weight before it is quantized.
         stored_bytes: Bytes of weight, scales and bias of a layer that is quantized already, else ``None``.
+        parameter_bytes: Of those, the bytes that are parameters.
+        is_copied: Whether such a layer holds its weight a second time.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class PlannedLinear(nn.Linear):
         keeps_input: bool,
         float_dtype: torch.dtype,
         stored_bytes: int | None = None,
+        parameter_bytes: int = 0,
+        is_copied: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = nn.Parameter(
@@ -47,6 +52,8 @@ class PlannedLinear(nn.Linear):
         self.keeps_input = keeps_input
         self.float_dtype = float_dtype
         self.stored_bytes = stored_bytes
+        self.parameter_bytes = parameter_bytes
+        self.is_copied = is_copied
         # In a tuple, so that it is not registered: its dtype must not be cast with those of the float layers.
         self.held_bias = (bias,)
 
@@ -99,7 +106,9 @@ def standing_in(module: Any, owner: Quantizer) -> PlannedLinear:
     bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
     size = tensor_bytes(module).total
     dtype = bias.dtype if bias is not None else torch.bfloat16
-    return PlannedLinear(module.in_features, module.out_features, bias, keeps_input(owner, device), dtype, size)
+    held = keeps_input(owner, device)
+    own, again = _packed_bytes(module), keeps_copy(module)
+    return PlannedLinear(module.in_features, module.out_features, bias, held, dtype, size, own, again)
 
 
 def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int:
@@ -122,13 +131,35 @@ def weight_bytes(quantization: Quantization, in_features: int, out_features: int
     own = quantizer.layer_bytes(in_features, out_features, dtype, quantization.options)
     if own is not None:
         return own
-    options = tuple(sorted((key, repr(value)) for key, value in quantization.options.items()))
-    sample = _sample_bytes(_Options(quantizer, quantization.options, options), in_features, dtype)
+    sample = _sample(_options(quantization), in_features, dtype)
     if sample is None:
         return int(quantizer.bits * in_features * out_features / 8)
-    small, large = sample
-    rate = (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0])
-    return round(small + rate * (out_features - _SAMPLE_ROWS[0]))
+    return _extended([layer.total for layer in sample], out_features)
+
+
+def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> tuple[int, bool]:
+    """Return the bytes of a stand-in's quantized parameters, and whether the layer holds its weight a second time.
+
+    Where the backend can't run here they are not known, and none are counted.
+    """
+    if layer.stored_bytes is not None:
+        return layer.parameter_bytes, layer.is_copied
+    assert quantization is not None, "only a layer that arrived quantized needs no backend"
+    sample = _sample(_options(quantization), layer.in_features, layer.float_dtype)
+    if sample is None:
+        return 0, False
+    return _extended([one.parameters for one in sample], layer.out_features), sample[0].is_copied
+
+
+def _extended(sizes: list[int], rows: int) -> int:
+    """Bytes of a layer with more rows than the two samples."""
+    small, large = sizes
+    return round(small + (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0]) * (rows - _SAMPLE_ROWS[0]))
+
+
+def _packed_bytes(module: Any) -> int:
+    """Bytes of the parameters of a quantized layer that are not in float."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_floating_point())
 
 
 class _Options:
@@ -146,15 +177,29 @@ class _Options:
         return hash(self._key)
 
 
+def _options(quantization: Quantization) -> _Options:
+    key = tuple(sorted((name, repr(value)) for name, value in quantization.options.items()))
+    return _Options(quantization.quantizer, quantization.options, key)
+
+
+class _Sample(NamedTuple):
+    """Bytes of a small quantized layer."""
+
+    total: int
+    parameters: int
+    is_copied: bool
+
+
 @functools.lru_cache(maxsize=512)
-def _sample_bytes(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[int, int] | None:
-    """Bytes of two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
+def _sample(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_Sample, _Sample] | None:
+    """Two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if why_unavailable(Quantization(backend.quantizer, backend.options), device, dtype) is not None:
         return None
-    sizes = []
+    samples = []
     for rows in _SAMPLE_ROWS:
         linear = nn.Linear(in_features, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
         with torch.no_grad():
-            sizes.append(tensor_bytes(backend.quantizer.quantize_linear(linear, backend.options)).total)
-    return sizes[0], sizes[1]
+            layer = backend.quantizer.quantize_linear(linear, backend.options)
+        samples.append(_Sample(tensor_bytes(layer).total, _packed_bytes(layer), keeps_copy(layer)))
+    return samples[0], samples[1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from lora_plugins.errors import PlanError
+from lora_plugins.planning.optimizer import state_bytes
 from lora_plugins.planning.records import Memory
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -52,21 +54,45 @@ def fits(memory: Memory, limit: int | None) -> bool | None:
     return None if limit is None else memory.total <= USABLE * limit
 
 
+#: Shape of a tensor and bytes of one of its values.
+Sizes = tuple[tuple[int, ...], int]
+
+#: DeepSpeed's defaults, in values: the bucket that gradients pass through, how far ahead a weight's next use
+#: may lie for it to stay gathered, and the size up to which a weight is never divided for good.
+BUCKET = 500_000_000
+REUSE_DISTANCE = 1_000_000_000
+PERSISTENT = 100_000
+
+
 @dataclass(frozen=True)
 class Parts:
     """What is divided among devices; bytes.
 
     Attributes:
         memory: What one device alone would hold.
-        shardable: Of its weights, those in float parameters: quantized layers and buffers stay whole.
+        floats: The float parameters, adapters among them.
+        trained: Those that get gradients.
         block: Float weights of the largest block.
         outside: Float weights outside of blocks: embeddings, heads.
+        optim: Name of the optimizer.
+        packed: Quantized weights that are parameters, which ZeRO-3 divides and FSDP does not.
+        packed_block: Those of the largest block.
+        copied: Of the quantized weights, what layers hold a second time outside of their parameters.
     """
 
     memory: Memory
-    shardable: int
+    floats: Sequence[Sizes]
+    trained: Sequence[Sizes]
     block: int
     outside: int
+    optim: str
+    packed: int = 0
+    packed_block: int = 0
+    copied: int = 0
+
+
+def _bytes(tensors: Iterable[Sizes]) -> int:
+    return sum(prod(shape) * item for shape, item in tensors)
 
 
 def _whole(parts: Parts, devices: int) -> Memory:
@@ -76,29 +102,60 @@ def _whole(parts: Parts, devices: int) -> Memory:
 def _replicated(parts: Parts, devices: int) -> Memory:
     """DDP: everything on every device, and the buckets through which gradients are averaged."""
     m = parts.memory
-    return Memory(m.weights, m.gradients, m.optimizer, m.activations, m.gradients if devices > 1 else 0)
-
-
-def _zero2(parts: Parts, devices: int) -> Memory:
-    """ZeRO-2: gradients and optimizer state divided; gradients pass through a bucket on their way."""
-    m = parts.memory
-    communication = m.gradients if devices > 1 else 0
-    return Memory(m.weights, -(-m.gradients // devices), -(-m.optimizer // devices), m.activations, communication)
+    return Memory(m.weights, m.gradients, m.optimizer, m.activations, m.gradients)
 
 
 def _sharded(parts: Parts, devices: int) -> Memory:
-    """FSDP: float weights divided too; the blocks at work, this one and the next, and what is outside are whole."""
+    """FSDP: float parameters divided by rows; the blocks at work, this one and the next, and what is outside are whole.
+
+    The first device has the most rows where they can't be divided evenly.
+    """
     m = parts.memory
-    weights = m.weights - parts.shardable + -(-parts.shardable // devices)
-    gathered = min(parts.shardable, 2 * parts.block + parts.outside) if devices > 1 else 0
-    return Memory(weights, -(-m.gradients // devices), -(-m.optimizer // devices), m.activations, gathered)
+
+    def shard(tensor: Sizes) -> Sizes:
+        (rows, *others), item = tensor
+        return (-(-rows // devices), *others), item
+
+    trained = [shard(tensor) for tensor in parts.trained]
+    whole = _bytes(parts.floats)
+    weights = m.weights - whole + _bytes(map(shard, parts.floats))
+    gathered = min(whole, 2 * parts.block + parts.outside)
+    return Memory(weights, _bytes(trained), state_bytes(parts.optim, trained), m.activations, gathered)
+
+
+def _partition(parts: Parts, values: int) -> tuple[int, int, int]:
+    """Bytes of a rank's gradients, of its optimizer and of the bucket, where DeepSpeed lays tensors end to end.
+
+    The optimizer steps one vector in float32, a copy of this rank's part of the trained weights.
+    """
+    item = max((item for _, item in parts.trained), default=4)
+    return values * item, 4 * values + state_bytes(parts.optim, [((values,), 4)]), BUCKET * item
+
+
+def _zero2(parts: Parts, devices: int) -> Memory:
+    """ZeRO-2: gradients and optimizer divided; gradients pass through a bucket on their way."""
+    m = parts.memory
+    # Each part starts at an even place.
+    aligned = 2 * -(-sum(prod(shape) for shape, _ in parts.trained) // (2 * devices))
+    gradients, optimizer, bucket = _partition(parts, aligned)
+    return Memory(m.weights, gradients, optimizer, m.activations, bucket)
 
 
 def _zero3(parts: Parts, devices: int) -> Memory:
-    """ZeRO-3: as FSDP, but weights outside of blocks are given back after use."""
-    m = _sharded(parts, devices)
-    gathered = min(parts.shardable, max(2 * parts.block, parts.outside)) if devices > 1 else 0
-    return Memory(m.weights, m.gradients, m.optimizer, m.activations, gathered)
+    """ZeRO-3: every parameter divided too, packed ones among them.
+
+    Gathered at one time are the block at work and the next one, or what is outside of blocks, or what will be
+    needed again soon: around the turn from forward to backward those are the last weights. Small weights stay.
+    """
+    m = parts.memory
+    whole = _bytes(parts.floats) + parts.packed
+    divided = sum(-(-prod(shape) // devices) * item for shape, item in parts.floats) + -(-parts.packed // devices)
+    gradients, optimizer, bucket = _partition(parts, sum(-(-prod(shape) // devices) for shape, _ in parts.trained))
+    item = max((item for _, item in parts.floats), default=2)
+    small = _bytes((shape, item) for shape, item in parts.floats if prod(shape) <= PERSISTENT)
+    at_work = max(2 * (parts.block + parts.packed_block), parts.outside, REUSE_DISTANCE // 2 * item)
+    weights = m.weights - whole + divided + parts.copied
+    return Memory(weights, gradients, optimizer, m.activations, min(whole, at_work + small) + bucket)
 
 
 #: How devices share the work -> what each of them holds.
@@ -126,4 +183,4 @@ def per_device(parts: Parts, strategy: str, devices: int) -> Memory:
         raise PlanError(f"There is no strategy {strategy!r}. Known: {', '.join(STRATEGIES)}.")
     if devices < 1 or (strategy == "single" and devices != 1):
         raise PlanError(f"devices={devices} makes no sense with the strategy {strategy!r}.")
-    return STRATEGIES[strategy](parts, devices)
+    return (STRATEGIES[strategy] if devices > 1 else _whole)(parts, devices)

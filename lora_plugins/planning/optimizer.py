@@ -75,11 +75,24 @@ def optimizer_bytes(optim: str, parameters: Iterable[torch.Tensor]) -> int:
     Raises:
         PlanError: The name is unknown here.
     """
+    return state_bytes(optim, [(tuple(p.shape), p.element_size()) for p in parameters])
+
+
+def state_bytes(optim: str, trained: Iterable[tuple[tuple[int, ...], int]]) -> int:
+    """Return the bytes of an optimizer's state after its first step.
+
+    Args:
+        optim: A name of ``TrainingArguments.optim``.
+        trained: Shape of each tensor that it steps, and bytes of a value.
+
+    Raises:
+        PlanError: The name is unknown here.
+    """
     rule = RULES.get(optim)
     if rule is None:
         near = difflib.get_close_matches(optim, RULES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise PlanError(f"The state of the optimizer {optim!r} is not known.{hint} Known: {', '.join(RULES)}.")
-    trained = [(tuple(p.shape), p.element_size()) for p in parameters]
+    trained = list(trained)
     tables = _TABLES.get(optim, 0) if any(prod(shape) >= _SMALLEST_IN_8_BITS for shape, _ in trained) else 0
     return tables + sum(rule(shape, item) for shape, item in trained)

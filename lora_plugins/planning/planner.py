@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.planning.advice import Scenario, nearest_change
-from lora_plugins.planning.memory import USABLE, Parts, fits, parse_memory, per_device, present_memory
+from lora_plugins.planning.memory import USABLE, fits, parse_memory, per_device, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Memory, Plan, Row
 from lora_plugins.quantization import Quantization, base_of, why_unavailable
@@ -292,8 +292,8 @@ class _Planner:
         weights = self.bench.weight_bytes(quantization)
         optimizer = optimizer_bytes(scenario.optim, self.bench.trained)
         alone = Memory(weights, self.gradients, optimizer, activations)
-        block, outside, shardable = self.bench.float_weights(quantization)
-        return per_device(Parts(alone, shardable, block, outside), scenario.strategy, scenario.devices)
+        parts = self.bench.parts(quantization, alone, scenario.optim, packed=scenario.strategy == "zero3")
+        return per_device(parts, scenario.strategy, scenario.devices)
 
     # -- advice --------------------------------------------------------------------------------
 

@@ -14,7 +14,9 @@ from lora_plugins.counting import ParameterCount, count_parameters, tensor_bytes
 from lora_plugins.model import preparation_of
 from lora_plugins.planning.file_size import file_bytes
 from lora_plugins.planning.inputs import make_batch
-from lora_plugins.planning.layers import PlannedLinear, keeps_input, planned, stored_bytes
+from lora_plugins.planning.layers import PlannedLinear, keeps_input, parameter_bytes, planned, stored_bytes
+from lora_plugins.planning.memory import Parts, Sizes
+from lora_plugins.planning.records import Memory
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
@@ -74,8 +76,9 @@ class Workbench:
             self._config.init_lora_weights = True
         self._layers: dict[str, frozenset[str]] = {}
         self._whole: dict[frozenset[str] | None, nn.Module] = {}
+        self._divided: dict[frozenset[str] | None, tuple[list[PlannedLinear], int]] = {}
         self._weights: dict[str, int] = {}
-        self._floats: dict[frozenset[str] | None, tuple[int, int, int]] = {}
+        self._floats: dict[frozenset[str] | None, tuple[list[Sizes], int, int]] = {}
         self._steps: dict[Any, tuple[nn.Module, list[Block]]] = {}
         self._estimates: dict[Any, Estimate] = {}
 
@@ -113,43 +116,81 @@ class Workbench:
         """Return the bytes of all weights and buffers, scales of quantized layers among them."""
         name = quantization.name if quantization is not None else ""
         if name not in self._weights:
+            layers, in_float = self._divide(quantization)
+            told = self._told(quantization)
+            self._weights[name] = in_float + sum(stored_bytes(layer, told) for layer in layers)
+        return self._weights[name]
+
+    def _divide(self, quantization: Quantization | None) -> tuple[list[PlannedLinear], int]:
+        """Return the layers that a backend quantizes, and the bytes of everything else."""
+        key = self._quantized_layers(quantization)
+        if key not in self._divided:
             model = self.whole(quantization)
             layers = _stand_ins(model)
-            told = self._told(quantization)
-            packed = sum(stored_bytes(layer, told) for layer in layers)
-            self._weights[name] = tensor_bytes(model).total - sum(layer.weight.numel() for layer in layers) + packed
-        return self._weights[name]
+            self._divided[key] = layers, tensor_bytes(model).total - sum(layer.weight.numel() for layer in layers)
+        return self._divided[key]
+
+    @functools.cached_property
+    def _base_bytes(self) -> int:
+        return tensor_bytes(self.base).total
 
     def quantized_share(self, quantization: Quantization | None) -> float:
         """Return the share of the base's bytes in float that a backend stores in its own way, 0 to 1."""
-        layers = _stand_ins(base_of(self.whole(quantization)))
+        layers = self._divide(quantization)[0]
         replaced = sum(layer.weight.numel() * layer.float_dtype.itemsize for layer in layers)
         # Stand-ins of layers that arrived quantized count a byte for each weight in the base.
         there = [layer for layer in layers if layer.stored_bytes is not None]
         arrived = sum(layer.weight.numel() * (layer.float_dtype.itemsize - 1) for layer in there)
-        return replaced / (tensor_bytes(self.base).total + arrived or 1)
+        return replaced / (self._base_bytes + arrived or 1)
 
-    def float_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
-        """Return the bytes of the largest block's float weights, of those outside of blocks, and of all."""
+    def parts(self, quantization: Quantization | None, alone: Memory, optim: str, *, packed: bool) -> Parts:
+        """Return what several devices can divide.
+
+        Args:
+            quantization: The backend.
+            alone: What one device alone would hold.
+            optim: Name of the optimizer.
+            packed: Whether the parameters of quantized layers are divided too.
+        """
+        floats, block, outside = self._float_weights(quantization)
+        total, largest, copied = self._packed_weights(quantization) if packed else (0, 0, 0)
+        return Parts(alone, floats, _sizes(self.trained), block, outside, optim, total, largest, copied)
+
+    def _float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
+        """Return the float parameters, and the bytes of those in the largest block and outside of blocks."""
         key = self._quantized_layers(quantization)
         known = self._floats.get(key)
         if known is not None:
             return known
         model = base_of(self.whole(quantization))
+        floats = {path: parameter for path, parameter in model.named_parameters() if parameter.is_floating_point()}
         inside: dict[str, int] = {}
         outside = 0
-        for path, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                continue
+        for path, parameter in floats.items():
             block = self.structure.block_of(path.replace(".base_layer", ""))
             size = parameter.numel() * parameter.element_size()
             if block is None:
                 outside += size
             else:
                 inside[block.path] = inside.get(block.path, 0) + size
-        found = max(inside.values(), default=0), outside, outside + sum(inside.values())
+        found = _sizes(floats.values()), max(inside.values(), default=0), outside
         self._floats[key] = found
         return found
+
+    def _packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
+        """Return the bytes of quantized parameters, of those in the largest block, and of what is held twice."""
+        told = self._told(quantization)
+        total = copied = 0
+        blocks: dict[str, int] = {}
+        for path, layer in base_of(self.whole(quantization)).named_modules():
+            if isinstance(layer, PlannedLinear):
+                size, again = parameter_bytes(layer, told)
+                total += size
+                copied += size if again else 0
+                block = self.structure.block_of(path.replace(".base_layer", ""))
+                if block is not None:
+                    blocks[block.path] = blocks.get(block.path, 0) + size
+        return total, max(blocks.values(), default=0), copied
 
     def file_bytes(self) -> int:
         """Return the bytes of the adapter's file."""
@@ -287,6 +328,10 @@ class Workbench:
         wrapped: Any = self.base
         config = self._config or wrapped.peft_config[wrapped.active_adapters[0]]
         return tuple(config.modules_to_save or ())
+
+
+def _sizes(tensors: Iterable[torch.Tensor]) -> list[Sizes]:
+    return [(tuple(tensor.shape), tensor.element_size()) for tensor in tensors]
 
 
 def _stand_ins(model: nn.Module) -> list[PlannedLinear]:
