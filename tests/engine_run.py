@@ -18,6 +18,7 @@ from typing import Any
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_plugins import LoraCallback, attach, detach, engines, prepare_model
@@ -96,6 +97,10 @@ def stored(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
     """Bytes of the storages of tensors, each once."""
     size = 0
     for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            # torchao and quanto keep a weight as several tensors.
+            size += stored([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]], seen)
+            continue
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())

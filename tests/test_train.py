@@ -353,10 +353,12 @@ def eval_losses(place: Place, output: str) -> list[float]:
 def test_early_stopping_keeps_the_best_adapter_also_after_an_interruption(
     place: Place, inside: Callable[..., int]
 ) -> None:
+    # A rate that stays this high soon stops getting better, whatever the machine's rounding.
     settings = ["--early_stopping_patience", "2", "--eval_steps", "2", "--learning_rate", "0.3", "--merge", "none"]
+    settings += ["--lr_scheduler_type", "constant", "--max_steps", "120"]
     assert inside("early", *settings) == 0
     losses = eval_losses(place, "early")
-    assert len(losses) < STEPS / 2, "it stopped"
+    assert len(losses) < 120 / 2, "it stopped"
     best = place.folder / "early" / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
     kept = load_file(place.folder / "early" / "adapter" / "adapter_model.safetensors")
     for name, tensor in load_file(best / "adapter_model.safetensors").items():

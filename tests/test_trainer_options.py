@@ -210,7 +210,8 @@ def test_gradient_checkpointing_gives_the_same_losses(
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
 def test_upcast(tmp_path: Path, quantization: str | None, upcast: str) -> None:
     model = tiny.llama().to(torch.bfloat16)
-    trainer = tiny.trainer(tmp_path, model, [LoraCallback(r=4, quantization=quantization, upcast=upcast)])
+    callback = LoraCallback(r=4, quantization=quantization, upcast=upcast, compute_dtype="bfloat16")
+    trainer = tiny.trainer(tmp_path, model, [callback])
     base = trainer.model.get_base_model()
     expected = {
         "none": (torch.bfloat16, torch.bfloat16),
@@ -228,7 +229,7 @@ def test_upcast(tmp_path: Path, quantization: str | None, upcast: str) -> None:
 def test_our_preparation_makes_no_float32_copy_and_the_usual_one_does() -> None:
     from lora_plugins import prepare_model
 
-    ours = prepare_model(tiny.llama().to(torch.bfloat16), r=4, quantization="int8")
+    ours = prepare_model(tiny.llama().to(torch.bfloat16), r=4, quantization="int8", compute_dtype="bfloat16")
     frozen = [p for p in ours.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.int8, torch.bfloat16}
     usual = peft.prepare_model_for_kbit_training(ours.unload())
