@@ -73,7 +73,7 @@ def main() -> None:
     kind = float_dtype()
     limit = sorted(shape[kind] for shape in shapes[1:])[2]
     share = (
-        f"A step of lora-plugins in int8 (4 rows of 256 tokens) has {run['operations'] / 1e9:.0f}·10⁹ operations in "
+        f"A step of lora-plugins in int8 (2 rows of 256 tokens) has {run['operations'] / 1e9:.0f}·10⁹ operations in "
         f"matrix products and takes {seconds:.2f} s: {reached:.2f}·10¹² a second, {100 * reached / limit:.0f} % of the "
         f"{limit:.2f}·10¹² that these shapes reach in {kind}. The int8 speed of the machine is not used: it would "
         "need activations in int8, which changes the results."

@@ -4,7 +4,7 @@ One real model (SmolLM2-135M), one real text, the same seed and steps; every con
 own, in turns, and the medians of several rounds count. Two measurements:
 
 * speed and memory: a few steps of ``--batch`` rows of ``--length`` tokens, with and without gradient checkpointing;
-* learning: the loss on held-out text after ``--loss-steps`` steps of a quarter of the batch, without checkpointing.
+* learning: the loss on held-out text after ``--loss-steps`` steps of half the batch, without checkpointing.
 
 A float base is in the dtype that the machine is fast at (`float_dtype`): nobody would choose the other one.
 
@@ -323,7 +323,7 @@ def _measure_learning(options: argparse.Namespace, folder: str) -> dict[str, Any
     for name in options.only:
         if not options.full and name not in LEARNING:
             continue
-        batch = max(1, options.batch // 4)
+        batch = max(1, options.batch // 2)
         run = _run(options, folder, name, False, batch, options.loss_steps, held_out=options.held_out)
         found[name] = {"held_out": run["held_out"], "first": run["loss"][0], "losses": run["loss"]}
         _say(f"after {options.loss_steps} steps: {name:12} held-out loss {run['held_out']:.4f}")
@@ -365,7 +365,7 @@ def _say(text: str) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to run")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step")
+    parser.add_argument("--batch", type=int, default=2, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--steps", type=int, help="steps a process; the first is not counted")
     parser.add_argument("--rounds", type=int, help="processes for each contender")
