@@ -17,9 +17,9 @@ from lora_plugins.errors import (
     UnsupportedInitialization,
 )
 from lora_plugins.quantization import Quantization, owner_of
-from lora_plugins.reloading import put_back
 from lora_plugins.settings import DEFAULTS, LoraSettings
 from lora_plugins.sharding import gathered_state, is_sharded
+from registry.loading import put_back
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from lora_plugins import adapters
 from lora_plugins.errors import MergeError
 from lora_plugins.probe import PROBE_TEXT, Distance, compare_logits, probe_logits
 from lora_plugins.quantization import Quantization, adapter_modules, base_of, owner_of, parse_quantization
-from lora_plugins.reloading import put_back
+from registry.loading import put_back
 
 if TYPE_CHECKING:
     import torch

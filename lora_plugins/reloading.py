@@ -1,12 +1,12 @@
-"""Adapters that PEFT does not find again: what it renames while it loads, and putting the tensors back by name."""
+"""Adapters that PEFT would not find again, because it renames their tensors while it loads them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
+from registry.loading import lora_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str 
     Raises:
         UnloadableAdapter: PEFT would lose at least one tensor.
     """
-    tensors = dict(_named(model, adapter_name))
+    tensors = dict(lora_tensors(model, adapter_name))
     lost = renamed_on_loading(model, adapter_name)
     if not lost:
         return None
@@ -63,7 +63,7 @@ def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
         return {}
     state = {
         name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-        for name, parameter in _named(model, adapter_name)
+        for name, parameter in lora_tensors(model, adapter_name)
     }
     config = model.peft_config[adapter_name]
 
@@ -76,38 +76,3 @@ def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
     found = loaded(dict(state))
     lost = [name for name in state if name not in found]
     return {name: next(iter(loaded({name: state[name]})), "nothing") for name in lost}
-
-
-def put_back(model: PeftModel, stored: Mapping[str, torch.Tensor], adapter_name: str) -> int:
-    """Give the LoRA tensors of an adapter the values of its file, where PEFT has not.
-
-    Args:
-        model: A wrapped model that has the adapter.
-        stored: What the file holds.
-        adapter_name: Which of the model's adapters.
-
-    Returns:
-        How many tensors PEFT had lost.
-    """
-    import torch
-
-    count = 0
-    with torch.no_grad():
-        for name, parameter in _named(model, adapter_name):
-            value = stored.get(name)
-            if value is None or value.shape != parameter.shape:
-                continue
-            value = value.to(parameter.device, parameter.dtype)
-            if not torch.equal(value, parameter):
-                parameter.copy_(value)
-                count += 1
-    return count
-
-
-def _named(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The LoRA parameters of an adapter under the names that its file has."""
-    for name, parameter in model.named_parameters():
-        before, dot, after = name.rpartition(f".{adapter_name}")
-        if dot and "lora_" in before and after in ("", ".weight", ".bias"):
-            # PEFT writes the magnitudes of DoRA without the name of their parameter.
-            yield before if before.endswith("lora_magnitude_vector") else before + after, parameter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from registry.adapter_config import AdapterConfig
 from registry.errors import BaseUnknown, IdentityWarning
 from registry.manifest import Manifest
-from registry.paths import ADAPTER_CONFIG
+from registry.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,6 +102,7 @@ class Adapter(os.PathLike[str]):
             BaseMismatch: It was trained on another base.
         """
         from peft import PeftModel
+        from safetensors.torch import load_file
         from torch import nn
 
         from registry.loading import put_back
@@ -116,7 +117,7 @@ class Adapter(os.PathLike[str]):
         if result.identity != "verified" and not trust_identity:
             self._warn(model)
         loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
-        put_back(loaded, self.path, adapter_name)
+        put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
         return loaded
 
     def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:

@@ -1,43 +1,47 @@
-"""Tensors of a release that PEFT loses while it loads them, put back by their names."""
+"""Tensors of an adapter that PEFT loses while it loads them, put back by their names."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from registry.paths import ADAPTER_WEIGHTS
-
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
-__all__ = ["put_back"]
+__all__ = ["lora_tensors", "put_back"]
 
 
-def put_back(model: PeftModel, folder: str, adapter_name: str) -> int:
-    """Give the LoRA tensors of a model the values of the release, where PEFT has not.
+def lora_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the LoRA parameters of an adapter under the names that its file has."""
+    for name, parameter in model.named_parameters():
+        before, dot, after = name.rpartition(f".{adapter_name}")
+        if dot and "lora_" in before and after in ("", ".weight", ".bias"):
+            # PEFT writes the magnitudes of DoRA without the name of their parameter.
+            yield before if before.endswith("lora_magnitude_vector") else before + after, parameter
+
+
+def put_back(model: PeftModel, stored: Mapping[str, torch.Tensor], adapter_name: str) -> int:
+    """Give the LoRA tensors of an adapter the values of its file, where PEFT has not.
 
     PEFT renames the tensors of an adapter as transformers renames those of old checkpoints of the base. For some types
     the patterns match the new names as well; PEFT then warns of missing keys and leaves the adapter without effect.
 
     Args:
-        model: The model that has just got the adapter.
-        folder: The folder of the release.
-        adapter_name: What the adapter is called in the model.
+        model: A wrapped model that has the adapter.
+        stored: What the file holds.
+        adapter_name: Which of the model's adapters.
 
     Returns:
-        How many tensors were lost.
+        How many tensors PEFT had lost.
     """
     import torch
-    from safetensors.torch import load_file
 
-    stored = load_file(str(Path(folder, ADAPTER_WEIGHTS)), device="cpu")
     count = 0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            before, dot, after = name.rpartition(f".{adapter_name}")
-            # PEFT writes the magnitudes of DoRA without the name of their parameter.
-            value = stored.get(before + after, stored.get(before))
-            if not dot or "lora_" not in before or value is None or value.shape != parameter.shape:
+        for name, parameter in lora_tensors(model, adapter_name):
+            value = stored.get(name)
+            if value is None or value.shape != parameter.shape:
                 continue
             value = value.to(parameter.device, parameter.dtype)
             if not torch.equal(value, parameter):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_plugins import prepare_model
+from lora_plugins import merging, prepare_model
 from lora_plugins.adapters import adapter_state, copy_adapter
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
 from lora_plugins.reloading import renamed_on_loading
@@ -82,6 +82,7 @@ def test_our_ways_of_loading_put_it_back(case: Case, tmp_path: Path) -> None:
     push_adapter(model, "org/ocr", version="1.0.0", hub=hub)
     loaded = pull_adapter("org/ocr", hub=hub).load(base(case))
     assert adapters_equal(loaded, model)
+    assert adapters_equal(merging._wrap(base(case), tmp_path / "adapter"), model)
     copy_adapter(again, "default", "reference", seed=0)
     copied = adapter_state(again, "reference")
     assert all(torch.equal(copied[name], tensor) for name, tensor in adapter_state(model, "default").items())
