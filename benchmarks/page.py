@@ -170,10 +170,10 @@ def scaling_section(section: dict[str, Any]) -> list[str]:
 
 def gemm_section(section: dict[str, Any]) -> list[str]:
     rows = [
-        ["×".join(map(str, shape["shape"])), *[f"{shape[kind]:.2f}" for kind in ("float32", "bfloat16", "int8")]]
+        ["×".join(map(str, shape["shape"])), *[f"{shape[kind]:.3g}" for kind in ("float32", "bfloat16", "int8")]]
         for shape in section["shapes"]
     ]
-    lines = ["## The machine's limit", "", *_machine(section), "", "Matrix products in 10¹² operations a second:", ""]
+    lines = ["## The machine's limit", "", *_machine(section), "", "Matrix products in 10⁹ operations a second:", ""]
     return [*lines, *_table(["rows × outputs × inputs", "float32", "bfloat16", "int8"], rows), "", section["share"]]
 
 

@@ -13,10 +13,11 @@ import pytest
 import tiny
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_plugins import LoraCallback, prepare_model
-from lora_plugins.fused import LoraBranch, fuse_adapters
+from lora_plugins.fused import LoraBranch, draw_mask, fuse_adapters
 
 SHAPE = (3, 5, 16)
 
@@ -31,6 +32,26 @@ def wrapped(*, dtype: torch.dtype = torch.float64, bias: bool = True, **config: 
 
 def layer_of(model: Any) -> Any:
     return model.base_model.model["q"]
+
+
+class SameDropout(nn.Dropout):
+    """Drops what the fused branch drops, for PEFT's own forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        mask, kept = draw_mask(x, self.p, x.dtype)
+        return x * mask.view(x.shape) / kept
+
+
+def drop_the_same(model: nn.Module) -> int:
+    """Give PEFT's layers the masks of the fused branch; returns how many layers."""
+    dropouts = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
+    for dropout in dropouts:
+        for name, module in dropout.items():
+            if type(module) is nn.Dropout and module.p < 1:
+                dropout[name] = SameDropout(module.p)
+    return len(dropouts)
 
 
 def run(model: Any, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -53,6 +74,7 @@ def is_fused(model: Any, x: torch.Tensor, **kwargs: Any) -> bool:
 
 def compare(model: Any, x: torch.Tensor, *, fused: bool = True, tolerance: float = 1e-13) -> None:
     plain = copy.deepcopy(model)
+    assert drop_the_same(plain) == 1
     assert fuse_adapters(model) == 1
     assert is_fused(model, x) is fused
     expected, found = run(plain, x), run(model, x)
@@ -111,6 +133,59 @@ def test_under_autocast(dtype: torch.dtype) -> None:
     layer_of(model).base_layer.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         compare(model, rows(torch.float32), tolerance=4e-2)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_mask_drops_each_value_with_its_rate(rate: float) -> None:
+    torch.manual_seed(0)
+    masks = torch.stack([draw_mask(torch.empty(100, 64), rate, torch.float32)[0] for _ in range(400)])
+    kept = draw_mask(torch.empty(1, 1), rate, torch.float32)[1]
+    assert abs(kept - (1 - rate)) <= 2**-16
+    # Five standard deviations of the share of all, and of the most and least often kept place of 6,400.
+    spread = (rate * (1 - rate) / masks.numel()) ** 0.5
+    assert abs(masks.float().mean().item() - kept) < 5 * spread
+    spread = (rate * (1 - rate) / len(masks)) ** 0.5
+    assert (masks.float().mean(0) - kept).abs().max() < 5 * spread
+    # Neither neighbours in a row, nor the same place in two draws, depend on each other.
+    centred = masks.double() - kept
+    pairs = (centred[:, :, 1:] * centred[:, :, :-1], centred[1:] * centred[:-1])
+    for product in pairs:
+        assert abs(product.mean().item()) < 5 * rate * (1 - rate) / product.numel() ** 0.5
+
+
+def test_mask_follows_torchs_seed() -> None:
+    def draw() -> list[torch.Tensor]:
+        return [draw_mask(torch.empty(7, 33), 0.3, torch.float32)[0] for _ in range(2)]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draw()
+    torch.set_rng_state(state)
+    again, later = draw(), draw()
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], later[0])
+    assert first[0].dtype is torch.bool
+    assert first[0].shape == (7, 33)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1 - 1e-9])
+def test_extreme_rates_stay_unbiased(rate: float) -> None:
+    """Rounded to none or all, a rate would drop nothing or divide by zero."""
+    mask, kept = draw_mask(torch.empty(1000, 1000), rate, torch.float32)
+    assert 0 < kept < 1
+    assert mask.float().mean().item() == pytest.approx(kept, abs=1e-4)
+
+
+def test_empty_input() -> None:
+    model = wrapped(lora_dropout=0.3)
+    fuse_adapters(model)
+    x = rows()[:0].requires_grad_(True)
+    output = layer_of(model)(x)
+    assert output.shape == (0, 5, 12)
+    assert type(output.grad_fn).__name__ == "LoraBranchBackward"
+    output.sum().backward()
+    assert x.grad is not None
 
 
 def test_frozen_parts_get_no_gradient() -> None:
@@ -237,6 +312,8 @@ def test_copies_pickles_and_unloading() -> None:
     assert layer_of(twin).forward.__self__ is layer_of(twin)
     assert is_fused(twin, rows())
     thawed = pickle.loads(pickle.dumps(model))
+    assert not is_fused(thawed, rows())
+    drop_the_same(thawed)
     for other in (twin, thawed):
         for name, tensor in run(model, rows()).items():
             torch.testing.assert_close(run(other, rows())[name], tensor)
@@ -263,6 +340,7 @@ def test_training_gives_the_losses_of_peft(
         if not fused:
             for layer in layers:
                 del layer.forward
+            assert drop_the_same(trainer.model) == 4
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

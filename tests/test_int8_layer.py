@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from lora_plugins.builtin import int8_layer
@@ -58,15 +59,43 @@ def test_under_autocast(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_only_the_int8_weight_is_kept() -> None:
+def test_nothing_is_kept_but_what_the_layer_holds() -> None:
     ours, _ = layers(torch.bfloat16)
+    x = torch.randn(2, 7, 24, dtype=torch.bfloat16, requires_grad=True)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ours(torch.randn(2, 7, 24, dtype=torch.bfloat16, requires_grad=True))
-    assert {(tensor.dtype, tensor.data_ptr()) for tensor in kept} == {
-        (torch.int8, ours.weight.data_ptr()),
-        (torch.float32, ours.state.SCB.data_ptr()),
+        output = ours(x)
+    assert kept == []
+    own = {name: tensor for name, tensor in vars(output.grad_fn).items() if isinstance(tensor, torch.Tensor)}
+    assert {name: tensor.data_ptr() for name, tensor in own.items()} == {
+        "weight": ours.weight.data_ptr(),
+        "scale": ours.state.SCB.data_ptr(),
     }
+
+
+def test_checkpointing_does_not_repeat_the_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is not needed a second time: a fifth to a seventh of what is computed again in a transformer block."""
+    first, second = (layers(torch.float32)[0] for _ in range(2))
+    calls = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return dequantized(*args)
+
+    monkeypatch.setattr(int8_layer, "dequantized", counted)
+    x = torch.randn(7, 24, requires_grad=True)
+    back = torch.randn(24, 40) / 40
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return second(nn.functional.silu(first(x) @ back.T))
+
+    expected = torch.autograd.grad(block(x).sum(), x)[0]
+    assert len(calls) == 4
+    calls.clear()
+    output = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    assert len(calls) == 2
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
+    assert len(calls) == 2 + 1 + 2, "forward, the first product once more, backward"
 
 
 def test_trainable_bias_gets_its_gradient() -> None:

@@ -45,19 +45,23 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 
 
 class _Int8Product(torch.autograd.Function):
-    """``x @ weight.T + bias`` for a frozen int8 weight, in the dtype of ``x``."""
+    """``x @ weight.T + bias`` for a frozen int8 weight, in the dtype of ``x``.
+
+    The weight is not saved for the backward pass but kept: it never changes, and gradient checkpointing would compute
+    the last product of a block again only to save its weight again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scale)
+        ctx.weight, ctx.scale = weight, scale
         return torch.nn.functional.linear(x, dequantized(weight, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
-        weight, scale = ctx.saved_tensors
+        weight, scale = ctx.weight, ctx.scale
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
             of_input = gradient @ dequantized(weight, scale, gradient.dtype)
@@ -78,7 +82,10 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for block in _blocks(weight, _BLOCK):
         # int8 to float32 and the product are vectorized; int8 times float32 in one go is not.
-        result[block] = weight[block].float().mul_(factors[block])
+        if dtype == torch.float32:
+            result[block].copy_(weight[block]).mul_(factors[block])
+        else:
+            result[block] = weight[block].float().mul_(factors[block])
     return result
 
 
