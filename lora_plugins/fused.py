@@ -191,13 +191,12 @@ def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.T
         The mask as bool, shape ``[rows, in]``, and the exact probability that a value stays, at most 2⁻¹⁶ from
         ``1 - rate``.
     """
-    rows = x.reshape(-1, x.shape[-1])
     if x.device.type != "cpu":
-        return torch.native_dropout(rows.to(dtype), rate, True)[1], 1 - rate
+        return torch.native_dropout(x.reshape(-1, x.shape[-1]).to(dtype), rate, True)[1], 1 - rate
     limit = min(max(round(rate * _OUTCOMES), 1), _OUTCOMES - 1)
-    seed = int(torch.randint(2**63 - 1, ()))
-    bits = np.random.SFC64(seed).random_raw(-(-rows.numel() // 4)).view(np.uint16)[: rows.numel()]
-    return torch.from_numpy(bits >= limit).view(rows.shape), 1 - limit / _OUTCOMES
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
+    return torch.from_numpy(bits >= limit).view(-1, x.shape[-1]), 1 - limit / _OUTCOMES
 
 
 def _dropped(values: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

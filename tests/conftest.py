@@ -4,6 +4,28 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+#: The files that take longest. They begin first, so that at the end no process waits for one of them.
+LONGEST = (
+    "test_engines.py",
+    "test_smollm2.py",
+    "test_backends_smollm2.py",
+    "test_demo.py",
+    "test_train.py",
+    "test_architectures.py",
+    "test_trainer_options.py",
+    "test_plan.py",
+    "test_registry_processes.py",
+    "test_push_to_hub.py",
+    "test_wheel.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; the tests of one keep their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

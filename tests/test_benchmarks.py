@@ -39,6 +39,8 @@ def training() -> dict[str, Any]:
         return {
             "tokens_per_second": speed,
             "step_seconds": 1000 / speed,
+            # The second round was twice as slow for all: ratios don't see it.
+            "round_seconds": [1000 / speed, 2000 / speed],
             "step_range": [1.0, 2.0],
             "step_cpu_seconds": 3.0,
             "peak_mib": memory,
@@ -76,15 +78,24 @@ def test_committed_plans_hold() -> None:
 
 def test_ratios_are_worked_out_from_the_medians(tmp_path: Path) -> None:
     text = module("page").render({"training": training()})
-    assert "int8 against the recipe: 2.50 times the tokens a second" in text
-    assert "int8 against the recipe: 0.40 of the memory" in text
-    assert "nf4 against int8: 1.25 times the seconds" in text
+    assert "tokens a second, int8 against the recipe: 2.50 (2.50, 2.50)" in text
+    assert "memory, int8 against the recipe: 0.40" in text
+    assert "seconds, nf4 against int8: 1.25 (1.25, 1.25)" in text
     assert "| lora-plugins, int8 | 2.0100 | +0.50 % |" in text
     assert "the callback's own time: 0.40 % of a step" in text
     assert "TRL in int8:" not in text, "what was not measured is left out"
     assert "`python benchmarks/scaling.py --write` puts it here" in text
     module("page").chart(training(), tmp_path / "chart.svg")
     assert "lora-plugins, nf4" in (tmp_path / "chart.svg").read_text(encoding="utf-8")
+
+
+def test_speeds_are_compared_within_a_round() -> None:
+    """A machine that is slower in one round is so for both."""
+    faster = module("page").times_faster
+    assert faster({"round_seconds": [1.0, 4.0]}, {"round_seconds": [2.0, 8.0]}) == [2, 2]
+    assert faster({"round_seconds": [1.0, 4.0]}, {"round_seconds": [2.0, 2.0]}) == [2, 0.5]
+    with pytest.raises(ValueError, match="zip"):
+        faster({"round_seconds": [1.0]}, {"round_seconds": [2.0, 2.0]})
 
 
 def test_growth_is_told_in_stretches() -> None:

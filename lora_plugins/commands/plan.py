@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_plugins.calm import calm
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or configuration file of the base model.")],
@@ -48,6 +50,7 @@ def plan(
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart of the memory to this PNG file.")] = None,
 ) -> None:
     """Show what a LoRA run would train, and whether it fits. Needs the configuration only, no weights."""
+    calm()
     from lora_plugins.planning.planner import plan as make_plan
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

@@ -112,9 +112,15 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 
 
 def load_base(name: str) -> PreTrainedModel:
-    """Load a causal language model in its stored dtype, on the GPU where there is one."""
+    """Load a causal language model on the GPU where there is one.
+
+    In its stored dtype; on a CPU that multiplies that dtype many times slower than float32, in float32.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lora_plugins.precision import slow_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device, torch.float32 if slow_dtype(model.dtype, device) else model.dtype)
