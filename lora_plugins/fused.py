@@ -2,8 +2,8 @@
 
 PEFT's layer casts its input to float32, keeps that and the dropout mask in float32 for the backward pass, and adds
 the scaled branch in two more passes. Here the input is kept as it came (others keep it too), the mask takes a byte a
-value, and the rest is computed again. On a CPU the mask itself is drawn about ten times faster than
-``torch.nn.Dropout`` draws it, from a stream of its own that torch's generator starts (see `draw_mask`).
+value, and the rest is computed again. On a CPU the mask is drawn from a stream of its own that torch's generator starts
+(see `draw_mask`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 
@@ -177,10 +178,10 @@ class LoraBranch(torch.autograd.Function):
 def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     """Draw which values of a branch's input stay.
 
-    torch draws such masks on a CPU one number after another, which took a twentieth of a training step and more. So
-    there 16 random bits decide about each value, from a generator that starts at a number of torch's: ``manual_seed``,
-    a resumed checkpoint and the second pass of gradient checkpointing give the same mask again. On other devices the
-    mask is that of ``torch.nn.Dropout``.
+    On CPUs other than Intel's torch draws such masks one number after another, a twentieth of a training step and
+    more. So on a CPU 16 random bits decide about each value, from a generator that starts at a number of torch's:
+    ``manual_seed``, a resumed checkpoint and the second pass of gradient checkpointing give the same mask again. On
+    other devices the mask is that of ``torch.nn.Dropout``.
 
     Args:
         x: Shape ``[..., in]``.
@@ -191,7 +192,7 @@ def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.T
         The mask as bool, shape ``[rows, in]``, and the exact probability that a value stays, at most 2⁻¹⁶ from
         ``1 - rate``.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or isinstance(x, FakeTensor):
         return torch.native_dropout(x.reshape(-1, x.shape[-1]).to(dtype), rate, True)[1], 1 - rate
     limit = min(max(round(rate * _OUTCOMES), 1), _OUTCOMES - 1)
     seed = int(torch.randint(2**63 - 1, (), device="cpu"))

@@ -22,9 +22,10 @@ from lora_plugins.errors import NonFiniteLoss
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows at a time, so that the small models here have many pieces."""
+    """Three rows and some words at a time, so that the small models here have many pieces and an uneven last tile."""
     monkeypatch.setattr(module, "PIECE", 3 * tiny.VOCABULARY)
     monkeypatch.setattr(module, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(module, "TILE", 40)
 
 
 class WidestLogits(TorchDispatchMode):

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lora_plugins import precision
 from lora_plugins.demo import dataset as data
 from lora_plugins.demo import model as demo_model
 from lora_plugins.demo.evaluation import answers, held_out_loss
@@ -322,6 +323,18 @@ def test_two_runs_print_the_same_numbers(result: dict[str, Any], base: Path, tmp
     for changing in ("seconds", "files"):
         again.pop(changing)
     assert again == {name: value for name, value in result.items() if name in again}
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_base_is_in_float32_where_its_dtype_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    tiny.llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr(precision, "slow_dtype", lambda dtype, device: slow and dtype == torch.bfloat16)
+    model: Any = demo_model.load_base(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if slow else torch.bfloat16}
+    # Positions lose their accuracy in 16 bits; transformers keeps them out of it.
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_a_reloaded_adapter_that_differs_is_seen(base: Path, result: dict[str, Any]) -> None:

@@ -41,33 +41,37 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         bias = None if self.bias is None else self.bias.to(dtype)
         product: Any = _Int8Product.apply
         with torch.autocast("cpu", enabled=False):
-            return product(x.to(dtype), weight, scale, bias)
+            # DeepSpeed gathers a partitioned weight for each pass; kept, it would be held from one to the other.
+            return product(x.to(dtype), weight, scale, bias, not hasattr(self.weight, "ds_id"))
 
 
 class _Int8Product(torch.autograd.Function):
     """``x @ weight.T + bias`` for a frozen int8 weight, in the dtype of ``x``.
 
-    The weight is not saved for the backward pass but kept: it never changes, and gradient checkpointing would compute
-    the last product of a block again only to save its weight again.
+    A weight that stays where it is needs no saving for the backward pass: it never changes, and gradient checkpointing
+    would compute the last product of a block again only to save its weight again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, stays: bool
     ) -> torch.Tensor:
-        ctx.weight, ctx.scale = weight, scale
+        if stays:
+            ctx.kept = weight, scale
+        else:
+            ctx.save_for_backward(weight, scale)
         return torch.nn.functional.linear(x, dequantized(weight, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
-        weight, scale = ctx.weight, ctx.scale
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+        weight, scale = ctx.saved_tensors or ctx.kept
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
             of_input = gradient @ dequantized(weight, scale, gradient.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = gradient.flatten(0, -2).sum(0)
-        return of_input, None, None, of_bias
+        return of_input, None, None, of_bias, None
 
 
 def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

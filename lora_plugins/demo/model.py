@@ -122,5 +122,5 @@ def load_base(name: str) -> PreTrainedModel:
     from lora_plugins.precision import slow_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to(device, torch.float32 if slow_dtype(model.dtype, device) else model.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+    return model.float() if slow_dtype(model.dtype, device) else model
