@@ -424,7 +424,7 @@ class WorseLater(TrainerCallback):
 def test_best_adapter_equals_its_file(tmp_path: Path, name: str, quantization: str | None) -> None:
     trainer = tiny.trainer(
         tmp_path,
-        callbacks=[LoraCallback(r=4, adapter_name=name, quantization=quantization)],
+        callbacks=[LoraCallback(r=4, adapter_name=name, quantization=quantization), WorseLater()],
         trainer_arguments={"eval_dataset": tiny.rows(8, seed=2)},
         max_steps=6,
         eval_strategy="steps",
@@ -433,7 +433,7 @@ def test_best_adapter_equals_its_file(tmp_path: Path, name: str, quantization: s
         save_steps=2,
         load_best_model_at_end=True,
         greater_is_better=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_score",
         learning_rate=1e-2,
     )
     trainer.train()
@@ -444,7 +444,7 @@ def test_best_adapter_equals_its_file(tmp_path: Path, name: str, quantization: s
     assert stored.keys() == live.keys()
     assert all(torch.equal(stored[key], live[key]) for key in stored)
     last = tmp_path / "checkpoint-6" / ("" if name == "default" else name) / "adapter_model.safetensors"
-    assert best.name != "checkpoint-6"
+    assert best.name == "checkpoint-2"
     assert any(not torch.equal(load_file(last)[key], live[key]) for key in stored)
 
 
@@ -455,6 +455,7 @@ def test_upstream_keeps_the_last_weights_of_an_adapter_with_another_name(tmp_pat
     trainer = tiny.trainer(
         tmp_path,
         model,
+        callbacks=[WorseLater()],
         trainer_arguments={"eval_dataset": tiny.rows(8, seed=2)},
         eval_strategy="steps",
         eval_steps=2,
@@ -462,7 +463,7 @@ def test_upstream_keeps_the_last_weights_of_an_adapter_with_another_name(tmp_pat
         save_steps=2,
         load_best_model_at_end=True,
         greater_is_better=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_score",
     )
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
