@@ -80,7 +80,7 @@ def times_faster(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
 
 def _speed_table(rows: list[tuple[str, dict[str, Any]]], recipe: dict[str, Any] | None) -> list[str]:
     def cells(name: str, row: dict[str, Any]) -> list[str]:
-        speed = geometric_mean(times_faster(row, recipe)) if recipe else 0
+        speed = row["tokens_per_second"] / recipe["tokens_per_second"] if recipe else 0
         memory = row["peak_mib"] / recipe["peak_mib"] if recipe else 0
         low, high = row["step_range"]
         return [

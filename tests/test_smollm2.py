@@ -50,19 +50,18 @@ def test_int8_costs_less_than_one_per_cent_of_loss(folder: Path, tokens: torch.T
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=loading_dtype())
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     float_bytes = sum(model.get_submodule(name).weight.numel() * 4 for name in linears)
-    base, of_first = (held_out_loss(model, part, training=False) for part in (tokens, tokens[:2]))
+    base = held_out_loss(model, tokens, training=False)
     wrapped = prepare_model(model, r=8, lora_dropout=0.0, quantization="int8")
     quantized = [m for m in wrapped.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
     assert len(quantized) == len(linears) == 210
     assert sum(m.weight.nbytes for m in quantized) * 4 == float_bytes
     assert type(wrapped.get_base_model().lm_head) is torch.nn.Linear
     training = held_out_loss(wrapped, tokens, training=True)
-    # The evaluation kernel takes minutes for all of them on a CPU without int8 products.
-    training_of_first, evaluation = (held_out_loss(wrapped, tokens[:2], training=mode) for mode in (True, False))
-    print(f"held-out loss {base:.4f}, int8 in training {training:.4f}; first part {of_first:.4f}, {evaluation:.4f}")
+    evaluation = held_out_loss(wrapped, tokens, training=False)
+    print(f"held-out loss {base:.4f}; int8, training kernel {training:.4f}, evaluation kernel {evaluation:.4f}")
     assert training == pytest.approx(base, rel=0.01)
-    assert evaluation == pytest.approx(of_first, rel=0.01)
-    assert training_of_first != evaluation, "the two kernels are not the same"
+    assert evaluation == pytest.approx(base, rel=0.01)
+    assert training != evaluation, "the two kernels are not the same"
 
 
 RELOAD = """
@@ -93,9 +92,9 @@ def test_adapter_gives_the_same_logits_in_a_new_process(
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        expected = wrapped.eval()(input_ids=tokens[8:9, :128]).logits
+        expected = wrapped.eval()(input_ids=tokens[8:10]).logits
     wrapped.save_pretrained(tmp_path / "adapter")
-    torch.save(tokens[8:9, :128], tmp_path / "tokens.pt")
+    torch.save(tokens[8:10], tmp_path / "tokens.pt")
     command = [sys.executable, "-c", RELOAD, folder, tmp_path / "adapter", tmp_path / "tokens.pt", tmp_path / "out.pt"]
     done = subprocess.run([*map(str, command), backend], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
