@@ -33,11 +33,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from lora_plugins import dequantize_model, prepare_model, quantization_config
-from lora_plugins.counting import tensor_bytes
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import LoraPluginsError
-from lora_plugins.precision import fast_bfloat16
-from lora_plugins.quantization import owner_of
+from lora_plugins.quantization.counting import tensor_bytes
+from lora_plugins.quantization.precision import fast_bfloat16
+from lora_plugins.quantization.request import owner_of
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = ROOT / "docs" / "backends.json"

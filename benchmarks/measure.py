@@ -98,8 +98,8 @@ def write_rows(folder: Path, length: int) -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from lora_plugins.demo.dataset import collect_examples, split_examples
-    from lora_plugins.demo.model import demo_model
+    from lora_plugins.commands.demo.dataset import collect_examples, split_examples
+    from lora_plugins.commands.demo.model import demo_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     for name, examples in zip(("train", "held_out"), split_examples(collect_examples()), strict=True):

@@ -126,10 +126,10 @@ def run(folder: str, case: Case) -> Step:
     from transformers import AutoModelForCausalLM
 
     from lora_plugins import prepare_model
-    from lora_plugins.chunked_loss import chunked_loss
-    from lora_plugins.counting import count_parameters, tensor_bytes
     from lora_plugins.planning.live import LiveBytes
-    from lora_plugins.quantization import owner_of
+    from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+    from lora_plugins.quantization.request import owner_of
+    from lora_plugins.trainer.chunked_loss import chunked_loss
 
     before = measure.resident()
     dtype, quantization, compute_dtype = BASES[case.base]
@@ -208,7 +208,9 @@ def compare(folder: str, cases: Sequence[Case]) -> Iterator[tuple[Case, Step, St
     """
     context = multiprocessing.get_context("forkserver")
     # What every case needs is imported once, before the processes part.
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "peft", "lora_plugins.chunked_loss"])
+    context.set_forkserver_preload(
+        ["transformers.models.llama.modeling_llama", "peft", "lora_plugins.trainer.chunked_loss"]
+    )
     jobs = [(folder, case) for case in cases]
     with context.Pool(1) as planner, context.Pool(1, maxtasksperchild=1) as runner:
         predicted = planner.imap(_predict, jobs)
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[48, 96])
     parser.add_argument("--write", action="store_true", help="renew these rows on the docs page")
     options = parser.parse_args(arguments)
-    from lora_plugins.demo.model import demo_model
+    from lora_plugins.commands.demo.model import demo_model
 
     cases = [
         Case(base, checkpointing, batch_size, length)

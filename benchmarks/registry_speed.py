@@ -114,8 +114,8 @@ def pulling(endpoint: str, token: str, modules: int) -> None:
 
 def many_versions(hub: Any, title: str) -> None:
     """Print how long it takes to choose among many versions."""
-    from registry.references import Reference
-    from registry.releases import read_index
+    from registry.catalog.index import read_index
+    from registry.formats.references import Reference
 
     references = [Reference.parse(NAME), Reference.parse(f"{NAME}>=1.2,<1.9000")]
     (seconds,) = best(lambda: [read_index(hub, NAME).resolve(reference) for reference in references[:1]])
@@ -126,7 +126,7 @@ def many_versions(hub: Any, title: str) -> None:
 def versions() -> None:
     """Time the choice among ten thousand versions, on a folder and on a hub."""
     from registry import FolderHub, HuggingFaceHub
-    from registry.hubs import folder_files
+    from registry.disk import files as folder_files
     from registry.testing import LoopbackHub
 
     print(f"\n{VERSIONS:,} versions, refs read anew each time")

@@ -73,7 +73,7 @@ def measure(point: Point) -> dict[str, Any]:
     ids = torch.randint(0, 8192, (point.batch, point.sequence))
 
     def step() -> None:
-        from lora_plugins.chunked_loss import chunked_loss
+        from lora_plugins.trainer.chunked_loss import chunked_loss
 
         with chunked_loss(model):
             model(input_ids=ids, labels=ids).loss.backward()

@@ -21,7 +21,7 @@ PLUGINS = 100
 _HOST = """
 import time
 start = time.perf_counter()
-from lora_plugins.manager import PluginHost
+from lora_plugins.plugins.host import PluginHost
 imported = time.perf_counter()
 host = PluginHost()
 print(imported - start, time.perf_counter() - imported, len(host.plugins))
@@ -30,8 +30,8 @@ print(imported - start, time.perf_counter() - imported, len(host.plugins))
 _PREPARATION = """
 import time, torch
 from transformers import AutoModelForCausalLM
-from lora_plugins.demo.model import demo_model
-from lora_plugins.quantization import check_usable, parse_quantization, quantize_in_place
+from lora_plugins.commands.demo.model import demo_model
+from lora_plugins.quantization.request import check_usable, parse_quantization, quantize_in_place
 model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
 quantization = parse_quantization("int8")
 check_usable(quantization, torch.device("cpu"), torch.bfloat16)
@@ -48,7 +48,7 @@ import peft, transformers
 from transformers import BloomConfig, MixtralConfig
 import lora_plugins.planning.variants
 from lora_plugins import plan
-from lora_plugins.manager import plugin_host
+from lora_plugins.plugins.host import plugin_host
 bloom = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)
 plan(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), length=8)
 for config in (bloom, MixtralConfig()):

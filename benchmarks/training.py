@@ -53,7 +53,7 @@ def float_dtype() -> str:
     """Name of the dtype of a float base: bfloat16 where the CPU multiplies it natively, else float32."""
     import torch
 
-    from lora_plugins.precision import fast_bfloat16
+    from lora_plugins.quantization.precision import fast_bfloat16
 
     return "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
 
@@ -108,7 +108,7 @@ def _import_everything(contender: str) -> None:
     if contender.startswith("trl"):
         from trl import SFTConfig, SFTTrainer  # noqa: F401
     if contender.startswith("ours"):
-        from lora_plugins.callbacks import LoraCallback  # noqa: F401
+        from lora_plugins.trainer.callbacks import LoraCallback  # noqa: F401
 
 
 def _make_trainer(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ def _make_trainer(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _time_callback(trainer: Any) -> list[float]:
     """Time everything that our callback does in a step, as it does it; the list fills while training."""
-    from lora_plugins.callbacks import LoraCallback
+    from lora_plugins.trainer.callbacks import LoraCallback
 
     seconds: list[float] = []
 
@@ -184,7 +184,7 @@ def _rows(options: argparse.Namespace, name: str = "train") -> Any:
 def _load(dtype: str, **arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from lora_plugins.demo.model import demo_model
+    from lora_plugins.commands.demo.model import demo_model
 
     return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, **arguments)
 

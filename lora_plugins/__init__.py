@@ -8,32 +8,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins.casting import CastsInput
-from lora_plugins.hookspecs import hookimpl
-from lora_plugins.packages import missing_package
-from lora_plugins.types import Architecture, Quantizer
+from lora_plugins.plugins.casting import CastsInput
+from lora_plugins.plugins.hookspecs import hookimpl
+from lora_plugins.plugins.packages import missing_package
+from lora_plugins.plugins.types import Architecture, Quantizer
 
 if TYPE_CHECKING:
-    from lora_plugins.callbacks import Int8PreparationCallback as Int8PreparationCallback
-    from lora_plugins.callbacks import LoraCallback as LoraCallback
-    from lora_plugins.callbacks import ParameterReportCallback as ParameterReportCallback
-    from lora_plugins.callbacks import attach as attach
-    from lora_plugins.callbacks import detach as detach
-    from lora_plugins.dequantization import dequantize_model as dequantize_model
-    from lora_plugins.model import prepare_model as prepare_model
+    from lora_plugins.adapters.prepare import prepare_model as prepare_model
     from lora_plugins.planning.planner import plan as plan
-    from lora_plugins.quantization import quantization_config as quantization_config
+    from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
+    from lora_plugins.quantization.request import quantization_config as quantization_config
+    from lora_plugins.trainer.callbacks import Int8PreparationCallback as Int8PreparationCallback
+    from lora_plugins.trainer.callbacks import LoraCallback as LoraCallback
+    from lora_plugins.trainer.callbacks import ParameterReportCallback as ParameterReportCallback
+    from lora_plugins.trainer.callbacks import attach as attach
+    from lora_plugins.trainer.callbacks import detach as detach
 
 _LAZY = {
-    "Int8PreparationCallback": "lora_plugins.callbacks",
-    "LoraCallback": "lora_plugins.callbacks",
-    "ParameterReportCallback": "lora_plugins.callbacks",
-    "attach": "lora_plugins.callbacks",
-    "dequantize_model": "lora_plugins.dequantization",
-    "detach": "lora_plugins.callbacks",
+    "Int8PreparationCallback": "lora_plugins.trainer.callbacks",
+    "LoraCallback": "lora_plugins.trainer.callbacks",
+    "ParameterReportCallback": "lora_plugins.trainer.callbacks",
+    "attach": "lora_plugins.trainer.callbacks",
+    "dequantize_model": "lora_plugins.quantization.dequantization",
+    "detach": "lora_plugins.trainer.callbacks",
     "plan": "lora_plugins.planning.planner",
-    "prepare_model": "lora_plugins.model",
-    "quantization_config": "lora_plugins.quantization",
+    "prepare_model": "lora_plugins.adapters.prepare",
+    "quantization_config": "lora_plugins.quantization.request",
 }
 
 __all__ = [

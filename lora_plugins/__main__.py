@@ -1,6 +1,6 @@
 """``python -m lora_plugins`` is the program ``lora-plugins``."""
 
-from lora_plugins.cli import main
+from lora_plugins.commands.cli import main
 
 if __name__ == "__main__":
     main()

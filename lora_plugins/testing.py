@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins.manager import PluginHost, plugin_host
-from lora_plugins.quantization import Quantization, with_compute_dtype
-from lora_plugins.types import Quantizer
+from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.request import Quantization, with_compute_dtype
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_plugins.target_plan import TargetPlan
+    from lora_plugins.targets.records import TargetPlan
 
 
 def check_architecture(
@@ -42,7 +42,7 @@ def check_architecture(
     Raises:
         AssertionError: Something of this does not hold; the message says what.
     """
-    from lora_plugins.targets import resolve_targets
+    from lora_plugins.targets.resolution import resolve_targets
 
     host = host or plugin_host()
     base = _fresh(make_model)
@@ -78,9 +78,9 @@ def check_quantizer(
     import torch
     from torch import nn
 
-    from lora_plugins.counting import tensor_bytes
     from lora_plugins.errors import QuantizationError
-    from lora_plugins.quantization import check_usable
+    from lora_plugins.quantization.counting import tensor_bytes
+    from lora_plugins.quantization.request import check_usable
 
     dtype = dtype or torch.float32
     asked = Quantization(quantizer, {"skip_modules": [], **(options or {})})
@@ -144,7 +144,7 @@ def _check_training(
     import torch
     from peft import PeftModel
 
-    from lora_plugins.model import prepare_model
+    from lora_plugins.adapters.prepare import prepare_model
 
     model: Any = prepare_model(base, **{"r": 2, "lora_dropout": 0.0, **lora})
     dead = _without_gradient(model, inputs, "lora_B", plan.vision)

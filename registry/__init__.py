@@ -9,64 +9,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from registry.adapter import Adapter as Adapter
-    from registry.callback import PushToRegistryCallback as PushToRegistryCallback
-    from registry.cleanup import Garbage as Garbage
-    from registry.cleanup import collect_garbage as collect_garbage
-    from registry.diff import compare_adapters as compare_adapters
+    from registry.catalog.aliases import aliases as aliases
+    from registry.catalog.aliases import remove_alias as remove_alias
+    from registry.catalog.aliases import set_alias as set_alias
+    from registry.catalog.index import Release as Release
+    from registry.catalog.listing import list_adapters as list_adapters
+    from registry.catalog.listing import show as show
+    from registry.catalog.listing import versions as versions
+    from registry.catalog.withdrawal import unyank as unyank
+    from registry.catalog.withdrawal import yank as yank
+    from registry.formats.manifest import Manifest as Manifest
+    from registry.formats.references import Reference as Reference
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
+    from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
     from registry.hubs.protocol import Hub as Hub
-    from registry.hubs.remote import HuggingFaceHub as HuggingFaceHub
-    from registry.listing import list_adapters as list_adapters
-    from registry.listing import show as show
-    from registry.listing import versions as versions
-    from registry.manifest import Manifest as Manifest
-    from registry.mirroring import mirror as mirror
-    from registry.naming import aliases as aliases
-    from registry.naming import remove_alias as remove_alias
-    from registry.naming import set_alias as set_alias
-    from registry.publish import Published as Published
-    from registry.pull import lock_adapters as lock_adapters
-    from registry.pull import pull_adapter as pull_adapter
-    from registry.push import check_push as check_push
-    from registry.push import push_adapter as push_adapter
-    from registry.references import Reference as Reference
-    from registry.releases import Release as Release
-    from registry.verification import Verification as Verification
-    from registry.verification import verify as verify
-    from registry.withdrawal import unyank as unyank
-    from registry.withdrawal import yank as yank
+    from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
+    from registry.publishing.publish import Published as Published
+    from registry.publishing.push import check_push as check_push
+    from registry.publishing.push import push_adapter as push_adapter
+    from registry.pulling.adapter import Adapter as Adapter
+    from registry.pulling.pull import lock_adapters as lock_adapters
+    from registry.pulling.pull import pull_adapter as pull_adapter
+    from registry.upkeep.cleanup import Garbage as Garbage
+    from registry.upkeep.cleanup import collect_garbage as collect_garbage
+    from registry.upkeep.diff import compare_adapters as compare_adapters
+    from registry.upkeep.mirroring import mirror as mirror
+    from registry.upkeep.verification import Verification as Verification
+    from registry.upkeep.verification import verify as verify
 
 _LAZY = {
-    "Adapter": "registry.adapter",
+    "Adapter": "registry.pulling.adapter",
     "FolderHub": "registry.hubs.folder",
-    "Garbage": "registry.cleanup",
+    "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
-    "HuggingFaceHub": "registry.hubs.remote",
-    "Manifest": "registry.manifest",
-    "Published": "registry.publish",
-    "PushToRegistryCallback": "registry.callback",
-    "Reference": "registry.references",
-    "Release": "registry.releases",
-    "Verification": "registry.verification",
-    "aliases": "registry.naming",
-    "check_push": "registry.push",
-    "collect_garbage": "registry.cleanup",
-    "compare_adapters": "registry.diff",
-    "list_adapters": "registry.listing",
-    "lock_adapters": "registry.pull",
-    "mirror": "registry.mirroring",
+    "HuggingFaceHub": "registry.hubs.huggingface",
+    "Manifest": "registry.formats.manifest",
+    "Published": "registry.publishing.publish",
+    "PushToRegistryCallback": "registry.publishing.callback",
+    "Reference": "registry.formats.references",
+    "Release": "registry.catalog.index",
+    "Verification": "registry.upkeep.verification",
+    "aliases": "registry.catalog.aliases",
+    "check_push": "registry.publishing.push",
+    "collect_garbage": "registry.upkeep.cleanup",
+    "compare_adapters": "registry.upkeep.diff",
+    "list_adapters": "registry.catalog.listing",
+    "lock_adapters": "registry.pulling.pull",
+    "mirror": "registry.upkeep.mirroring",
     "open_hub": "registry.hubs",
-    "pull_adapter": "registry.pull",
-    "push_adapter": "registry.push",
-    "remove_alias": "registry.naming",
-    "set_alias": "registry.naming",
-    "show": "registry.listing",
-    "unyank": "registry.withdrawal",
-    "verify": "registry.verification",
-    "versions": "registry.listing",
-    "yank": "registry.withdrawal",
+    "pull_adapter": "registry.pulling.pull",
+    "push_adapter": "registry.publishing.push",
+    "remove_alias": "registry.catalog.aliases",
+    "set_alias": "registry.catalog.aliases",
+    "show": "registry.catalog.listing",
+    "unyank": "registry.catalog.withdrawal",
+    "verify": "registry.upkeep.verification",
+    "versions": "registry.catalog.listing",
+    "yank": "registry.catalog.withdrawal",
 }
 
 __all__ = sorted(_LAZY)

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from registry.adapter import Adapter
-from registry.draft import make_release
-from registry.source import collect
+from registry.publishing.draft import make_release
+from registry.publishing.source import collect
+from registry.pulling.adapter import Adapter
 
 
 def adapted(base: Any, seed: int = 3, **lora: Any) -> PeftModel:

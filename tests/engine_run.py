@@ -21,11 +21,12 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_plugins import LoraCallback, attach, detach, engines, prepare_model
-from lora_plugins.adapters import has_adapters
+from lora_plugins import LoraCallback, attach, detach, prepare_model
+from lora_plugins.adapters.files import has_adapters
 from lora_plugins.errors import LoraPluginsError, PreparationWarning
-from lora_plugins.quantization import owner_of, parse_quantization
-from lora_plugins.sharding import is_sharded
+from lora_plugins.models.sharding import is_sharded
+from lora_plugins.quantization.request import owner_of, parse_quantization
+from lora_plugins.trainer import engines
 
 RANK = int(os.environ.get("RANK", "-1"))
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from registry.hubs.folder import FolderHub
+from registry.hubs.huggingface import HuggingFaceHub
 from registry.hubs.protocol import Hub
-from registry.hubs.remote import HuggingFaceHub
 from registry.testing import LoopbackHub
 
 KINDS = ("folder", "loopback")

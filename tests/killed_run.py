@@ -45,6 +45,6 @@ def at_open(name: str) -> None:
 if __name__ == "__main__":
     kind, _, value = sys.argv[1].partition(":")
     at_forward(int(value)) if kind == "forward" else at_open(value)
-    from lora_plugins.cli import main
+    from lora_plugins.commands.cli import main
 
     main(sys.argv[2:])

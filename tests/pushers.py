@@ -19,8 +19,8 @@ from typing import Any
 from huggingface_hub import constants
 from releases import release
 
-from registry import publish as publishing
 from registry.hubs import open_hub
+from registry.publishing import publish as publishing
 
 #: What changes something in a folder, as the interpreter reports it to audit hooks.
 _CHANGES = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod"})
@@ -29,7 +29,7 @@ _CHANGES = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove", "
 def context() -> ForkServerContext:
     """Where processes are started from."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["pushers", "huggingface_hub", "huggingface_hub.hf_api", "registry.hubs.huggingface"])
+    found.set_forkserver_preload(["pushers", "huggingface_hub", "huggingface_hub.hf_api", "registry.hubs.client"])
     return found
 
 

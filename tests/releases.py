@@ -11,11 +11,11 @@ import numpy
 from packaging.version import Version
 from safetensors.numpy import save
 
+from registry.formats.manifest import Manifest
+from registry.formats.records import Architecture, BaseRecord, FileRecord, TensorRecord
+from registry.formats.references import parse_version, version_text
 from registry.hubs.protocol import Hub
-from registry.manifest import Manifest
-from registry.publish import Draft, Published, publish
-from registry.records import Architecture, BaseRecord, FileRecord, TensorRecord
-from registry.references import parse_version, version_text
+from registry.publishing.publish import Draft, Published, publish
 
 NAME = "org/adapter"
 CREATED = "2026-01-31T12:00:00Z"

@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel
 
 from lora_plugins import prepare_model
-from lora_plugins.liveness import MovementWatch
-from lora_plugins.manager import PluginHost
-from lora_plugins.model import preparation_of
+from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.plugins.host import PluginHost
+from lora_plugins.trainer.liveness import MovementWatch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

@@ -29,9 +29,9 @@ from lora_plugins import (
     prepare_model,
     quantization_config,
 )
-from lora_plugins.builtin import quanto
-from lora_plugins.builtin.torchao import Int8Torchao
-from lora_plugins.counting import count_parameters, tensor_bytes
+from lora_plugins.adapters.report import make_report
+from lora_plugins.builtin.quantizers import quanto
+from lora_plugins.builtin.quantizers.torchao import Int8Torchao
 from lora_plugins.errors import (
     MergeError,
     NothingQuantized,
@@ -40,15 +40,15 @@ from lora_plugins.errors import (
     QuantizerSelfTestFailed,
     QuantizerUnavailable,
 )
-from lora_plugins.lora_layer import QuantizedLoraLinear
-from lora_plugins.quantization import (
+from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
+from lora_plugins.quantization.request import (
     check_usable,
     owner_of,
     parse_quantization,
     quantization_of,
     quantize_in_place,
 )
-from lora_plugins.report import make_report
 
 NEW = ("fp4", "int8-torchao", "float8-torchao", "int8-quanto", "int4-quanto", "int8-hqq", "int4-hqq")
 ALL = ("int8", "nf4", *NEW)

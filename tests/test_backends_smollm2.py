@@ -20,10 +20,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lora_plugins import LoraCallback, dequantize_model, prepare_model
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import DemoError, MergeError
-from lora_plugins.precision import fast_bfloat16
-from lora_plugins.quantization import owner_of
+from lora_plugins.quantization.precision import fast_bfloat16
+from lora_plugins.quantization.request import owner_of
 
 NAMES = (
     "int8",

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
-from lora_plugins.callbacks import detach
 from lora_plugins.errors import (
     AttachError,
     ModelReplaced,
@@ -24,6 +23,7 @@ from lora_plugins.errors import (
     PreparationError,
     TrainerNotFound,
 )
+from lora_plugins.trainer.callbacks import detach
 
 
 def optimizer_ids(trainer: Trainer) -> set[int]:
@@ -331,7 +331,7 @@ def test_int8_under_existing_adapters_keeps_them(tmp_path: Path) -> None:
 
 
 def test_merging_works_after_quantizing_under_adapters(tmp_path: Path) -> None:
-    from lora_plugins.lora_layer import QuantizedLoraLinear
+    from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 
     model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():

@@ -15,9 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lora_plugins import Int8PreparationCallback, LoraCallback
-from lora_plugins import chunked_loss as module
-from lora_plugins.chunked_loss import LazyLogits, chunked_loss
 from lora_plugins.errors import NonFiniteLoss
+from lora_plugins.trainer import chunked_loss as module
+from lora_plugins.trainer.chunked_loss import LazyLogits, chunked_loss
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lora_plugins
-from lora_plugins import cli
+from lora_plugins.commands import cli
 from lora_plugins.errors import LoraPluginsError, PluginWarning
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedPr
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         code = f"import sys; sys.path[:0] = {[str(PLUGINS / case) for case in cases]!r}; "
-        code += "from lora_plugins.cli import main; main()"
+        code += "from lora_plugins.commands.cli import main; main()"
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -51,7 +51,7 @@ def loaded_by(code: str, *arguments: str) -> list[str]:
     return loaded
 
 
-RUN = "from lora_plugins.cli import main; main()"
+RUN = "from lora_plugins.commands.cli import main; main()"
 
 
 @pytest.mark.parametrize(

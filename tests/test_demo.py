@@ -17,12 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_plugins import precision
-from lora_plugins.demo import dataset as data
-from lora_plugins.demo import model as demo_model
-from lora_plugins.demo.evaluation import answers, held_out_loss
-from lora_plugins.demo.reload import compare_in_new_process
+from lora_plugins.commands.demo import dataset as data
+from lora_plugins.commands.demo import model as demo_model
+from lora_plugins.commands.demo.evaluation import answers, held_out_loss
+from lora_plugins.commands.demo.reload import compare_in_new_process
 from lora_plugins.errors import DemoError
+from lora_plugins.quantization import precision
 
 LIBRARY = {
     "alpha.py": '''

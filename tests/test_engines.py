@@ -22,8 +22,9 @@ from launching import (
     launch,
 )
 
-from lora_plugins import attach, engines
+from lora_plugins import attach
 from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
+from lora_plugins.trainer import engines
 
 INT8 = {"quantization": "int8"}
 #: Backends whose layers FSDP2 would break as well: 4 bits with a state beside them, tensors of a class of their own.

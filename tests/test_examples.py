@@ -17,13 +17,13 @@ import tiny
 from torch import nn
 
 from lora_plugins import Architecture, plan
-from lora_plugins.cli import main
+from lora_plugins.commands.cli import main
+from lora_plugins.commands.scaffold import write_package
 from lora_plugins.errors import PluginError
-from lora_plugins.manager import BLOCK_VARIABLE, PluginHost
-from lora_plugins.scaffold import write_package
-from lora_plugins.targets import resolve_targets
+from lora_plugins.plugins.host import BLOCK_VARIABLE, PluginHost
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.targets.resolution import resolve_targets
 from lora_plugins.testing import check_architecture, check_quantizer
-from lora_plugins.types import Quantizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -197,7 +197,7 @@ from datasets import Dataset
 from ripple import RippleConfig, RippleForCausalLM
 from transformers import Trainer, TrainingArguments
 from lora_plugins import LoraCallback
-from lora_plugins.report import make_report
+from lora_plugins.adapters.report import make_report
 
 torch.manual_seed(0)
 rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})

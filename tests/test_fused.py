@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_plugins import LoraCallback, prepare_model
-from lora_plugins.fused import LoraBranch, draw_mask, fuse_adapters
+from lora_plugins.adapters.fused import LoraBranch, draw_mask, fuse_adapters
 
 SHAPE = (3, 5, 16)
 

@@ -10,9 +10,9 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from lora_plugins.builtin import int8_layer
-from lora_plugins.builtin.bitsandbytes import Int8
-from lora_plugins.builtin.int8_layer import Int8Linear, dequantized, quantized
+from lora_plugins.builtin.quantizers import int8_layer
+from lora_plugins.builtin.quantizers.bitsandbytes import Int8
+from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, dequantized, quantized
 
 
 def layers(dtype: torch.dtype, *, bias: bool = True) -> tuple[Any, Any]:

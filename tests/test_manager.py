@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import typer
 
-from lora_plugins import manager
 from lora_plugins.errors import (
     ArchitectureConflict,
     BrokenBuiltin,
@@ -19,7 +18,8 @@ from lora_plugins.errors import (
     QuantizerConflict,
     UnknownQuantizer,
 )
-from lora_plugins.manager import PluginHost, PluginInfo
+from lora_plugins.plugins import host as manager
+from lora_plugins.plugins.host import PluginHost, PluginInfo
 
 PLUGINS = Path(__file__).parent / "plugins"
 

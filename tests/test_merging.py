@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from lora_plugins import merging, prepare_model
+from lora_plugins import prepare_model
+from lora_plugins.adapters import merging
+from lora_plugins.adapters.merging import RECIPE_FILE, merge_and_save, unquantized_layers
+from lora_plugins.adapters.probe import compare_logits
 from lora_plugins.errors import AdapterMismatch, MergeError
-from lora_plugins.merging import RECIPE_FILE, merge_and_save, unquantized_layers
-from lora_plugins.probe import compare_logits
 
 WORDS = 320
 
@@ -274,7 +275,7 @@ def test_peak_is_near_one_copy(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.usefixtures("one_thread_loads")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "same"])
 def test_peak_of_a_real_model_is_near_one_copy(tmp_path: Path, dtype: str) -> None:
-    from lora_plugins.demo.model import demo_model
+    from lora_plugins.commands.demo.model import demo_model
     from lora_plugins.errors import DemoError
 
     try:
@@ -405,7 +406,7 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
 
 
 def test_command_prints_the_distance_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_plugins.cli import program
+    from lora_plugins.commands.cli import program
 
     adapter, _ = make(tmp_path, bloom())
     for words in ([], ["--overwrite", "--json"]):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_plugins import prepare_model
-from lora_plugins.counting import count_parameters
+from lora_plugins.quantization.counting import count_parameters
 
 
 def bloom(hidden: int, layers: int, heads: int) -> PreTrainedConfig:

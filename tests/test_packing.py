@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_plugins.errors import DataError
-from lora_plugins.packing import keep_apart, pack, token_offsets
+from lora_plugins.recipe.packing import keep_apart, pack, token_offsets
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
 

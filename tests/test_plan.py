@@ -25,16 +25,16 @@ from transformers import (
 )
 
 from lora_plugins import plan, prepare_model
-from lora_plugins.cli import main
-from lora_plugins.counting import count_parameters, tensor_bytes
+from lora_plugins.commands.cli import main
 from lora_plugins.errors import PlanError, UnevenCoverage, UnmatchedTargets
-from lora_plugins.manager import plugin_host
 from lora_plugins.planning.advice import Scenario, nearest_change
 from lora_plugins.planning.layers import weight_bytes
-from lora_plugins.planning.memory import Memory, Parts, parse_memory, per_device, show_bytes
 from lora_plugins.planning.optimizer import RULES, optimizer_bytes
-from lora_plugins.quantization import Quantization, parse_quantization
-from lora_plugins.types import Quantizer
+from lora_plugins.planning.sharing import Memory, Parts, parse_memory, per_device, show_bytes
+from lora_plugins.plugins.host import plugin_host
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+from lora_plugins.quantization.request import Quantization, parse_quantization
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -185,7 +185,7 @@ def test_live_model_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("backend", ["int8", "nf4"])
 def test_model_that_arrives_quantized_or_prepared(backend: str) -> None:
-    from lora_plugins.quantization import quantize_in_place
+    from lora_plugins.quantization.request import quantize_in_place
 
     fresh = plan(tiny.llama(), quantization=backend, compute_dtype="float32", length=8)
     model = tiny.llama()
@@ -494,11 +494,11 @@ def test_shortened_stack_stands_for_the_whole(config: PreTrainedConfig, checkpoi
 
 def check_shortened(config: Any, checkpointing: bool) -> None:
     """The activations of a model with blocks taken out must be those of the whole one."""
+    from lora_plugins.adapters.settings import LoraSettings
     from lora_plugins.planning.source import meta_model
     from lora_plugins.planning.step import removable_blocks
     from lora_plugins.planning.variants import Workbench
-    from lora_plugins.settings import LoraSettings
-    from lora_plugins.targets import resolve_targets
+    from lora_plugins.targets.resolution import resolve_targets
 
     model = meta_model(config)
     bench = Workbench(model, LoraSettings.from_arguments(), resolve_targets(model), torch.device("cpu"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import DemoError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

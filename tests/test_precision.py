@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
-from lora_plugins import LoraCallback, plan, precision, prepare_model
-from lora_plugins.quantization import owner_of
-from lora_plugins.report import make_report
+from lora_plugins import LoraCallback, plan, prepare_model
+from lora_plugins.adapters.report import make_report
+from lora_plugins.quantization import precision
+from lora_plugins.quantization.request import owner_of
 
 NOTE = "many times slower than float32"
 

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lora_plugins import Quantizer, prepare_model, quantization_config
-from lora_plugins.counting import count_parameters, tensor_bytes
 from lora_plugins.errors import (
     NothingQuantized,
     QuantizationError,
@@ -26,7 +25,8 @@ from lora_plugins.errors import (
     UnknownQuantizer,
     UnsupportedInitialization,
 )
-from lora_plugins.quantization import check_usable, parse_quantization, quantize_in_place, tag_quantized
+from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+from lora_plugins.quantization.request import check_usable, parse_quantization, quantize_in_place, tag_quantized
 
 CPU = torch.device("cpu")
 

@@ -33,9 +33,9 @@ from registry import (
     versions,
     yank,
 )
-from registry.cache import VARIABLE
 from registry.errors import BaseUnknown, RegistryError, StaleWarning, YankedWarning
 from registry.hubs import VARIABLE as HUB_VARIABLE
+from registry.pulling.cache import VARIABLE
 from registry.testing import LoopbackHub
 
 NAME = "org/adapter"
@@ -45,7 +45,7 @@ BASE = "org/base@" + "b" * 40
 @pytest.fixture(autouse=True)
 def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("registry.publish.PATIENCE", 0.2)
+    monkeypatch.setattr("registry.publishing.publish.PATIENCE", 0.2)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

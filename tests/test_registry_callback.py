@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lora_plugins import LoraCallback
 from registry import pull_adapter, versions
-from registry.callback import UNPUBLISHED, PushToRegistryCallback
 from registry.errors import BadAdapter, BaseUnknown, ReferenceInvalid, VersionExists
 from registry.hubs.folder import FolderHub
+from registry.publishing.callback import UNPUBLISHED, PushToRegistryCallback
 
 
 @pytest.fixture(autouse=True)

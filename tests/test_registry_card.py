@@ -10,7 +10,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from registry.card import loss_curve, model_card
+from registry.publishing.card import loss_curve, model_card
 
 HOSTILE = [
     'x"\nlicense: mit',

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from adapters import saved
 
-from lora_plugins.cli import main, program
-from lora_plugins.manager import plugin_host
+from lora_plugins.commands.cli import main, program
+from lora_plugins.plugins.host import plugin_host
 from registry.errors import RegistryError
 from registry.testing import LoopbackHub
 
@@ -66,7 +66,7 @@ def test_they_start_without_anything_heavy(arguments: tuple[str, ...], folders: 
     heavy = ("torch", "transformers", "peft", "huggingface_hub", "matplotlib", "numpy")
     code = (
         f"import atexit, sys; atexit.register(lambda: print([n for n in {heavy} if n in sys.modules]));"
-        "from lora_plugins.cli import main; main()"
+        "from lora_plugins.commands.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_text_from_outside_cannot_move_the_cursor(folders: list[Path]) -> None:
 def test_the_same_on_a_hub(folders: list[Path], loopback_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_REGISTRY", loopback_hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
-    monkeypatch.setattr("registry.hubs.huggingface.configured_endpoint", lambda: loopback_hub.endpoint)
+    monkeypatch.setattr("registry.hubs.client.configured_endpoint", lambda: loopback_hub.endpoint)
     base = f"org/base@{'b' * 40}"
     pushed = answer("push", folders[0], "org/name", "--version", "1.0.0", "--base-model", base, "--private")
     assert loopback_hub.repo("org/name").private

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForC
 from twin import make_tokenizer
 
 from lora_plugins import prepare_model
-from lora_plugins.adapters import adapter_shapes
-from registry.adapter import Adapter
+from lora_plugins.adapters.files import adapter_shapes
 from registry.errors import BaseMismatch, BaseUnknown, IdentityWarning
-from registry.hubs.remote import HuggingFaceHub
-from registry.records import BaseRecord
+from registry.formats.records import BaseRecord
+from registry.hubs.huggingface import HuggingFaceHub
+from registry.pulling.adapter import Adapter
 from registry.testing import LoopbackHub
 
 IDS = torch.arange(1, 9)[None]

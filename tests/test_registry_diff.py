@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from registry.adapter import Adapter
-from registry.diff import compare_adapters
+from registry.pulling.adapter import Adapter
+from registry.upkeep.diff import compare_adapters
 
 
 def mixtral() -> MixtralForCausalLM:

@@ -18,8 +18,9 @@ from hubs import KINDS, FolderPlace, LoopbackPlace, Place
 from releases import MODULE, NAME, contents, draft, folder_of, release
 from safetensors.numpy import save
 
-from registry.cache import VARIABLE, Cache
-from registry.cleanup import collect_garbage
+from registry.catalog.aliases import aliases, remove_alias, set_alias
+from registry.catalog.listing import list_adapters, show, versions
+from registry.catalog.withdrawal import unyank, yank
 from registry.errors import (
     AliasMoved,
     AliasNotFound,
@@ -44,21 +45,20 @@ from registry.errors import (
     VersionNotFound,
     YankedWarning,
 )
-from registry.fetch import Fetched
+from registry.formats.manifest import MANIFEST_FILE
+from registry.formats.records import FileRecord
+from registry.formats.references import parse_version
 from registry.hubs.folder import FolderHub
 from registry.hubs.protocol import MAIN
-from registry.listing import list_adapters, show, versions
-from registry.lock import LOCK_FILE, Lock
-from registry.manifest import MANIFEST_FILE
-from registry.mirroring import mirror
-from registry.naming import aliases, remove_alias, set_alias
-from registry.publish import publish
-from registry.pull import fetch_adapter, lock_adapters
-from registry.records import FileRecord
-from registry.references import parse_version
+from registry.publishing.publish import publish
+from registry.pulling.cache import VARIABLE, Cache
+from registry.pulling.fetch import Fetched
+from registry.pulling.lockfile import LOCK_FILE, Lock
+from registry.pulling.pull import fetch_adapter, lock_adapters
 from registry.testing import LoopbackHub
-from registry.verification import verify
-from registry.withdrawal import unyank, yank
+from registry.upkeep.cleanup import collect_garbage
+from registry.upkeep.mirroring import mirror
+from registry.upkeep.verification import verify
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("registry.publish.PATIENCE", 0.2)
+    monkeypatch.setattr("registry.publishing.publish.PATIENCE", 0.2)
     # Waiting for the disk is for power failures, which these tests don't have.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from registry.hubs.client import Repositories, Secret
 from registry.hubs.deadline import Deadline, call_within
 from registry.hubs.failures import HubFailed, cleaner
-from registry.hubs.huggingface import Repositories, Secret
 from registry.hubs.redirects import RefusedRedirect, next_url, same_origin
 from registry.testing import LoopbackHub
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hubs import KINDS, FolderPlace, LoopbackPlace, Place
 
+from registry.disk import mutex as folder_lock
 from registry.errors import (
     CommitNotFound,
     FileMissing,
@@ -24,10 +25,10 @@ from registry.errors import (
     ReferenceInvalid,
     RepositoryNotFound,
 )
-from registry.hubs import VARIABLE, folder_lock, open_hub
+from registry.hubs import VARIABLE, open_hub
 from registry.hubs.folder import FolderHub
+from registry.hubs.huggingface import HuggingFaceHub
 from registry.hubs.protocol import Conflict, Hub, Refs, TagExists
-from registry.hubs.remote import HuggingFaceHub
 from registry.testing import LoopbackHub
 
 NAME = "org/adapter"

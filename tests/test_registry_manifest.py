@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import registry
 from registry.errors import ManifestInvalid, UnsafeFile
-from registry.manifest import MAX_MANIFEST, Manifest
-from registry.paths import allowed, check_path
-from registry.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
+from registry.formats.manifest import MAX_MANIFEST, Manifest
+from registry.formats.paths import allowed, check_path
+from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 
 SCHEMA = json.loads(Path(registry.__file__).with_name("adapter_manifest.schema.json").read_text())
 SHA = hashlib.sha256(b"").hexdigest()

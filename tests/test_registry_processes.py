@@ -14,15 +14,15 @@ from hubs import FolderPlace, LoopbackPlace, Place
 from pushers import context, finished
 from releases import CREATED, NAME, draft, folder_of, release
 
-from registry.cache import VARIABLE
+from registry.catalog.listing import versions
 from registry.errors import RepositoryNotFound, VersionExists, VersionNotFound
 from registry.hubs.protocol import MAIN
-from registry.listing import versions
-from registry.lock import Lock
-from registry.publish import manifest_at
-from registry.pull import fetch_adapter
+from registry.publishing.publish import manifest_at
+from registry.pulling.cache import VARIABLE
+from registry.pulling.lockfile import Lock
+from registry.pulling.pull import fetch_adapter
 from registry.testing import LoopbackHub
-from registry.verification import verify
+from registry.upkeep.verification import verify
 
 #: What is published before, and what the process that is killed publishes.
 SCENARIOS = {
@@ -35,7 +35,7 @@ SCENARIOS = {
 @pytest.fixture(autouse=True)
 def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("registry.publish.PATIENCE", 0.2)
+    monkeypatch.setattr("registry.publishing.publish.PATIENCE", 0.2)
     # Waiting for the disk is for power failures; what a killed process has written, the others see.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

@@ -12,10 +12,10 @@ from hubs import KINDS, FolderPlace, LoopbackPlace, Place
 from packaging.version import Version
 from releases import NAME, draft, release
 
-from registry import publish as publishing
 from registry.errors import HubRefused, HubUnavailable, VersionExists
 from registry.hubs.protocol import MAIN
-from registry.publish import Draft, manifest_at, publish
+from registry.publishing import publish as publishing
+from registry.publishing.publish import Draft, manifest_at, publish
 from registry.testing import LoopbackHub
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from registry.errors import ReferenceInvalid
-from registry.references import (
+from registry.formats.references import (
     Reference,
     bumped,
     check_alias,

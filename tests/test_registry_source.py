@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from twin import make_tokenizer
 
 from lora_plugins import LoraCallback
-from registry.draft import make_release
 from registry.errors import BadAdapter, BaseUnknown, RegistryError, TooLarge, UnsafeFile
-from registry.manifest import Manifest
-from registry.source import collect
+from registry.formats.manifest import Manifest
+from registry.publishing.draft import make_release
+from registry.publishing.source import collect
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -147,7 +147,7 @@ def test_the_tokenizer_is_published_with_a_changed_vocabulary(tmp_path: Path) ->
 
 
 def test_the_hash_of_a_tokenizer_is_the_same_in_memory_and_in_a_file(tmp_path: Path) -> None:
-    from registry.tokenizers import hash_of_file, hash_of_tokenizer
+    from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
 
     tokenizer = make_tokenizer()
     before = hash_of_tokenizer(tokenizer)
@@ -248,7 +248,7 @@ def test_a_rank_that_is_not_the_configured_one_is_refused(folder: Path, tmp_path
 def test_large_tensors_that_are_not_the_adapters_have_to_be_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.source.LARGE", 10_000)
+    monkeypatch.setattr("registry.publishing.source.LARGE", 10_000)
     model = adapted(tiny.llama(), modules_to_save=["lm_head"])
     with pytest.raises(TooLarge, match=r"lm_head\.weight \(0\.0 MB\).*allow=\['lm_head'\]"):
         collected(model, base_model="org/base")
@@ -366,7 +366,7 @@ def test_a_malformed_configuration_is_refused(folder: Path, tmp_path: Path, cont
     ],
 )
 def test_expressions_that_people_use_are_taken(pattern: str) -> None:
-    from registry.patterns import is_cheap
+    from registry.formats.patterns import is_cheap
 
     assert is_cheap(pattern)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
 from registry.errors import BadAdapter, UnsafeFile
-from registry.weights import MAX_HEADER, check_values, read_file_header, read_header
+from registry.formats.weights import MAX_HEADER, check_values, read_file_header, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -170,7 +170,7 @@ def test_zeros_and_denormals_are_told(tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_one_chunk_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.weights._CHUNK", 64)
+    monkeypatch.setattr("registry.formats.weights._CHUNK", 64)
     tensor = torch.zeros(1000)
     tensor[999] = 1
     assert values(tmp_path, a=tensor, b=torch.zeros(1000)) == {"b"}

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_plugins import merging, prepare_model
-from lora_plugins.adapters import adapter_state, copy_adapter
+from lora_plugins import prepare_model
+from lora_plugins.adapters import merging
+from lora_plugins.adapters.files import adapter_state, copy_adapter
+from lora_plugins.adapters.reloading import renamed_on_loading
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
-from lora_plugins.reloading import renamed_on_loading
 from registry import pull_adapter, push_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, ParameterReportCallback, prepare_model
-from lora_plugins.report import ParameterReport, make_report
+from lora_plugins.adapters.report import ParameterReport, make_report
 
 
 def reported(trainer: Any) -> ParameterReport:

@@ -20,9 +20,9 @@ import twin
 from transformers import AutoModelForCausalLM
 
 from lora_plugins import prepare_model
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import DemoError
-from lora_plugins.training.parser import parse
+from lora_plugins.recipe.parser import parse
 from registry import push_adapter
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "sagemaker"

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_plugins import prepare_model
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import DemoError
-from lora_plugins.precision import loading_dtype
+from lora_plugins.quantization.precision import loading_dtype
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import (
 
 from lora_plugins import Architecture, prepare_model
 from lora_plugins.errors import NoTargets, TargetError, TargetWarning, UnevenCoverage, UnknownScope, UnmatchedTargets
-from lora_plugins.targets import resolve_targets, task_heads, task_type
+from lora_plugins.targets.resolution import resolve_targets, task_heads, task_type
 
 LLAMA_LIST = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -170,7 +170,7 @@ def test_model_without_linears_is_refused() -> None:
 
 
 def test_registered_architecture_wins_over_the_structure() -> None:
-    from lora_plugins.manager import PluginHost, PluginInfo
+    from lora_plugins.plugins.host import PluginHost, PluginInfo
 
     host = PluginHost()
     info = PluginInfo("test", "somebody", "1", builtin=False)
@@ -228,6 +228,6 @@ def test_dropout_stays_where_peft_allows_it() -> None:
     assert len(wrappers) == 4
     assert all(m.lora_dropout["default"].p == 0.1 for m in linears)
     assert all(isinstance(m.lora_dropout["default"], nn.Identity) for m in wrappers)
-    from lora_plugins.report import make_report
+    from lora_plugins.adapters.report import make_report
 
     assert any("none on the expert parameters" in note for note in make_report(model).notes)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_plugins import Architecture, prepare_model
+from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.errors import ForbiddenTargets, NoTargets, TargetWarning, UnmatchedTargets
-from lora_plugins.manager import PluginHost, PluginInfo
-from lora_plugins.model import preparation_of
-from lora_plugins.peft_names import shortest_names
-from lora_plugins.structure import Structure, matches
-from lora_plugins.targets import resolve_targets
+from lora_plugins.models.structure import Structure, matches
+from lora_plugins.plugins.host import PluginHost, PluginInfo
+from lora_plugins.targets.peft_names import shortest_names
+from lora_plugins.targets.resolution import resolve_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 

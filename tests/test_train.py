@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_plugins import prepare_model
-from lora_plugins.cli import main
+from lora_plugins.commands.cli import main
 from lora_plugins.errors import ArgumentsError, ResumeError
-from lora_plugins.training.checkpoints import find_checkpoints
-from lora_plugins.training.run import run
+from lora_plugins.recipe.resume import find_checkpoints
+from lora_plugins.recipe.run import run
 from registry import pull_adapter
 from registry.errors import VersionExists
 
@@ -297,7 +297,7 @@ def test_interruption_writes_one_checkpoint_at_once(
 # One Ctrl-C arrives twice under torchrun; a second one, later, is meant.
 TWICE = """
 import os, signal, time
-from lora_plugins.training.interruption import Interruption
+from lora_plugins.recipe.interruption import Interruption
 with Interruption(grace=0.5).listening():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lora_plugins.errors import ArgumentsError, LoraPluginsError
-from lora_plugins.training.arguments import RecipeArguments
-from lora_plugins.training.parser import FORMER_NAMES, flag_names, make_parser, parse
-from lora_plugins.training.prepare import check_lora, completion_only, lora_arguments, packs
-from lora_plugins.training.publishing import Publication
+from lora_plugins.recipe.arguments import RecipeArguments
+from lora_plugins.recipe.parser import FORMER_NAMES, flag_names, make_parser, parse
+from lora_plugins.recipe.prepare import check_lora, completion_only, lora_arguments, packs
+from lora_plugins.recipe.publishing import Publication
 
 NEEDED = ["--model", "m", "--dataset", "d"]
 
@@ -39,7 +39,7 @@ def test_defaults_are_the_recipe() -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_follows_the_hardware_until_told(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe compared the capability with 8, which switches bf16 off on everything newer."""
-    monkeypatch.setattr("lora_plugins.precision.fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr("lora_plugins.quantization.precision.fast_bfloat16", lambda device: fast)
     assert parse(NEEDED)[1].bf16 is fast
     assert parse([*NEEDED, "--bf16", "False"])[1].bf16 is False
     assert parse([*NEEDED, "--bf16", "--use_cpu"])[1].bf16 is True
@@ -238,7 +238,7 @@ def test_push_is_checked_before_anything_is_trained(reference: str) -> None:
 
 def test_help_loads_no_torch() -> None:
     code = (
-        "import sys\nfrom lora_plugins.cli import main\n"
+        "import sys\nfrom lora_plugins.commands.cli import main\n"
         "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules\n"
     )

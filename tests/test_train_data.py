@@ -13,11 +13,11 @@ from datasets import Dataset, DatasetDict
 from tokenizers import pre_tokenizers, trainers
 
 from lora_plugins.errors import ArgumentsError, DataError, TemplateError
-from lora_plugins.training.arguments import TEMPLATE
-from lora_plugins.training.data import load_examples, load_splits
-from lora_plugins.training.parser import parse
-from lora_plugins.training.prepare import collator, prepare_data
-from lora_plugins.training.templates import encode, make_template
+from lora_plugins.recipe.arguments import TEMPLATE
+from lora_plugins.recipe.data import load_examples, load_splits
+from lora_plugins.recipe.parser import parse
+from lora_plugins.recipe.prepare import collator, prepare_data
+from lora_plugins.recipe.templates import encode, make_template
 
 ROWS = twin.dialogues(6)
 COLUMNS = ["id", "dialogue", "summary"]

@@ -9,7 +9,7 @@ import torch
 import twin
 from safetensors.torch import load_file
 
-from lora_plugins.cli import main
+from lora_plugins.commands.cli import main
 from registry import pull_adapter, versions
 
 

@@ -15,7 +15,7 @@ import twin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_plugins import prepare_model
-from lora_plugins.demo.model import demo_model
+from lora_plugins.commands.demo.model import demo_model
 from lora_plugins.errors import DemoError
 
 pytestmark = pytest.mark.slow

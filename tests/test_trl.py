@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
-from lora_plugins.callbacks import detach
+from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import FrozenHead, UnsupportedTraining
-from lora_plugins.report import make_report
+from lora_plugins.trainer.callbacks import detach
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 

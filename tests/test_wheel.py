@@ -89,7 +89,7 @@ def test_the_wheels_metadata(wheel: Path) -> None:
         assert name.replace("METADATA", "licenses/LICENSE") in archive.namelist()
     assert metadata["Name"] == "lora-plugins"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "lora-plugins = lora_plugins.cli:main" in entry_points
+    assert "lora-plugins = lora_plugins.commands.cli:main" in entry_points
     assert (
         metadata.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     )

@@ -20,8 +20,8 @@ from typing import Any
 import small_models
 
 from lora_plugins.errors import TargetError, TargetWarning
-from lora_plugins.manager import PluginHost
-from lora_plugins.targets import TargetPlan, resolve_targets
+from lora_plugins.plugins.host import PluginHost
+from lora_plugins.targets.resolution import TargetPlan, resolve_targets
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = ROOT / "docs" / "architecture-coverage.json"

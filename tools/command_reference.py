@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.cli import app
-from lora_plugins.manager import DISTRIBUTION, PluginHost
+from lora_plugins.commands.cli import app
+from lora_plugins.plugins.host import DISTRIBUTION, PluginHost
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 

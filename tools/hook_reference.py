@@ -6,7 +6,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from lora_plugins import hookspecs
+from lora_plugins.plugins import hookspecs
 
 PAGE = Path(__file__).parent.parent / "docs" / "hooks.md"
 

@@ -1,1 +1,1 @@
-"""The plugins that lora-plugins ships. They use the public names only, as a third party would."""
+"""Built-in plugins. They use the public names of `lora_plugins` only."""

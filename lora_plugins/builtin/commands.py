@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    from lora_plugins.commands.demo import demo
+    from lora_plugins.commands.demo.command import demo
     from lora_plugins.commands.merge import merge
     from lora_plugins.commands.new_plugin import new_plugin
     from lora_plugins.commands.plan import plan

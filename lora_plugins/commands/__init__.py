@@ -1,1 +1,1 @@
-"""The commands of ``lora-plugins``, one module each."""
+"""The command line."""

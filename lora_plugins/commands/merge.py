@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.calm import calm
+from lora_plugins.commands.calm import calm
 
 
 class Dtype(str, Enum):
@@ -39,8 +39,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a model that plain transformers loads."""
     calm()
-    from lora_plugins.merging import AS_TRAINED, merge_and_save
-    from lora_plugins.probe import PROBE_TEXT
+    from lora_plugins.adapters.merging import AS_TRAINED, merge_and_save
+    from lora_plugins.adapters.probe import PROBE_TEXT
 
     result = merge_and_save(
         adapter,

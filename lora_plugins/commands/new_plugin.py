@@ -21,7 +21,7 @@ def new_plugin(
     ] = None,
 ) -> None:
     """Write a plugin package for an architecture, with a test that passes."""
-    from lora_plugins.scaffold import write_package
+    from lora_plugins.commands.scaffold import write_package
 
     made = write_package(name, folder, tuple(targets or ("q_proj", "v_proj")))
     typer.echo(f"{made} is ready. Try it:\n\n    cd {made}\n    pip install -e .\n    pytest\n    lora-plugins plugins")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_plugins.calm import calm
+from lora_plugins.commands.calm import calm
 
 
 def plan(
@@ -88,7 +88,7 @@ def _targets(names: list[str] | None) -> dict[str, Any]:
     """One name that is a scope or a pattern stays a string, as in the Python interface; others are a list."""
     if not names:
         return {}
-    from lora_plugins.resolver import SCOPES
+    from lora_plugins.targets.resolver import SCOPES
 
     scope_or_pattern = len(names) == 1 and (names[0] in SCOPES or not names[0].replace(".", "").isidentifier())
     return {"target_modules": names[0] if scope_or_pattern else names}

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_plugins.manager import BLOCK_VARIABLE, PluginHost, PluginInfo, plugin_host
-from lora_plugins.packages import installed_versions, missing_requirements
+from lora_plugins.plugins.host import BLOCK_VARIABLE, PluginHost, PluginInfo, plugin_host
+from lora_plugins.plugins.packages import installed_versions, missing_requirements
 
 #: How many names of one kind are written out before the rest is only counted.
 SHOWN = 4

@@ -1,1 +1,1 @@
-"""What a run would take, before anything is spent: `plan` and what it is made of."""
+"""What a run would train, weigh and need, without loading weights."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins.quantization import base_of
+from lora_plugins.quantization.request import base_of
 
 if TYPE_CHECKING:
     import torch

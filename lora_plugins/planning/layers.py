@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_plugins.counting import tensor_bytes
-from lora_plugins.engines import keeps_copy
-from lora_plugins.quantization import Quantization, as_linear, why_unavailable
-from lora_plugins.types import Quantizer
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.counting import tensor_bytes
+from lora_plugins.quantization.request import Quantization, as_linear, why_unavailable
+from lora_plugins.trainer.engines import keeps_copy
 
 #: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
 _SAMPLE_ROWS = (128, 256)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.planning.advice import Scenario, nearest_change
-from lora_plugins.planning.memory import USABLE, fits, parse_memory, per_device, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Memory, Plan, Row
-from lora_plugins.quantization import Quantization, base_of, why_unavailable
+from lora_plugins.planning.sharing import USABLE, fits, parse_memory, per_device, present_memory
+from lora_plugins.quantization.request import Quantization, base_of, why_unavailable
 
 if TYPE_CHECKING:
     import peft
     import torch
 
+    from lora_plugins.adapters.report import TargetRow
     from lora_plugins.planning.variants import Workbench
-    from lora_plugins.report import TargetRow
-    from lora_plugins.types import Quantizer
+    from lora_plugins.plugins.types import Quantizer
 
 #: Backends that come before others of the same size, in the tables and as advice.
 _FIRST = ("int8", "nf4")
@@ -90,7 +90,7 @@ def plan(
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
-    from lora_plugins.settings import LoraSettings
+    from lora_plugins.adapters.settings import LoraSettings
 
     settings = LoraSettings.from_arguments(
         quantization=quantization,
@@ -137,7 +137,7 @@ def _workbench(
 
     from lora_plugins.planning.source import meta_model
     from lora_plugins.planning.variants import Workbench
-    from lora_plugins.targets import resolve_targets
+    from lora_plugins.targets.resolution import resolve_targets
 
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
@@ -233,7 +233,7 @@ class _Planner:
 
     def _backends(self) -> dict[str, Quantization]:
         """Every backend by name, the one that was asked for with its options; those with more bits first."""
-        from lora_plugins.manager import plugin_host
+        from lora_plugins.plugins.host import plugin_host
 
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
@@ -318,7 +318,7 @@ class _Planner:
     # -- the hit table -------------------------------------------------------------------------
 
     def _targets(self) -> list[TargetRow]:
-        from lora_plugins.report import rows_of_adapters, rows_of_hits
+        from lora_plugins.adapters.report import rows_of_adapters, rows_of_hits
 
         if self.bench.targets is None:
             return rows_of_adapters(self.bench.base)

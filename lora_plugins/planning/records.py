@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from lora_plugins.report import TargetRow
+    from lora_plugins.adapters.report import TargetRow
 
 
 @dataclass(frozen=True)

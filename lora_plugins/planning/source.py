@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.errors import PlanError
-from lora_plugins.quantization import owner_of
+from lora_plugins.quantization.request import owner_of
 
 if TYPE_CHECKING:
     import torch

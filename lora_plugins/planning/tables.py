@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins.planning.memory import show_bytes
+from lora_plugins.planning.sharing import show_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

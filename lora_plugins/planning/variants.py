@@ -9,26 +9,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import adapters
-from lora_plugins.counting import ParameterCount, count_parameters, tensor_bytes
-from lora_plugins.model import preparation_of
+from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.models.structure import Structure
 from lora_plugins.planning.file_size import file_bytes
 from lora_plugins.planning.inputs import make_batch
 from lora_plugins.planning.layers import PlannedLinear, keeps_input, parameter_bytes, planned, stored_bytes
-from lora_plugins.planning.memory import Parts, Sizes
 from lora_plugins.planning.records import Memory
+from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
-from lora_plugins.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
-from lora_plugins.quantization import Quantization, base_of, layers_to_quantize, module_places, with_compute_dtype
-from lora_plugins.structure import Structure
+from lora_plugins.quantization.counting import ParameterCount, count_parameters, tensor_bytes
+from lora_plugins.quantization.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
+from lora_plugins.quantization.request import (
+    Quantization,
+    base_of,
+    layers_to_quantize,
+    module_places,
+    with_compute_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_plugins.settings import LoraSettings
-    from lora_plugins.targets import TargetPlan
+    from lora_plugins.adapters.settings import LoraSettings
+    from lora_plugins.targets.resolution import TargetPlan
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ class Workbench:
         model, removed = self._step_model(quantization, short)
         if not _set_checkpointing(model, checkpointing):
             return None
-        from lora_plugins.chunked_loss import chunked_loss
+        from lora_plugins.trainer.chunked_loss import chunked_loss
 
         with chunked_loss(model) if self.chunked else contextlib.nullcontext():
             return activation_bytes(model, make_batch(model, batch_size, length), removed)
@@ -278,7 +284,7 @@ class Workbench:
         """Do on the meta device what `prepare_model` does."""
         import torch
 
-        from lora_plugins.fused import fuse_adapters
+        from lora_plugins.adapters.fused import fuse_adapters
 
         base: Any = base_of(model)
         if self.targets is not None:

@@ -1,1 +1,1 @@
-"""The registry's commands of ``lora-plugins``. Each module loads what is heavy only when a command runs."""
+"""The commands of the registry."""

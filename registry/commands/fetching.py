@@ -36,7 +36,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Get a release, check every byte of it, and print the folder it is in."""
-    from registry.pull import pull_adapter
+    from registry.pulling.pull import pull_adapter
 
     with progress() as advance:
         adapter = pull_adapter(
@@ -65,7 +65,7 @@ def lock(
     as_json: Json = False,
 ) -> None:
     """Write the versions that references mean now to a lock file."""
-    from registry.pull import lock_adapters
+    from registry.pulling.pull import lock_adapters
 
     with waiting("Locking …"):
         entries = lock_adapters(references or (), hub=hub, lock=lock_file or True, cache_dir=cache_dir)
@@ -83,7 +83,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Download a release and compare every byte with its manifest, the lock and what was pulled before."""
-    from registry.verification import verify as look
+    from registry.upkeep.verification import verify as look
 
     with waiting(f"Checking {visible(reference)} …"):
         found = look(reference, hub=hub, cache_dir=cache_dir)
@@ -106,7 +106,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Find what no version, alias or pull leads to any more, in a folder registry and in the cache."""
-    from registry.cleanup import collect_garbage
+    from registry.upkeep.cleanup import collect_garbage
 
     with waiting("Looking …"):
         found = collect_garbage(hub, dry_run=not delete, cache_dir=cache_dir)

@@ -21,8 +21,8 @@ from registry.commands.terminal import (
 )
 
 if TYPE_CHECKING:
-    from registry.diff import Difference
-    from registry.manifest import Manifest
+    from registry.formats.manifest import Manifest
+    from registry.upkeep.diff import Difference
 
 __all__ = ["diff", "show", "versions"]
 
@@ -33,7 +33,7 @@ def versions(
     as_json: Json = False,
 ) -> None:
     """List the versions of an adapter, oldest first."""
-    from registry.listing import versions as releases
+    from registry.catalog.listing import versions as releases
 
     with waiting(f"Reading {visible(name)} …"):
         found = releases(name, hub=hub)
@@ -60,7 +60,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what the manifest of a release says."""
-    from registry.listing import show as described
+    from registry.catalog.listing import show as described
 
     with waiting(f"Reading {visible(reference)} …"):
         found = described(reference, hub=hub)
@@ -107,8 +107,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two releases: configuration, metrics, and how far each layer's weight moved."""
-    from registry.diff import compare_adapters
-    from registry.pull import pull_adapter
+    from registry.pulling.pull import pull_adapter
+    from registry.upkeep.diff import compare_adapters
 
     with progress() as advance:
         one, two = (pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after))

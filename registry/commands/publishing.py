@@ -30,7 +30,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish an adapter as a version that never changes again."""
-    from registry.push import push_adapter
+    from registry.publishing.push import push_adapter
 
     with waiting(f"Checking and publishing {visible(source)} …"):
         done = push_adapter(
@@ -73,8 +73,8 @@ def yank(
     as_json: Json = False,
 ) -> None:
     """Withdraw a version: ranges no longer pick it, exact pins and locks still do, with a warning."""
-    from registry.withdrawal import unyank
-    from registry.withdrawal import yank as withdraw
+    from registry.catalog.withdrawal import unyank
+    from registry.catalog.withdrawal import yank as withdraw
 
     if undo == (reason is not None):
         raise typer.BadParameter("give --reason to withdraw a version, or --undo", param_hint="--reason")
@@ -97,7 +97,7 @@ def alias(
     as_json: Json = False,
 ) -> None:
     """Let a name such as 'champion' stand for a version, or list such names with their history."""
-    from registry.naming import ANY, remove_alias, set_alias
+    from registry.catalog.aliases import ANY, remove_alias, set_alias
 
     if name is None:
         _list_aliases(reference, hub, as_json=as_json)
@@ -118,7 +118,7 @@ def alias(
 
 
 def _list_aliases(name: str, hub: str | None, *, as_json: bool) -> None:
-    from registry.naming import aliases
+    from registry.catalog.aliases import aliases
 
     known = aliases(name, hub=hub)
     if as_json:
@@ -142,7 +142,7 @@ def mirror(
     as_json: Json = False,
 ) -> None:
     """Copy releases to another registry, byte by byte, with what was withdrawn and the aliases."""
-    from registry.mirroring import mirror as copy
+    from registry.upkeep.mirroring import mirror as copy
 
     with waiting(f"Copying {visible(reference)} …"):
         done = copy(reference, target, hub=hub, private=private, cache_dir=cache_dir)

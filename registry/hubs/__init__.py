@@ -34,7 +34,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
         return FolderHub(meant)
     if meant is None or (isinstance(meant, str) and meant.startswith(("http://", "https://"))):
-        from registry.hubs.remote import HuggingFaceHub
+        from registry.hubs.huggingface import HuggingFaceHub
 
         return HuggingFaceHub(meant, token)
     if isinstance(meant, str):

@@ -18,7 +18,7 @@ _LONGEST_TEXT = 300
 
 
 class HubFailed(Exception):
-    """A request that a hub did not fulfil, or not as it should; ``registry.hubs.huggingface`` gives it a public name.
+    """A request that a hub did not fulfil, or not as it should; ``registry.hubs.client`` gives it a public name.
 
     ``status`` and ``code`` are those of the answer, if there was one (``code`` is the Hub's ``X-Error-Code``).
     ``transient`` says whether the same request may succeed later, ``wait`` in how many seconds, if the hub said so.

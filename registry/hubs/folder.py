@@ -28,6 +28,8 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
+from registry.disk import files as folder_files
+from registry.disk.mutex import LockTimeout, folder_lock
 from registry.errors import (
     CommitNotFound,
     FileMissing,
@@ -38,11 +40,9 @@ from registry.errors import (
     ReferenceInvalid,
     RepositoryNotFound,
 )
-from registry.fields import COMMIT
-from registry.hubs import folder_files
-from registry.hubs.folder_lock import LockTimeout, folder_lock
+from registry.formats.fields import COMMIT
+from registry.formats.references import check_name
 from registry.hubs.protocol import MAIN, Conflict, Refs, TagExists
-from registry.references import check_name
 
 __all__ = ["FolderHub"]
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lora_plugins.cli import is_expected, program
+from lora_plugins.commands.cli import is_expected, program
 
 
 def folder(variable: str, inside_container: str) -> Path:

@@ -1,0 +1,78 @@
+"""Adapters that PEFT would not find again, because it renames their tensors while it loads them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from lora_plugins.errors import PreparationWarning, UnloadableAdapter
+from registry.pulling.peft_loading import lora_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:
+    """Find out, before anything is trained, whether PEFT will find the tensors of an adapter's file.
+
+    PEFT reads their names as transformers reads those of a base model's checkpoint. For some types the patterns that
+    bring old names to new ones also match new ones, and PEFT then looks for names that nobody has, warns of missing
+    keys, and leaves the adapter at zero.
+
+    Args:
+        model: The wrapped model.
+        adapter_name: Which of its adapters.
+        strict: Whether it is an error; a warning otherwise.
+
+    Returns:
+        A sentence for the report where it is not; ``None`` where all is well.
+
+    Raises:
+        UnloadableAdapter: PEFT would lose at least one tensor.
+    """
+    tensors = dict(lora_tensors(model, adapter_name))
+    lost = renamed_on_loading(model, adapter_name)
+    if not lost:
+        return None
+    name, other = next(iter(lost.items()))
+    text = (
+        f"PEFT would not find {len(lost)} of the {len(tensors)} tensors of this adapter in its own file: it renames "
+        f"them as transformers renames those of old checkpoints of {model.config.model_type!r} models (first {name}, "
+        f"for which it looks under {other})"
+    )
+    if strict:
+        raise UnloadableAdapter(
+            f"{text}. PeftModel.from_pretrained would give the base model with a warning about missing keys. Choose "
+            "target_modules outside of it, or another release of PEFT and transformers; with strict=False it is "
+            "trained all the same, and prepare_model(…, adapter=…, strict=False), merging and the registry's load() "
+            "put the tensors back by name."
+        )
+    warnings.warn(text + ".", PreparationWarning, stacklevel=2)
+    return text
+
+
+def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
+    """Return the tensors that PEFT looks for under another name: name in the file, and name looked for."""
+    import torch
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        # Releases of PEFT for transformers 4 rename nothing.
+        return {}
+    state = {
+        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for name, parameter in lora_tensors(model, adapter_name)
+    }
+    config = model.peft_config[adapter_name]
+
+    def loaded(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = convert_peft_adapter_state_dict_for_transformers(
+            model, config, part, adapter_name
+        )
+        return converted
+
+    found = loaded(dict(state))
+    lost = [name for name in state if name not in found]
+    return {name: next(iter(loaded({name: state[name]})), "nothing") for name in lost}

@@ -1,0 +1,276 @@
+"""The parameter report: counts, bytes, which modules were hit, what was done; as line, table, JSON, scalars."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.adapters.prepare import Preparation, preparation_of
+from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+from lora_plugins.quantization.request import EXPECTED_REASONS, Quantization, base_of, detect_quantization
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import nn
+
+    from lora_plugins.targets.records import TargetHit
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One requested target name and what it matched.
+
+    Attributes:
+        name: The name as it was asked for or registered.
+        modules: How many modules it matched.
+        shapes: ``"in -> out"`` of the matched layers, each different one once.
+    """
+
+    name: str
+    modules: int
+    shapes: list[str]
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """What will be trained, out of what, and what it weighs.
+
+    Attributes:
+        model: Class name of the base model.
+        adapter: Name of the trained adapter, empty when there is none.
+        trainable: Weights that get gradients.
+        total: All weights, by their logical shape; tied weights and copied heads once.
+        percent: Trainable in per cent of total.
+        quantization: Backend of the base, empty for float.
+        quantized_share: Share of all weights that quantized layers hold, 0 to 1.
+        bytes_by_dtype: Bytes of live tensors by dtype name.
+        bytes_quantization_state: Bytes of scales and tables of quantized layers.
+        bytes_trainable: Bytes of the trained tensors.
+        bytes_before: Bytes before preparation, ``None`` when the model was prepared elsewhere.
+        bytes_after: Bytes now.
+        targets: The hit table.
+        bare: Linear layers without an adapter: name pattern and number.
+        coverage: Adapted blocks and all blocks, by block kind.
+        heads: Heads that are trained whole.
+        frozen_adapters: Adapters that are there and not trained, such as a reference adapter.
+        source: Where the targets came from.
+        notes: What else is worth knowing.
+    """
+
+    model: str
+    adapter: str
+    trainable: int
+    total: int
+    percent: float
+    quantization: str
+    quantized_share: float
+    bytes_by_dtype: dict[str, int]
+    bytes_quantization_state: int
+    bytes_trainable: int
+    bytes_before: int | None
+    bytes_after: int
+    targets: list[TargetRow] = field(default_factory=list)
+    bare: dict[str, int] = field(default_factory=dict)
+    coverage: dict[str, list[int]] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    frozen_adapters: list[str] = field(default_factory=list)
+    source: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The report in the form that PEFT users know."""
+        text = f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
+        if self.quantization:
+            text += f" || {self.quantization}: {self.quantized_share:.1%} of the weights"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def scalars(self) -> dict[str, float]:
+        """The figures for experiment trackers."""
+        values: dict[str, float] = {
+            "parameters/trainable": self.trainable,
+            "parameters/total": self.total,
+            "parameters/trainable_percent": self.percent,
+            "parameters/quantized_share": self.quantized_share,
+            "memory/bytes_after_preparation": self.bytes_after,
+        }
+        if self.bytes_before is not None:
+            values["memory/bytes_before_preparation"] = self.bytes_before
+        return values
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON; the file is complete or not there.
+
+        Raises:
+            OSError: The folder can't be written.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+
+    def print(self, *, table_only: bool = False) -> None:
+        """Print the table on a terminal, the one line elsewhere.
+
+        Args:
+            table_only: Print nothing where there is no terminal.
+        """
+        from rich.console import Console
+
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
+            console.print(self)
+        elif not table_only:
+            print(self.line(), flush=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        summary = Table(title=f"{escape(self.model)}: parameters", show_header=False, title_justify="left")
+        summary.add_column()
+        summary.add_column(justify="right")
+        for label, value in self._rows():
+            summary.add_row(label, escape(value))
+        yield summary
+        if self.targets:
+            hits = Table(title=f"Targets from {escape(self.source)}", title_justify="left")
+            for title, justify in (("name", "left"), ("modules", "right"), ("in -> out", "left")):
+                hits.add_column(title, justify=justify)  # type: ignore[arg-type]
+            for row in self.targets:
+                hits.add_row(escape(row.name), str(row.modules), escape(", ".join(row.shapes)))
+            for name, count in self.bare.items():
+                hits.add_row(f"[dim]{escape(name)}[/dim]", f"[dim]{count}[/dim]", "[dim]no adapter[/dim]")
+            yield hits
+        for note in self.notes:
+            yield f"[dim]note:[/dim] {escape(note)}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [
+            ("trainable", f"{self.trainable:,}"),
+            ("all", f"{self.total:,}"),
+            ("trainable %", f"{self.percent:.4f}"),
+        ]
+        if self.quantization:
+            rows.append(("quantization", f"{self.quantization}, {self.quantized_share:.1%} of the weights"))
+        if self.bytes_before is not None:
+            rows.append(("bytes before", f"{self.bytes_before:,}"))
+        rows.append(("bytes now", f"{self.bytes_after:,}"))
+        rows += [(f"  in {dtype}", f"{size:,}") for dtype, size in self.bytes_by_dtype.items()]
+        if self.bytes_quantization_state:
+            rows.append(("  quantization state", f"{self.bytes_quantization_state:,}"))
+        rows += [(f"blocks of {kind}", f"{hit} of {total}") for kind, (hit, total) in self.coverage.items()]
+        if self.heads:
+            rows.append(("trained heads", ", ".join(self.heads)))
+        if self.frozen_adapters:
+            rows.append(("frozen adapters", ", ".join(self.frozen_adapters)))
+        return rows
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        cells = "".join(
+            f"<tr><td>{escape(a.strip())}</td><td style='text-align:right'>{escape(b)}</td></tr>"
+            for a, b in self._rows()
+        )
+        hits = "".join(
+            f"<tr><td>{escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>"
+            for row in self.targets
+        )
+        return (
+            f"<table><caption>{escape(self.model)}: parameters</caption>{cells}</table>"
+            f"<table><caption>Targets from {escape(self.source)}</caption>{hits}</table>"
+        )
+
+
+def make_report(model: nn.Module) -> ParameterReport:
+    """Count and weigh a model, prepared by us or by somebody else.
+
+    Args:
+        model: The model in the Trainer.
+    """
+    count = count_parameters(model)
+    size = tensor_bytes(model)
+    record = preparation_of(model)
+    base = base_of(model)
+    quantization = _quantization(model, record)
+    names = list(getattr(model, "peft_config", {}))
+    active = list(getattr(model, "active_adapters", [])) if names else []
+    return ParameterReport(
+        model=type(base).__name__,
+        adapter=active[0] if active and isinstance(active[0], str) else "",
+        trainable=count.trainable,
+        total=count.total,
+        percent=count.percent,
+        quantization=quantization.name if quantization else "",
+        quantized_share=count.quantized / count.total if count.total else 0.0,
+        bytes_by_dtype=size.by_dtype,
+        bytes_quantization_state=size.quantization_state,
+        bytes_trainable=size.trainable,
+        bytes_before=record.before.total if record else None,
+        bytes_after=size.total,
+        targets=_target_rows(model, record),
+        bare=dict(record.plan.bare) if record and record.plan else {},
+        coverage={kind: list(pair) for kind, pair in record.plan.coverage.items()} if record and record.plan else {},
+        heads=list(record.heads) if record else [],
+        frozen_adapters=[name for name in names if name not in active],
+        source=record.plan.source if record and record.plan else "the model's own adapters",
+        notes=_notes(model, record),
+    )
+
+
+def _quantization(model: nn.Module, record: Preparation | None) -> Quantization | None:
+    return record.quantization if record else detect_quantization(model)
+
+
+def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
+    notes = []
+    if record is not None:
+        notes += record.notes
+        notes += record.plan.notes if record.plan else []
+        if record.compute_dtype is not None:
+            notes.append(f"frozen float weights are held in {str(record.compute_dtype).removeprefix('torch.')}")
+        if record.upcast:
+            notes.append(f"{len(record.upcast)} modules are held in float32 (upcast)")
+        if record.layers is not None:
+            reasons = Counter(why for why in record.layers.skipped.values() if why not in EXPECTED_REASONS)
+            notes += [f"{count} linear layers stay in float: {why}" for why, count in reasons.items()]
+    quantization = _quantization(model, record)
+    if quantization is not None and quantization.quantizer.loss_note:
+        notes.append(quantization.quantizer.loss_note)
+    return notes
+
+
+def _target_rows(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
+    if record is not None and record.plan is not None:
+        return rows_of_hits(record.plan.hits)
+    return rows_of_adapters(model)
+
+
+def rows_of_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
+    """The hit table of targets that were resolved here."""
+    return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in hits]
+
+
+def rows_of_adapters(model: nn.Module) -> list[TargetRow]:
+    """The hit table of adapters that somebody else put in, by the last part of the module names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    counts: Counter[str] = Counter()
+    shapes: dict[str, dict[str, None]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            name = path.rpartition(".")[2]
+            counts[name] += 1
+            shape = f"{getattr(module, 'in_features', '?')} -> {getattr(module, 'out_features', '?')}"
+            shapes.setdefault(name, {})[shape] = None
+    return [TargetRow(name, number, list(shapes[name])) for name, number in counts.items()]

@@ -1,0 +1,111 @@
+"""The arguments that LoraCallback, attach and prepare_model share, checked once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import PreparationError, UnknownArgument
+from lora_plugins.quantization.request import Quantization, parse_quantization
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+
+#: The recipe's values, used where neither an argument nor ``peft_config=`` says otherwise.
+DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What was asked for, before a model is seen.
+
+    Attributes:
+        lora: The fields of ``peft.LoraConfig`` that were given explicitly.
+        peft_config: A ready configuration, instead of ``lora``.
+        adapter: An adapter folder or registry reference to continue from, instead of both.
+        quantization: Backend and options, ``None`` for none.
+        compute_dtype: Dtype of the frozen float weights, ``"auto"`` to decide by hardware.
+        upcast: ``"none"``, ``"norms"`` or ``"all"``.
+        adapter_name: Name of the adapter in the model.
+        experts: Policy for routed experts, ``"default"`` for the architecture's own.
+        strict: Whether problems with targets are errors (else warnings).
+    """
+
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    peft_config: peft.LoraConfig | None = None
+    adapter: str | os.PathLike[str] | None = None
+    quantization: Quantization | None = None
+    compute_dtype: str | torch.dtype = "auto"
+    upcast: str = "none"
+    adapter_name: str = "default"
+    experts: str = "default"
+    strict: bool = True
+
+    @classmethod
+    def from_arguments(cls, **arguments: Any) -> LoraSettings:
+        """Sort keyword arguments into ours and those of ``peft.LoraConfig``, and check them.
+
+        Raises:
+            UnknownArgument: A keyword is neither; the message suggests near misses.
+            PreparationError: Two sources for the adapter's configuration were given.
+        """
+        ours = {item.name for item in fields(cls)} - {"lora"}
+        own = {key: value for key, value in arguments.items() if key in ours}
+        lora = {key: value for key, value in arguments.items() if key not in ours}
+        _check_fields(lora, ours)
+        own["quantization"] = parse_quantization(own.get("quantization"))
+        settings = cls(lora=lora, **own)
+        settings._check_sources()
+        return settings
+
+    def _check_sources(self) -> None:
+        given = [
+            name
+            for name, value in (
+                ("peft_config", self.peft_config),
+                ("adapter", self.adapter),
+                (_listed(self.lora), self.lora),
+            )
+            if value
+        ]
+        if len(given) > 1:
+            raise PreparationError(
+                f"{' and '.join(given)} were given together and each configures the adapter; leave all but one out."
+            )
+        if self.peft_config is not None:
+            _check_lora_config(self.peft_config)
+        name = self.adapter_name
+        if not isinstance(name, str) or not name or "." in name or "/" in name:
+            raise PreparationError(f"adapter_name must be a non-empty string without '.' and '/', not {name!r}")
+        if name in "lora_":
+            raise PreparationError(f"adapter_name {name!r} is part of PEFT's weight prefix 'lora_'; choose another")
+
+
+def _listed(lora: Mapping[str, Any]) -> str:
+    return ", ".join(lora)
+
+
+def _check_fields(lora: Mapping[str, Any], ours: set[str]) -> None:
+    from peft import LoraConfig
+
+    known = {item.name for item in fields(LoraConfig)}
+    for name in lora:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, sorted(known | ours), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownArgument(f"{name!r} is neither an argument of lora_plugins nor a field of peft.LoraConfig.{hint}")
+
+
+def _check_lora_config(config: Any) -> None:
+    from peft import LoraConfig
+
+    if type(config) is not LoraConfig:
+        raise PreparationError(
+            f"peft_config must be a peft.LoraConfig, not a {type(config).__name__}. "
+            "For other PEFT methods wrap the model with get_peft_model() and add Int8PreparationCallback."
+        )

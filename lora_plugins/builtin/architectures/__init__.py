@@ -1,0 +1,20 @@
+"""Where adapters go in the architectures that lora-plugins knows: a plugin that reads the family tables beside it.
+
+Query and value projections are the default where the LoRA paper and PEFT use them; a model with one fused
+projection gets that one; hybrid models get the projections of every kind of mixer that may be adapted.
+"""
+
+from __future__ import annotations
+
+from lora_plugins import Architecture, hookimpl
+from lora_plugins.builtin.architectures import decoders, encoders, multimodal, perception
+
+
+@hookimpl
+def register_architectures() -> list[Architecture]:
+    return [
+        *decoders.ARCHITECTURES,
+        *encoders.ARCHITECTURES,
+        *multimodal.ARCHITECTURES,
+        *perception.ARCHITECTURES,
+    ]

@@ -1,0 +1,235 @@
+"""The bitsandbytes backends: ``int8`` (LLM.int8()), ``nf4`` and ``fp4``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins import Quantizer, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_REQUIRES = ("bitsandbytes>=0.49",)
+
+
+def _is_layer(module: Any, layer: str) -> bool:
+    # A model can only hold bitsandbytes layers once somebody has imported bitsandbytes.
+    loaded = sys.modules.get("bitsandbytes")
+    return loaded is not None and isinstance(module, getattr(loaded.nn, layer))
+
+
+class Int8(Quantizer):
+    """LLM.int8(): one int8 weight per value with a scale per output row, outlier columns kept in float.
+
+    In training mode the weight is dequantized and multiplied in the input's dtype; in evaluation mode the
+    activations are quantized too, with columns above ``threshold`` left in float. The two losses differ
+    slightly, and the second depends on the batch. Source: https://arxiv.org/abs/2208.07339
+
+    Options: ``threshold`` (default 6.0), the activation magnitude from which a column counts as outlier.
+    """
+
+    name = "int8"
+    bits = 8
+    requires = _REQUIRES
+    options = ("threshold",)
+    loss_note = (
+        "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
+        "they differ slightly, and the second depends on the batch"
+    )
+    # bitsandbytes' autograd function keeps the input as an attribute.
+    keeps_input = True
+
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        return None
+
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        import bitsandbytes as bnb
+
+        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, quantized
+
+        device = linear.weight.device
+        layer = Int8Linear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=options.get("threshold", 6.0),
+            device="meta",
+        )
+        if device.type == "cpu":
+            values, scale = quantized(linear.weight.data)
+            layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
+        else:
+            # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.
+            weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
+            layer.weight = weight.to(device)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer
+
+    def owns(self, module: Any) -> bool:
+        return _is_layer(module, "Linear8bitLt")
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.functional.int8_vectorwise_dequant(module.weight.data, _int8_scale(module))
+
+    def load_config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=options.get("threshold", 6.0),
+            llm_int8_skip_modules=options.get("skip_modules"),
+        )
+
+    def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
+        return [_int8_scale(module)]
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        return in_features * out_features + 4 * out_features
+
+    def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
+        import bitsandbytes as bnb
+
+        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear
+
+        model.is_loaded_in_8bit = True
+        for module in model.modules():
+            if type(module) is bnb.nn.Linear8bitLt:
+                module.__class__ = Int8Linear
+
+
+def _int8_scale(module: Any) -> torch.Tensor:
+    # The first forward pass moves the scale from the weight to the layer's state.
+    scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    assert scale is not None, "a Linear8bitLt without scale holds no quantized weight"
+    return scale
+
+
+class FourBit(Quantizer):
+    """4 bits a weight in blocks of 64 with one scale each; the kinds differ in their table of 16 values.
+
+    Options: ``double_quant`` (default false) quantizes the scales as well; ``compute_dtype`` is the dtype of
+    the matrix products, by default that of the activations (for a model loaded with `quantization_config`:
+    bfloat16, or float32 on a CPU that is slow at it).
+    """
+
+    #: bitsandbytes' name of the table.
+    kind: str
+    bits = 4
+    requires = _REQUIRES
+    options = ("double_quant", "compute_dtype")
+
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        return None
+
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        import bitsandbytes as bnb
+
+        device = linear.weight.device
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=options.get("compute_dtype"),
+            compress_statistics=options.get("double_quant", False),
+            quant_type=self.kind,
+            device="meta",
+        )
+        weight = bnb.nn.Params4bit(
+            linear.weight.data.to("cpu"),
+            requires_grad=False,
+            compress_statistics=options.get("double_quant", False),
+            quant_type=self.kind,
+            module=layer,
+        )
+        layer.weight = weight.to(device)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        _keep_trainable(layer)
+        return layer
+
+    def owns(self, module: Any) -> bool:
+        return _is_layer(module, "Linear4bit") and module.weight.quant_type == self.kind
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+    def load_config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        from lora_plugins.quantization.precision import loading_dtype
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.kind,
+            bnb_4bit_use_double_quant=options.get("double_quant", False),
+            # transformers' default would compute every layer in float32, whatever the model's dtype.
+            bnb_4bit_compute_dtype=options.get("compute_dtype") or loading_dtype(),
+            llm_int8_skip_modules=options.get("skip_modules"),
+        )
+
+    def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
+        state = module.weight.quant_state
+        parts = [state.absmax, state.code]
+        if state.nested:
+            parts += [state.offset, state.state2.absmax, state.state2.code]
+        return [part for part in parts if part is not None]
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        size = in_features * out_features
+        blocks = -(-size // 64)
+        packed, table = -(-size // 2), 4 * 16
+        if not options.get("double_quant", False):
+            return packed + table + 4 * blocks
+        # A byte for each scale; a scale, a table and an offset for those.
+        return packed + table + blocks + 4 * -(-blocks // 256) + 4 * 256 + 4
+
+    def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
+        model.is_loaded_in_4bit = True
+        for module in model.modules():
+            if _is_layer(module, "Linear4bit"):
+                _keep_trainable(module)
+
+
+class Nf4(FourBit):
+    """4-bit NormalFloat, the table that fits normally distributed weights (QLoRA).
+
+    Options: ``double_quant``, ``compute_dtype``. Source: https://arxiv.org/abs/2305.14314
+    """
+
+    name = kind = "nf4"
+
+
+class Fp4(FourBit):
+    """4-bit floating point; further from normally distributed weights than ``nf4``.
+
+    Options: ``double_quant``, ``compute_dtype``.
+    """
+
+    name = kind = "fp4"
+
+
+def _keep_trainable(layer: Any) -> None:
+    """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation
+    the adapters would get no gradient, without a word.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
+@hookimpl
+def register_quantizers() -> list[Quantizer]:
+    return [Int8(), Nf4(), Fp4()]

@@ -1,0 +1,110 @@
+"""The torchao backends: ``int8-torchao`` and ``float8-torchao``, weights only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins import Quantizer, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Torchao(Quantizer):
+    """Weights as torchao's tensors, in the layer that was there.
+
+    Options: ``config``, an object of torchao's with other settings, such as
+    ``Int8WeightOnlyConfig(granularity=PerGroup(32))``; one that can't be trained, such as dynamic
+    activations, is refused by the self-test. ``compute_dtype`` is the dtype of the matrix products, by default that
+    of the activations.
+
+    Attributes:
+        configuration: Name of the default class of settings in ``torchao.quantization``.
+        tensor: Name of the class of the weight in ``torchao.quantization``.
+        row_bytes: Bytes that the default settings keep for each output row, beside its weights.
+    """
+
+    configuration: str
+    tensor: str
+    row_bytes: int
+    bits = 8
+    requires = ("torchao>=0.18",)
+    options = ("config", "compute_dtype")
+
+    def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
+        return None
+
+    def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
+
+        linear.to(options.get("compute_dtype") or linear.weight.dtype)
+        quantize_(linear, self.settings(options))
+        linear.__class__ = TorchaoLinear
+        return linear
+
+    def settings(self, options: Mapping[str, Any]) -> Any:
+        """The object that tells torchao what to do."""
+        import torchao.quantization
+
+        # By default torchao would change how precisely the whole process multiplies float32 matrices.
+        return options.get("config") or getattr(torchao.quantization, self.configuration)(set_inductor_config=False)
+
+    def owns(self, module: Any) -> bool:
+        # Its own parameter: a LoRA layer has its base layer's weight as a property.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        loaded = sys.modules.get("torchao.quantization")
+        # The module is there, and still being filled, while somebody imports it.
+        tensor = getattr(loaded, self.tensor, None)
+        return tensor is not None and isinstance(weight, tensor)
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        return module.weight.dequantize()
+
+    def layer_bytes(
+        self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> int | None:
+        if options.get("config") is not None:
+            return None
+        return (in_features + self.row_bytes) * out_features
+
+    def load_config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(self.settings(options), modules_to_not_convert=options.get("skip_modules"))
+
+    def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
+
+        for module in model.modules():
+            # Loaded quantized: transformers leaves the plain class.
+            if self.owns(module) and type(module).__name__ == "Linear":
+                module.__class__ = TorchaoLinear
+
+
+class Int8Torchao(Torchao):
+    """One int8 weight per value with a scale per output row; activations stay in float."""
+
+    name = "int8-torchao"
+    configuration = "Int8WeightOnlyConfig"
+    tensor = "Int8Tensor"
+    # A float32 scale and an int8 zero point.
+    row_bytes = 5
+
+
+class Float8Torchao(Torchao):
+    """One float8 (e4m3) weight per value with a scale per output row; activations stay in float."""
+
+    name = "float8-torchao"
+    configuration = "Float8WeightOnlyConfig"
+    tensor = "Float8Tensor"
+    row_bytes = 4
+
+
+@hookimpl
+def register_quantizers() -> list[Quantizer]:
+    return [Int8Torchao(), Float8Torchao()]

@@ -1,0 +1,1 @@
+"""The `demo` command: the whole product on one machine, offline."""

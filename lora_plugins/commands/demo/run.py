@@ -1,0 +1,290 @@
+"""The demo itself: train, measure before and after, publish, pull and reload in a new process."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.commands.demo import dataset as data
+from lora_plugins.commands.demo.evaluation import answers, held_out_loss
+from lora_plugins.commands.demo.model import demo_model, load_base
+from lora_plugins.commands.demo.quiet import quiet
+from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
+from lora_plugins.errors import DemoError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+BATCH_SIZE = 8
+MAX_TOKENS = 128
+HELD_OUT = 40
+SHOWN = 3
+#: What the adapter is called in the demo's registry.
+ADAPTER = "demo/summaries"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What to run.
+
+    Attributes:
+        model: Folder or id of a causal language model; ``None`` for the small one that comes as a package.
+        quantization: Backend of the base, ``None`` to leave it in float.
+        steps: Optimizer steps of eight examples.
+        output: Folder for the adapter, the report and the picture.
+        seed: Decides the split, the order of the examples and the adapters' initial values.
+    """
+
+    model: str | None
+    quantization: str | None
+    steps: int
+    output: Path
+    seed: int
+
+
+@dataclass
+class Sample:
+    """A held-out function and three summaries of it."""
+
+    module: str
+    source: str
+    author: str
+    before: str
+    after: str
+
+
+@dataclass
+class DemoResult:
+    """Everything that the demo prints.
+
+    Attributes:
+        model: Folder or id of the base model.
+        quantization: Backend of the base.
+        steps: Optimizer steps.
+        trainable: Weights that were trained.
+        total: Weights in all.
+        held_out_functions: Functions that losses are measured on, none from a module seen in training.
+        held_out_tokens: Tokens of their summaries.
+        loss_float: Held-out loss of the base as it was loaded, in nats a token.
+        loss_before: The same of the prepared model before training: the quantized base, the adapter being zero.
+        loss_after: The same after training.
+        perplexity_before: ``exp(loss_before)``.
+        perplexity_after: ``exp(loss_after)``.
+        training_loss: Loss of each step, in training mode.
+        samples: Generations before and after.
+        release: What the adapter is published as, in a registry that is a folder.
+        content: sha256 over what was published: weights, configuration, base.
+        reload: How the adapter does when it is pulled and loaded in a new process.
+        files: What was written.
+        seconds: Wall time by phase.
+    """
+
+    model: str
+    quantization: str | None
+    steps: int
+    trainable: int = 0
+    total: int = 0
+    held_out_functions: int = 0
+    held_out_tokens: int = 0
+    loss_float: float = 0.0
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+    perplexity_before: float = 0.0
+    perplexity_after: float = 0.0
+    training_loss: list[float] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    release: str = ""
+    content: str = ""
+    reload: Reload | None = None
+    files: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Demo:
+    """One run of the demo, phase by phase.
+
+    Args:
+        options: What to run.
+        say: Takes each line of what is told on the way.
+    """
+
+    def __init__(self, options: DemoOptions, say: Callable[[str], None] = print) -> None:
+        self.options = options
+        self.say = say
+        self._base = ""
+        self._started = time.perf_counter()
+
+    def run(self) -> DemoResult:
+        """Do all of it.
+
+        Raises:
+            DemoError: The model is missing, or the reloaded adapter is not the one that was trained.
+        """
+        quiet()
+        from transformers import AutoTokenizer, set_seed
+
+        set_seed(self.options.seed)
+        self.say("Model and data …")
+        self._base = self.options.model or str(demo_model())
+        self.result = DemoResult(self._base, self.options.quantization, self.options.steps)
+        self.tokenizer = AutoTokenizer.from_pretrained(self._base)
+        self._make_data()
+        trainer = self._make_trainer()
+        self._lap("preparing")
+        before = self._measure_before(trainer)
+        self.say(f"Training for {self.options.steps} steps of {BATCH_SIZE} functions …")
+        trainer.train()
+        self._lap("training")
+        self._measure_after(trainer, before)
+        self._save(trainer)
+        self._publish(trainer)
+        self._reload(trainer)
+        return self.result
+
+    def _make_data(self) -> None:
+        train, test = data.split_examples(data.collect_examples(), seed=self.options.seed)
+        count = self.options.steps * BATCH_SIZE
+        self.train_data = data.make_dataset(train, self.tokenizer, count=count, max_tokens=MAX_TOKENS)
+        self.test_data = data.make_dataset(test, self.tokenizer, count=HELD_OUT, max_tokens=MAX_TOKENS)
+        self.shown = _for_a_screen(test, SHOWN)
+        self.result.held_out_functions = len(self.test_data)
+        self.result.held_out_tokens = sum(label != -100 for row in self.test_data["labels"] for label in row)
+        self.say(
+            f"  {len(self.train_data)} functions of the standard library to train on, {len(self.test_data)} held out "
+            f"({self.result.held_out_tokens} answer tokens, from modules not trained on)"
+        )
+
+    def _make_trainer(self) -> Trainer:
+        from transformers import Trainer, TrainingArguments
+
+        from lora_plugins import LoraCallback, ParameterReportCallback
+
+        model = load_base(self._base)
+        self.result.loss_float = self._loss(model)
+        arguments = TrainingArguments(
+            output_dir=str(self.options.output),
+            max_steps=self.options.steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            seed=self.options.seed,
+            use_cpu=model.device.type == "cpu",
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        lora = LoraCallback(r=8, lora_alpha=32, lora_dropout=0.05, quantization=self.options.quantization)
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.train_data,
+            data_collator=data.collator(self.tokenizer),
+            processing_class=self.tokenizer,
+            callbacks=[lora, ParameterReportCallback()],
+        )
+
+    def _measure_before(self, trainer: Trainer) -> list[str]:
+        from lora_plugins.quantization.counting import count_parameters
+
+        count = count_parameters(trainer.model)
+        self.result.trainable, self.result.total = count.trainable, count.total
+        # The adapter is exactly zero before the first step, so this is the base under the same kernel as later.
+        self.result.loss_before = self._loss(trainer.model)
+        self.result.perplexity_before = math.exp(self.result.loss_before)
+        texts = answers(trainer.model, self.shown, self.tokenizer)
+        self._lap("measuring before")
+        return texts
+
+    def _measure_after(self, trainer: Trainer, before: Sequence[str]) -> None:
+        result = self.result
+        result.training_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        result.loss_after = self._loss(trainer.model)
+        result.perplexity_after = math.exp(result.loss_after)
+        after = answers(trainer.model, self.shown, self.tokenizer)
+        result.samples = [
+            Sample(example.module, example.source, example.summary, old, new)
+            for example, old, new in zip(self.shown, before, after, strict=True)
+        ]
+        self._lap("measuring after")
+
+    def _save(self, trainer: Trainer) -> None:
+        output = self.options.output
+        trainer.save_model(str(output / "adapter"))
+        draw_losses(self.result, output / "loss.png")
+        self.result.files = [
+            str(output / name) for name in ("adapter", "loss.png", "parameter_report.json", "registry")
+        ]
+
+    def _publish(self, trainer: Trainer) -> None:
+        from registry import push_adapter
+
+        self.say("Publishing the adapter in a folder …")
+        done = push_adapter(
+            trainer,
+            ADAPTER,
+            version="minor",
+            hub=self._registry,
+            metrics={"perplexity_before": self.result.perplexity_before, "perplexity": self.result.perplexity_after},
+            training={"quantization": self.options.quantization or "none"},
+        )
+        self.result.release, self.result.content = str(done), done.manifest.content_digest
+        self._lap("publishing")
+
+    @property
+    def _registry(self) -> Path:
+        return self.options.output.absolute() / "registry"
+
+    def _reload(self, trainer: Trainer) -> None:
+        self.say("Pulling it in a new process, checking it against a fresh base, loading it …")
+        batch = data.collator(self.tokenizer)([self.test_data[index] for index in range(4)])
+        self.result.reload = compare_in_new_process(
+            trainer.model,
+            batch,
+            base=self._base,
+            adapter=self.result.release,
+            quantization=self.options.quantization,
+            registry=self._registry,
+        )
+        self._lap("reloading")
+        if not self.result.reload.equal or not self.result.reload.difference_off:
+            raise DemoError(f"The reloaded adapter is not the one that was trained: {self.result.reload}")
+
+    def _loss(self, model: Any) -> float:
+        return held_out_loss(model, self.test_data, self.tokenizer)
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.result.seconds[phase] = round(now - self._started, 1)
+        self._started = now
+
+
+def _for_a_screen(examples: Sequence[data.Example], count: int) -> list[data.Example]:
+    """The first examples that are short enough to be shown, each from another package."""
+    shown: dict[str, data.Example] = {}
+    for example in examples:
+        if example.source.count("\n") < 8:
+            shown.setdefault(example.package, example)
+    return list(shown.values())[:count]
+
+
+def draw_losses(result: DemoResult, path: Path) -> None:
+    """Draw the training loss by step, and the held-out losses, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own, instead of pyplot's, leaves the caller's backend and figures alone.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(result.training_loss) + 1), result.training_loss, label="training")
+    axes.axhline(result.loss_before, color="gray", linestyle="--", label="held out, before")
+    axes.axhline(result.loss_after, color="green", linestyle="--", label="held out, after")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"LoRA, base in {result.quantization or 'float'}")
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""Read a live model: its structure, its wrappers, how it is sharded."""

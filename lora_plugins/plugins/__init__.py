@@ -1,0 +1,1 @@
+"""The plugin contract and its host. Loads no torch."""

@@ -1,0 +1,80 @@
+"""The three hooks of lora_plugins. Each collects; none decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from lora_plugins.plugins.types import Architecture, Quantizer
+
+#: pluggy's project name and the entry-point group.
+PROJECT = "lora_plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+
+#: Marks a function as an implementation of one of the hooks below.
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-body]
+    """Return the model types that this plugin knows.
+
+    ```python
+    from lora_plugins import Architecture, hookimpl
+
+
+    @hookimpl
+    def register_architectures():
+        return [Architecture("mytype", ("q", "v"))]
+    ```
+    """
+
+
+@hookspec
+def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
+    """Return the quantization backends that this plugin adds: subclasses of `Quantizer`.
+
+    ```python
+    from lora_plugins import hookimpl
+    from lora_plugins.builtin.quantizers.bitsandbytes import Int8
+
+
+    class CarefulInt8(Int8):
+        # LLM.int8() that keeps more of the large activations in float.
+        name = "int8-careful"
+
+        def quantize_linear(self, linear, options):
+            return super().quantize_linear(linear, {"threshold": 4.0, **options})
+
+
+    @hookimpl
+    def register_quantizers():
+        return [CarefulInt8()]
+    ```
+    """
+
+
+@hookspec
+def register_commands(app: typer.Typer) -> None:
+    """Add commands to ``lora-plugins``.
+
+    ```python
+    from lora_plugins import hookimpl
+
+
+    @hookimpl
+    def register_commands(app):
+        @app.command()
+        def hello() -> None:
+            print("hello")
+    ```
+
+    Args:
+        app: The command-line program. Import what is heavy inside the command, not beside it.
+    """

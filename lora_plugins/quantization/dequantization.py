@@ -1,0 +1,97 @@
+"""Giving a quantized model float weights again, in place, with or without adapters over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import QuantizationError
+from lora_plugins.quantization.request import base_of, module_places, quantization_of, untag_dequantized
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -> list[str]:
+    """Replace every quantized layer by a float one with the values that it stands for.
+
+    Adapters stay, and can be merged afterwards with PEFT's ``merge_and_unload()`` without being rounded to the
+    grid of a few bits. The model grows to the size of its float weights.
+
+    Args:
+        model: A quantized model, wrapped or not; changed in place.
+        dtype: Dtype of the float weights, by default that of the model's other frozen weights.
+
+    Returns:
+        Dotted names of the layers that were replaced.
+
+    Raises:
+        QuantizationError: The model has no quantized layer.
+    """
+    import torch
+
+    wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or _dtype_of(model)
+    places = module_places(model)
+    replaced = []
+    for name, module in list(model.named_modules()):
+        quantization = quantization_of(module)
+        if quantization is None:
+            continue
+        layer = _float_layer(module, quantization.quantizer.dequantize(module).detach().to(wanted))
+        layer.train(module.training)
+        for parent, attribute in places[id(module)]:
+            setattr(parent, attribute, layer)
+        replaced.append(name)
+    if not replaced:
+        raise QuantizationError("The model has no quantized layer, so there is nothing to dequantize.")
+    _over_float_layers(model)
+    untag_dequantized(base_of(model))
+    record = getattr(model, "lora_plugins_preparation", None)
+    if record is not None:
+        record.quantization = None
+        record.notes.append(f"{len(replaced)} layers were dequantized")
+    return replaced
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    import torch
+
+    quantized = {id(module) for module in model.modules() if quantization_of(module) is not None}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and not parameter.requires_grad and id(module) not in quantized:
+                return parameter.dtype
+    return torch.float32
+
+
+def _float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
+    """A layer of the class that was quantized, with this weight of shape ``[out_features, in_features]``."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    out_features, in_features = weight.shape
+    bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
+    layer: Any
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
+        layer = Conv1D(out_features, in_features).to(device=weight.device, dtype=weight.dtype)
+        weight = weight.T.contiguous()
+    else:
+        layer = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _over_float_layers(model: nn.Module) -> None:
+    """Give LoRA layers the class and orientation that fits the float layers now under them."""
+    from peft.tuners.lora.layer import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLoraLinear):
+            module.__class__ = Linear
+            transposed = isinstance(module.get_base_layer(), Conv1D)
+            module.fan_in_fan_out = module.is_target_conv_1d_layer = transposed

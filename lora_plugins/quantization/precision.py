@@ -1,0 +1,216 @@
+"""In which dtype the frozen float part of a prepared model is held: ``compute_dtype`` and ``upcast``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lora_plugins.errors import PreparationError
+from lora_plugins.models.sharding import is_part
+from lora_plugins.quantization.request import adapter_modules, owner_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Upcast = Literal["none", "norms", "all"]
+
+_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 natively.
+
+    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer; a CUDA device that is
+    not here, but planned for, is taken for a new one.
+    """
+    import torch
+
+    if device.type == "cpu":
+        probe = getattr(torch.cpu, "get_capabilities", None)
+        flags = probe() if probe is not None else {}
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    if device.type == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return False
+
+
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has no fast matrix product for a 16-bit dtype.
+
+    PyTorch hands 16-bit products on a CPU to oneDNN where that supports the dtype, and otherwise to a plain loop: on
+    a CPU with AVX2 alone, 5 (forward) to 30 times (backward) slower than the product in float32.
+    """
+    import torch
+
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and not supported()
+
+
+def loading_dtype() -> torch.dtype:
+    """Dtype of matrix products for a model that is yet to be loaded: bfloat16, float32 where only a slow CPU is."""
+    import torch
+
+    only_cpu = not torch.accelerator.is_available()
+    return torch.float32 if only_cpu and slow_dtype(torch.bfloat16, torch.device("cpu")) else torch.bfloat16
+
+
+def resolve_compute_dtype(
+    wanted: str | torch.dtype,
+    model: nn.Module,
+    *,
+    quantized: bool,
+    autocast: bool,
+    device: torch.device | None = None,
+) -> torch.dtype | None:
+    """Return the dtype that the frozen float weights are cast to, ``None`` to leave them.
+
+    ``"auto"`` leaves a model without quantization, one that was sharded while it was loaded, and a model under
+    autocast as it is. A float32 base that is quantized gets bfloat16 activations where `fast_bfloat16` says so, one in
+    16 bits gets float32 activations where `slow_dtype` says so.
+
+    Args:
+        wanted: What was asked for.
+        model: The base model.
+        quantized: Whether it is quantized, or will be.
+        autocast: Whether the Trainer runs it under autocast.
+        device: Where it will run, for a model on the meta device; by default where it is.
+
+    Raises:
+        PreparationError: ``wanted`` is no float dtype we know.
+    """
+    import torch
+
+    if isinstance(wanted, torch.dtype):
+        wanted = str(wanted).removeprefix("torch.")
+    if wanted == "auto":
+        parameters = [p for p in model.parameters() if p.is_floating_point()]
+        if not quantized or autocast or not parameters or any(is_part(p) for p in parameters):
+            return None
+        device = device or parameters[0].device
+        if any(slow_dtype(p.dtype, device) for p in parameters):
+            return torch.float32
+        floats = all(p.dtype == torch.float32 for p in parameters)
+        return torch.bfloat16 if floats and fast_bfloat16(device) else None
+    if wanted not in _DTYPE_NAMES:
+        raise PreparationError(
+            f"compute_dtype must be 'auto', {', '.join(map(repr, _DTYPE_NAMES))} or a torch dtype, not {wanted!r}"
+        )
+    return getattr(torch, wanted)
+
+
+def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
+    """Return the dtype that the matrix products of a model will mostly see, ``None`` for a model without floats."""
+    import torch
+
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return None
+    if autocast and parameter.dtype == torch.float32 and fast_bfloat16(parameter.device):
+        return torch.bfloat16
+    return parameter.dtype
+
+
+def slow_products_note(model: nn.Module, *, autocast: bool) -> str | None:
+    """Sentence for the report when a model will multiply in a dtype that its device is slow at, else ``None``."""
+    import torch
+
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return None
+    device = parameter.device
+    dtype = torch.get_autocast_dtype(device.type) if autocast else parameter.dtype
+    if not slow_dtype(dtype, device):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    way = "train without autocast (bf16=True)" if autocast else "load the model in float32"
+    return f"this CPU multiplies {name} many times slower than float32; to train faster, {way}"
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen float weights of a base model, except those the model keeps in float32.
+
+    Quantized layers, trainable tensors (adapters, heads) and buffers such as rotary frequencies stay.
+    """
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    adapters = adapter_modules(model)
+    for path, module in model.named_modules():
+        if module in adapters or owner_of(module) is not None or any(name in path.split(".") for name in keep):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and not parameter.requires_grad and parameter.dtype != dtype:
+                _refuse_partitioned(parameter, dtype)
+                parameter.data = parameter.data.to(dtype)
+
+
+def _refuse_partitioned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+    """Refuse to cast a weight of which only a part is here: the other parts would keep their dtype."""
+    if is_part(parameter):
+        raise PreparationError(
+            f"The weights were sharded in {str(parameter.dtype).removeprefix('torch.')} while the model was loaded and "
+            f"can't be cast to {str(dtype).removeprefix('torch.')} any more. Load it with dtype={dtype}, or leave "
+            "compute_dtype and upcast out."
+        )
+
+
+def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
+    """Hold norms (``"norms"``) or everything that is not quantized (``"all"``) in float32.
+
+    With ``"norms"`` each norm computes in float32 and gives back its input's dtype: without that, the
+    next 16-bit linear layer would refuse the float32 activations.
+
+    Returns:
+        Names of the modules that were cast.
+
+    Raises:
+        PreparationError: ``upcast`` is not one of the three.
+    """
+    import torch
+
+    if upcast not in get_args(Upcast):
+        raise PreparationError(f"upcast must be 'none', 'norms' or 'all', not {upcast!r}")
+    if upcast == "none":
+        return []
+    changed = []
+    adapters = adapter_modules(model)
+    for path, module in model.named_modules():
+        is_norm = _is_norm(module)
+        if module in adapters or owner_of(module) is not None or (upcast == "norms" and not is_norm):
+            continue
+        own = [p for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
+        if not own:
+            continue
+        for parameter in own:
+            _refuse_partitioned(parameter, torch.float32)
+            parameter.data = parameter.data.to(torch.float32)
+        changed.append(path)
+        if upcast == "norms":
+            _compute_in_float32(module)
+    return changed
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Norm layers have no common base class: they are known by their name and by holding vectors only."""
+    parameters = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and bool(parameters) and all(p.dim() == 1 for p in parameters)
+
+
+def _compute_in_float32(norm: nn.Module) -> None:
+    # Hooks and not a new forward: they belong to the module and go with it into a copy of the model.
+    norm.register_forward_pre_hook(_to_float32)
+    norm.register_forward_hook(_back_to_input_dtype)
+
+
+def _to_float32(norm: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    import torch
+
+    norm.input_dtype = inputs[0].dtype
+    return (inputs[0].to(torch.float32), *inputs[1:])
+
+
+def _back_to_input_dtype(norm: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(norm.input_dtype)

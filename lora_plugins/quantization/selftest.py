@@ -1,0 +1,150 @@
+"""A short training run on a small layer, which every backend must pass before it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.request import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Wide enough for the kernels that take weights in groups of 128.
+_IN, _OUT = 256, 192
+
+_FAILURES = (
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+    OSError,
+)
+
+
+def self_test(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Train a small layer through one evaluation and back, once per process, device and dtype.
+
+    Returns:
+        What is wrong, ``None`` when the backend can be trusted.
+    """
+    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
+    return _tested(_Case(quantization.quantizer, options), device, dtype)
+
+
+class _Case:
+    """A backend with options, comparable although the options may be objects without a hash."""
+
+    def __init__(self, quantizer: Quantizer, options: Mapping[str, Any]) -> None:
+        self.quantizer = quantizer
+        self.options = options
+        self._key = (quantizer, tuple(sorted((key, repr(value)) for key, value in options.items())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Case) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=64)
+def _tested(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear = nn.Linear(_IN, _OUT, bias=False, dtype=dtype).requires_grad_(False)
+        inputs = torch.randn(4, 7, _IN, dtype=dtype)
+        upstream = torch.randn(4, 7, _OUT, dtype=dtype)
+    original = linear.weight.detach().float().clone()
+    linear, inputs, upstream = linear.to(device), inputs.to(device), upstream.to(device)
+    with _quiet():
+        try:
+            with torch.no_grad():
+                layer = case.quantizer.quantize_linear(linear, {**case.options, "skip_modules": []})
+            if not case.quantizer.owns(layer):
+                return "owns() does not know the layer that quantize_linear() made"
+            stored, after = _train(case.quantizer, layer, inputs, upstream)
+        except _Untrainable as failure:
+            return str(failure)
+        except _FAILURES as error:
+            return f"{type(error).__name__}: {error}"
+    if not torch.equal(stored, after):
+        return "the stored weight changed during training and evaluation"
+    distance = ((stored.cpu() - original).norm() / original.norm()).item()
+    if not distance < 0.5:
+        return f"the dequantized weight is {distance:.0%} away from the original"
+    return None
+
+
+class _Untrainable(Exception):
+    """What is wrong, in words."""
+
+
+def _train(
+    quantizer: Quantizer, layer: nn.Module, inputs: torch.Tensor, upstream: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train, evaluate, train; return the dequantized weight before and after.
+
+    The evaluation in the middle is the point: some kernels repack the weight there and lose the gradient.
+    """
+    import torch
+
+    # A layer that can't be read may have a better reason not to be used: that its forward pass has no derivative.
+    stored = None
+    with contextlib.suppress(*_FAILURES):
+        stored = quantizer.dequantize(layer).detach().float()
+    for phase in ("training", "evaluation", "training after an evaluation"):
+        layer.train(phase != "evaluation")
+        if phase == "evaluation":
+            with torch.no_grad():
+                layer(inputs)
+        else:
+            _check_gradient(quantizer, layer, inputs, upstream, phase)
+    if stored is None:
+        raise _Untrainable("dequantize() fails on a layer that was never used")
+    return stored, quantizer.dequantize(layer).detach().float()
+
+
+def _check_gradient(
+    quantizer: Quantizer, layer: nn.Module, inputs: torch.Tensor, upstream: torch.Tensor, phase: str
+) -> None:
+    """Compare the gradient of the layer's input with ``upstream @ dequantize(layer)``."""
+    x = inputs.detach().clone().requires_grad_(True)
+    output = layer(x)
+    if not output.requires_grad:
+        raise _Untrainable(f"its output has no grad_fn in {phase}, so no adapter below it would ever get a gradient")
+    output.backward(upstream.to(output.dtype))
+    if x.grad is None:
+        raise _Untrainable(f"its input gets no gradient in {phase}")
+    expected = upstream.float() @ quantizer.dequantize(layer).detach().float()
+    error = ((x.grad.float() - expected).norm() / expected.norm()).item()
+    if not error < 0.05:
+        raise _Untrainable(
+            f"the gradient of its input in {phase} is {error:.0%} away from that of the dequantized weight"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings that backends give about their own kernels while they are only being tested."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""What `lora-plugins train` does."""

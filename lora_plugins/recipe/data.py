@@ -1,0 +1,174 @@
+"""Finding and reading data sets: files, folders, the Hub; their splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import DataError
+from lora_plugins.recipe.parser import held_out_share
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lora_plugins.recipe.arguments import RecipeArguments
+
+#: Loader of ``datasets`` by the end of a file's name.
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+#: Words in the names of files that say which split they are.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+_WORD = re.compile("[a-z]+")
+
+
+def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Return the rows to train on and those to evaluate on.
+
+    Args:
+        recipe: Says which data sets and splits.
+        seed: Decides which rows are held out where a share of them is.
+
+    Raises:
+        DataError: Something is not there, unreadable, empty, or has other splits.
+    """
+    splits = load_splits(recipe.dataset)
+    train = choose_split(splits, recipe.train_split, recipe.dataset, "--train_split")
+    if recipe.eval_dataset is not None:
+        others = load_splits(recipe.eval_dataset)
+        return train, choose_split(others, recipe.eval_split, recipe.eval_dataset, "--eval_split")
+    share = held_out_share(recipe)
+    if share is None:
+        if recipe.eval_split is None:
+            return train, None
+        return train, choose_split(splits, recipe.eval_split, recipe.dataset, "--eval_split")
+    count = round(len(train) * share)
+    if not 0 < count < len(train):
+        raise DataError(
+            f"--eval_split {share} of {len(train)} examples is {count}: nothing is left for one of the two."
+        )
+    parts = train.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def load_splits(source: str) -> dict[str, Dataset]:
+    """Read a data set: its splits by name.
+
+    A file is one split, ``"train"``. The files of a folder are the splits that their names say, and ``"train"`` if
+    none of them says one.
+
+    Args:
+        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. What looks like a path
+            (a known ending, or a beginning of ``/``, ``.`` or ``~``) or is there as one is not asked of the Hub.
+
+    Raises:
+        DataError: It is not there or unreadable.
+    """
+    path = Path(source).expanduser()
+    is_path = path.suffix in LOADERS or source.startswith(("/", ".", "~")) or path.exists()
+    return _load_path(path) if is_path else _load_hub(source)
+
+
+def choose_split(splits: dict[str, Dataset], name: str | None, source: str, flag: str) -> Dataset:
+    """Return one split of a data set.
+
+    Args:
+        splits: The splits.
+        name: The one to take; ``None`` takes the only one.
+        source: The data set, for messages.
+        flag: What chooses the split on the command line, for messages.
+
+    Raises:
+        DataError: It has no such split or several, or the split is empty.
+    """
+    known = ", ".join(splits)
+    if name is None:
+        if len(splits) > 1:
+            raise DataError(f"{source} has several splits: {known}. Choose with {flag}.")
+        name = next(iter(splits))
+    if name not in splits:
+        advice = f"Choose with {flag}."
+        if flag == "--eval_split" and len(splits) == 1:
+            advice = f"Hold out a share of it with {flag} 0.05, or name another data set with --eval_dataset."
+        raise DataError(f"{source} has no split {name!r}; it has {known}. {advice}")
+    if not len(splits[name]):
+        raise DataError(f"The split {name!r} of {source} is empty.")
+    return splits[name]
+
+
+def _load_path(path: Path) -> dict[str, Dataset]:
+    if not path.exists():
+        raise DataError(f"The data set {path} is not there.")
+    if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        from datasets import load_from_disk
+
+        found = _reading(path, lambda: load_from_disk(str(path)))
+        return dict(found) if isinstance(found, dict) else {"train": found}
+    files, loader = _data_files(path)
+
+    def load() -> Any:
+        from datasets import load_dataset
+
+        return load_dataset(loader, data_files={name: [str(file) for file in part] for name, part in files.items()})
+
+    return dict(_reading(path, load))
+
+
+def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
+    """The files by their split, and what ``datasets`` calls their kind."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
+    loaders = {LOADERS.get(file.suffix) for file in files}
+    known = ", ".join(LOADERS)
+    if not files:
+        raise DataError(f"The folder {path} has neither {known} files nor what save_to_disk writes.")
+    loader = loaders.pop()
+    if loader is None:
+        raise DataError(f"{path} is none of the files that can be read: {known}.")
+    if loaders:
+        names = ", ".join(file.name for file in files[:5])
+        raise DataError(f"The folder {path} mixes kinds of files ({names}). Name one of them, or use a folder each.")
+    return ({"train": files} if path.is_file() else _by_split(path, files)), loader
+
+
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Sort files by the split that is a word of their names."""
+    found: dict[str, list[Path]] = {}
+    nameless = []
+    for file in files:
+        split = next((_SPLIT_WORDS[word] for word in _WORD.findall(file.stem.lower()) if word in _SPLIT_WORDS), None)
+        if split is None:
+            nameless.append(file)
+        else:
+            found.setdefault(split, []).append(file)
+    if found and nameless:
+        raise DataError(
+            f"The folder {folder} has files of the split{'s' * (len(found) > 1)} {', '.join(found)}, and "
+            f"{nameless[0].name}, whose name says none. Name one file, or put 'train' into its name."
+        )
+    return found or {"train": files}
+
+
+def _load_hub(name: str) -> dict[str, Dataset]:
+    def load() -> Any:
+        from datasets import load_dataset
+
+        return load_dataset(name)
+
+    return dict(_reading(name, load))
+
+
+def _reading(source: object, load: Callable[[], Any]) -> Any:
+    """Read, and name the source in whatever goes wrong: each loader has its own errors."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"The data set {source} can't be read: {reason}") from error

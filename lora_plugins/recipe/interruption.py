@@ -1,0 +1,103 @@
+"""Ending a run on Ctrl-C or SIGTERM at the next whole step, with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+# Subclassed here; this module is imported where a run begins, never for the program's help.
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+#: Seconds in which further signals are taken for the first one: under torchrun, one Ctrl-C reaches a process from the
+#: terminal and from its launcher.
+GRACE = 3.0
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Saves a checkpoint and stops training after the step in which the first signal came.
+
+    With several processes it is enough that one of them gets the signal. A second signal, some seconds later, ends
+    the program at once.
+
+    Args:
+        grace: Seconds in which further signals are taken for the first one.
+
+    Attributes:
+        signal: The signal that came, ``None`` when none did.
+        stopped_at: The step after which training was stopped, ``None`` when it was not.
+    """
+
+    def __init__(self, grace: float = GRACE) -> None:
+        self.grace = grace
+        self.signal: int | None = None
+        self._came = 0.0
+        self.stopped_at: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals inside the block; Python lets only the main thread do that, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if time.monotonic() - self._came > self.grace:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.signal = number
+        self._came = time.monotonic()
+        name = signal.Signals(number).name
+        # print() inside a handler can meet a half-finished print(); one write can't.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name}: stopping after this step.\n".encode())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        number = _largest_of_all(self.signal or 0, args)
+        if not number:
+            return
+        self.signal = number
+        if state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            # A spot instance is gone in two minutes; the evaluation comes before the checkpoint and may take longer.
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Trainer takes the interruption for the epoch's end, and would evaluate, and write the checkpoint anew."""
+        if self.stopped_at is not None:
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+def _largest_of_all(number: int, args: TrainingArguments) -> int:
+    """Let all processes know the signal that any of them got: stopping alone would leave the others waiting."""
+    if args.world_size == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+
+    shared = torch.tensor([number], device=args.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())

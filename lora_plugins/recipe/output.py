@@ -1,0 +1,182 @@
+"""What a run leaves behind besides the adapter: where it goes, the record of the run, figures, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.adapters.files import ADAPTER_CONFIG
+from lora_plugins.errors import ArgumentsError, ResumeError
+from lora_plugins.recipe.resume import checkpoint_folders
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from lora_plugins.recipe.arguments import RecipeArguments
+
+#: The arguments of the run in an output folder.
+RUN_FILE = "run.json"
+
+#: Flags that may differ between a run and its continuation: they change neither data nor weights.
+_FREE = frozenset(
+    {
+        "resume",
+        "num_proc",
+        "push",
+        "push_base_model",
+        "merge",
+        "adapter_folder",
+        "model_folder",
+        "report_folder",
+        "early_stopping_patience",
+    }
+)
+
+#: Flags of ``TrainingArguments`` that decide the weights.
+_DECISIVE = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "world_size",
+)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things go.
+
+    Attributes:
+        output: Checkpoints and the record of the run.
+        adapter: The trained adapter.
+        model: The merged model.
+        report: Reports, figures, loss curve.
+    """
+
+    output: Path
+    adapter: Path
+    model: Path
+    report: Path
+
+    @classmethod
+    def of(cls, recipe: RecipeArguments, training: TrainingArguments) -> Folders:
+        """The folders that the arguments ask for."""
+        output = Path(training.output_dir)
+        return cls(
+            output,
+            Path(recipe.adapter_folder or output / "adapter"),
+            Path(recipe.model_folder or output / "model"),
+            Path(recipe.report_folder or output),
+        )
+
+    def check_unused(self, *, merge: bool) -> None:
+        """Refuse to mix a new run with what an earlier one left.
+
+        Raises:
+            ResumeError: There are checkpoints of another run.
+            ArgumentsError: There is an adapter or a merged model, or both would go to one folder.
+        """
+        if merge and self.model.resolve() == self.adapter.resolve():
+            raise ArgumentsError(f"Adapter and merged model can't both go to {self.model}. Give each a folder.")
+        checkpoints = checkpoint_folders(self.output)
+        if checkpoints:
+            raise ResumeError(
+                f"{self.output} holds checkpoints of an earlier run, the newest {checkpoints[0].name}. Add --resume to "
+                "go on from it, choose another --output_dir, or remove them."
+            )
+        if (self.adapter / ADAPTER_CONFIG).is_file():
+            raise ArgumentsError(
+                f"{self.adapter} already holds an adapter. Choose another --output_dir or --adapter_folder, or remove "
+                "it."
+            )
+        if merge and (self.model / "config.json").is_file():
+            raise ArgumentsError(f"{self.model} already holds a model. Choose another --model_folder, or remove it.")
+
+
+def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
+    """What decides the weights of a run, as plain data."""
+    ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
+    theirs = {name: _plain(getattr(training, name, None)) for name in _DECISIVE}
+    return {**ours, **theirs}
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def check_same_run(output: Path, record: Mapping[str, Any]) -> None:
+    """Compare the arguments of a continuation with those of the run that it continues.
+
+    Raises:
+        ResumeError: They differ, so the result would be of neither.
+    """
+    try:
+        before = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ResumeError(f"{output / RUN_FILE} can't be read: {error}. Start anew in another --output_dir.") from error
+    different = [name for name in record if before.get(name) != record[name]]
+    if different:
+        text = "; ".join(f"--{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)
+        raise ResumeError(f"The run in {output} had other arguments: {text}. Use the same, or another --output_dir.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses of a Trainer's log by step into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    if axes.lines:
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def metrics(history: list[dict[str, Any]], counts: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a run: counts of the data, last losses, the whole log."""
+    last: dict[str, Any] = {}
+    for entry in history:
+        last |= {key: entry[key] for key in ("loss", "eval_loss", "train_loss", "train_runtime") if key in entry}
+    data = {name: asdict(count) for name, count in counts.items() if count is not None}
+    return {"data": data, **last, "log": history}

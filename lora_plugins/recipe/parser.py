@@ -1,0 +1,325 @@
+"""From flags and a YAML file to checked arguments. Nothing unknown passes, and nothing is abbreviated."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lora_plugins.errors import ArgumentsError
+from lora_plugins.recipe.arguments import FORMER_NAMES, TRAINING_DEFAULTS, RecipeArguments
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser, TrainingArguments
+
+PROGRAM = "lora-plugins train"
+
+CONFIG_FLAG = "--config"
+
+_DESCRIPTION = (
+    "Fine-tune a causal language model with LoRA. The defaults are the recipe: int8 base, rank 8, chunks of 1536 "
+    "tokens, three epochs, the merged model in fp16."
+)
+
+_EPILOG = (
+    "Every flag of transformers.TrainingArguments is one here too; --help-all lists them. They stand at: "
+    + ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
+    + ", bf16 where the hardware multiplies in it."
+)
+
+
+def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]:
+    """Read a command line.
+
+    Args:
+        arguments: Flags and values, with at most one ``--config FILE``.
+
+    Raises:
+        ArgumentsError: A flag is unknown or misspelt, a value has the wrong type, or something is missing.
+    """
+    from transformers import TrainingArguments
+
+    parser = make_parser()
+    config, flags = _take_config(list(arguments))
+    tokens = [*(_tokens_of_file(config, parser) if config else []), *flags]
+    values, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        raise _unknown(unknown, parser)
+    given = {name: value for name, value in vars(values).items() if name not in ("help", "config")}
+    _apply_hardware(given)
+    recipe = RecipeArguments(**{item.name: given.pop(item.name) for item in fields(RecipeArguments)})
+    _check(recipe)
+    _check_steps(given)
+    _apply_evaluation(recipe, given)
+    try:
+        training = TrainingArguments(**given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ArgumentsError(f"TrainingArguments refuses these values: {error}") from error
+    return recipe, training
+
+
+def make_parser(*, everything: bool = True) -> HfArgumentParser:
+    """Return the parser of all flags, or for a short help of ours alone."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):  # type: ignore[misc]
+        """Raises instead of ending the program."""
+
+        def error(self, message: str) -> NoReturn:
+            raise ArgumentsError(f"{message[:1].upper()}{message[1:]}. See `{PROGRAM} --help`.")
+
+        def _check_value(self, action: argparse.Action, value: Any) -> None:
+            if action.choices is not None and value not in action.choices:
+                raise ArgumentsError(_no_choice(f"--{action.dest}", value, [str(one) for one in action.choices]))
+
+    # Abbreviations would let a misspelt flag mean another one.
+    parser = Parser(
+        _dataclasses(everything=everything),
+        prog=PROGRAM,
+        allow_abbrev=False,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        usage=f"{PROGRAM} --model MODEL --dataset DATASET [options]",
+        formatter_class=_Formatter,
+    )
+    parser.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of flags; those on the command line win.")
+    if everything:
+        parser.set_defaults(**TRAINING_DEFAULTS, bf16=None)
+    return parser
+
+
+def _no_choice(flag: str, value: Any, choices: list[str]) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
+
+
+def _dataclasses(*, everything: bool) -> list[Any]:
+    if not everything:
+        return [RecipeArguments]
+    from transformers import TrainingArguments
+
+    return [RecipeArguments, TrainingArguments]
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Spells each flag once, and tells defaults where there are some."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "_" not in flag]
+        if action.nargs == 0:
+            return ", ".join(flags)
+        flags = [flag for flag in flags if flag.startswith("--")]
+        name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+        value = "|".join(map(str, action.choices)) if action.choices else name
+        return f"{flags[-1]} {value}" + (" …" if action.nargs == "+" else "")
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        # Help texts are taken as they are: some of TrainingArguments hold a bare per cent sign.
+        text = " ".join((action.help or "").split())
+        if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, ""):
+            return text
+        return f"{text} [default: {_one_line(action.default)}]"
+
+
+def _one_line(value: Any) -> str:
+    return str(getattr(value, "value", value)).replace("\n", "\\n")
+
+
+def flag_names(parser: HfArgumentParser) -> list[str]:
+    """All long flags without their dashes, as they are spelt in a YAML file."""
+    return sorted(action.dest for action in parser._actions if action.dest not in ("help", "config"))
+
+
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Split off ``--config FILE``."""
+    paths, rest, position = [], [], 0
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        position += 1
+        if name != CONFIG_FLAG:
+            rest.append(arguments[position - 1])
+            continue
+        if not equals:
+            if position == len(arguments):
+                raise ArgumentsError(f"{CONFIG_FLAG} must be followed by the path of a YAML file.")
+            value = arguments[position]
+            position += 1
+        paths.append(Path(value))
+    if len(paths) > 1:
+        raise ArgumentsError(f"{CONFIG_FLAG} was given {len(paths)} times: {', '.join(map(str, paths))}. Give one.")
+    return (paths[0] if paths else None), rest
+
+
+def _tokens_of_file(path: Path, parser: HfArgumentParser) -> list[str]:
+    """Turn a YAML file into flags, so that its values are checked as those of the command line are."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ArgumentsError(f"{CONFIG_FLAG} {path} can't be read: {error}") from error
+    if content is None:
+        return []
+    if not isinstance(content, Mapping):
+        raise ArgumentsError(f"{CONFIG_FLAG} {path} must hold 'name: value' lines, not a {type(content).__name__}.")
+    actions = {action.dest: action for action in parser._actions}
+    tokens: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in flag_names(parser):
+            raise ArgumentsError(f"{path} has the key {key!r}, which is no flag.{_hint(name, flag_names(parser))}")
+        tokens += _tokens(name, value, actions[name], path)
+    return tokens
+
+
+def _tokens(name: str, value: Any, action: argparse.Action, path: Path) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    if isinstance(value, Mapping):
+        return [f"--{name}={json.dumps(dict(value))}"]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if action.nargs != "+":
+            raise ArgumentsError(f"{path} gives {name} a list, {value!r}; it takes one value.")
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _unknown(unknown: Sequence[str], parser: HfArgumentParser) -> ArgumentsError:
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return ArgumentsError(f"{unknown[0]!r} stands where a flag was expected. See `{PROGRAM} --help`.")
+    names = flag_names(parser)
+    hints = [f"{flag} is no flag.{_hint(flag.lstrip('-').replace('-', '_'), names)}" for flag in flags]
+    return ArgumentsError(" ".join(hints) + f" See `{PROGRAM} --help` and `--help-all`.")
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    if name in FORMER_NAMES:
+        return f" Use {FORMER_NAMES[name]}."
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+    near += [known for known in names if len(name) > 3 and name in known and known not in near][: 3 - len(near)]
+    return f" Did you mean {' or '.join('--' + other for other in near)}?" if near else ""
+
+
+def _check(recipe: RecipeArguments) -> None:
+    """Refuse values that could only fail later, when time has been spent."""
+    if recipe.chunk_length < 1:
+        raise ArgumentsError(f"--chunk_length must be at least 1, not {recipe.chunk_length}")
+    if recipe.r < 1:
+        raise ArgumentsError(f"--r must be at least 1, not {recipe.r}")
+    if not 0 <= recipe.lora_dropout < 1:
+        raise ArgumentsError(f"--lora_dropout must be at least 0 and below 1, not {recipe.lora_dropout}")
+    if recipe.num_proc is not None and recipe.num_proc < 1:
+        raise ArgumentsError(f"--num_proc must be at least 1, not {recipe.num_proc}")
+    if recipe.revision is not None and Path(recipe.model).exists():
+        raise ArgumentsError(
+            f"--revision {recipe.revision} was given and --model {recipe.model} is a folder here, which has no "
+            "revisions. Leave one of them out."
+        )
+    if held_out_share(recipe) is not None and recipe.eval_dataset:
+        raise ArgumentsError(
+            f"--eval_split {recipe.eval_split} holds out a part of --dataset and --eval_dataset {recipe.eval_dataset} "
+            "is another one. Give one of them."
+        )
+    if recipe.lora is not None:
+        extra_lora_fields(recipe)
+    if recipe.early_stopping_patience is not None and recipe.early_stopping_patience < 1:
+        raise ArgumentsError(f"--early_stopping_patience must be at least 1, not {recipe.early_stopping_patience}")
+
+
+def _check_steps(given: Mapping[str, Any]) -> None:
+    """Refuse a run that would end without a step."""
+    if given["max_steps"] < 0 and given["num_train_epochs"] <= 0:
+        raise ArgumentsError(f"--num_train_epochs must be above 0, not {given['num_train_epochs']}")
+    if given["max_steps"] == 0:
+        raise ArgumentsError("--max_steps must be above 0, not 0. Leave it out to train for --num_train_epochs.")
+    if given["learning_rate"] <= 0:
+        raise ArgumentsError(f"--learning_rate must be above 0, not {given['learning_rate']}")
+
+
+def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
+    """Return what ``--lora`` holds.
+
+    Raises:
+        ArgumentsError: It is no JSON object, or repeats a flag.
+    """
+    if recipe.lora is None:
+        return {}
+    extra = json_object("--lora", recipe.lora)
+    twice = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in extra]
+    if twice:
+        raise ArgumentsError(f"--lora has {', '.join(twice)}, which has a flag of its own: --{twice[0]}.")
+    return extra
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Read a JSON object, such as a mapping in a YAML file becomes.
+
+    Raises:
+        ArgumentsError: It is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}")
+    return found
+
+
+def held_out_share(recipe: RecipeArguments) -> float | None:
+    """The share of the training split that ``--eval_split`` holds out, ``None`` where it names a split."""
+    return _share(recipe.eval_split) if recipe.eval_split else None
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ArgumentsError(f"--eval_split must be the name of a split or a number between 0 and 1, not {text}")
+    return share
+
+
+def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
+    """Evaluate once an epoch where there is something to evaluate on; early stopping keeps the best adapter."""
+    held_out = recipe.eval_split is not None or recipe.eval_dataset is not None
+    strategy = str(getattr(given["eval_strategy"], "value", given["eval_strategy"]))
+    if held_out and strategy == "no":
+        given["eval_strategy"] = "epoch"
+    if not held_out and (strategy != "no" or recipe.early_stopping_patience or given["load_best_model_at_end"]):
+        raise ArgumentsError("There is nothing to evaluate on. Give --eval_split or --eval_dataset.")
+    metric = given["metric_for_best_model"]
+    if metric not in (None, "loss", "eval_loss"):
+        raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: all that is measured is the loss.")
+    if recipe.early_stopping_patience:
+        given["load_best_model_at_end"] = True
+        # Its patience is used up where it was when the run was interrupted.
+        given["restore_callback_states_from_checkpoint"] = True
+        given["save_strategy"] = given["eval_strategy"]
+        given["save_steps"] = given["eval_steps"] or given["save_steps"]
+
+
+def _apply_hardware(given: dict[str, Any]) -> None:
+    """Use bfloat16 where the device is fast at it and nothing else was said; where there is only a CPU, say so."""
+    import torch
+
+    from lora_plugins.quantization.precision import fast_bfloat16
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    given["use_cpu"] = given["use_cpu"] or accelerator is None
+    device = torch.device("cpu") if accelerator is None or given["use_cpu"] else accelerator
+    if given["disable_tqdm"] is None:
+        # Progress bars that nobody watches fill log files.
+        given["disable_tqdm"] = not sys.stderr.isatty()
+    if given["bf16"] is None:
+        given["bf16"] = not given["fp16"] and fast_bfloat16(device)

@@ -1,0 +1,192 @@
+"""From arguments to what a Trainer gets: tokenizer, data sets, base model, callbacks."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import ArgumentsError
+from lora_plugins.recipe.arguments import CHAT, RecipeArguments
+from lora_plugins.recipe.data import load_examples
+from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
+from lora_plugins.recipe.parser import extra_lora_fields, json_object
+from lora_plugins.recipe.templates import encode, make_template
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+#: Characters that a name of a module never has and a regular expression nearly always.
+_PATTERN = frozenset("*|()[]^$\\+?")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data sets of a run.
+
+    Attributes:
+        train: Rows of ``input_ids`` and ``labels`` to train on.
+        held_out: Rows to evaluate on, or ``None``.
+        counts: What became of the examples, by ``"train"`` and ``"held_out"``.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    counts: dict[str, PackingCounts | PaddedCounts]
+
+
+def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer; one without padding pads with its end token.
+
+    Raises:
+        ArgumentsError: There is none at ``--model``.
+    """
+    from transformers import AutoTokenizer
+
+    load = functools.partial(AutoTokenizer.from_pretrained, recipe.model, revision=recipe.revision or "main")
+    tokenizer: PreTrainedTokenizerBase = _from_model(recipe, "tokenizer", load)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(recipe: RecipeArguments) -> PreTrainedModel:
+    """Load the base model in the dtype that it is stored in.
+
+    Raises:
+        ArgumentsError: There is none at ``--model``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, recipe.model, revision=recipe.revision or "main", dtype="auto"
+    )
+    model: PreTrainedModel = _from_model(recipe, "causal language model", load)
+    # Nothing is generated in training, and gradient checkpointing would warn about the cache.
+    model.config.use_cache = False
+    return model
+
+
+def _from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ArgumentsError(f"--model {recipe.model} can't be loaded as a {kind}: {text}") from error
+
+
+def prepare_data(
+    recipe: RecipeArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> Prepared:
+    """Read, render, tokenise and pack; the first process of a machine does it, the others find it cached.
+
+    Raises:
+        DataError: The data sets can't be read or hold too little.
+        TemplateError: The template does not fit them.
+    """
+    with training.main_process_first(desc="preparing the data"):
+        rows, held_out_rows = load_examples(recipe, training.seed)
+        train, counts = _examples(recipe, rows, tokenizer, "train", say)
+        found: dict[str, PackingCounts | PaddedCounts] = {"train": counts}
+        held_out = None
+        if held_out_rows is not None:
+            held_out, found["held_out"] = _examples(recipe, held_out_rows, tokenizer, "held out", say)
+    return Prepared(train, held_out, found)
+
+
+def _examples(
+    recipe: RecipeArguments, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, say: Say
+) -> tuple[Dataset, PackingCounts | PaddedCounts]:
+    template = make_template(recipe.template, rows.features, tokenizer)
+    encoded, unusable = encode(
+        rows, template, tokenizer, completion_only=completion_only(recipe), num_proc=recipe.num_proc
+    )
+    if unusable:
+        say(f"Data ({name}): {unusable:,} examples left out, a column of the template is empty in them")
+    made: tuple[Dataset, PackingCounts | PaddedCounts]
+    if packs(recipe):
+        length = recipe.chunk_length
+        if name != "train":
+            # A small held-out set is better measured in shorter chunks than not at all.
+            length = max(1, min(length, int(token_offsets(encoded)[-1])))
+        made = pack(encoded, length, num_proc=recipe.num_proc)
+    else:
+        made = keep_apart(encoded, recipe.chunk_length, num_proc=recipe.num_proc)
+    say(f"Data ({name}): {made[1].line()}")
+    return made
+
+
+def completion_only(recipe: RecipeArguments) -> bool:
+    """Whether only answers count in the loss."""
+    return (recipe.loss_on or ("completion" if recipe.template == CHAT else "all")) == "completion"
+
+
+def packs(recipe: RecipeArguments) -> bool:
+    """Whether examples are joined and cut into chunks."""
+    return not completion_only(recipe) if recipe.packing is None else recipe.packing
+
+
+def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return what makes batches: chunks are stacked, examples padded to the longest."""
+    from transformers import DataCollatorForSeq2Seq, default_data_collator
+
+    if packs(recipe):
+        return default_data_collator
+    if tokenizer.pad_token is None:
+        raise ArgumentsError(
+            f"The tokenizer of {recipe.model} has neither a padding nor an end token to pad with. Use --packing true."
+        )
+    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+
+
+def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
+    """The arguments of `LoraCallback` for a recipe."""
+    arguments: dict[str, Any] = {
+        "r": recipe.r,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "quantization": quantization_of(recipe),
+        **extra_lora_fields(recipe),
+    }
+    if recipe.target_modules:
+        arguments["target_modules"] = _targets(recipe.target_modules)
+    return arguments
+
+
+def check_lora(recipe: RecipeArguments) -> None:
+    """Refuse LoRA arguments that no model could take, before the data are read.
+
+    Raises:
+        UnknownQuantizer: No plugin has the quantization backend.
+        UnknownArgument: ``--lora`` has something that is no field of ``peft.LoraConfig``.
+    """
+    from lora_plugins.adapters.settings import LoraSettings
+
+    LoraSettings.from_arguments(**lora_arguments(recipe))
+
+
+def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
+    """The backend's name, or a mapping of it and its options; ``None`` for a base in float.
+
+    Raises:
+        ArgumentsError: It begins as JSON and is none.
+    """
+    if recipe.quantization == "none":
+        return None
+    return json_object("--quantization", recipe.quantization) if "{" in recipe.quantization else recipe.quantization
+
+
+def _targets(words: list[str]) -> str | list[str]:
+    from lora_plugins.targets.resolution import SCOPES
+
+    if len(words) == 1 and words[0].startswith('["'):
+        # Hyperparameters of a job are single values: a list comes as JSON.
+        return [str(name) for name in json.loads(words[0])]
+    if len(words) == 1 and (words[0] in SCOPES or _PATTERN & set(words[0])):
+        return words[0]
+    return words

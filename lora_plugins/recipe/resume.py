@@ -1,0 +1,116 @@
+"""Which checkpoint to go on from: the newest one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+#: The Trainer writes this file last.
+_STATE = "trainer_state.json"
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints in an output folder.
+
+    Attributes:
+        newest: The newest complete one, ``None`` when there is none.
+        broken: Newer ones that can't be resumed from, with the reason.
+    """
+
+    newest: Path | None = None
+    broken: dict[Path, str] = field(default_factory=dict)
+
+
+def find_checkpoints(output: Path, processes: int = 1) -> Checkpoints:
+    """Look for the newest complete checkpoint.
+
+    The Trainer writes checkpoints in place, so one whose writing was cut off looks like any other until its files
+    are read.
+
+    Args:
+        output: The Trainer's output folder; it may be missing.
+        processes: Processes of the run that wants to resume; each has a random state of its own.
+    """
+    found = Checkpoints()
+    for folder in checkpoint_folders(output):
+        reason = checkpoint_defect(folder, processes)
+        if reason is None:
+            found.newest = folder
+            break
+        found.broken[folder] = reason
+    return found
+
+
+def checkpoint_defect(folder: Path, processes: int = 1) -> str | None:
+    """Say why a checkpoint can't be resumed from, ``None`` for a complete one."""
+    return next(_defects(folder, processes), None)
+
+
+def checkpoint_folders(output: Path) -> list[Path]:
+    """The folders of checkpoints, newest step first."""
+    steps = {path: _NAME.fullmatch(path.name) for path in output.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, match in steps.items() if match), key=_step, reverse=True)
+
+
+def finished_state(checkpoint: Path) -> TrainerState | None:
+    """Return the Trainer's state in a checkpoint whose run has done all its steps, ``None`` for any other."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    return state if state.global_step >= state.max_steps else None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _defects(folder: Path, processes: int) -> Iterator[str]:
+    """What is wrong with a checkpoint, cheapest test first."""
+    try:
+        step = json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"]
+        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{type(error).__name__}: {error}"
+        return
+    if step != _step(folder):
+        yield f"{_STATE} is of step {step}"
+    yield from _tensor_defects(folder / ADAPTER_FILE)
+    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in ("optimizer.pt", "scheduler.pt", *random):
+        yield from _archive_defects(folder / name)
+
+
+def _tensor_defects(file: Path) -> Iterator[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The header says how long the file must be, and opening compares.
+        with safe_open(str(file), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        yield f"{file.name}: {error}"
+
+
+def _archive_defects(file: Path) -> Iterator[str]:
+    """``torch.save`` writes zip archives, whose checksums show every cut."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            member = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        yield f"{file.name}: {error}"
+        return
+    if member is not None:
+        yield f"{file.name}: {member} is damaged"

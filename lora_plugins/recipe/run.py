@@ -1,0 +1,253 @@
+"""The command ``train`` from its first check to the merged model."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.adapters.merging import RECIPE_FILE, merge_and_save, unquantized_layers
+from lora_plugins.errors import ArgumentsError, LoraPluginsError, ResumeError
+from lora_plugins.quantization.request import parse_quantization
+from lora_plugins.recipe import prepare
+from lora_plugins.recipe.arguments import RecipeArguments
+from lora_plugins.recipe.output import (
+    RUN_FILE,
+    Folders,
+    check_same_run,
+    draw_loss,
+    metrics,
+    run_record,
+    write_json,
+)
+from lora_plugins.recipe.parser import parse
+from lora_plugins.recipe.publishing import Publication
+from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from lora_plugins.recipe.interruption import Interruption
+
+#: Added to the number of the signal that ended a program, as shells do.
+_SIGNAL_BASE = 128
+
+
+def run(words: Sequence[str]) -> int:
+    """Do what a command line asks for.
+
+    Args:
+        words: The command line without ``lora-plugins train``.
+
+    Returns:
+        The exit code: 0, or 128 and the signal's number after an interruption that left a checkpoint.
+
+    Raises:
+        TrainingError: An argument, the data, the template or the run to resume can't be used.
+        LoraPluginsError: The model can't be prepared, or the run would train nothing.
+    """
+    recipe, training = parse(words)
+    return TrainingRun(recipe, training).run()
+
+
+class TrainingRun:
+    """One run, phase by phase.
+
+    Args:
+        recipe: Our own arguments.
+        training: The Trainer's.
+    """
+
+    def __init__(self, recipe: RecipeArguments, training: TrainingArguments) -> None:
+        self.recipe = recipe
+        self.training = training
+        self.folders = Folders.of(recipe, training)
+        self.is_main = training.process_index == 0
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def run(self) -> int:
+        """Do all of it; see `run`."""
+        from transformers import set_seed
+
+        prepare.check_lora(self.recipe)
+        publication = Publication.of(self.recipe.push, self._base_on_hub())
+        checkpoint = self._checkpoint()
+        # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
+        set_seed(self.training.seed)
+        self.tokenizer = prepare.load_tokenizer(self.recipe)
+        self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
+        trainer, interruption = self._trainer()
+        if publication is not None:
+            publication.check(trainer.model)
+        if self.is_main:
+            write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
+        with interruption.listening():
+            self._train(trainer, checkpoint)
+            # A process that ended while another still writes the checkpoint would have its launcher kill that one.
+            trainer.accelerator.wait_for_everyone()
+        if interruption.stopped_at is not None:
+            return self._interrupted(interruption)
+        figures = self._save(trainer)
+        unpublished = self._publish(publication, trainer)
+        # The trained model is not needed any more and would take the merge's memory.
+        if unpublished is not None:
+            traceback.clear_frames(unpublished.__traceback__)
+        del trainer, interruption
+        gc.collect()
+        self._merge(figures)
+        if unpublished is not None:
+            raise unpublished
+        return 0
+
+    def _base_on_hub(self) -> str | None:
+        """What a published adapter names as its base, where the model itself doesn't tell."""
+        recipe = self.recipe
+        if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
+            return f"{recipe.model}@{recipe.revision}"
+        return recipe.push_base_model
+
+    def _publish(self, publication: Publication | None, trainer: Trainer) -> Exception | None:
+        """Publish the adapter; an error is given back, to be raised when the merge is done."""
+        if publication is None or not self.is_main:
+            return None
+        try:
+            self.say(publication.push(trainer, self.folders.adapter, prepare.quantization_of(self.recipe)))
+        except Exception as error:
+            self.say(f"The adapter in {self.folders.adapter} is not published, for the reason at the end")
+            return error
+        return None
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            ResumeError: There are checkpoints and nobody asked to resume, or they are of a run with other arguments.
+            ArgumentsError: A merged model is in the way.
+        """
+        chosen = self.training.resume_from_checkpoint
+        if not (self.recipe.resume or chosen):
+            # Only one process looks, before any of them can have written something.
+            if self.is_main:
+                self.folders.check_unused(merge=self.recipe.merge != "none")
+            return None
+        check_same_run(self.folders.output, run_record(self.recipe, self.training))
+        if chosen and str(chosen).lower() != "true":
+            reason = checkpoint_defect(Path(chosen), self.training.world_size)
+            if reason is not None:
+                raise ResumeError(f"--resume_from_checkpoint {chosen} is no complete checkpoint: {reason}")
+            return str(chosen)
+        found = find_checkpoints(self.folders.output, self.training.world_size)
+        for folder, reason in found.broken.items():
+            self.say(f"{folder.name} is incomplete and passed over ({reason})")
+        if found.newest is None:
+            self.say(f"No complete checkpoint in {self.folders.output}; starting from the beginning")
+            return None
+        self.say(f"Going on from {found.newest}")
+        return str(found.newest)
+
+    def _trainer(self) -> tuple[Trainer, Interruption]:
+        from transformers import EarlyStoppingCallback, Trainer
+
+        from lora_plugins import LoraCallback, ParameterReportCallback
+        from lora_plugins.recipe.interruption import Interruption
+
+        interruption = Interruption()
+        callbacks: list[Any] = [LoraCallback(**prepare.lora_arguments(self.recipe)), ParameterReportCallback()]
+        if self.recipe.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(self.recipe.early_stopping_patience))
+        model = prepare.load_base(self.recipe)
+        try:
+            trainer = Trainer(
+                model=model,
+                args=self.training,
+                train_dataset=self.data.train,
+                eval_dataset=self.data.held_out,
+                data_collator=prepare.collator(self.recipe, self.tokenizer),
+                callbacks=[*callbacks, interruption],
+            )
+        except LoraPluginsError:
+            raise
+        except (ValueError, ImportError) as error:
+            # It is the first to look at some of its arguments, such as --report_to.
+            raise ArgumentsError(f"The Trainer refuses these arguments: {error}") from error
+        return trainer, interruption
+
+    def _train(self, trainer: Trainer, checkpoint: str | None) -> None:
+        """Train, or take over what a run that came to its end has left: the Trainer would do one more step."""
+        state = finished_state(Path(checkpoint)) if checkpoint is not None else None
+        if state is None or checkpoint is None:
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except ImportError as error:
+                # Some arguments need a package that the Trainer looks for only now, such as --use_liger_kernel.
+                raise ArgumentsError(f"The Trainer lacks something for these arguments: {error}") from error
+            return
+        from lora_plugins.trainer.checkpoints import restore_best
+
+        self.say(f"All {state.global_step} steps were done already")
+        trainer.state = state
+        best = state.best_model_checkpoint if self.training.load_best_model_at_end else None
+        restore_best(trainer.model, Path(best or checkpoint))
+
+    def _interrupted(self, interruption: Interruption) -> int:
+        number = interruption.signal or signal.SIGTERM
+        self.say(
+            f"Interrupted by {signal.Signals(number).name} after step {interruption.stopped_at}; checkpoint-"
+            f"{interruption.stopped_at} is in {self.folders.output}. The same command with --resume goes on from it."
+        )
+        return _SIGNAL_BASE + number
+
+    def _save(self, trainer: Trainer) -> dict[str, Any]:
+        """Write adapter, report and figures; returns the figures."""
+        trainer.save_model(str(self.folders.adapter))
+        history = trainer.state.log_history
+        figures = metrics(history, self.data.counts)
+        if not self.is_main:
+            return figures
+        # A pickle with this machine's paths in it, of no use to anybody who loads the adapter.
+        (self.folders.adapter / "training_args.bin").unlink(missing_ok=True)
+        write_json(self.folders.adapter / RECIPE_FILE, self._recipe_record(trainer.model))
+        report = self.folders.report
+        report.mkdir(parents=True, exist_ok=True)
+        write_json(report / "metrics.json", figures)
+        draw_loss(history, report / "loss.png")
+        written = self.folders.output / "parameter_report.json"
+        if written.is_file() and written.parent != report:
+            (report / written.name).write_bytes(written.read_bytes())
+        self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
+        return figures
+
+    def _recipe_record(self, model: Any) -> dict[str, Any]:
+        """What somebody needs to use or merge the adapter as it was trained."""
+        record: dict[str, Any] = {
+            "base": self.recipe.model,
+            "revision": self.recipe.revision,
+            "template": self.recipe.template,
+            "quantization": None,
+        }
+        quantization = parse_quantization(prepare.quantization_of(self.recipe))
+        if quantization is not None:
+            skipped = unquantized_layers(model)
+            record["quantization"] = {**quantization.options, "name": quantization.name, "skip_modules": skipped}
+        return record
+
+    def _merge(self, figures: dict[str, Any]) -> None:
+        if not self.is_main or self.recipe.merge == "none":
+            return
+        result = merge_and_save(
+            self.folders.adapter,
+            self.folders.model,
+            dtype=self.recipe.merge,
+            base=self.recipe.model,
+            revision=self.recipe.revision,
+            overwrite=True,
+        )
+        self.say(result.line())
+        write_json(self.folders.report / "metrics.json", {**figures, "merge": result.to_dict()})

@@ -1,0 +1,229 @@
+"""What in a model may get an adapter, and what a name or a scope means there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import TargetError
+from lora_plugins.models.structure import Structure, is_under, matches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_plugins.plugins.host import PluginHost
+    from lora_plugins.plugins.types import Architecture
+
+_ATTENTION = re.compile(r"attn|attention|query_key_value|(^|[._])[qkv]_(proj|lin)|(^|\.)(mixer|linear_attn|mamba|ssm)")
+_ROUTER = re.compile(r"(^|\.)(router|gate|gate_network|shared_expert_gate)(\.|$)")
+_VISION = re.compile(r"vision|visual|image_encoder|audio_tower|audio_encoder|speech_encoder")
+_ROUTED = re.compile(r"(^|\.)experts(\.|$)")
+_SHARED = re.compile(r"(^|\.)shared_(experts?|mlp)(\.|$)")
+
+#: What a decoder calls its attention to an encoder.
+_CROSS_ATTENTION = ("encoder_attn", "cross_attn", "cross_attention", "crossattention")
+
+#: Layers of a state-space mixer that kernels or the code beside them read as bare weights.
+_RAW = ("dt_proj", "x_proj", "out_proj")
+
+
+def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
+    """Return the registered record of a model, with the names of its inner models filled in.
+
+    Raises:
+        ArchitectureConflict: Two third-party plugins claim the model's type.
+    """
+    config = getattr(model, "config", None)
+    record = _registered(config, host)
+    if record is None or not record.inner:
+        return record
+    inner = [_registered(getattr(config, name, None), host) for name in record.inner]
+    known = [part for part in inner if part is not None]
+    if not known:
+        return record
+    scopes: dict[str, tuple[str, ...]] = {}
+    for part in known:
+        for scope, names in part.scopes.items():
+            scopes[scope] = _union([scopes.get(scope, ()), names])
+    return dataclasses.replace(
+        record,
+        targets=_union(part.targets for part in known),
+        scopes={**scopes, **record.scopes},
+        experts=_union([record.experts, *(part.experts for part in known)]),
+        expert_policy=next(
+            (part.expert_policy for part in known if part.expert_policy != "none"), record.expert_policy
+        ),
+        never=_union([record.never, *(part.never for part in known)]),
+        optional=_union([record.optional, *(part.optional for part in known)]),
+        input_gradients=record.input_gradients or any(part.input_gradients for part in known),
+    )
+
+
+def _registered(config: Any, host: PluginHost) -> Architecture | None:
+    model_type = getattr(config, "model_type", None)
+    return host.architecture(model_type) if isinstance(model_type, str) else None
+
+
+def _union(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))
+
+
+class Candidates:
+    """The modules of one model that may get adapters, by role.
+
+    Args:
+        structure: The model's parts.
+        record: Its registered record, ``None`` when nobody registered it.
+        heads: Names of the heads that are trained whole.
+        exclude: Names, or a pattern for whole paths, to leave out.
+        layers: Indices of the blocks to adapt, ``None`` for all.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        record: Architecture | None,
+        heads: Sequence[str],
+        exclude: str | Sequence[str] | None,
+        layers: set[int] | None,
+    ) -> None:
+        self.structure = structure
+        self.record = record
+        self.heads = heads
+        self.exclude = exclude
+        self.layers = layers
+        self.never = tuple(record.never) if record else ()
+
+    # -- by name -------------------------------------------------------------------------------
+
+    @cached_property
+    def adaptable(self) -> list[str]:
+        """Paths of everything that PEFT can wrap, but for heads that are trained whole."""
+        from torch import nn
+
+        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return [
+            path
+            for path, module in self.structure.modules.items()
+            if (path in self.structure.linears or isinstance(module, others)) and not is_under(path, self.heads)
+        ]
+
+    def named(self, name: str) -> list[str]:
+        """Paths that a name of a user means: those in the language model, else those in the encoders beside it."""
+        found = [path for path in self.adaptable if matches(path, name)]
+        return [path for path in found if not self.is_encoder(path)] or found
+
+    def registered(self, name: str) -> list[str]:
+        """Paths that a name in a record means: nothing in encoders, nothing that can't take an adapter of any rank."""
+        return [
+            path
+            for path in self.adaptable
+            if matches(path, name)
+            and not self.is_encoder(path)
+            and not self.is_forbidden(path)
+            and not _ROUTED.search(self.structure.inside_block(path))
+            and getattr(self.structure.modules[path], "groups", 1) == 1
+        ]
+
+    def by_regex(self, pattern: str) -> list[str]:
+        """Paths that match a pattern as a whole, wherever they are."""
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise TargetError(f"target_modules={pattern!r} is no regular expression: {error}") from None
+        return [path for path in self.adaptable if compiled.fullmatch(path)]
+
+    # -- by role -------------------------------------------------------------------------------
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """Linear layers in blocks that a scope may take: no routers, heads, encoders, routed experts."""
+        return [
+            path
+            for path, linear in self.structure.linears.items()
+            if linear.block is not None
+            and path not in self.structure.output_heads
+            and not is_under(path, self.heads)
+            and not self.is_forbidden(path)
+            and not _ROUTER.search(self.structure.inside_block(path))
+            and not _ROUTED.search(self.structure.inside_block(path))
+            and not self.is_encoder(path)
+        ]
+
+    def is_attention(self, path: str) -> bool:
+        """Whether a layer belongs to attention or what stands in its place, by the names around it."""
+        return _ATTENTION.search(self.structure.inside_block(path)) is not None
+
+    def encoders(self) -> list[str]:
+        """Linear layers in the blocks of vision, audio and other encoders."""
+        inside = [p for p, linear in self.structure.linears.items() if linear.block is not None and self.is_encoder(p)]
+        return [path for path in inside if not is_under(path, self.heads) and not self.is_forbidden(path)]
+
+    def shared_experts(self) -> list[str]:
+        """Linear layers of the experts that every token passes."""
+        return [path for path in self.linear if _SHARED.search(self.structure.inside_block(path))]
+
+    def routed_layers(self) -> list[str]:
+        """Linear layers of routed experts that are kept as modules."""
+        return [
+            path
+            for path in self.structure.linears
+            if _ROUTED.search(self.structure.inside_block(path))
+            and not self.is_forbidden(path)
+            and not self.is_encoder(path)
+        ]
+
+    def routed_parameters(self) -> list[str]:
+        """Stacked weights of routed experts."""
+        names = self.record.experts if self.record else ()
+        found = [
+            path
+            for path in self.structure.expert_parameters
+            if not path.endswith("bias") and not self.is_encoder(path) and not _SHARED.search(path)
+        ]
+        return [path for path in found if any(matches(path, name) for name in names)] or found
+
+    def unreached(self) -> tuple[str, ...]:
+        """Names of parts that a batch may pass by: encoders, and cross-attention in a decoder that stands alone."""
+        named = (*self.record.vision, *self.record.optional) if self.record else ()
+        config = getattr(self.structure.model, "config", None)
+        alone = not getattr(config, "is_encoder_decoder", False)
+        paths = self.structure.modules if alone else ()
+        return _union([named, [name for name in _CROSS_ATTENTION if any(is_under(path, [name]) for path in paths)]])
+
+    # -- what is out of the question -----------------------------------------------------------
+
+    def is_encoder(self, path: str) -> bool:
+        """Whether a path lies in an encoder beside the language model."""
+        if self.record is not None and (self.record.vision or self.record.text):
+            outside = bool(self.record.text) and not is_under(path, self.record.text)
+            return outside or is_under(path, self.record.vision)
+        # A model that is an encoder as a whole has its blocks under such a name and nothing else.
+        return bool(_VISION.search(path)) and self._has_other_blocks
+
+    @cached_property
+    def _has_other_blocks(self) -> bool:
+        return any(not _VISION.search(block.kind.stack) for block in self.structure.blocks)
+
+    def is_forbidden(self, path: str) -> bool:
+        """Whether an adapter would be wrong here: the record says so, or the bare weight is read."""
+        return is_under(path, self.never) or self.structure.is_output_layer_of_attention(path) or self._read_raw(path)
+
+    def _read_raw(self, path: str) -> bool:
+        owner, _, name = path.rpartition(".")
+        return (
+            name in _RAW and f"{owner}.conv1d" in self.structure.modules and f"{owner}.D" in self.structure.parameters
+        )
+
+    def left_out(self, path: str) -> bool:
+        """Whether ``exclude_modules`` or ``layers_to_transform`` leaves a path out."""
+        if self.layers is not None:
+            block = self.structure.block_of(path)
+            if block is None or int(re.findall(r"\d+", block.path)[-1]) not in self.layers:
+                return True
+        if isinstance(self.exclude, str):
+            return re.fullmatch(self.exclude, path) is not None
+        return any(matches(path, name) for name in self.exclude or ())

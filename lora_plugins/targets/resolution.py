@@ -1,0 +1,59 @@
+"""Which modules get adapters: the registered default, a scope, names or a pattern, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_plugins.models.structure import collapse
+from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.targets.records import TargetHit, TargetPlan
+from lora_plugins.targets.resolver import SCOPES, Resolver
+from lora_plugins.targets.tasks import task_heads, task_type
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def resolve_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    experts: str = "default",
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    target_parameters: Sequence[str] | None = None,
+    literal: bool = False,
+    strict: bool = True,
+    host: PluginHost | None = None,
+) -> TargetPlan:
+    """Choose the modules of a base model that get adapters, and check the choice against the model.
+
+    Args:
+        model: A raw base model: live, on the meta device, or quantized.
+        target_modules: ``None`` for the registered default; a scope (``"attention"``, ``"mlp"``,
+            ``"all-linear"``, ``"experts"``, ``"vision"``, or one of the architecture's own); a list of
+            names; or a regular expression for whole paths, as in PEFT.
+        experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for the architecture's policy.
+        exclude_modules: Names, or a regular expression, to leave out.
+        layers_to_transform: Indices of the blocks to adapt; all when ``None``.
+        target_parameters: Names of parameters that get adapters besides, as in PEFT.
+        literal: Whether the names come from a stored adapter: they then mean all that PEFT finds, in encoders
+            and in single blocks too, nothing is added to them, and only names without a match are errors.
+        strict: Whether unmatched names and uneven coverage are errors; else they are warnings.
+        host: Where to look architectures up; default is the process's plugin host.
+
+    Raises:
+        UnmatchedTargets: A requested name matches nothing.
+        ForbiddenTargets: A requested name means only modules where an adapter would be wrong.
+        UnevenCoverage: A name is missing in some blocks of a kind.
+        NoTargets: Nothing in the model can take an adapter.
+        TargetError: An argument has no meaning.
+    """
+    resolver = Resolver(model, experts, exclude_modules, layers_to_transform, strict, host or plugin_host())
+    if literal:
+        return resolver.read(target_modules or (), target_parameters or ())
+    return resolver.run(target_modules, target_parameters or ())
+
+
+__all__ = ["SCOPES", "TargetHit", "TargetPlan", "collapse", "resolve_targets", "task_heads", "task_type"]

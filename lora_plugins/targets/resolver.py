@@ -1,0 +1,385 @@
+"""From what was asked for to the modules of one model, with every check on the way."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lora_plugins.errors import (
+    ForbiddenTargets,
+    NoTargets,
+    TargetError,
+    TargetWarning,
+    UnevenCoverage,
+    UnknownScope,
+    UnmatchedTargets,
+)
+from lora_plugins.models.structure import BlockKind, Structure, matches
+from lora_plugins.targets.candidates import Candidates, find_record
+from lora_plugins.targets.peft_names import rewritten_names, shortest_names
+from lora_plugins.targets.records import TargetHit, TargetPlan
+from lora_plugins.targets.tasks import task_heads, task_type
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_plugins.plugins.host import PluginHost
+
+#: Scopes that every model has, whether or not its architecture is registered.
+SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
+
+#: Share of the weights from which it matters that routed experts get no adapter.
+_MANY_EXPERTS = 0.1
+
+
+def _paths(hits: Iterable[TargetHit]) -> list[str]:
+    return list(dict.fromkeys(path for hit in hits for path in hit.modules))
+
+
+class Resolver:
+    """Resolves one request on one model; see `lora_plugins.targets.resolution.resolve_targets` for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: str,
+        exclude: str | Sequence[str] | None,
+        layers: int | Sequence[int] | None,
+        strict: bool,
+        host: PluginHost,
+    ) -> None:
+        if experts not in ("default", "none", "routed", "shared"):
+            raise TargetError(f"experts must be 'default', 'none', 'routed' or 'shared', not {experts!r}")
+        self.model = model
+        self.structure = Structure(model)
+        self.record = find_record(model, host)
+        self.heads = task_heads(model, host)
+        chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        self.candidates = Candidates(self.structure, self.record, self.heads, exclude, chosen_layers)
+        self.partial = exclude is not None or layers is not None
+        self.asked_experts = experts
+        self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
+        self.strict = strict
+        self.notes: list[str] = []
+
+    def run(self, wanted: str | Sequence[str] | None, wanted_parameters: Sequence[str]) -> TargetPlan:
+        hits, source = self._hits(wanted)
+        expert_layers, expert_parameters = self._expert_hits(wanted)
+        module_hits = [*hits, *expert_layers]
+        parameter_hits = [*expert_parameters, *self._parameter_hits(wanted_parameters)]
+        modules, parameters = _paths(module_hits), _paths(parameter_hits)
+        if not modules and not parameters:
+            raise NoTargets(
+                f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
+                f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}.{self._experts_hint()}"
+            )
+        self._check_even([*module_hits, *parameter_hits])
+        self._check_covered(wanted, [*modules, *parameters])
+        self._check_experts(wanted, [*modules, *parameters])
+        self._note_heads()
+        names, as_parameters = self._names_for_peft(modules)
+        fused = shortest_names(parameters, self.structure.parameters, parts=2)
+        by_policy = shortest_names(_paths(expert_parameters), self.structure.parameters, parts=2)
+        doubled = {name: 2 for name in by_policy if name.rpartition(".")[2] == "gate_up_proj"}
+        return self._plan(names, [*fused, *as_parameters], doubled, source, module_hits, parameter_hits)
+
+    def read(self, names: str | Sequence[str], parameters: Sequence[str]) -> TargetPlan:
+        """Return the plan of a stored adapter: what PEFT will find by these names, unchanged."""
+        found: dict[str, list[str]] = {}
+        for name in [names] if isinstance(names, str) else names:
+            by_name = [path for path in self.candidates.adaptable if matches(path, name)]
+            found[name] = self.candidates.by_regex(name) if isinstance(names, str) else by_name
+        self._check_missing(found)
+        hits = self._kept(found)
+        stored = [names] if isinstance(names, str) else list(names)
+        return self._plan(stored, list(parameters), {}, "the stored adapter", hits, self._parameter_hits(parameters))
+
+    def _plan(
+        self,
+        names: list[str],
+        parameters: list[str],
+        rank_factors: dict[str, int],
+        source: str,
+        module_hits: list[TargetHit],
+        parameter_hits: list[TargetHit],
+    ) -> TargetPlan:
+        # A layer that is adapted through its bare weight must keep a float weight.
+        float_only = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+        return TargetPlan(
+            target_modules=names,
+            target_parameters=parameters,
+            rank_factors=rank_factors,
+            modules_to_save=self.heads,
+            task_type=task_type(self.model),
+            source=source,
+            hits=[*module_hits, *parameter_hits],
+            bare=self._bare(set(_paths(module_hits))),
+            coverage=self._coverage(_paths([*module_hits, *parameter_hits])),
+            never=(*self.candidates.never, *float_only),
+            vision=self.candidates.unreached(),
+            input_gradients=self.record is not None and self.record.input_gradients,
+            notes=self.notes,
+        )
+
+    # -- what was asked for --------------------------------------------------------------------
+
+    def _hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], str]:
+        if wanted is None:
+            return self._default()
+        if isinstance(wanted, str):
+            names = self._scope(wanted)
+            if names is not None:
+                return names, f"scope {wanted!r}"
+            return self._by_pattern(wanted), "the pattern given"
+        return self._by_names(list(dict.fromkeys(wanted))), "the names given"
+
+    def _default(self) -> tuple[list[TargetHit], str]:
+        if self.record is not None:
+            hits = self._by_record(self.record.targets)
+            if hits:
+                return hits, f"the registered architecture {self.record.model_type!r}"
+            why = (
+                f"the record of {self.record.model_type!r} names {', '.join(self.record.targets)}, none of which is in "
+                f"{type(self.model).__name__}"
+            )
+        else:
+            why = f"{type(self.model).__name__} is not registered"
+        available = self.candidates.linear
+        attention = [path for path in available if self.candidates.is_attention(path)]
+        chosen = attention or available
+        what = "attention layers" if attention else "linear layers, as no attention was recognised"
+        self.notes.append(
+            f"{why}: its structure was read, and all {len(chosen)} {what} in {len(self.structure.blocks)} blocks "
+            "were chosen"
+        )
+        return self._grouped(chosen), "the model's structure"
+
+    def _scope(self, name: str) -> list[TargetHit] | None:
+        own = dict(self.record.scopes) if self.record else {}
+        built_in: dict[str, Callable[[], list[str]]] = {
+            "all-linear": lambda: self.candidates.linear,
+            "attention": lambda: [p for p in self.candidates.linear if self.candidates.is_attention(p)],
+            "mlp": lambda: [p for p in self.candidates.linear if not self.candidates.is_attention(p)],
+            "vision": self.candidates.encoders,
+            "experts": list,
+        }
+        if name in own and name not in ("all-linear", "experts"):
+            return self._by_record(own[name])
+        if name in built_in:
+            return self._grouped(built_in[name]())
+        if re.fullmatch(r"[\w-]+", name) and not self.candidates.by_regex(name):
+            known = sorted({*SCOPES, *own})
+            near = difflib.get_close_matches(name, [*known, *self._leaves()], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UnknownScope(
+                f"target_modules={name!r} is no scope and, read as a pattern for whole paths, matches nothing.{hint} "
+                f"Scopes: {', '.join(known)}. For a module name write [{name!r}]."
+            )
+        return None
+
+    def _by_pattern(self, pattern: str) -> list[TargetHit]:
+        found = self.candidates.by_regex(pattern)
+        if not found:
+            self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
+        return self._kept({pattern: self._permitted(pattern, found)})
+
+    def _by_record(self, names: Sequence[str]) -> list[TargetHit]:
+        """Hits of a record's names: it covers all variants of a type, so that a name may be absent."""
+        return self._kept({name: self.candidates.registered(name) for name in names})
+
+    def _by_names(self, names: Sequence[str]) -> list[TargetHit]:
+        found = {name: self.candidates.named(name) for name in names}
+        self._check_missing(found)
+        for name, paths in found.items():
+            self._note_encoders(name, paths)
+        return self._kept({name: self._permitted(name, paths) for name, paths in found.items()})
+
+    def _check_missing(self, found: dict[str, list[str]]) -> None:
+        missing = [name for name, paths in found.items() if not paths]
+        if missing:
+            self._problem(
+                UnmatchedTargets,
+                f"No module that can take an adapter is called {', '.join(map(self._near, missing))}. "
+                + self._what_there_is(),
+            )
+
+    def _parameter_hits(self, names: Sequence[str]) -> list[TargetHit]:
+        """Hits of parameters that were named one by one."""
+        found = {name: [path for path in self.structure.parameters if matches(path, name)] for name in names}
+        missing = [name for name, paths in found.items() if not paths]
+        if missing:
+            self._problem(UnmatchedTargets, f"No parameter is called {', '.join(map(repr, missing))}.")
+        return [self._hit(name, paths) for name, paths in found.items() if paths]
+
+    def _near(self, name: str) -> str:
+        stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
+        if stacked:
+            return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
+        near = difflib.get_close_matches(name, self._leaves(), n=3, cutoff=0.5)
+        return f"{name!r} (near: {', '.join(near) or 'nothing'})"
+
+    def _permitted(self, name: str, paths: list[str]) -> list[str]:
+        """The paths where an adapter makes sense.
+
+        Raises:
+            ForbiddenTargets: There is none among them.
+        """
+        allowed = [path for path in paths if not self.candidates.is_forbidden(path)]
+        if paths and not allowed:
+            raise ForbiddenTargets(
+                f"{name!r} means {len(paths)} modules, such as {paths[0]}, that must not get an adapter: their weight "
+                "is read without calling them, or the architecture's record lists them under `never`."
+            )
+        if len(allowed) < len(paths):
+            self.notes.append(f"{name!r} also means {len(paths) - len(allowed)} modules that must not get an adapter")
+        return allowed
+
+    def _note_encoders(self, name: str, taken: list[str]) -> None:
+        left = sum(path.endswith("." + name) for path in self.candidates.adaptable) - len(taken)
+        if left > 0:
+            self.notes.append(
+                f"{name!r} is also the name of {left} modules in encoders beside the language model, which get no "
+                "adapter; the scope 'vision' or a longer name reaches them"
+            )
+
+    def _kept(self, found: dict[str, list[str]]) -> list[TargetHit]:
+        """The hits without what exclude_modules and layers_to_transform leave out."""
+        kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
+        return [self._hit(name, paths) for name, paths in kept.items() if paths]
+
+    # -- experts -------------------------------------------------------------------------------
+
+    def _expert_hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], list[TargetHit]]:
+        """Hits in experts by the policy: layers, and stacked parameters."""
+        policy = "routed" if wanted == "experts" and self.policy == "none" else self.policy
+        named = self.asked_experts == "default" and wanted not in (None, "experts", "all-linear")
+        if policy == "none" or named:
+            return [], []
+        layers = self.candidates.shared_experts() if policy == "shared" else self.candidates.routed_layers()
+        parameters = self.candidates.routed_parameters() if policy == "routed" else []
+        if not layers and not parameters:
+            self._problem(
+                UnmatchedTargets, f"experts={policy!r}, and {type(self.model).__name__} has no {policy} experts."
+            )
+        return self._grouped(layers), self._grouped(parameters)
+
+    def _experts_hint(self) -> str:
+        if not self.candidates.routed_parameters():
+            return ""
+        return " Its routed experts are stacked parameters: the scope 'experts' or experts='routed' adapts them."
+
+    def _check_experts(self, wanted: str | Sequence[str] | None, taken: list[str]) -> None:
+        """Say how much of the weights lies in routed experts without adapter; loudly where all layers were meant."""
+        if set(self.candidates.routed_parameters()) <= set(taken):
+            return
+        share = self.structure.expert_share()
+        text = (
+            f"routed experts hold {share:.1%} of the weights and get no adapter (experts={self.policy!r}); "
+            "experts='routed' adapts them"
+        )
+        if wanted == "all-linear" and self.asked_experts == "default" and share > _MANY_EXPERTS:
+            warnings.warn(
+                f"target_modules='all-linear' reaches linear layers only: {text}, "
+                "experts='none' says that this is meant.",
+                TargetWarning,
+                stacklevel=2,
+            )
+        self.notes.append(text)
+
+    # -- the result ----------------------------------------------------------------------------
+
+    def _leaves(self) -> list[str]:
+        return sorted({path.rpartition(".")[2] for path in self.structure.linears})
+
+    def _patterns(self, limit: int) -> list[str]:
+        return list(dict.fromkeys(linear.pattern for linear in self.structure.linears.values()))[:limit]
+
+    def _what_there_is(self) -> str:
+        return f"Linear layers of {type(self.model).__name__}: {', '.join(self._leaves()[:20]) or 'none'}."
+
+    def _hit(self, name: str, paths: list[str]) -> TargetHit:
+        return TargetHit(name, paths, [self._shape(path) for path in paths])
+
+    def _shape(self, path: str) -> str:
+        linear = self.structure.linears.get(path)
+        if linear is not None:
+            return f"{linear.in_features} -> {linear.out_features}"
+        if path in self.structure.modules:
+            return type(self.structure.modules[path]).__name__
+        value = self.structure.parameters[path]
+        return " x ".join(str(size) for size in getattr(value, "ds_shape", value.shape))
+
+    def _grouped(self, paths: list[str]) -> list[TargetHit]:
+        """One hit for each different name, without what is left out."""
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            groups.setdefault(path.rpartition(".")[2], []).append(path)
+        return self._kept(groups)
+
+    def _names_for_peft(self, paths: list[str]) -> tuple[list[str], list[str]]:
+        """Names of modules, and of weights where PEFT would read a module's name as something else."""
+        names = shortest_names(paths, self.structure.modules)
+        rewritten = rewritten_names(self.model, names)
+        if not rewritten:
+            return names, []
+        self.notes.append(
+            f"PEFT reads {', '.join(sorted({name.rpartition('.')[2] for name in rewritten}))} in this model as routed "
+            f"experts; these {len(rewritten)} names are adapted as parameters, without dropout, and stay in float"
+        )
+        return [name for name in names if name not in rewritten], [f"{name}.weight" for name in sorted(rewritten)]
+
+    def _note_heads(self) -> None:
+        for head in self.heads:
+            alike = [p for p in self.structure.modules if p != head and p.endswith(head)]
+            alike = [path for path in alike if not path.startswith(head + ".")]
+            if alike:
+                self.notes.append(f"with the head {head!r} PEFT also trains and saves {', '.join(alike)}, named alike")
+
+    def _bare(self, adapted: set[str]) -> dict[str, int]:
+        counts = Counter(linear.pattern for path, linear in self.structure.linears.items() if path not in adapted)
+        return dict(counts)
+
+    def _coverage(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+        hit = self._blocks_hit(paths)
+        return {str(kind): (hit[kind], total) for kind, total in self.structure.kinds.items()}
+
+    def _blocks_hit(self, paths: Iterable[str]) -> Counter[BlockKind]:
+        blocks = {block for path in paths if (block := self.structure.block_of(path)) is not None}
+        return Counter(block.kind for block in blocks)
+
+    def _check_even(self, hits: list[TargetHit]) -> None:
+        """Refuse a name that was taken in some blocks of a kind and not in others."""
+        if self.partial:
+            return
+        for hit in hits:
+            for kind, count in self._blocks_hit(hit.modules).items():
+                total = self.structure.kinds[kind]
+                if count < total:
+                    self._problem(
+                        UnevenCoverage,
+                        f"{hit.name!r} reaches {count} of the {total} blocks of kind {kind} "
+                        f"({len(hit.modules)} modules). Name what the other blocks call it, or set "
+                        "layers_to_transform.",
+                    )
+
+    def _check_covered(self, wanted: str | Sequence[str] | None, paths: list[str]) -> None:
+        """Say which kinds of blocks stay without an adapter; loudly where names leave out part of a stack."""
+        hit = self._blocks_hit(paths)
+        stacks = {kind.stack for kind in hit}
+        for kind, total in self.structure.kinds.items():
+            if hit[kind] or self.candidates.is_encoder(kind.stack) or self.candidates.is_forbidden(kind.stack):
+                continue
+            text = f"none of the {total} blocks of kind {kind} has an adapter"
+            self.notes.append(text)
+            if kind.stack in stacks and not isinstance(wanted, str) and not self.partial:
+                warnings.warn(f"{text}; other blocks of the same stack have.", TargetWarning, stacklevel=2)
+
+    def _problem(self, error: type[TargetError], message: str) -> None:
+        if self.strict:
+            raise error(message)
+        warnings.warn(message, TargetWarning, stacklevel=2)
+        self.notes.append(message)

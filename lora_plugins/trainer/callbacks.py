@@ -1,0 +1,488 @@
+"""What users put into a Trainer: `LoraCallback`, `Int8PreparationCallback`, `ParameterReportCallback`, `attach`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, prepare_plain
+from lora_plugins.adapters.report import ParameterReport, make_report
+from lora_plugins.adapters.settings import LoraSettings
+from lora_plugins.errors import (
+    AttachError,
+    ModelReplaced,
+    PreparationError,
+    TrainerNotFound,
+)
+from lora_plugins.models.sharding import is_sharded
+from lora_plugins.quantization.request import base_of, detect_quantization
+from lora_plugins.trainer import chunked_loss, engines, liveness, preference
+from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
+from lora_plugins.trainer.engines import meet, raising_together
+from lora_plugins.trainer.losses import LossWatch
+from lora_plugins.trainer.seam import (
+    OptimizerRebuild,
+    check_supported,
+    find_trainer,
+    is_training,
+    keep_generation_config,
+    put_model,
+    release_optimizer,
+    shadow_method,
+    uses_autocast,
+    wrap_model_init,
+)
+from lora_plugins.trainer.unsharding import leave_engine
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from lora_plugins.plugins.types import Quantizer
+
+
+class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
+    """What both preparing callbacks share: finding their Trainer, putting a model in, checking the run."""
+
+    settings: LoraSettings
+
+    def __init__(self, chunked_loss: bool = True) -> None:
+        self._chunked_loss = chunked_loss
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._movement = liveness.MovementWatch([])
+        self._told = False
+        self._loss = LossWatch()
+        self.report: ParameterReport | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process belongs to no Trainer yet.
+        return {**self.__dict__, "_trainer": None, "_undo": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PreparingCallback:
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__getstate__())
+        return copy
+
+    # -- getting hold of the Trainer -----------------------------------------------------------
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that this callback prepared a model in.
+
+        Raises:
+            TrainerNotFound: There is none.
+        """
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            raise TrainerNotFound(
+                f"This {type(self).__name__} was added to a Trainer that already existed, so it never saw its start: "
+                "no adapter was made and the optimizer is not ours. Call lora_plugins.attach(trainer, …) before "
+                "train(), or pass the callback in Trainer(callbacks=[…])."
+            )
+        return trainer
+
+    def take(self, trainer: Trainer) -> None:
+        """Prepare the model of a Trainer that is not training, and every model its ``model_init`` will make.
+
+        Raises:
+            AttachError: The Trainer is inside ``train()``, or its optimizer can't be kept.
+            PreparationError: The model can't be prepared.
+        """
+        if is_training(trainer):
+            raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
+        check_supported(trainer, self.settings.adapter_name)
+        engines.check_engine(trainer, self.settings.quantization)
+        preference.check_adapter_name(trainer, self.settings.adapter_name)
+        self.release()
+        optimizer = OptimizerRebuild(trainer)
+        before = trainer.model
+        model = self._make(trainer, before)
+        self._trainer = weakref.ref(trainer)
+        put_model(trainer, model)
+        if model is not before or optimizer.is_given:
+            optimizer.apply()
+        if trainer.model_init is not None:
+            self._undo.append(wrap_model_init(trainer, functools.partial(self._make, trainer)))
+        if self._chunked_loss:
+            self._undo += chunked_loss.install(trainer)
+        self._undo.append(_observe_losses(trainer, self._loss))
+        self._undo += engines.guard(trainer)
+
+    def release(self) -> None:
+        """Take everything back that was put around the Trainer's methods; the model stays as it is."""
+        while self._undo:
+            self._undo.pop()()
+        self._trainer = None
+
+    def _make(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        """Prepare one model and fit it to what this Trainer does with it."""
+        prepared = self._prepare(trainer, model)
+        keep_generation_config(trainer, prepared)
+        engines.keep_quantized_whole(trainer, prepared)
+        return prepared
+
+    def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+    def _progress(self, trainer: Trainer) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+        def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+            from tqdm.auto import tqdm
+
+            hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+            return tqdm(items, total=total, desc="Quantizing", unit="layer", leave=False, disable=hidden)
+
+        return bar
+
+    # -- events --------------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.take(find_trainer(self))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if "model" in kwargs and kwargs["model"] is not trainer.callback_handler.model:
+            raise AttachError(
+                f"This {type(self).__name__} was passed to another Trainer after this one, and watches only that one. "
+                f"Make a {type(self).__name__} for each Trainer."
+            )
+        model = trainer.model
+        self._check_model(model)
+        liveness.check_trainable(model)
+        liveness.check_heads(model, self._heads(model))
+        liveness.check_optimizer(trainer.optimizer, model)
+        record = preparation_of(model)
+        towers = record.plan.vision if record is not None and record.plan is not None else ()
+        self._movement = liveness.MovementWatch.over(model, exempt=towers)
+        self._told = False
+        self._loss.start(fp16=bool(args.fp16))
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raise where the Trainer's model is not one that was prepared here."""
+        if preparation_of(model) is None:
+            raise ModelReplaced(
+                f"The model in the Trainer ({type(model).__name__}) is not the one that was prepared: something put "
+                "another one in after the Trainer was made. Call lora_plugins.attach(trainer, …) after that."
+            )
+
+    def _heads(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the heads that must be trained."""
+        from lora_plugins.targets.resolution import task_heads
+
+        record = preparation_of(model)
+        own = record.heads if record is not None else ()
+        base = base_of(model)
+        return tuple({*own, *task_heads(base)})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if engines.hides_gradients(self.trainer):
+            # Such an engine moves the weights within the backward pass, before any later event.
+            self._movement.before_step(_rate(self.trainer), hidden=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        hidden = engines.hides_gradients(trainer)
+        if not hidden:
+            self._movement.before_step(_rate(trainer))
+        self._loss.step(
+            state.global_step + 1,
+            zero_gradients=lambda: (
+                not hidden and not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
+            ),
+            distributed=trainer.accelerator.num_processes > 1,
+        )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        self._movement.after_step(skipped, norm=engines.gradient_norm(trainer))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The trackers close before on_train_end gets here.
+        if state.is_world_process_zero and (control.should_training_stop or self._movement.seen != self._told):
+            self._told = self._movement.seen
+            _send_scalars(self.trainer, self, self._movement.scalars(), kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._movement.at_end()
+
+
+def _rate(trainer: Trainer) -> float:
+    """The largest learning rate of the optimizer's groups."""
+    return max((float(group.get("lr") or 0) for group in trainer.optimizer.param_groups), default=0.0)
+
+
+def _observe_losses(trainer: Trainer, watch: LossWatch) -> Callable[[], None]:
+    """Let a watch see what ``training_step`` returns: the one place that also a custom loss passes."""
+    original = trainer.training_step
+
+    @functools.wraps(original)
+    def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(model, inputs, *args, **kwargs)
+        watch.add(loss, inputs)
+        return loss
+
+    return shadow_method(trainer, "training_step", training_step)
+
+
+class LoraCallback(_PreparingCallback):
+    """Turns the model of a Trainer into a LoRA model: quantized if asked, frozen, adapted, counted, checked.
+
+    ```python
+    trainer = Trainer(model=model, args=args, train_dataset=ds,
+                      callbacks=[LoraCallback(r=8, quantization="int8")])
+    trainer.train()
+    ```
+
+    Pass it when the Trainer is made. For one that exists already, call `attach`.
+
+    Args:
+        quantization: Backend for the frozen base, ``"int8"``, ``"nf4"``, …, or a mapping with ``name`` and
+            options; ``None`` leaves it in float.
+        peft_config: A ready ``peft.LoraConfig``, instead of LoRA arguments.
+        adapter: Adapter to continue from: a folder, or a registry reference such as ``"org/name@1.2"``.
+        compute_dtype: See `prepare_model`.
+        upcast: See `prepare_model`.
+        adapter_name: Name of the adapter in the model.
+        experts: See `prepare_model`.
+        strict: Whether problems with targets are errors; with ``False`` they are warnings.
+        chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
+            logits of a whole batch.
+        **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
+
+    Raises:
+        UnknownArgument: A keyword is no field of ``peft.LoraConfig``.
+        QuantizationError: The backend is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        quantization: str | Mapping[str, Any] | Quantizer | None = None,
+        peft_config: Any = None,
+        adapter: str | os.PathLike[str] | None = None,
+        compute_dtype: Any = "auto",
+        upcast: str = "none",
+        adapter_name: str = "default",
+        experts: str = "default",
+        strict: bool = True,
+        chunked_loss: bool = True,
+        **lora: Any,
+    ) -> None:
+        super().__init__(chunked_loss)
+        self.settings = LoraSettings.from_arguments(
+            quantization=quantization,
+            peft_config=peft_config,
+            adapter=adapter,
+            compute_dtype=compute_dtype,
+            upcast=upcast,
+            adapter_name=adapter_name,
+            experts=experts,
+            strict=strict,
+            **lora,
+        )
+
+    def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        prepared = prepare(
+            model,
+            self.settings,
+            seed=trainer.args.seed,
+            autocast=uses_autocast(trainer),
+            progress=self._progress(trainer),
+        )
+        preference.keep_reference(trainer, prepared, self.settings)
+        self.report = make_report(prepared)
+        if trainer.is_world_process_zero():
+            print(self.report.line(), flush=True)
+        return prepared
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
+        with raising_together(trainer):
+            check_checkpoint(trainer.model, folder / f"checkpoint-{state.global_step}", read=args.should_save)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None:
+            with raising_together(self.trainer):
+                restore_best(self.trainer.model, Path(best))
+
+
+class Int8PreparationCallback(_PreparingCallback):
+    """Quantizes and prepares the base model of a Trainer, for models that get their adapters elsewhere.
+
+    On a plain model: quantized, frozen and marked as transformers marks a model that was loaded quantized.
+    On a `peft.PeftModel` (TRL's ``peft_config=`` makes one): the base layers under the adapters are
+    quantized; the adapters' weights, names and trainability stay, and merging works.
+
+    Args:
+        quantization: The backend, ``"int8"`` unless told otherwise.
+        compute_dtype: See `prepare_model`.
+        upcast: See `prepare_model`.
+        chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
+            logits of a whole batch.
+    """
+
+    def __init__(
+        self,
+        quantization: str | Mapping[str, Any] | Quantizer = "int8",
+        *,
+        compute_dtype: Any = "auto",
+        upcast: str = "none",
+        chunked_loss: bool = True,
+    ) -> None:
+        super().__init__(chunked_loss)
+        self.settings = LoraSettings.from_arguments(
+            quantization=quantization, compute_dtype=compute_dtype, upcast=upcast
+        )
+
+    def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        prepared = prepare_plain(
+            model, self.settings, autocast=uses_autocast(trainer), progress=self._progress(trainer)
+        )
+        self.report = make_report(prepared)
+        return prepared
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Adapters from elsewhere may have wrapped the prepared model since: look at what is in it."""
+        found = detect_quantization(model)
+        if found is None:
+            raise ModelReplaced(
+                f"The model in the Trainer ({type(model).__name__}) is not quantized: something put another one in "
+                "after the Trainer was made."
+            )
+
+
+class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
+    """Reports at the start of training what will be trained and what it weighs.
+
+    A table on the terminal (elsewhere one line, unless `LoraCallback` has printed it),
+    ``parameter_report.json`` in the output folder, and scalars to whatever the Trainer reports to; on the main
+    process only.
+
+    Attributes:
+        report: The last report; displays as a table in a notebook.
+    """
+
+    def __init__(self) -> None:
+        self.report: ParameterReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        trainer = find_trainer(self)
+        self.report = make_report(trainer.model)
+        told = any(isinstance(known, LoraCallback) for known in trainer.callback_handler.callbacks)
+        self.report.print(table_only=told)
+        self.report.save(Path(args.output_dir) / "parameter_report.json")
+        _send_scalars(trainer, self, self.report.scalars(), kwargs)
+
+
+def _send_scalars(trainer: Trainer, sender: TrainerCallback, scalars: dict[str, float], kwargs: dict[str, Any]) -> None:
+    """Give scalars to the tracker integrations, which all listen to ``on_log``.
+
+    ``trainer.log`` would do, and would also print them as one long dictionary between the progress bars.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if callback is not sender and type(callback).__module__.startswith("transformers.integrations"):
+            callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(scalars), **kwargs)
+
+
+def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
+    """Put LoRA adapters into a Trainer that already exists, before or between calls of ``train()``.
+
+    ```python
+    attach(trainer, r=8, quantization="int8")
+    trainer.train()
+    ```
+
+    Args:
+        trainer: The Trainer.
+        **arguments: Those of `LoraCallback`.
+
+    Returns:
+        The callback that now belongs to the Trainer.
+
+    Raises:
+        AttachError: The Trainer is inside ``train()``, already has one, or its optimizer can't be kept.
+        PreparationError: The model can't be prepared.
+    """
+    handler = trainer.callback_handler
+    present = [known for known in handler.callbacks if isinstance(known, LoraCallback)]
+    if any(known._trainer is not None for known in present):
+        raise AttachError("This Trainer already has a LoraCallback; call lora_plugins.detach(trainer) first.")
+    callback = present[0] if present and not arguments else LoraCallback(**arguments)
+    callback.take(trainer)
+    for waiting in present:
+        # One that was added too late is replaced by this one.
+        handler.callbacks.remove(waiting)
+    handler.callbacks.append(callback)
+    return callback
+
+
+def detach(trainer: Trainer) -> nn.Module:
+    """Take the adapters out of a Trainer and give the base model back, without merging them.
+
+    The base stays as it was prepared (quantized, frozen). Where FSDP2 or DeepSpeed has trained it, its parts are put
+    together, so that each process holds the whole of it, and each must call this.
+
+    Args:
+        trainer: A Trainer with a `LoraCallback`, not inside ``train()``.
+
+    Returns:
+        The base model, which is in the Trainer again.
+
+    Raises:
+        AttachError: The Trainer has none, or is inside ``train()``.
+        ProcessMissing: The model is spread over processes and not all of them call this.
+    """
+    if is_training(trainer):
+        raise AttachError("The Trainer is inside train(); detach before or after it.")
+    callbacks = [known for known in trainer.callback_handler.callbacks if isinstance(known, LoraCallback)]
+    if not callbacks:
+        raise AttachError("This Trainer has no LoraCallback.")
+    if is_sharded(trainer.model):
+        meet(trainer, "detach()")
+    leave_engine(trainer)
+    base: nn.Module = trainer.model.unload()
+    for callback in callbacks:
+        callback.release()
+        trainer.callback_handler.callbacks.remove(callback)
+    put_model(trainer, base)
+    release_optimizer(trainer)
+    return base
+
+
+__all__ = [
+    "Int8PreparationCallback",
+    "LoraCallback",
+    "ParameterReportCallback",
+    "Preparation",
+    "PreparationError",
+    "attach",
+    "check_checkpoint",
+    "detach",
+    "restore_best",
+]

@@ -1,0 +1,296 @@
+"""Distributed engines: what they need from us, what can't work under them, what must happen on every process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_plugins.errors import (
+    BrokenCheckpoint,
+    LoraPluginsError,
+    PreparationWarning,
+    ProcessMissing,
+    UnsupportedTraining,
+)
+from lora_plugins.models.sharding import is_sharded, write_adapters
+from lora_plugins.quantization.request import owner_of
+from lora_plugins.trainer.seam import shadow_method
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
+
+    from lora_plugins.quantization.request import Quantization
+
+#: How long the processes wait for each other before saving a model that is spread over them.
+MEETING_TIME = timedelta(minutes=10)
+#: What the optimizer's state is called in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+
+
+def check_engine(trainer: Trainer, quantization: Quantization | None) -> None:
+    """Refuse what can't work under the Trainer's engine, before anything is changed.
+
+    Args:
+        trainer: The Trainer as its user configured it.
+        quantization: What the base will be quantized with.
+
+    Raises:
+        UnsupportedTraining: Names the setting and the way out.
+    """
+    _check_processes(trainer)
+    _check_device_map(trainer)
+    plugin = _fsdp_plugin(trainer)
+    if plugin is None:
+        if trainer.args.fsdp:
+            warnings.warn(
+                f"fsdp={trainer.args.fsdp!r} was asked for and accelerate runs {_engine(trainer)} instead: "
+                "every process will hold the whole model. FSDP needs an accelerator and several processes.",
+                PreparationWarning,
+                stacklevel=4,
+            )
+    elif getattr(plugin, "fsdp_version", 1) != 2:
+        raise UnsupportedTraining(
+            "FSDP version 1 flattens parameters, so frozen and trained, float and quantized ones can't be told apart "
+            "any more. Use version 2: leave 'version' out of fsdp_config, or set it to 2."
+        )
+    elif quantization is not None and plugin.cpu_ram_efficient_loading:
+        raise UnsupportedTraining(
+            f"cpu_ram_efficient_loading moves the model over the meta device, where {quantization.name} layers lose "
+            "their scales. Set cpu_ram_efficient_loading to false in fsdp_config, or leave quantization out."
+        )
+    if quantization is not None and any(hasattr(p, "to_local") for p in trainer.model.parameters()):
+        raise UnsupportedTraining(
+            f"The model was sharded while it was loaded (distributed_config=), so its layers can't be quantized with "
+            f"{quantization.name} any more. Load it without distributed_config= and give the Trainer fsdp=True, "
+            "or leave quantization out."
+        )
+
+
+def _check_processes(trainer: Trainer) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and started > trainer.args.world_size:
+        raise UnsupportedTraining(
+            f"torchrun started {started} processes and this Trainer knows of {trainer.args.world_size}: each would "
+            "train alone and overwrite the others' files. On a machine without accelerator pass use_cpu=True in the "
+            "TrainingArguments."
+        )
+
+
+def _check_device_map(trainer: Trainer) -> None:
+    devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1 and trainer.args.world_size > 1:
+        raise UnsupportedTraining(
+            f"The model is spread over {', '.join(sorted(devices))} by its device_map, and {trainer.args.world_size} "
+            f"processes train it. Load it in each process with device_map={{'': {trainer.args.local_process_index}}} "
+            "(the number is that of the process on its machine), or start one process."
+        )
+
+
+def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
+    """Leave quantized layers out of what FSDP2 shards, and say what an engine does not divide.
+
+    FSDP2 exchanges each parameter for a part of it, and a quantized weight is more than its parameter. What
+    a backend keeps beside the parameters (scales) must not get into the engine's checkpoints either: FSDP2
+    looks every name up among the parameters, and bitsandbytes refuses to load a scale that it has moved.
+
+    Args:
+        trainer: The Trainer.
+        model: Its prepared model.
+    """
+    quantized = [module for module in model.modules() if owner_of(module) is not None]
+    plugin = _fsdp_plugin(trainer)
+    if not quantized or (plugin is None and not trainer.is_deepspeed_enabled):
+        return
+    _check_layers(trainer, quantized)
+    module: Any
+    for module in quantized:
+        module.register_state_dict_post_hook(_plain_state)
+    if plugin is not None:
+        plugin.ignored_modules = [*_ignored(plugin.ignored_modules, model), *quantized]
+    if plugin is not None or _zero_stage(trainer) == 3:
+        _say_undivided(trainer, [module for module in quantized if plugin is not None or keeps_copy(module)])
+
+
+def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
+    if not layers:
+        return
+    size = sum(p.numel() * p.element_size() for module in layers for p in module.parameters())
+    warnings.warn(
+        f"{_engine(trainer)} does not divide these quantized weights: each of the {trainer.args.world_size} "
+        f"processes holds all {len(layers)} layers ({size:,} bytes). Only what stays in float is sharded.",
+        PreparationWarning,
+        stacklevel=5,
+    )
+
+
+def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
+    """Refuse layers that an engine would fail on with an error that names neither of them."""
+    from torch import nn
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    first: Any = quantized[0]
+    owner = owner_of(first)
+    name = owner.name if owner is not None else type(first).__name__
+    if trainer.is_deepspeed_enabled and any(is_traceable_wrapper_subclass(p) for p in first.parameters()):
+        raise UnsupportedTraining(
+            f"DeepSpeed exchanges the data of every parameter, and the weights of {name} layers are tensors of a class "
+            "of their own. Use int8, nf4 or fp4 under DeepSpeed, or train with DDP or FSDP2."
+        )
+    if trainer.is_fsdp_enabled and type(first).state_dict is not nn.Module.state_dict:
+        raise UnsupportedTraining(
+            f"Layers of {name} write a state dict of their own form, which FSDP2 can't put into a checkpoint. "
+            "Use another backend under FSDP2, or train with DDP or DeepSpeed."
+        )
+
+
+def keeps_copy(module: Any) -> bool:
+    """Whether a layer holds its weight a second time outside of its parameters, as LLM.int8() does."""
+    return hasattr(getattr(module, "state", None), "CB")
+
+
+def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave of a quantized layer's state its parameters and buffers, each under its own name."""
+    own = {prefix + name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    for key in [key for key in state if key.startswith(prefix) and key not in own]:
+        del state[key]
+    for key, tensor in own.items():
+        state.setdefault(key, tensor.detach())
+
+
+def _ignored(given: Any, model: nn.Module) -> list[nn.Module]:
+    """The modules that the user has already excluded from sharding, by a pattern or as a list."""
+    if isinstance(given, str):
+        return [module for name, module in model.named_modules() if re.fullmatch(given, name)]
+    return list(given or ())
+
+
+def guard(trainer: Trainer) -> list[Callable[[], None]]:
+    """Put checks around the Trainer's saving and resuming.
+
+    Returns:
+        Functions that take them away again.
+    """
+    return [_guard_save(trainer), _guard_resume(trainer)]
+
+
+def _guard_save(trainer: Trainer) -> Callable[[], None]:
+    original = trainer.save_model
+
+    @functools.wraps(original)
+    def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if is_sharded(trainer.model):
+            meet(trainer, "save_model()")
+        original(output_dir, *args, **kwargs)
+        plugin = _fsdp_plugin(trainer)
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            # The Trainer leaves this to the sharded checkpoint, which holds no adapter that PEFT could load.
+            write_adapters(trainer.model, Path(output_dir or trainer.args.output_dir), write=trainer.args.should_save)
+
+    return shadow_method(trainer, "save_model", save_model)
+
+
+def _guard_resume(trainer: Trainer) -> Callable[[], None]:
+    original = trainer._load_optimizer_and_scheduler
+
+    @functools.wraps(original)
+    def load(checkpoint: str | None) -> None:
+        if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in _OPTIMIZER_FILES):
+            raise BrokenCheckpoint(
+                f"The checkpoint {checkpoint} has no state of the optimizer (save_only_model=True?), so this would be "
+                f"another run and not the rest of that one. To start anew from its adapter, use "
+                f"LoraCallback(adapter={checkpoint!r})."
+            )
+        original(checkpoint)
+
+    return shadow_method(trainer, "_load_optimizer_and_scheduler", load)
+
+
+def meet(trainer: Trainer, what: str) -> None:
+    """Wait until every process has come here, and say which ones have not instead of waiting for ever.
+
+    Raises:
+        ProcessMissing: Another process did not come in `MEETING_TIME`.
+    """
+    import torch.distributed as dist
+
+    if trainer.accelerator.num_processes == 1:
+        return
+    try:
+        dist.monitored_barrier(_meeting_point(trainer), timeout=MEETING_TIME, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise ProcessMissing(
+            f"{what} gathers a model that is spread over {trainer.args.world_size} processes, so each of them must "
+            f"call it, and not all have come (this is number {trainer.args.process_index}). Call it outside of "
+            f"`if trainer.is_world_process_zero():`; only the main process writes anyway. ({error})"
+        ) from error
+
+
+def _meeting_point(trainer: Trainer) -> Any:
+    """A group of all processes over gloo, which knows who is missing; made once, when all are there."""
+    group = vars(trainer).get("_lora_plugins_meeting_point")
+    if group is None:
+        import torch.distributed as dist
+
+        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        trainer._lora_plugins_meeting_point = group
+    return group
+
+
+@contextlib.contextmanager
+def raising_together(trainer: Trainer) -> Iterator[None]:
+    """Let an error of ours on one process end the others too, which would wait for it for ever.
+
+    Raises:
+        BrokenCheckpoint: Another process failed; the message is its.
+    """
+    own: LoraPluginsError | None = None
+    try:
+        yield
+    except LoraPluginsError as error:
+        own = error
+    if trainer.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        problems = [problem for problem in gather_object([str(own) if own else ""]) if problem]
+        if problems and own is None:
+            raise BrokenCheckpoint(f"On another process: {problems[0]}")
+    if own is not None:
+        raise own
+
+
+def hides_gradients(trainer: Trainer) -> bool:
+    """Whether the engine reduces gradients into buffers of its own and steps within the backward pass."""
+    return bool(trainer.is_deepspeed_enabled)
+
+
+def gradient_norm(trainer: Trainer) -> float | None:
+    """Norm of the last step's gradient where the engine hides gradients and knows it, else ``None``."""
+    if not hides_gradients(trainer):
+        return None
+    norm = trainer.model_wrapped.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def _fsdp_plugin(trainer: Trainer) -> Any:
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+
+
+def _zero_stage(trainer: Trainer) -> int:
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return int(plugin.zero_stage) if plugin is not None else 0
+
+
+def _engine(trainer: Trainer) -> str:
+    """The engine's name as users know it."""
+    stage = _zero_stage(trainer)
+    if stage:
+        return f"ZeRO-{stage}"
+    return "FSDP2" if trainer.is_fsdp_enabled else str(trainer.accelerator.distributed_type.value)

@@ -1,0 +1,66 @@
+"""TRL's preference trainers: what their reference is when the adapters come from here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_plugins.adapters.files import copy_adapter
+from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.errors import UnsupportedTraining
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer
+
+    from lora_plugins.adapters.settings import LoraSettings
+
+#: Name that TRL's trainers give to the frozen copy of an adapter they start from, and look for.
+REFERENCE = "ref"
+#: Trainers that read their reference from the policy's own model: the adapter called "ref", or no adapter.
+_TRAINERS = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+
+
+def has_reference(trainer: Trainer) -> bool:
+    """Whether a Trainer compares its model with a reference, as TRL's preference trainers do."""
+    return any(cls.__name__ in _TRAINERS and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def check_adapter_name(trainer: Trainer, adapter_name: str) -> None:
+    """Refuse to train the adapter that the Trainer would take for its reference.
+
+    Raises:
+        UnsupportedTraining: Policy and reference would be one and the same, so nothing could be learned.
+    """
+    if has_reference(trainer) and adapter_name == REFERENCE:
+        raise UnsupportedTraining(
+            f"{type(trainer).__name__} takes the adapter called {REFERENCE!r} for its reference, so an adapter trained "
+            "under that name would be compared with itself. Choose another adapter_name."
+        )
+
+
+def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -> None:
+    """Give a preference run that continues from an adapter a frozen copy of it: the reference it starts at.
+
+    Without the copy the Trainer would switch the adapter off and compare with the bare base model. A run
+    that starts with a fresh adapter needs none: without the adapter, the model is what it starts at.
+
+    Args:
+        trainer: The Trainer.
+        model: Its wrapped model, with the stored adapter's weights already in it.
+        settings: What was asked for.
+
+    Raises:
+        UnsupportedTraining: PEFT can't hold a second adapter of this kind.
+    """
+    if settings.adapter is None or not has_reference(trainer) or REFERENCE in model.peft_config:
+        return
+    try:
+        copy_adapter(model, settings.adapter_name, REFERENCE, trainer.args.seed)
+    except ValueError as error:
+        raise UnsupportedTraining(
+            "A preference run that continues from an adapter needs a frozen copy of it as reference, and PEFT can't "
+            f"add one: {error} Merge the adapter into the base model and start from that."
+        ) from error
+    record = preparation_of(model)
+    assert record is not None, "the model was just prepared"
+    record.notes.append(f"the reference is a frozen copy of the adapter that the run continues from ({REFERENCE!r})")

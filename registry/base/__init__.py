@@ -1,0 +1,1 @@
+"""Which base model an adapter belongs to, and whether the two fit."""

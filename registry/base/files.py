@@ -1,0 +1,152 @@
+"""A base model that is not in memory: its configuration, and single tensors read out of its files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import FileMissing, UnsafeFile
+from registry.formats.strict_json import JsonRefused, parse
+from registry.formats.weights import Header, read_header
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from registry.hubs.protocol import Hub
+
+__all__ = ["BaseFiles", "LiveTensors", "matching_name"]
+
+_SMALL = 32 * 1024 * 1024
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def matching_name(name: str, names: Mapping[str, Any]) -> str | None:
+    """The one of ``names`` that is ``name``, or so but for a prefix with a dot; ``None`` if there are none or many."""
+    if name in names:
+        return name
+    found = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return found[0] if len(found) == 1 else None
+
+
+class LiveTensors:
+    """The tensors of a model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from registry.base.fingerprint import original_name
+
+        self._tensors = {
+            original_name(name): tensor
+            for name, tensor in model.named_parameters()
+            if "modules_to_save." not in name and "lora_" not in name
+        }
+
+    def rows(self, name: str, count: int) -> torch.Tensor | None:
+        """See `registry.base.fingerprint.TensorSource`."""
+        found = matching_name(name, self._tensors)
+        return self._tensors[found][:count] if found is not None else None
+
+
+@dataclass
+class BaseFiles:
+    """The files of a base model, in a folder or on a hub.
+
+    Attributes:
+        name: What messages call it.
+        read: Returns bytes of a file from a position on.
+        sizes: The files with their sizes.
+    """
+
+    name: str
+    read: Callable[[str, int, int], bytes]
+    sizes: Mapping[str, int]
+    _headers: dict[str, Header] = field(default_factory=dict)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> BaseFiles:
+        """Those of a folder that ``save_pretrained`` wrote."""
+
+        def read(name: str, start: int, length: int) -> bytes:
+            with open(folder / name, "rb") as file:
+                file.seek(start)
+                return file.read(length)
+
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        return cls(str(folder), read, sizes)
+
+    @classmethod
+    def on_hub(cls, hub: Hub, name: str, commit: str) -> BaseFiles:
+        """Those of a commit on a hub."""
+
+        def read(file: str, start: int, length: int) -> bytes:
+            return hub.read_range(name, commit, file, start, length)
+
+        return cls(f"{name} at {commit[:12]}", read, hub.files(name, commit))
+
+    def config(self) -> PretrainedConfig:
+        """Its configuration.
+
+        Raises:
+            FileMissing: It has none.
+            UnsafeFile: It needs code of its own, or can't be read.
+        """
+        from transformers import AutoConfig
+
+        values = self._document("config.json")
+        if "auto_map" in values and "model_type" not in values:
+            raise UnsafeFile(f"{self.name} needs code of its own, which is not run: pass the loaded model")
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(values), encoding="utf-8")
+            try:
+                return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            except (ValueError, KeyError, OSError, TypeError) as error:
+                first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UnsafeFile(f"The configuration of {self.name} can't be read here: {first}. Pass the loaded model.")
+
+    def rows(self, name: str, count: int) -> torch.Tensor | None:
+        """See `registry.base.fingerprint.TensorSource`."""
+        import torch
+
+        header, file, found = self._place(name)
+        if header is None or found is None:
+            return None
+        record, (begin, end) = header.tensors[found], header.offsets[found]
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(record.dtype)
+        if dtype is None or not record.shape:
+            return None
+        rows = min(count, record.shape[0])
+        data = self.read(file, begin, (end - begin) // record.shape[0] * rows)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(rows, *record.shape[1:])
+
+    def _place(self, name: str) -> tuple[Header | None, str, str | None]:
+        """The header that has a tensor, its file, and the tensor's name there."""
+        if _INDEX in self.sizes:
+            files = self._document(_INDEX).get("weight_map", {})
+            found = matching_name(name, files)
+            file = files[found] if found is not None else None
+            if not isinstance(file, str) or file not in self.sizes:
+                return None, "", None
+        elif _WEIGHTS in self.sizes:
+            file = _WEIGHTS
+        else:
+            return None, "", None
+        if file not in self._headers:
+            self._headers[file] = read_header(lambda at, length: self.read(file, at, length), self.sizes[file], file)
+        header = self._headers[file]
+        return header, file, matching_name(name, header.tensors)
+
+    def _document(self, name: str) -> dict[str, Any]:
+        if name not in self.sizes:
+            raise FileMissing(f"{self.name} has no {name}: it is no base model that can be checked")
+        try:
+            values = parse(self.read(name, 0, min(self.sizes[name], _SMALL) + 1), _SMALL)
+        except JsonRefused as reason:
+            raise UnsafeFile(f"{name} of {self.name} can't be read: {reason}") from None
+        if not isinstance(values, dict):
+            raise UnsafeFile(f"{name} of {self.name} is no object")
+        return values

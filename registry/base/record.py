@@ -1,0 +1,191 @@
+"""Which base model an adapter was trained on: its id, its commit, its fingerprint, as far as each can be found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.base.files import BaseFiles
+from registry.base.fingerprint import compare, config_values, fingerprint, prints, telling
+from registry.errors import BaseMismatch, BaseUnknown, HubError, RegistryError, RepositoryNotFound
+from registry.formats.fields import COMMIT
+from registry.formats.manifest import BASE_ID
+from registry.formats.records import Architecture, BaseRecord, Fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from registry.formats.adapter_config import AdapterConfig
+    from registry.hubs.protocol import Hub
+
+__all__ = ["base_of_config", "base_of_model", "is_hub_id", "original_vocabulary", "require_known", "with_given"]
+
+
+def is_hub_id(text: str | None) -> bool:
+    """Whether a base was loaded from a hub by this name, and not from a folder.
+
+    transformers takes a folder of that name first, so where there is one it may have been either.
+    """
+    return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
+    """What a base model in memory says of itself. The id may be a folder; see `require_known`."""
+    settings: Any = getattr(model, "config", None)
+    named = [config.base_id, getattr(settings, "_name_or_path", None), getattr(model, "name_or_path", None)]
+    name = next((text for text in named if text), None)
+    commit = getattr(settings, "_commit_hash", None) or config.fields.get("revision")
+    known = fingerprint(model)
+    if is_hub_id(name) and not _is_commit(commit):
+        commit = _cached_commit(name, commit, known)
+    from registry.base.contract import rows_of_embedding
+
+    kind = Architecture(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
+    return BaseRecord(name, commit if _is_commit(commit) else None, known), kind
+
+
+def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
+    """What an adapter folder says of its base, and what is found of that on this machine."""
+    name, revision = config.base_id, config.fields.get("revision")
+    if name is None:
+        return BaseRecord(), Architecture()
+    commit = revision
+    folder: Path | None = Path(name)
+    if is_hub_id(name):
+        folder = _cached_folder(name, revision)
+        commit = revision if _is_commit(revision) else folder.name if folder else None
+    record = BaseRecord(name, commit if _is_commit(commit) else None)
+    if folder is None or not (folder / "config.json").is_file():
+        return record, Architecture()
+    files = BaseFiles.in_folder(folder)
+    try:
+        kind, found = _read(files, config.task_type)
+    except RegistryError:
+        return record, Architecture()
+    return BaseRecord(name, record.commit, found), kind
+
+
+def _read(files: BaseFiles, task_type: str | None) -> tuple[Architecture, Fingerprint]:
+    """Architecture and fingerprint of a base model by its files."""
+    from registry.base.classes import empty_model
+    from registry.base.contract import rows_of_embedding
+
+    settings = files.config()
+    model = empty_model(settings, None, task_type)
+    found = {}
+    for name, _ in telling(model):
+        rows = files.rows(name, 16)
+        shown = None if rows is None else prints(rows)
+        if shown is not None:
+            found[name] = shown
+    kind = Architecture(settings.model_type, type(model).__name__, rows_of_embedding(model))
+    return kind, Fingerprint(config_values(settings.to_dict()), found)
+
+
+def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
+    """The base that the caller names, as ``org/base`` or ``org/base@revision``, compared with what was trained on.
+
+    Where the hub can't be reached, a commit is taken on trust, and a branch or none is not resolved.
+
+    Raises:
+        BaseUnknown: It is no id, or the hub has no such model or revision.
+        BaseMismatch: The model under that id is another one.
+    """
+    name, _, revision = given.partition("@")
+    if BASE_ID.fullmatch(name) is None:
+        raise BaseUnknown(f"base_model={given!r} is no id of a model on a hub: give org/name or org/name@revision")
+    commit = revision if _is_commit(revision) else None
+    if hub is None:
+        if commit is None and record.fingerprint is not None:
+            commit = _cached_commit(name, revision, record.fingerprint)
+        return BaseRecord(name, commit, record.fingerprint)
+    try:
+        if commit is None:
+            commit = _resolved(hub, name, revision or "main")
+        if record.fingerprint is not None:
+            _compare(record.fingerprint, BaseFiles.on_hub(hub, name, commit))
+    except RepositoryNotFound:
+        raise BaseUnknown(f"base_model={given!r}: {hub.location} shows no such model to this token") from None
+    except HubError:
+        pass  # not reachable now
+    return BaseRecord(name, commit, record.fingerprint)
+
+
+def _resolved(hub: Hub, name: str, revision: str) -> str:
+    refs = hub.refs(name)
+    commit = refs.branches.get(revision) or refs.tags.get(revision)
+    if commit is None:
+        raise BaseUnknown(f"base_model: {name} has no branch or tag {revision!r}")
+    return commit
+
+
+def _compare(recorded: Fingerprint, files: BaseFiles) -> None:
+    found = compare(recorded, config_values(files.config().to_dict()), files)
+    if found.configuration or found.tensors:
+        keys = ", ".join(f"{key} {there!r} there, {here!r} in training" for key, here, there in found.configuration[:3])
+        raise BaseMismatch(
+            f"base_model={files.name} is not the model that the adapter was trained on: "
+            f"{keys or 'its weights differ in ' + ', '.join(found.tensors)}"
+        )
+
+
+def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
+    """The base as it is published: by an id that others can load, or by its fingerprint.
+
+    Raises:
+        BaseUnknown: It has neither; or, on a hub, no id.
+    """
+    if is_hub_id(record.id):
+        return record
+    what = f"the folder {record.id!r}" if record.id else "a model without a name"
+    if on_hub:
+        raise BaseUnknown(
+            f"The base model is {what}, which nobody else can load. Say where it is on the Hub: "
+            'push_adapter(…, base_model="org/base@revision")'
+        )
+    if record.fingerprint is None or not record.fingerprint.tensors:
+        raise BaseUnknown(
+            f"The base model is {what}, and can't be identified from here. Push the model itself, or say where its "
+            'base is on the Hub: push_adapter(…, base_model="org/base@revision")'
+        )
+    return BaseRecord(None, None, record.fingerprint)
+
+
+def original_vocabulary(model: nn.Module) -> int | None:
+    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
+    settings: Any = getattr(model, "config", None)
+    name = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if not name:
+        return None
+    folder = _cached_folder(name, getattr(settings, "_commit_hash", None)) if is_hub_id(name) else Path(name)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        loaded = BaseFiles.in_folder(folder).config()
+    except RegistryError:
+        return None
+    size = getattr(loaded.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _is_commit(text: object) -> bool:
+    return isinstance(text, str) and COMMIT.fullmatch(text) is not None
+
+
+def _cached_commit(name: str | None, revision: str | None, known: Fingerprint) -> str | None:
+    """The commit of a model in the local cache, if it is that model: transformers doesn't say what it has loaded."""
+    folder = _cached_folder(name, revision) if name else None
+    if folder is None:
+        return None
+    files = BaseFiles.in_folder(folder)
+    try:
+        found = compare(known, config_values(files.config().to_dict()), files)
+    except RegistryError:
+        return None
+    return folder.name if found.verified and not found.configuration else None
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    from registry.hubs.client import cached_folder
+
+    return cached_folder(name, revision or "main")

@@ -1,0 +1,1 @@
+"""Which releases a repository has: index, state, aliases, withdrawals."""

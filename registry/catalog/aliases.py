@@ -1,0 +1,103 @@
+"""Aliases: names such as ``champion`` that stand for one version at a time, and remember for which ones they stood."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from registry.catalog.index import Release, index_of, read_index
+from registry.catalog.state import Move, State, change_state, now, read_state
+from registry.errors import AliasMoved, AliasNotFound, ReferenceInvalid
+from registry.formats.references import Reference, check_alias, check_name, parse_version, version_text
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub, Refs
+
+__all__ = ["ANY", "aliases", "remove_alias", "set_alias"]
+
+#: For ``expect=``: whatever the alias stands for when the call begins.
+ANY = "any"
+
+
+def set_alias(
+    reference: str,
+    alias: str,
+    *,
+    expect: str | None = ANY,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Release:
+    """Let an alias stand for the release that a reference means now.
+
+    It moves only if it stands for what the caller thinks, so that of two who move it at once one is told.
+
+    Args:
+        reference: The release, for example ``org/name@1.2.0``.
+        alias: The name.
+        expect: The version that the alias stands for, ``None`` if it should be new; by default what it stands for when
+            the call begins.
+        hub: Which registry.
+        token: For the registry.
+
+    Raises:
+        AliasMoved: It stands for something else.
+        ReferenceInvalid: It is no name for an alias.
+        VersionNotFound: The reference means no release.
+    """
+    parsed, place = Reference.parse(reference), open_hub(hub, token)
+    release = read_index(place, parsed.name).resolve(parsed)
+    _move(place, parsed.name, check_alias(alias), release.version, expect)
+    return read_index(place, parsed.name).release(parse_version(release.version))
+
+
+def remove_alias(
+    name: str,
+    alias: str,
+    *,
+    expect: str | None = ANY,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Let an alias stand for nothing; its history stays.
+
+    Raises:
+        AliasNotFound: It stands for nothing already.
+        AliasMoved: It stands for something else than expected.
+    """
+    _move(open_hub(hub, token), check_name(name), check_alias(alias), None, expect)
+
+
+def aliases(
+    name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> Mapping[str, tuple[Move, ...]]:
+    """All aliases of an adapter with the versions they stood for, oldest first."""
+    place = open_hub(hub, token)
+    return read_state(place, check_name(name), place.refs(name)).aliases
+
+
+def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | None) -> None:
+    # What it stands for at the first look is what the caller expects, if nothing was said.
+    expected: list[str | None] = [] if expect == ANY else [_normalized(expect)]
+
+    def change(state: State, refs: Refs) -> State:
+        standing = state.version_of(alias)
+        if not expected:
+            expected.append(standing)
+        if standing == version and (standing is not None or expected[0] is not None):
+            return state
+        if standing is None and version is None:
+            raise AliasNotFound(f"{name} has no alias {alias}")
+        if standing != expected[0]:
+            raise AliasMoved(
+                f"{name}@{alias} stands for {standing or 'nothing'}, not for {expected[0] or 'nothing'} as expected: "
+                "somebody else has moved it"
+            )
+        if version is not None and parse_version(version) not in index_of(name, refs, state).versions:
+            raise ReferenceInvalid(f"{name} has no version {version} any more")
+        moves = (*state.aliases.get(alias, ()), Move(version, now()))
+        return State(state.yanked, {**state.aliases, alias: moves})
+
+    change_state(hub, name, change, f"{alias} is {version}" if version else f"Remove {alias}")
+
+
+def _normalized(expect: str | None) -> str | None:
+    return None if expect is None else version_text(parse_version(expect))

@@ -1,0 +1,89 @@
+"""What a registry holds: adapters, their versions, and what their manifests say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from registry.catalog.index import Release, read_index
+from registry.errors import HubUnavailable, RegistryError
+from registry.formats.manifest import Manifest
+from registry.formats.references import Reference, check_name
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub
+from registry.pulling.cache import Cache
+from registry.pulling.fetch import Fetcher
+from registry.pulling.lockfile import Lock
+
+__all__ = ["Described", "list_adapters", "show", "versions"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A release with its manifest, whose files have not been downloaded."""
+
+    release: Release
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """``org/name``."""
+        return self.release.name
+
+    @property
+    def version(self) -> str:
+        """The version."""
+        return self.release.version
+
+
+def versions(
+    name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> list[Release]:
+    """All releases of an adapter, oldest version first, withdrawn ones among them.
+
+    Raises:
+        RepositoryNotFound: There is no such adapter.
+    """
+    return read_index(open_hub(hub, token), check_name(name)).releases()
+
+
+def show(
+    reference: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> Described:
+    """What the manifest of a release says.
+
+    Raises:
+        VersionNotFound: The reference means no release.
+    """
+    place, parsed = open_hub(hub, token), Reference.parse(reference)
+    release = read_index(place, parsed.name).resolve(parsed)
+    return Described(release, Fetcher(place, Cache(), Lock(None)).manifest(release))
+
+
+def list_adapters(
+    base: str | None = None,
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Iterator[Described]:
+    """The newest stable release of each adapter in a registry.
+
+    Args:
+        base: Only adapters for this base model (its id).
+        hub: Which registry.
+        token: For the registry.
+    """
+    place = open_hub(hub, token)
+    for name in place.names(base):
+        try:
+            release = read_index(place, check_name(name)).newest()
+            if release is None:
+                continue
+            manifest = Fetcher(place, Cache(), Lock(None)).manifest(release)
+        except HubUnavailable:
+            raise
+        except RegistryError:
+            continue  # somebody else's repository, or one that was deleted meanwhile
+        if base is None or manifest.base.id == base:
+            yield Described(release, manifest)

@@ -1,0 +1,66 @@
+"""Withdrawing a version: no range picks it any more; who names it, or has locked it, still gets it and is warned."""
+
+from __future__ import annotations
+
+import os
+
+from registry.catalog.index import Release, index_of, read_index
+from registry.catalog.state import State, Yank, change_state, check_reason, now
+from registry.errors import ReferenceInvalid
+from registry.formats.references import Reference
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub, Refs
+
+__all__ = ["unyank", "yank"]
+
+
+def yank(
+    reference: str,
+    reason: str,
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Release:
+    """Withdraw a version.
+
+    Args:
+        reference: ``org/name@version`` (or an alias, or a commit).
+        reason: One line that everybody sees who uses it.
+        hub: Which registry.
+        token: For the registry.
+
+    Raises:
+        ReferenceInvalid: The reference may mean several releases, or the reason is no line of text.
+        VersionNotFound: There is no such release.
+    """
+    return _change(reference, Yank(check_reason(reason), now()), open_hub(hub, token))
+
+
+def unyank(
+    reference: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> Release:
+    """Take back that a version was withdrawn.
+
+    Raises:
+        VersionNotFound: There is no such release.
+    """
+    return _change(reference, None, open_hub(hub, token))
+
+
+def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:
+    parsed = Reference.parse(reference)
+    if parsed.range is not None or (parsed.version or parsed.alias or parsed.commit) is None:
+        raise ReferenceInvalid(f"{reference!r} may mean several versions: name one, as {parsed.name}@1.2.0")
+
+    def change(state: State, refs: Refs) -> State:
+        version = index_of(parsed.name, refs, state).resolve(parsed).version
+        others = {known: yank for known, yank in state.yanked.items() if known != version}
+        if yanked is None:
+            return State(others, state.aliases)
+        standing = state.yanked.get(version)
+        if standing is not None and standing.reason == yanked.reason:
+            return state
+        return State({**others, version: yanked}, state.aliases)
+
+    change_state(hub, parsed.name, change, f"{'Withdraw' if yanked else 'Offer again'} {parsed}")
+    return read_index(hub, parsed.name).resolve(parsed)

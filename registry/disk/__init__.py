@@ -1,0 +1,1 @@
+"""Files and locks on a local disk."""

@@ -1,0 +1,214 @@
+"""The manifest of a release: everything that is said about an adapter, and what its files must be."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from registry.errors import ManifestInvalid
+from registry.formats.fields import COMMIT, SHA256, Fields
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST_FILE, is_picture, listed_in_manifest
+from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
+from registry.formats.strict_json import JsonRefused, canonical, parse, shown
+
+__all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
+
+#: The format that this release of the package writes; a newer one is not read.
+FORMAT = 1
+#: Bytes that a manifest may have; one with 10,000 tensors has about 1 MB.
+MAX_MANIFEST = 8 * 1024 * 1024
+MAX_TENSORS = 50_000
+#: Bytes that a file of a release may have.
+MAX_FILE = 100 * 1024**3
+_MAX_FILES = 64
+
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
+_TENSOR = re.compile(r"[A-Za-z_][\w.\-]{0,511}", re.ASCII)
+#: How a model is called on a hub.
+BASE_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.\-]{0,95}(?:/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``adapter_manifest.json`` says.
+
+    Attributes:
+        version: Of the release, normalized.
+        base: The base model it was trained on.
+        architecture: Kind of base model.
+        config: The fields of the PEFT configuration that are not at their default.
+        files: The files of the release other than the manifest, by name.
+        tensors: The tensors of ``adapter_model.safetensors``, by name.
+        created: When, as ``2026-01-31T12:00:00Z``.
+        parent_version: The version that it was counted or trained from.
+        peft_version: PEFT that wrote the adapter.
+        tokenizer_hash: sha256 over the tokenizer, as far as one was at hand.
+        training: Facts about the training: steps, tokens, arguments, quantization, versions of libraries.
+        metrics: Results by name.
+    """
+
+    version: str
+    base: BaseRecord
+    architecture: Architecture
+    config: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    created: str
+    parent_version: str | None = None
+    peft_version: str | None = None
+    tokenizer_hash: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """Read a manifest; what it says has the right types and sizes afterwards, and names only files allowed.
+
+        Raises:
+            ManifestInvalid: It is malformed, or of a newer format.
+        """
+        try:
+            manifest = cls._read(Fields(parse(data, MAX_MANIFEST)))
+        except JsonRefused as reason:
+            raise ManifestInvalid(f"{MANIFEST_FILE}: {reason}") from None
+        # The digest is one of the bytes that were read, not of what was understood of them.
+        object.__setattr__(manifest, "_bytes", data)
+        return manifest
+
+    @classmethod
+    def _read(cls, fields: Fields) -> Manifest:
+        if fields.integer("format", 2**31, least=1) > FORMAT:
+            raise fields.refuse("format", f"at most {FORMAT}; a newer lora-plugins wrote it, and can read it")
+        return cls(
+            version=_version(fields, "version"),
+            base=_base(fields.inner("base")),
+            architecture=_architecture(fields.inner("architecture")),
+            config=fields.json_table("config"),
+            files=_files(fields),
+            tensors=_tensors(fields),
+            created=fields.text("created", _CREATED, "a time such as 2026-01-31T12:00:00Z"),
+            parent_version=fields.optional("parent_version", lambda key: _version(fields, key)),
+            peft_version=fields.optional("peft_version", lambda key: _version(fields, key)),
+            tokenizer_hash=fields.optional("tokenizer_hash", lambda key: fields.text(key, SHA256, "a sha256")),
+            training=fields.json_table("training"),
+            metrics=fields.number_table("metrics"),
+        )
+
+    def to_bytes(self) -> bytes:
+        """The bytes it was parsed from; else the one way in which it is written."""
+        known: bytes | None = getattr(self, "_bytes", None)
+        return canonical({"format": FORMAT, **_plain(self)}) if known is None else known
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of ``to_bytes()``: the identity of the release."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def content_digest(self) -> str:
+        """sha256 (hex) of what the adapter *is*: weights, tokenizer, configuration, base.
+
+        Two pushes of one adapter agree in it although their times, library versions, metrics and cards differ.
+        """
+        told = (ADAPTER_CONFIG, CARD)  # the configuration counts by its fields; PEFT adds its version to the file
+        content = {
+            "architecture": _plain(self.architecture),
+            "base": _plain(self.base),
+            "config": dict(self.config),
+            "files": {n: _plain(f) for n, f in self.files.items() if n not in told and not is_picture(n)},
+            "tensors": {name: _plain(tensor) for name, tensor in self.tensors.items()},
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+        return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def _version(fields: Fields, key: str) -> str:
+    from packaging.version import InvalidVersion, Version
+
+    text = fields.text(key, expected="a version")
+    try:
+        if len(text) <= 128 and str(Version(text)) == text:
+            return text
+    except (InvalidVersion, ValueError):
+        pass
+    raise fields.refuse(key, "a normalized version such as 1.2.0")
+
+
+def _base(fields: Fields) -> BaseRecord:
+    return BaseRecord(
+        id=fields.optional("id", lambda key: fields.text(key, BASE_ID, "the id of a model, such as org/name")),
+        commit=fields.optional("commit", lambda key: fields.text(key, COMMIT, "a commit")),
+        fingerprint=_fingerprint(fields.inner("fingerprint")) if fields.has("fingerprint") else None,
+    )
+
+
+def _fingerprint(fields: Fields) -> Fingerprint:
+    tensors = {
+        _tensor_name(name): TensorPrint(
+            entry.text("sha256", SHA256, "a sha256"),
+            entry.text("dtype", _DTYPE, "a dtype such as BF16"),
+            entry.numbers("values", 64),
+        )
+        for name, entry in fields.table("tensors", 16)
+    }
+    return Fingerprint(fields.json_table("config"), tensors)
+
+
+def _architecture(fields: Fields) -> Architecture:
+    return Architecture(
+        fields.optional("model_type", fields.text),
+        fields.optional("class_name", fields.text),
+        fields.optional("vocab_size", lambda key: fields.integer(key, 2**40)),
+        fields.optional("num_labels", lambda key: fields.integer(key, 2**31)),
+    )
+
+
+def _files(fields: Fields) -> dict[str, FileRecord]:
+    files = {}
+    for name, entry in fields.table("files", _MAX_FILES):
+        if not listed_in_manifest(name):
+            raise JsonRefused(f"files lists {shown(name)}, which a release can't hold")
+        files[name] = FileRecord(entry.integer("size", MAX_FILE), entry.text("sha256", SHA256, "a sha256"))
+    missing = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files)
+    if missing:
+        raise JsonRefused(f"files lacks {', '.join(sorted(missing))}")
+    return files
+
+
+def _tensors(fields: Fields) -> dict[str, TensorRecord]:
+    tensors = {
+        _tensor_name(name): TensorRecord(entry.text("dtype", _DTYPE, "a dtype such as F32"), entry.shape("shape"))
+        for name, entry in fields.table("tensors", MAX_TENSORS)
+    }
+    if not tensors:
+        raise JsonRefused("tensors is empty")
+    return tensors
+
+
+def _tensor_name(name: str) -> str:
+    if not is_tensor_name(name):
+        raise JsonRefused(f"tensors has {shown(name)}, which is no name of a tensor")
+    return name
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor of a model can have this name: identifiers and numbers with dots, and no dunder among them."""
+    if _TENSOR.fullmatch(name) is None or ".." in name or name.endswith("."):
+        return False
+    return "__" not in name or not any(part.startswith("__") and part.endswith("__") for part in name.split("."))
+
+
+def _plain(value: Any) -> Any:
+    """A record as JSON values, without what is not known."""
+    if hasattr(value, "__dataclass_fields__"):
+        found = {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        return {name: item for name, item in found.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

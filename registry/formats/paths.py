@@ -1,0 +1,75 @@
+"""Which files a release may hold: a short list of names, so that no other name needs to be understood."""
+
+from __future__ import annotations
+
+import re
+
+from registry.errors import UnsafeFile
+from registry.formats.strict_json import shown
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "CARD",
+    "GIT_ATTRIBUTES",
+    "MANIFEST_FILE",
+    "TOKENIZER_FILES",
+    "allowed",
+    "check_path",
+    "is_picture",
+    "listed_in_manifest",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MANIFEST_FILE = "adapter_manifest.json"
+CARD = "README.md"
+#: The Hub puts it into every repository.
+GIT_ATTRIBUTES = ".gitattributes"
+#: Data that transformers' tokenizers are read from; none of it is run.
+TOKENIZER_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+_OTHERS = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, CARD, GIT_ATTRIBUTES})
+_PICTURE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
+
+
+def allowed(name: str) -> bool:
+    """Whether a release may hold a file of this name."""
+    return name in _OTHERS or name in TOKENIZER_FILES or is_picture(name)
+
+
+def is_picture(name: str) -> bool:
+    """Whether it is the name of a picture that a model card shows."""
+    return _PICTURE.fullmatch(name) is not None
+
+
+def listed_in_manifest(name: str) -> bool:
+    """Whether a manifest may list a file of this name: not itself, and not what the Hub adds."""
+    return allowed(name) and name not in (MANIFEST_FILE, GIT_ATTRIBUTES)
+
+
+def check_path(name: str) -> str:
+    """Return ``name`` if a release may hold a file of this name.
+
+    Raises:
+        UnsafeFile: It may not: another folder, a device, code, settings, anything that is not on the list.
+    """
+    if not allowed(name):
+        raise UnsafeFile(
+            f"A release holds no file named {shown(name)}: only {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}, {MANIFEST_FILE}, "
+            f"{CARD} with its pictures (*.png) and tokenizer files."
+        )
+    return name

@@ -1,0 +1,133 @@
+"""The tensors of an adapter: which belong to LoRA, whether they fit together, which hold what else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from registry.errors import BadAdapter
+from registry.formats.adapter_config import AdapterConfig
+from registry.formats.records import TensorRecord
+
+__all__ = ["LoraModule", "check_adapter", "check_trained", "counted", "labels_of", "lora_modules", "other_tensors"]
+
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class LoraModule:
+    """The names of a LoRA module's tensors: A, B, and what else there is."""
+
+    first: str | None = None
+    second: str | None = None
+    more: list[str] = field(default_factory=list)
+
+
+def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
+    """The LoRA modules among an adapter's tensors, by the name of the module that they adapt."""
+    modules: dict[str, LoraModule] = {}
+    for name in tensors:
+        match = _LORA.fullmatch(name)
+        if match is None:
+            continue
+        module = modules.setdefault(match["module"], LoraModule())
+        if match["part"].endswith("_A") and match["rest"] in (None, "weight"):
+            module.first = name
+        elif match["part"].endswith("_B") and match["rest"] in (None, "weight"):
+            module.second = name
+        else:
+            module.more.append(name)
+    return modules
+
+
+def other_tensors(tensors: Mapping[str, TensorRecord]) -> list[str]:
+    """Tensors that are not LoRA's: trained heads, embeddings, biases of the base, tokens added."""
+    return [name for name in tensors if _LORA.fullmatch(name) is None]
+
+
+def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
+    """Make sure that the tensors are a LoRA adapter of the configured rank.
+
+    Raises:
+        BadAdapter: There are none, a half is missing, or shapes or ranks don't fit together.
+    """
+    modules = lora_modules(tensors)
+    if not modules:
+        raise BadAdapter("The adapter is empty: its file holds no LoRA tensors. Was it saved before any were made?")
+    compiled = [name for name in tensors if "_orig_mod." in name]
+    if compiled:
+        raise BadAdapter(
+            f"{len(compiled)} tensors have names with _orig_mod., first {compiled[0]}: the adapter was saved from a "
+            "compiled model, and nothing could load it. Save it from the model itself (model._orig_mod)."
+        )
+    strange = [name for name in tensors if not name.startswith(_PREFIX)]
+    if strange:
+        raise BadAdapter(
+            f"{len(strange)} tensors have names that don't begin with {_PREFIX}, first {strange[0]}: this is not what "
+            "PEFT's save_pretrained writes. Save it with that."
+        )
+    for name, module in modules.items():
+        _check_module(name, module, tensors, config)
+
+
+def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
+    if module.first is None or module.second is None:
+        half, other = ("B", "A") if module.first is None else ("A", "B")
+        raise BadAdapter(f"{name} has a LoRA {half} and no {other}: half of it was not saved")
+    first, second = tensors[module.first].shape, tensors[module.second].shape
+    if len(first) < 2 or len(first) != len(second) or 0 in first + second:
+        raise BadAdapter(
+            f"{name} has a LoRA A of shape {first} and B of shape {second}. Tensors without rows were not gathered "
+            "from all processes before they were saved: save under ZeRO-3 or FSDP with the Trainer's save_model."
+        )
+    if first[0] != second[1]:
+        raise BadAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
+    # Adapters of expert parameters hold the rank once for each expert.
+    experts = bool(config.fields.get("target_parameters"))
+    if first[0] not in config.ranks and not (experts and any(first[0] % rank == 0 for rank in config.ranks)):
+        known = ", ".join(str(rank) for rank in sorted(config.ranks))
+        raise BadAdapter(
+            f"{name} has rank {first[0]}, and adapter_config.json says {known}: they don't belong together"
+        )
+
+
+def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
+    """Make sure that the adapter changes anything: where A or B is zero, a module does as it did without.
+
+    Raises:
+        BadAdapter: Nothing but zeros.
+    """
+    modules = lora_modules(tensors)
+    if other_tensors(tensors) or any(not {m.first, m.second} & zeros for m in modules.values()):
+        return
+    raise BadAdapter(
+        f"All {len(modules)} LoRA modules are zero (A or B): the adapter changes nothing. It was never trained, or "
+        "gradients did not reach it."
+    )
+
+
+def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:
+    """Kind of module, number of tensors, number of parameters; for the card."""
+    from math import prod
+
+    table: dict[str, list[int]] = {}
+    for name, record in tensors.items():
+        match = _LORA.fullmatch(name)
+        module = (
+            (match["module"] if match else name.rpartition(".")[0]).removeprefix(_PREFIX).replace(".base_layer", "")
+        )
+        kind = re.sub(r"(^|\.)\d+(?=\.|$)", "", module).rpartition(".")[2] or module
+        table.setdefault(kind, []).append(prod(record.shape))
+    for kind in sorted(table):
+        yield kind, len(table[kind]), sum(table[kind])
+
+
+def labels_of(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> int | None:
+    """How many classes the head has that is saved along; ``None`` for other tasks."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [name for name in sorted(other_tensors(tensors)) if re.search(r"score|classifier", name)]
+    rows = [tensors[name].shape[0] for name in heads if len(tensors[name].shape) == 2]
+    return rows[-1] if rows else None

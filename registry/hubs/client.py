@@ -1,0 +1,391 @@
+"""A registry on the Hugging Face Hub, or on a hub that speaks its protocol.
+
+The only module that imports huggingface_hub. Reading goes through that package's HTTP client, writing through its
+``HfApi``; both within a time limit, because by itself the client waits without end or tries again for half a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
+
+from registry.hubs.deadline import Deadline, call_within
+from registry.hubs.failures import HubFailed, cleaner, failure_of, hostile
+from registry.hubs.reading import Reader
+
+_Result = TypeVar("_Result")
+
+HUGGINGFACE = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as a hub lists it: its size, and the hashes by which bytes at hand can be compared with it."""
+
+    path: str
+    size: int
+    git_sha1: str
+    sha256: str | None
+
+
+class Secret:
+    """A token that is sent, and neither shown nor pickled."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def __repr__(self) -> str:
+        return "Secret(***)" if self._token else "Secret(none)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a token is not pickled; make the hub anew in the other process")
+
+    def reveal(self) -> str | None:
+        """The token."""
+        return self._token
+
+    def values(self) -> list[str]:
+        """The texts that must not be shown."""
+        return [self._token] if self._token else []
+
+    def authorize(self, request: Any) -> Any:
+        """Add the token to a request (httpx calls this for its ``auth=``)."""
+        if self._token:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+class Repositories:
+    """The model repositories at one endpoint, as the owner of one token sees them.
+
+    Every method raises ``HubFailed``, and nothing else, where the hub doesn't do what it is asked for.
+    """
+
+    def __init__(self, endpoint: str, token: Secret, timeout: float) -> None:
+        self.endpoint = endpoint
+        self._token = token
+        self._timeout = timeout
+        self._clean = cleaner(token.values)
+        self._reader = Reader(endpoint, timeout, _session, _network_error(), token.authorize, self._clean)
+
+    def __repr__(self) -> str:
+        return f"Repositories({self.endpoint})"
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def refs(self, repo: str) -> tuple[dict[str, str], dict[str, str]]:
+        """The branches and the tags, each with the commit that it points to."""
+        found = self._document(f"{_api(repo)}/refs")
+        return _targets(found, "branches"), _targets(found, "tags")
+
+    def info(self, repo: str, revision: str) -> dict[str, Any]:
+        """What the hub says about a repository: ``id``, ``sha``, ``private``, ``gated``, ``siblings``, …"""
+        return self._document(f"{_api(repo)}/revision/{_quoted(revision)}")
+
+    def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
+        """The files of a commit, by path. The paths are whatever the hub says: nobody has checked them."""
+        files: dict[str, RemoteFile] = {}
+        for page in self._reader.pages(f"{_api(repo)}/tree/{_quoted(revision)}?recursive=true"):
+            for item in _records(page):
+                if item.get("type") == "file":
+                    file = _remote_file(item)
+                    files[file.path] = file
+        return files
+
+    def content(self, repo: str, revision: str, path: str, limit: int) -> bytes:
+        """The bytes of a file of at most ``limit`` bytes."""
+        return self._reader.content(_resolve(repo, revision, path), limit)
+
+    def download(self, repo: str, revision: str, path: str, sink: BinaryIO, limit: int) -> None:
+        """Write the bytes of a file of at most ``limit`` bytes to ``sink``."""
+        self._reader.download(_resolve(repo, revision, path), sink, limit)
+
+    def part(self, repo: str, revision: str, path: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes of a file from ``start`` on."""
+        return self._reader.part(_resolve(repo, revision, path), start, length)
+
+    def names(self, tags: list[str]) -> Iterator[str]:
+        """The ids of the models that have all of these tags."""
+        query = "&".join(f"filter={_quoted(tag)}" for tag in tags)
+        for page in self._reader.pages(f"/api/models?{query}"):
+            for item in _records(page):
+                yield str(item.get("id", ""))
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def create(self, repo: str, *, private: bool | None) -> None:
+        """Create a repository; one that exists is left as it is."""
+        self._write(lambda api: api.create_repo(repo, private=private, exist_ok=True), lambda: None)
+
+    def commit(
+        self,
+        repo: str,
+        branch: str,
+        files: Mapping[str, Path | bytes],
+        *,
+        parent: str,
+        message: str,
+        delete: tuple[str, ...] = (),
+    ) -> str:
+        """Add, replace and delete files in one commit on top of ``parent``; the id of that commit.
+
+        A hub that has moved on since ``parent`` refuses with status 412. If the answer is lost, or says something else
+        than what happened, the branch is read again: with these files at its head, it has been done.
+        """
+
+        def send(api: Any) -> str:
+            with _operations(files, delete, as_objects=self.endpoint != HUGGINGFACE) as operations:
+                done = api.create_commit(
+                    repo, operations, commit_message=message, revision=branch, parent_commit=parent
+                )
+                return str(done.oid)
+
+        def landed() -> str | None:
+            head = self.refs(repo)[0].get(branch)
+            return head if head not in (None, parent) and self._holds(repo, head, files, delete) else None
+
+        return self._write(send, landed, _size(files))
+
+    def propose(self, repo: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
+        """Open a pull request with these files; its address. Tried once: a second try would open a second one."""
+
+        def send(api: Any) -> str:
+            with _operations(files, (), as_objects=self.endpoint != HUGGINGFACE) as operations:
+                done = api.create_commit(repo, operations, commit_message=message, parent_commit=parent, create_pr=True)
+                return str(done.pr_url)
+
+        deadline = Deadline(self._timeout)
+        deadline.allow(_size(files))
+        result, failure = self._attempt(deadline, send)
+        if failure is not None or result is None:
+            raise failure or hostile("the answer names no pull request")
+        return result
+
+    def tag(self, repo: str, tag: str, commit: str) -> None:
+        """Let ``tag`` point at ``commit``; a tag that does already is fine, another one is status 409."""
+
+        def landed() -> bool | None:
+            return True if self.refs(repo)[1].get(tag) == commit else None
+
+        self._write(lambda api: api.create_tag(repo, tag=tag, revision=commit) or True, landed)
+
+    def branch(self, repo: str, branch: str, commit: str) -> None:
+        """Start a branch at ``commit``; one that exists is left as it is."""
+
+        def landed() -> bool | None:
+            return True if branch in self.refs(repo)[0] else None
+
+        self._write(lambda api: api.create_branch(repo, branch=branch, revision=commit) or True, landed)
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _write(self, action: Callable[[Any], _Result], landed: Callable[[], _Result | None], size: int = 0) -> _Result:
+        """What ``action`` returns; or, where it failed but was done all the same, what ``landed`` finds."""
+        deadline, delay = Deadline(self._timeout), 0.25
+        deadline.allow(size)
+        while True:
+            result, failure = self._attempt(deadline, action)
+            if failure is None:
+                return result  # type: ignore[return-value]
+            try:
+                found = landed()
+            except HubFailed:
+                found = None  # the first failure says more
+            if found is not None:
+                return found
+            if not failure.transient or not deadline.pause(delay if failure.wait is None else failure.wait):
+                raise failure
+            delay = min(2 * delay, 4.0)
+
+    def _attempt(self, deadline: Deadline, action: Callable[[Any], _Result]) -> tuple[_Result | None, HubFailed | None]:
+        """The result of one attempt, or why there is none. Nothing that the client raised leaves this function."""
+
+        def work() -> tuple[_Result | None, HubFailed | None]:
+            try:
+                return action(self._api()), None
+            except Exception as error:
+                return None, self._failure(error)
+
+        try:
+            return call_within(deadline, work)
+        except TimeoutError as error:
+            return None, HubFailed(str(error), transient=True)
+
+    def _api(self) -> Any:
+        from huggingface_hub import HfApi
+
+        _check_online()
+        # False, not None: with None the client would look for a token by itself.
+        return HfApi(endpoint=self.endpoint, token=self._token.reveal() or False, library_name="lora-plugins")
+
+    def _failure(self, error: BaseException) -> HubFailed:
+        if isinstance(error, HubFailed):
+            return error
+        chain: BaseException | None = error
+        while chain is not None:
+            response = getattr(chain, "response", None)
+            if response is not None:
+                return failure_of(response, self._clean)
+            if isinstance(chain, _network_error()):
+                return HubFailed(self._clean(f"{type(chain).__name__}: {chain}"), transient=True)
+            chain = chain.__cause__ or chain.__context__
+        return HubFailed(self._clean(f"{type(error).__name__}: {error}"))
+
+    def _document(self, path: str) -> dict[str, Any]:
+        found = self._reader.document(path)
+        if not isinstance(found, dict):
+            raise hostile(f"the answer to {path} is not an object")
+        return found
+
+    def _holds(self, repo: str, commit: str, files: Mapping[str, Path | bytes], delete: tuple[str, ...]) -> bool:
+        """Whether a commit has these files with these bytes, and none of the deleted ones."""
+        there = self.files(repo, commit)
+        if any(path in there for path in delete):
+            return False
+        return all(path in there and _same(there[path], content) for path, content in files.items())
+
+
+def _session() -> Any:
+    from huggingface_hub.utils import get_session
+
+    _check_online()
+    return get_session()
+
+
+def _check_online() -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubFailed("HF_HUB_OFFLINE is set", code="Offline")
+
+
+def _network_error() -> type[Exception]:
+    # httpx in huggingface_hub 1.x, httpx2 from 2.4 on.
+    from huggingface_hub.errors import HTTPError
+
+    return HTTPError
+
+
+@contextmanager
+def _operations(files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, as_objects: bool) -> Iterator[list[Any]]:
+    """The operations of a commit, for as long as its files are open.
+
+    With ``as_objects`` all contents are open file objects. Of those the client uploads none through xet, whatever is
+    installed: hubs other than huggingface.co mostly have no xet, and one that says where its xet storage is can make
+    the client write to any folder of this machine.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    with ExitStack() as stack:
+        operations: list[Any] = [CommitOperationDelete(path) for path in delete]
+        for path, content in files.items():
+            if as_objects:
+                source: Any = (
+                    io.BytesIO(content) if isinstance(content, bytes) else stack.enter_context(open(content, "rb"))
+                )
+            else:
+                source = content
+            operations.append(CommitOperationAdd(path, source))
+        if as_objects:
+            stack.enter_context(_without_advice())
+        yield operations
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without the client's warning that file objects don't go through xet: that is what they are for."""
+
+    def unless_advice(record: logging.LogRecord) -> bool:
+        return "not supported by Xet" not in str(record.msg)
+
+    logger = logging.getLogger("huggingface_hub._commit_api")
+    logger.addFilter(unless_advice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unless_advice)
+
+
+def configured_endpoint() -> str:
+    """The hub that huggingface_hub itself would use: ``HF_ENDPOINT``, or huggingface.co."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT).rstrip("/")
+
+
+def stored_token() -> str | None:
+    """The token that the user logged in with, or that is in ``HF_TOKEN``."""
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def cached_commit(repo: str, revision: str) -> str | None:
+    """The commit that a branch or tag of a model stood for when transformers last loaded it on this machine."""
+    folder = cached_folder(repo, revision)
+    return folder.name if folder is not None else None
+
+
+def cached_folder(repo: str, revision: str) -> Path | None:
+    """The folder in which a revision of a model is in the local cache, with as many of its files as were needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    except ValueError:
+        return None  # not a name that a repository can have
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _size(files: Mapping[str, Path | bytes]) -> int:
+    return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
+
+
+def _same(file: RemoteFile, content: Path | bytes) -> bool:
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if file.size != len(data):
+        return False
+    if file.sha256 is not None:
+        return file.sha256 == hashlib.sha256(data).hexdigest()
+    return file.git_sha1 == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _api(repo: str) -> str:
+    return f"/api/models/{quote(repo)}"
+
+
+def _resolve(repo: str, revision: str, path: str) -> str:
+    return f"/{quote(repo)}/resolve/{_quoted(revision)}/{quote(path)}"
+
+
+def _records(value: object) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise hostile("a listing is not a list of objects")
+    return value
+
+
+def _remote_file(item: Mapping[str, Any]) -> RemoteFile:
+    lfs = item.get("lfs")
+    try:
+        sha256 = str(lfs["oid"]) if lfs else None
+        return RemoteFile(str(item["path"]), int(item["size"]), str(item["oid"]), sha256)
+    except (KeyError, TypeError, ValueError):
+        raise hostile("an entry of a listing lacks its path, size or hash") from None
+
+
+def _targets(found: Mapping[str, Any], kind: str) -> dict[str, str]:
+    try:
+        return {str(ref["name"]): str(ref["targetCommit"]) for ref in found[kind]}
+    except (KeyError, TypeError):
+        raise hostile(f"the list of {kind} lacks names or commits") from None

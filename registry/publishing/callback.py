@@ -1,0 +1,164 @@
+"""`PushToRegistryCallback`: publish the adapter when training ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainerCallback
+
+from registry.errors import BadAdapter, RegistryError
+from registry.formats.paths import ADAPTER_CONFIG
+from registry.formats.references import BUMPS, check_name, parse_version
+from registry.publishing.push import check_push, push_adapter
+from registry.publishing.source import Run
+from registry.publishing.training_facts import finite
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from registry.hubs.protocol import Hub
+    from registry.publishing.publish import Published
+
+__all__ = ["PushToRegistryCallback"]
+
+_log = logging.getLogger(__name__)
+#: Where an adapter is kept that could not be published, below the output folder.
+UNPUBLISHED = "unpublished-adapter"
+
+
+class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
+    """Publishes the adapter when training ends: one push, from one process, with metrics, card and loss curve.
+
+    That the name, the version and the base model are such that they can be published is checked when training begins.
+    If the push fails, the adapter is saved below the output folder and the error says where.
+
+    Args:
+        name: ``org/name``.
+        version: A version, or ``"patch"``, ``"minor"``, ``"major"`` after the newest one.
+        when: ``"end"`` publishes what the last step left (or the best checkpoint, if the Trainer loads that at the
+            end); ``"best"`` the best checkpoint in any case.
+        metrics: Results for manifest and card; by default those of the evaluation of what is published.
+        hub: Which registry, see `push_adapter`.
+        **options: For `push_adapter`: ``token``, ``private``, ``base_model``, ``allow``, ``commit_message``, …
+
+    Attributes:
+        published: What came of it; ``None`` before, and on other processes than the first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        version: str = "patch",
+        when: Literal["end", "best"] = "end",
+        metrics: Mapping[str, float] | None = None,
+        hub: Hub | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        check_name(name)
+        if version not in BUMPS:
+            parse_version(version)
+        if when not in ("end", "best"):
+            raise ValueError(f"when={when!r} is neither 'end' nor 'best'")
+        self.name = name
+        self.version = version
+        self.when = when
+        self.metrics = metrics
+        self.hub = hub
+        self.options = options
+        self.published: Published | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse now what could not be published later."""
+        if self.when == "best" and args.eval_strategy == "no":
+            raise BadAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
+        if not state.is_world_process_zero:
+            return
+        told = {key: self.options[key] for key in ("token", "base_model") if key in self.options}
+        check_push(_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Publish."""
+        if not state.is_world_process_zero:
+            return
+        model = kwargs.get("model")
+        try:
+            source = self._source(args, state, model, kwargs.get("processing_class"))
+            metrics = (
+                self.metrics if self.metrics is not None else _best_metrics(state) if self._is_best(args) else None
+            )
+            self.published = push_adapter(
+                source, self.name, version=self.version, hub=self.hub, metrics=metrics, **self.options
+            )
+        except RegistryError as error:
+            raise self._kept(error, args, model) from error
+        _log.info("Published %s (%s)", self.published, self.published.commit[:12])
+
+    def _is_best(self, args: TrainingArguments) -> bool:
+        return self.when == "best" or bool(args.load_best_model_at_end)
+
+    def _source(self, args: TrainingArguments, state: TrainerState, model: Any, tokenizer: Any) -> Run | Path:
+        loaded = self.when == "end" or args.load_best_model_at_end
+        if loaded and not _spread(model):
+            return Run(_peft_model(model), args, state, tokenizer)
+        folder = state.best_model_checkpoint if self._is_best(args) else None
+        folder = folder or Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.when == "best" and state.best_model_checkpoint is None:
+            raise BadAdapter("There is no best checkpoint: set metric_for_best_model, and evaluate where it saves")
+        if not Path(folder, ADAPTER_CONFIG).is_file():
+            raise BadAdapter(
+                f"The model is spread over processes and {folder} holds no adapter: let the Trainer save at its last "
+                "step (save_strategy)"
+            )
+        return Path(folder)
+
+    def _kept(self, error: RegistryError, args: TrainingArguments, model: Any) -> RegistryError:
+        """The error, with the folder in which the adapter is now."""
+        folder = Path(args.output_dir, UNPUBLISHED)
+        if _spread(model):
+            return error
+        try:
+            _peft_model(model).save_pretrained(str(folder))
+        except Exception as other:
+            return type(error)(f"{error} The adapter could not be saved to {folder} either: {other}")
+        return type(error)(
+            f"{error} The adapter was not published; it is in {folder}. Publish it with: lora-plugins push "
+            f"{folder} {self.name} --version {self.version}"
+        )
+
+
+def _peft_model(model: Any) -> Any:
+    from peft import PeftModel
+
+    while model is not None and not isinstance(model, PeftModel):
+        model = getattr(model, "module", getattr(model, "_orig_mod", None))
+    if model is None:
+        raise BadAdapter("The Trainer's model has no adapters; put LoraCallback before PushToRegistryCallback")
+    return model
+
+
+def _spread(model: Any) -> bool:
+    """Whether no process has whole weights."""
+    return any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _best_metrics(state: TrainerState) -> dict[str, float] | None:
+    """What the evaluation of the best checkpoint found."""
+    step = getattr(state, "best_global_step", None)
+    entries: Sequence[Mapping[str, Any]] = [entry for entry in state.log_history if entry.get("step") == step]
+    told = ("_runtime", "_per_second")
+    found = {
+        key: float(value)
+        for entry in entries
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(told) and finite(value)
+    }
+    return found or None

@@ -1,0 +1,74 @@
+"""A release made of a collected adapter: its card, its picture and its manifest, for one version."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+from registry.formats.manifest import Manifest
+from registry.formats.paths import CARD
+from registry.formats.records import FileRecord
+from registry.formats.tensors import counted
+from registry.publishing.card import LOSS_CURVE, model_card
+from registry.publishing.source import Collected
+
+__all__ = ["make_release"]
+
+
+def make_release(
+    collected: Collected, name: str, version: str, parent_version: str | None = None, *, picture: bool = True
+) -> tuple[Manifest, dict[str, Path | bytes]]:
+    """The manifest of a release, and its other files.
+
+    Args:
+        collected: What is published.
+        name: ``org/name``.
+        version: Normalized.
+        parent_version: The version before it.
+        picture: Whether the card shows the loss curve, where there is one.
+    """
+    files: dict[str, Path | bytes] = {file: collected.folder / file for file in collected.files}
+    curve = collected.training.curve if picture else None
+    if curve is not None:
+        files[LOSS_CURVE] = curve
+    files[CARD] = _card(collected, name, version, picture=curve is not None).encode()
+    manifest = Manifest(
+        version=version,
+        parent_version=parent_version,
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        base=collected.base,
+        architecture=collected.architecture,
+        config=collected.non_default,
+        files={**collected.files, **_records(files)},
+        tensors=collected.tensors,
+        peft_version=collected.config.peft_version,
+        tokenizer_hash=collected.tokenizer_hash,
+        training=collected.training.facts,
+        metrics=collected.metrics,
+    )
+    # What is published can be read again: the parser is stricter than what is known of the values here.
+    return Manifest.parse(manifest.to_bytes()), files
+
+
+def _records(files: Mapping[str, Path | bytes]) -> dict[str, FileRecord]:
+    return {
+        name: FileRecord(len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+        if isinstance(content, bytes)
+    }
+
+
+def _card(collected: Collected, name: str, version: str, *, picture: bool) -> str:
+    return model_card(
+        name=name,
+        version=version,
+        base=collected.base.id,
+        base_commit=collected.base.commit,
+        parameters=list(counted(collected.tensors)),
+        training=collected.training.facts,
+        metrics=collected.metrics,
+        picture=picture,
+        task_type=collected.config.task_type,
+    )

@@ -1,0 +1,131 @@
+"""Pushing: from a trained adapter to a release."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from packaging.version import Version
+
+from registry.formats.references import BUMPS, check_name, parse_version, version_text
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub
+from registry.publishing.publish import Draft, Published, publish
+
+__all__ = ["check_push", "push_adapter"]
+
+
+def push_adapter(
+    source: Any,
+    name: str,
+    *,
+    version: str,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    base_hub: Hub | str | os.PathLike[str] | None = None,
+    base_token: str | bool | None = None,
+    adapter_name: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    training: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> Published:
+    """Publish an adapter as a version that never changes again.
+
+    Everything is checked before anything is uploaded. The same content under the same version again is success.
+
+    Args:
+        source: A `PeftModel`, a Trainer that holds one, an adapter folder, or a Trainer's checkpoint.
+        name: ``org/name``; the repository is made if there is none.
+        version: A version such as ``"1.2.0"``; ``"patch"``, ``"minor"`` or ``"major"`` counts from the newest.
+        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+            Face Hub.
+        token: For the registry; by default the one that the user logged in with.
+        private: Whether a new repository is private.
+        base_model: ``org/base`` or ``org/base@revision``, where the base model has no id or another one.
+        base_hub: Where ``base_model`` is, to find its commit and compare it; by default the registry, if that is a hub.
+        base_token: For that hub; by default ``token``.
+        adapter_name: Which adapter of a model; the active one by default.
+        metrics: Results for manifest and card; those of the last evaluation by default.
+        training: More facts about the training for manifest and card, JSON values by name.
+        allow: Names of modules whose tensors may be large although they are not LoRA's, such as ``"lm_head"``.
+        commit_message: For the history of the repository.
+        create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
+
+    Raises:
+        ReferenceInvalid: The name or the version is malformed.
+        VersionExists: Other content has been published under this version.
+        PublishError: The adapter would be of no use, or others publish at the same time, again and again.
+        UnsafeFile: A file is not what it should be.
+        HubError: The registry didn't do what it was asked for.
+    """
+    from registry.publishing.draft import make_release
+    from registry.publishing.source import collect
+
+    check_name(name)
+    wanted = version if version in BUMPS else parse_version(version)
+    place = open_hub(hub, token)
+    bases = None if base_model is None else _bases(place, base_hub, token if base_token is None else base_token)
+    with collect(
+        source,
+        on_hub=not place.local,
+        base_model=base_model,
+        base_hub=bases,
+        adapter_name=adapter_name,
+        metrics=metrics,
+        training=training,
+        allow=allow,
+    ) as collected:
+
+        def draft(chosen: Version, before: Version | None) -> Draft:
+            parent = None if before is None else version_text(before)
+            return Draft(*make_release(collected, name, version_text(chosen), parent))
+
+        return publish(place, name, wanted, draft, message=commit_message, private=private, propose=create_pr)
+
+
+def check_push(
+    model: Any,
+    name: str,
+    *,
+    version: str,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Refuse before a training what `push_adapter` would refuse after it; no hub is asked.
+
+    Args:
+        model: The `PeftModel` that will be trained.
+        name: ``org/name``.
+        version: See `push_adapter`.
+        hub: Which registry.
+        token: For the registry.
+        base_model: See `push_adapter`.
+
+    Raises:
+        ReferenceInvalid: The name, the version or the registry is malformed.
+        BaseUnknown: Nobody could find the base model.
+    """
+    from registry.base.record import base_of_model, require_known, with_given
+    from registry.formats.adapter_config import AdapterConfig
+
+    check_name(name)
+    if version not in BUMPS:
+        parse_version(version)
+    place = open_hub(hub, token)
+    base, _ = base_of_model(model.get_base_model(), AdapterConfig(model.active_peft_config.to_dict()))
+    if base_model is not None:
+        base = with_given(base, base_model, None)
+    require_known(base, on_hub=not place.local)
+
+
+def _bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
+    """Where base models are; pushing to a folder asks nobody, unless it is said whom."""
+    if given is not None:
+        return open_hub(given, token)
+    return None if place.local else open_hub(place.location, token)

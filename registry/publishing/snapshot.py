@@ -1,0 +1,138 @@
+"""A private copy of what is to be published, made once: what is checked is what is uploaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.errors import BadAdapter, TooLarge, UnsafeFile
+from registry.formats.manifest import MAX_FILE
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["copy_adapter", "copy_tokenizer", "save_model"]
+
+#: Bytes of a tokenizer file; the largest have 30 MB.
+_MAX_TOKENIZER = 256 * 1024 * 1024
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+_CHUNK = 4 * 1024 * 1024
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy configuration and weights of an adapter folder.
+
+    Raises:
+        BadAdapter: The folder holds no adapter.
+        UnsafeFile: A file is a link, no regular file, or a pickle where there are no safetensors.
+        TooLarge: A file is larger than any adapter.
+    """
+    if not source.is_dir():
+        raise BadAdapter(f"{source} is no folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote")
+    names = set(os.listdir(source))
+    pickles = [name for name in _PICKLES if name in names]
+    if ADAPTER_WEIGHTS not in names and pickles:
+        raise UnsafeFile(
+            f"{source / pickles[0]} is a pickle, which runs code where it is read; only {ADAPTER_WEIGHTS} is "
+            "published. Load the adapter where you trust it and save it again with save_pretrained."
+        )
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
+    if missing:
+        raise BadAdapter(f"{source} has no {' and no '.join(missing)}.{_hint(source, names)}")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        _copy(source / name, target / name, MAX_FILE)
+
+
+def _hint(source: Path, names: Iterable[str]) -> str:
+    nested = sorted(name for name in names if (source / name / ADAPTER_CONFIG).is_file())
+    if nested:
+        return f" It has adapters in {', '.join(nested[:5])}: name one of them."
+    return " It is no folder that a PeftModel's save_pretrained wrote."
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer files of a folder; their names."""
+    found = sorted(name for name in os.listdir(source) if name in TOKENIZER_FILES)
+    for name in found:
+        _copy(source / name, target / name, _MAX_TOKENIZER)
+    return found
+
+
+def _copy(source: Path, target: Path, limit: int) -> None:
+    """Copy a regular file, and nothing that stands for another one."""
+    # Not blocking, because opening a FIFO would wait for its writer.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(source, flags)
+    except OSError as error:
+        if source.is_symlink():
+            raise UnsafeFile(
+                f"{source} is a symbolic link: what it leads to might be no part of the adapter. Copy it."
+            ) from None
+        raise UnsafeFile(f"{source} can't be read: {error.strerror}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UnsafeFile(f"{source} is no regular file")
+    with os.fdopen(descriptor, "rb") as file, open(target, "xb") as copy:
+        if status.st_nlink > 1:
+            raise UnsafeFile(
+                f"{source} has {status.st_nlink} names (hard links): another one might belong to something secret, or "
+                "be written to meanwhile. Copy it."
+            )
+        if status.st_size > limit:
+            raise TooLarge(f"{source} has {status.st_size:,} bytes; a file of a release may have {limit:,}")
+        left = limit
+        while chunk := file.read(min(_CHUNK, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                raise TooLarge(f"{source} grows while it is read, above {limit:,} bytes")
+            copy.write(chunk)
+
+
+def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
+    """Save one adapter of a model, without asking any hub about its base.
+
+    Raises:
+        BadAdapter: The model has no adapter of that name.
+    """
+    if adapter_name not in model.peft_config:
+        known = ", ".join(model.peft_config)
+        raise BadAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
+    import peft
+
+    # By itself, PEFT asks the Hub how large the base's vocabulary was.
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=_resized(model))
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    model.peft_config[adapter_name].save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
+
+
+def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
+    """How PEFT's auto class finds the class of a base whose task isn't named."""
+    if model.peft_config[adapter_name].task_type is not None:
+        return None
+    base = type(model.get_base_model())
+    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+
+def _resized(model: PeftModel) -> bool:
+    """Whether the embeddings must be saved along: somebody added tokens, or trains them."""
+    from registry.base.record import original_vocabulary
+
+    base = model.get_base_model()
+    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
+    before = original_vocabulary(base)
+    config = model.active_peft_config
+    targets = getattr(config, "target_modules", None) or ()
+    targeted = not isinstance(targets, str) and any(name in targets for name in ("embed_tokens", "lm_head"))
+    tokens = getattr(config, "trainable_token_indices", None) is not None
+    resized = before is not None and weight is not None and int(weight.shape[0]) != before
+    return resized or (targeted and not tokens)

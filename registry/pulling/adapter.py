@@ -1,0 +1,183 @@
+"""A pulled adapter: a folder wherever one is expected, checked against a base model before it is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import BaseUnknown, IdentityWarning
+from registry.formats.adapter_config import AdapterConfig
+from registry.formats.manifest import Manifest
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from registry.base.contract import CheckResult
+    from registry.hubs.protocol import Hub
+
+__all__ = ["Adapter"]
+
+
+@dataclass(frozen=True)
+class Adapter(os.PathLike[str]):
+    """A release of an adapter, verified and on this machine.
+
+    It can be given wherever a folder with an adapter can: ``PeftModel.from_pretrained(base, adapter)``.
+
+    Attributes:
+        name: ``org/name``.
+        commit: The commit that holds the release.
+        manifest: Everything that is said about it.
+        path: The folder, as text for functions that take nothing else.
+    """
+
+    name: str
+    commit: str
+    manifest: Manifest
+    path: str
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def version(self) -> str:
+        """The version of the release."""
+        return self.manifest.version
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Its configuration, read anew from the folder."""
+        return AdapterConfig.parse(Path(self.path, ADAPTER_CONFIG).read_bytes())
+
+    def check(self, base: Any, *, base_hub: Hub | str | None = None, token: str | bool | None = None) -> CheckResult:
+        """Compare the adapter with a base model; no weight is loaded.
+
+        Names and shapes of all tensors, rank, targets, vocabulary, configuration, and the tensors by which a base is
+        recognized, where they can be read.
+
+        Args:
+            base: A model in memory, a folder (a path, or a text that begins with ``/``, ``.`` or ``~``), a
+                configuration of transformers, or an id on a hub, with a revision behind ``@`` if it isn't the commit
+                of the manifest.
+            base_hub: Where base models are; the Hugging Face Hub by default.
+            token: For that hub.
+
+        Raises:
+            BaseMismatch: It was trained on another base; one error says all that differs.
+        """
+        from registry.base.choice import described
+
+        return described(base, self.manifest, base_hub, token).check(self.manifest, self.config)
+
+    def load(
+        self,
+        base: Any = None,
+        *,
+        is_trainable: bool = False,
+        adapter_name: str = "default",
+        base_token: str | bool | None = None,
+        trust_identity: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load the adapter onto its base model, after `check`.
+
+        Args:
+            base: A model in memory; or a folder or an id, from which one is loaded. By default the base of the
+                manifest, at its commit.
+            is_trainable: Whether training goes on.
+            adapter_name: What the adapter is called in the model.
+            base_token: For a base that not everybody may download.
+            trust_identity: Don't warn where the base can't be told from others of its shape.
+            **kwargs: For ``from_pretrained`` of the base's class: ``dtype``, ``device_map``, ``quantization_config``,
+                ``cache_dir``, ``local_files_only``, …
+
+        Raises:
+            BaseUnknown: The manifest names no base, and none was given.
+            BaseMismatch: It was trained on another base.
+        """
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        from torch import nn
+
+        from registry.pulling.peft_loading import put_back
+
+        if isinstance(base, nn.Module):
+            if kwargs:
+                raise TypeError(f"{', '.join(kwargs)}: for loading the base, and a loaded one was given")
+            model = base
+        else:
+            model = self._load_base(base, base_token, kwargs)
+        result = self.check(model)
+        if result.identity != "verified" and not trust_identity:
+            self._warn(model)
+        loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
+        return loaded
+
+    def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:
+        """The base model from a folder or a hub, at the commit of the manifest, grown to the adapter's vocabulary."""
+        from transformers import AutoConfig
+
+        from registry.base.classes import model_class
+        from registry.base.contract import rows_of_embedding
+
+        place, revision = self._place(base)
+        # trust_remote_code stays the caller's decision: no manifest can make it.
+        told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
+        told = {key: value for key, value in told.items() if value is not None}
+        config = AutoConfig.from_pretrained(place, **told)
+        kind = self.manifest.architecture
+        if kind.num_labels is not None and self.config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            config.num_labels = kind.num_labels
+            # The head of the base is of no use, and the right one comes with the adapter.
+            kwargs = {"ignore_mismatched_sizes": True, **kwargs}
+        model = model_class(kind.class_name, self.config.task_type, config).from_pretrained(
+            place, config=config, **{**told, **kwargs}
+        )
+        rows = rows_of_embedding(model)
+        if kind.vocab_size is not None and rows is not None and rows < kind.vocab_size:
+            # The rows that are added come with the adapter.
+            model.resize_token_embeddings(kind.vocab_size, mean_resizing=False)
+        return model
+
+    def _place(self, base: Any) -> tuple[str, str | None]:
+        recorded = self.manifest.base
+        if base is None:
+            if recorded.id is None:
+                raise BaseUnknown(
+                    f"{self} was trained on a model that is known by its fingerprint only, so it can't be loaded from "
+                    "anywhere: give it, adapter.load(model) or adapter.load('/folder/of/the/base')"
+                )
+            return recorded.id, recorded.commit
+        from registry.base.choice import is_folder
+
+        text = os.fspath(base)
+        if is_folder(base):
+            return str(Path(text).expanduser()), None
+        name, _, revision = text.partition("@")
+        return name, revision or (recorded.commit if name == recorded.id else None)
+
+    def _warn(self, model: Any) -> None:
+        import warnings
+
+        known = self.manifest.base
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        if known.id is not None and known.commit is not None and commit == known.commit:
+            return
+        warnings.warn(
+            f"{self} fits this base by names, shapes and configuration; whether it is the one it was trained on "
+            f"({known.id or 'known by fingerprint'}) could not be verified, because its manifest has no tensors to "
+            "compare or they can't be read here",
+            IdentityWarning,
+            stacklevel=3,
+        )
+
+
+#: Arguments of ``from_pretrained`` that its configuration is loaded with, too.
+_CONFIG_TOO = ("cache_dir", "local_files_only", "trust_remote_code", "subfolder", "proxies")

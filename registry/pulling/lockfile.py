@@ -1,0 +1,149 @@
+"""``adapters.lock``: which release of each adapter a project uses, down to the bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from registry.disk.files import replace_file
+from registry.errors import LockInvalid, LockMismatch, NotLocked, ReferenceInvalid
+from registry.formats.fields import COMMIT, SHA256, Fields
+from registry.formats.references import Reference, check_name, parse_version, version_text
+from registry.formats.strict_json import JsonRefused, canonical, parse
+
+__all__ = ["LOCK_FILE", "Lock", "LockEntry"]
+
+#: Where it stands unless said otherwise: in the working directory.
+LOCK_FILE = "adapters.lock"
+_FORMAT = 1
+_LIMIT = 16 * 1024 * 1024
+_MOST = 100_000
+
+
+@dataclass(frozen=True)
+class LockEntry:
+    """One adapter.
+
+    Attributes:
+        version: The release.
+        commit: That held it.
+        manifest: sha256 of the manifest, and with that of everything.
+        registry: Address of the hub.
+        repository: The hub's id for the repository, which another one of the same name doesn't have.
+        base: Id of the base model, if it has one.
+        base_commit: Commit of the base model, if it is known.
+    """
+
+    version: str
+    commit: str
+    manifest: str
+    registry: str
+    repository: str
+    base: str | None = None
+    base_commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock file, or the place where one may be written.
+
+    Attributes:
+        path: The file; ``None`` if there is none and none shall be written.
+        write: Whether adapters that are not in it are added.
+        frozen: Whether only adapters that are in it may be used.
+        renew: Whether what is in it is chosen anew.
+    """
+
+    path: Path | None
+    write: bool = False
+    frozen: bool = False
+    renew: bool = False
+
+    @classmethod
+    def choose(cls, lock: bool | str | os.PathLike[str] | None, *, frozen: bool) -> Lock:
+        """The lock that is meant: with ``None`` the one in the working directory, if there is one, which is then used
+        and not changed; with ``True`` that one, or a path, which is changed; with ``False`` none.
+
+        Raises:
+            NotLocked: It shall be frozen, and there is none.
+        """
+        path = Path(LOCK_FILE if lock is None or isinstance(lock, bool) else lock).absolute()
+        used = lock is not False and (bool(lock) or path.exists())
+        if frozen and not (used and path.exists()):
+            raise NotLocked(f"Only locked adapters may be used, and {path} is not there or not to be used")
+        return cls(path if used else None, write=bool(lock) and not frozen, frozen=frozen)
+
+    def find(self, reference: Reference) -> LockEntry | None:
+        """The entry that fixes what a reference means.
+
+        Raises:
+            LockInvalid: The file is malformed.
+            LockMismatch: The entry is not what the reference means, and may not be changed.
+            NotLocked: There is none, and the lock is frozen.
+        """
+        entry = None if self.renew else self.entries().get(reference.name)
+        if entry is None:
+            if self.frozen:
+                raise NotLocked(f"{reference.name} is not in {self.path}, and only locked adapters may be used")
+            return None
+        if reference.allows(parse_version(entry.version), entry.commit):
+            return entry
+        if self.write:
+            return None
+        raise LockMismatch(
+            f"{self.path} has {reference.name} at {entry.version}, which is not {reference}; to change the lock, pull "
+            "with lock=True, or call lora-plugins lock"
+        )
+
+    def entries(self) -> Mapping[str, LockEntry]:
+        """All entries by name.
+
+        Raises:
+            LockInvalid: The file is malformed.
+        """
+        if self.path is None:
+            return {}
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise LockInvalid(f"{self.path} can't be read: {error.strerror}") from error
+        try:
+            fields = Fields(parse(data, _LIMIT))
+            if fields.integer("format", 2**31, least=1) > _FORMAT:
+                raise fields.refuse("format", f"at most {_FORMAT}; a newer lora-plugins wrote it, and can read it")
+            return {check_name(name): _entry(entry) for name, entry in fields.table("adapters", _MOST)}
+        except (JsonRefused, ReferenceInvalid) as reason:
+            raise LockInvalid(f"{self.path}: {reason}") from None
+
+    def record(self, name: str, entry: LockEntry) -> None:
+        """Write an entry, if entries are written; one that stands already is not written again."""
+        if self.path is None or not self.write:
+            return
+        entries = dict(self.entries())
+        if entries.get(name) == entry:
+            return
+        entries[name] = entry
+        adapters = {
+            known: {key: value for key, value in asdict(each).items() if value is not None}
+            for known, each in entries.items()
+        }
+        try:
+            replace_file(self.path, canonical({"format": _FORMAT, "adapters": adapters}))
+        except OSError as error:
+            raise LockInvalid(f"{self.path} can't be written: {error.strerror}") from error
+
+
+def _entry(fields: Fields) -> LockEntry:
+    return LockEntry(
+        version=version_text(parse_version(fields.text("version"))),
+        commit=fields.text("commit", COMMIT, "a commit"),
+        manifest=fields.text("manifest", SHA256, "a sha256"),
+        registry=fields.text("registry"),
+        repository=fields.text("repository"),
+        base=fields.optional("base", fields.text),
+        base_commit=fields.optional("base_commit", lambda key: fields.text(key, COMMIT, "a commit")),
+    )

@@ -1,0 +1,116 @@
+"""Pulling: from a reference to an adapter whose every byte has been checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from registry.formats.references import Reference
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub
+from registry.pulling.cache import Cache
+from registry.pulling.fetch import Fetched, Fetcher, Progress
+from registry.pulling.lockfile import Lock, LockEntry
+
+if TYPE_CHECKING:
+    from registry.pulling.adapter import Adapter
+
+__all__ = ["fetch_adapter", "lock_adapters", "pull_adapter"]
+
+
+def pull_adapter(
+    reference: str,
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    lock: bool | str | os.PathLike[str] | None = None,
+    frozen: bool = False,
+    offline: bool = False,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Get a release of an adapter, checked, as a read-only folder in the cache.
+
+    Args:
+        reference: ``"org/name"`` is the newest stable release, ``"org/name>=1.2,<2"`` the newest one in a range,
+            ``"org/name@1.2.0"``, ``"org/name@alias"`` and ``"org/name@<commit>"`` are one.
+        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+            Face Hub.
+        token: For the registry; by default the one that the user logged in with.
+        lock: ``True`` or a path: pull what the lock file says, and add what it doesn't say. By default
+            ``adapters.lock`` in the working directory is used, if there is one, and not changed. ``False``: none.
+        frozen: Pull only what the lock file says.
+        offline: Use the cache only.
+        local_files_only: The same, as huggingface_hub spells it.
+        cache_dir: The cache; by default ``LORA_REGISTRY_CACHE``, else a folder in the user's cache folder.
+        progress: Called with the name, the bytes there and all bytes of a file while it is downloaded.
+
+    Raises:
+        ReferenceInvalid: The reference is malformed.
+        VersionNotFound: It means no release.
+        IntegrityError: The release is not what it was, or not what its manifest says.
+        LockError: The lock file does not allow it.
+        HubError: The registry can't be asked, and the cache has nothing that would do.
+    """
+    from registry.pulling.adapter import Adapter  # loaded when there is one: most commands need none
+
+    fetched = fetch_adapter(
+        reference,
+        hub=hub,
+        token=token,
+        lock=Lock.choose(lock, frozen=frozen),
+        offline=offline or local_files_only,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    return Adapter(
+        name=fetched.release.name,
+        commit=fetched.release.commit,
+        manifest=fetched.manifest,
+        path=str(fetched.path),
+    )
+
+
+def fetch_adapter(
+    reference: str,
+    *,
+    hub: Hub | str | os.PathLike[str] | None,
+    token: str | bool | None,
+    lock: Lock,
+    offline: bool,
+    cache_dir: str | os.PathLike[str] | None,
+    progress: Progress | None = None,
+) -> Fetched:
+    """Get the files of a release; see `pull_adapter`."""
+    parsed = Reference.parse(reference)
+    return Fetcher(open_hub(hub, token), Cache(cache_dir), lock, offline, progress).fetch(parsed)
+
+
+def lock_adapters(
+    references: Iterable[str] = (),
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    lock: bool | str | os.PathLike[str] = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, LockEntry]:
+    """Write what references mean now to the lock file, in place of what it said about the same adapters.
+
+    Args:
+        references: See `pull_adapter`; without any, the adapters of the lock file are pulled and checked as they are.
+        hub: Which registry.
+        token: For the registry.
+        lock: The lock file; by default ``adapters.lock`` in the working directory.
+        cache_dir: The cache.
+
+    Returns:
+        The entries of the lock file by name.
+    """
+    chosen, wanted = Lock.choose(lock, frozen=False), list(references)
+    use = replace(chosen, renew=bool(wanted))
+    for reference in wanted or chosen.entries():
+        fetch_adapter(reference, hub=hub, token=token, lock=use, offline=False, cache_dir=cache_dir)
+    return dict(chosen.entries())

@@ -1,0 +1,1 @@
+"""Mirror, compare, verify and clean up what is there."""

@@ -1,0 +1,175 @@
+"""What changed from one release of an adapter to another: configuration, metrics, and how far each layer moved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.formats.adapter_config import AdapterConfig
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from registry.formats.tensors import LoraModule, lora_modules, other_tensors
+from registry.formats.weights import read_file_header, read_values
+
+if TYPE_CHECKING:
+    import numpy
+
+    from registry.pulling.adapter import Adapter
+
+__all__ = ["Difference", "LayerChange", "compare_adapters"]
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How a layer's weight differs: Frobenius norms of what the adapters add to it.
+
+    Attributes:
+        name: Of the layer in the base model.
+        before: Norm of what the first adapter adds; 0.0 where it has nothing there.
+        after: The same of the second one.
+        change: Norm of the difference.
+    """
+
+    name: str
+    before: float
+    after: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two releases; values as ``(before, after)``.
+
+    Attributes:
+        before: The first release, ``org/name@version``.
+        after: The second.
+        config: Fields of the configuration, those that are at their default as ``None``.
+        metrics: Metrics that either has.
+        base: Id, commit and fingerprint of the base model, where they differ.
+        layers: Every layer that either adapts.
+    """
+
+    before: str
+    after: str
+    config: Mapping[str, tuple[Any, Any]]
+    metrics: Mapping[str, tuple[float | None, float | None]]
+    base: Mapping[str, tuple[Any, Any]]
+    layers: tuple[LayerChange, ...]
+
+
+def compare_adapters(before: Adapter, after: Adapter) -> Difference:
+    """Compare two pulled adapters; neither PEFT nor a model is needed."""
+    one, two = before.manifest, after.manifest
+    bases = {key: (getattr(one.base, key), getattr(two.base, key)) for key in ("id", "commit", "fingerprint")}
+    return Difference(
+        str(before),
+        str(after),
+        _changed(one.config, two.config),
+        {key: (one.metrics.get(key), two.metrics.get(key)) for key in sorted({*one.metrics, *two.metrics})},
+        {key: pair for key, pair in bases.items() if pair[0] != pair[1]},
+        _layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
+    )
+
+
+def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    keys = sorted({*one, *two})
+    return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
+
+
+class _Weights:
+    """The weights in an adapter folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / ADAPTER_WEIGHTS
+        self._header = read_file_header(self._file)
+        self._config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+        self.modules = {n: m for n, m in lora_modules(self._header.tensors).items() if m.first and m.second}
+        self.others = set(other_tensors(self._header.tensors))
+
+    def tensor(self, name: str) -> numpy.ndarray:
+        """The values of a tensor, in float64."""
+        return read_values(self._file, self._header, name).astype("float64")
+
+    def factors(self, name: str) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+        """B, scaled, and A of what the adapter adds to a layer; one pair for each expert. Empty where it adds none."""
+        module = self.modules.get(name)
+        return [] if module is None else self._factors(name, module)
+
+    def _factors(self, name: str, module: LoraModule) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+        first, second = self.tensor(module.first or ""), self.tensor(module.second or "")
+        rank, scaling = self._scaling(name.removeprefix(_PREFIX))
+        rows = first.shape[0]
+        experts = rows // rank if rank and rows % rank == 0 and self._config.fields.get("target_parameters") else 1
+        if experts == 1:
+            return [(scaling * second.reshape(-1, rows), first.reshape(rows, -1))]
+        # PEFT keeps the experts outermost in A and innermost in B.
+        firsts, seconds = first.reshape(experts, rank, -1), second.reshape(-1, rank, experts)
+        return [(scaling * seconds[:, :, index], firsts[index]) for index in range(experts)]
+
+    def _scaling(self, name: str) -> tuple[int, float]:
+        fields = self._config.fields
+        rank = int(_pattern(fields.get("rank_pattern"), name, self._config.rank))
+        alpha = float(_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8)))
+        return rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value for a layer, as PEFT looks it up; that the expressions are cheap was checked with the configuration."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _layers(one: _Weights, two: _Weights) -> tuple[LayerChange, ...]:
+    names = list(dict.fromkeys([*one.modules, *two.modules]))
+    changes = [_layer(name, one.factors(name), two.factors(name)) for name in names]
+    changes += [_other(name, one, two) for name in sorted(one.others | two.others)]
+    return tuple(changes)
+
+
+def _layer(name: str, one: list[Any], two: list[Any]) -> LayerChange:
+    longest = max(len(one), len(two))
+    if {len(one), len(two)} - {0, longest}:
+        raise ValueError(f"{name} has {len(one)} experts in one adapter and {len(two)} in the other")
+    pairs = [(one[i] if one else None, two[i] if two else None) for i in range(longest)]
+    norms = [[_norm([a]), _norm([b]), _norm([a, _negative(b)])] for a, b in pairs]
+    before, after, change = (sum(n[column] ** 2 for n in norms) ** 0.5 for column in range(3))
+    return LayerChange(name.removeprefix(_PREFIX), before, after, change)
+
+
+def _other(name: str, one: _Weights, two: _Weights) -> LayerChange:
+    import numpy
+
+    a = one.tensor(name) if name in one.others else None
+    b = two.tensor(name) if name in two.others else None
+    norms = [0.0 if tensor is None else float(numpy.linalg.norm(tensor)) for tensor in (a, b)]
+    both = a is not None and b is not None and a.shape == b.shape
+    change = float(numpy.linalg.norm(a - b)) if both else (norms[0] ** 2 + norms[1] ** 2) ** 0.5  # type: ignore[operator]
+    return LayerChange(name.removeprefix(_PREFIX), norms[0], norms[1], change)
+
+
+def _negative(factors: Any) -> Any:
+    return None if factors is None else (-factors[0], factors[1])
+
+
+def _norm(terms: list[Any]) -> float:
+    """The norm of a sum of products B A, of which the large matrix is never made.
+
+    By QR decomposition of the joined factors; differences of squares would lose half of the digits.
+    """
+    import numpy
+
+    there = [term for term in terms if term is not None]
+    if not there:
+        return 0.0
+    if len({(b.shape[0], a.shape[1]) for b, a in there}) > 1:
+        # Layers of different sizes have no difference: the norms of both together.
+        return float(sum(_norm([term]) ** 2 for term in there) ** 0.5)
+    left: Any = numpy.linalg.qr(numpy.concatenate([b for b, _ in there], axis=1), mode="r")
+    right: Any = numpy.linalg.qr(numpy.concatenate([a for _, a in there], axis=0).T, mode="r")
+    return float(numpy.linalg.norm(left @ right.T))

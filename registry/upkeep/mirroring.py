@@ -1,0 +1,95 @@
+"""Copying releases from one registry to another: the same bytes, under the same versions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from packaging.version import Version
+
+from registry.catalog.index import read_index
+from registry.catalog.state import Move, State, change_state
+from registry.errors import BaseUnknown, VersionExists
+from registry.formats.references import Reference, versions_in
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub, Refs
+from registry.publishing.publish import Draft, Published, publish
+from registry.pulling.cache import Cache
+from registry.pulling.fetch import Fetched, Fetcher
+from registry.pulling.lockfile import Lock
+
+__all__ = ["mirror"]
+
+
+def mirror(
+    reference: str,
+    target: Hub | str | os.PathLike[str],
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    target_token: str | bool | None = None,
+    private: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> list[Published]:
+    """Copy releases to another registry, with what was withdrawn and the aliases.
+
+    Args:
+        reference: ``org/name`` is all its releases; with a version, a range, an alias or a commit it is one.
+        target: Where to.
+        hub: Where from.
+        token: For where they come from.
+        target_token: For where they go.
+        private: Whether a new repository is private.
+        cache_dir: The cache, through which they go.
+
+    Returns:
+        The releases, oldest version first; ``created`` says which were not there before.
+
+    Raises:
+        VersionExists: The target has another release under one of the versions.
+        BaseUnknown: The target is a hub, and an adapter's base model has no id there.
+    """
+    source, destination, parsed = open_hub(hub, token), open_hub(target, target_token), Reference.parse(reference)
+    index = read_index(source, parsed.name)
+    wanted = index.releases() if parsed == Reference(parsed.name) else [index.resolve(parsed)]
+    fetcher = Fetcher(source, Cache(cache_dir), Lock(None), quiet=True)
+    copied = []
+    for release in wanted:
+        fetched = fetcher.fetch(Reference(parsed.name, version=Version(release.version)))
+        copied.append(_copy(fetched, destination, private))
+    _copy_state(destination, parsed.name, index.state)
+    return copied
+
+
+def _copy(fetched: Fetched, target: Hub, private: bool | None) -> Published:
+    release, manifest = fetched.release, fetched.manifest
+    if not target.local and manifest.base.id is None:
+        raise BaseUnknown(
+            f"{release}: its base model is known by its fingerprint only, and nobody could find it from "
+            f"{target.location}. Push the adapter there with base_model="
+        )
+    files: dict[str, Path | bytes] = {name: fetched.path / name for name in manifest.files}
+    version = Version(release.version)
+    done = publish(target, release.name, version, lambda *_: Draft(manifest, files), private=private)
+    if done.manifest.digest != manifest.digest:
+        raise VersionExists(
+            f"{release} stands on {target.location} with the same weights and another manifest: it was pushed there, "
+            "not copied"
+        )
+    return done
+
+
+def _copy_state(target: Hub, name: str, source: State) -> None:
+    """Add what the source knows about the versions that are there."""
+
+    def change(state: State, refs: Refs) -> State:
+        there = {str(tag.removeprefix("v")) for tag in versions_in(refs.tags).values()}
+        yanked = {version: yank for version, yank in source.yanked.items() if version in there}
+        aliases: dict[str, tuple[Move, ...]] = dict(state.aliases)
+        for alias in source.aliases:
+            version = source.version_of(alias)
+            if version in there and state.version_of(alias) != version:
+                aliases[alias] = (*aliases.get(alias, ()), source.aliases[alias][-1])
+        return State({**state.yanked, **yanked}, aliases)
+
+    change_state(target, name, change, "Copied")

@@ -1,0 +1,114 @@
+"""Looking at a release as a hub has it: every byte, and everything that should not be there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.catalog.index import Release, read_index
+from registry.errors import HubUnavailable, RegistryError
+from registry.formats.manifest import MANIFEST_FILE, Manifest
+from registry.formats.paths import GIT_ATTRIBUTES
+from registry.formats.records import FileRecord
+from registry.formats.references import Reference
+from registry.formats.strict_json import shown
+from registry.hubs import open_hub
+from registry.hubs.protocol import Hub
+from registry.pulling.cache import Cache, check_file
+from registry.pulling.fetch import Fetcher, check_content
+from registry.pulling.lockfile import Lock
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        release: That was looked at.
+        manifest: Of it; ``None`` if there is none that can be read.
+        problems: What is wrong, one sentence each; nothing, if all is well.
+    """
+
+    release: Release
+    manifest: Manifest | None
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    reference: str,
+    *,
+    hub: Hub | str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    lock: bool | str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Verification:
+    """Download a release, whatever is in the cache, and compare it with its manifest, the lock and what was pulled.
+
+    Args:
+        reference: The release, see `pull_adapter`.
+        hub: Which registry.
+        token: For a hub on the network.
+        lock: The lock file to compare with; by default the one in the working directory, if there is one.
+        cache_dir: The cache to compare with.
+
+    Raises:
+        VersionNotFound: There is no such release.
+        HubError: The hub can't be asked.
+    """
+    place, parsed = open_hub(hub, token), Reference.parse(reference)
+    release = read_index(place, parsed.name).resolve(parsed)
+    fetcher = Fetcher(place, Cache(cache_dir), Lock.choose(lock, frozen=False))
+    problems: list[str] = []
+    manifest: Manifest | None = None
+    try:
+        manifest = fetcher.manifest(release)
+        problems += fetcher.compare(release, manifest)
+        problems += _extra(place, release, manifest)
+        problems += _damaged(place, release, manifest)
+    except HubUnavailable:
+        raise
+    except RegistryError as problem:
+        problems.append(str(problem))
+    return Verification(release, manifest, tuple(problems))
+
+
+def _extra(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
+    listed = {*manifest.files, MANIFEST_FILE, GIT_ATTRIBUTES}
+    return [
+        f"{shown(path)} is in the commit and not in the manifest"
+        for path in hub.files(release.name, release.commit)
+        if path not in listed
+    ]
+
+
+def _damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        problems = [
+            problem
+            for name, record in manifest.files.items()
+            if (problem := _difference(hub, release, Path(folder), name, record)) is not None
+        ]
+        if not problems:
+            check_content(Path(folder), manifest)
+    return problems
+
+
+def _difference(hub: Hub, release: Release, folder: Path, name: str, record: FileRecord) -> str | None:
+    try:
+        with open(folder / name, "xb") as sink:
+            hub.download(release.name, release.commit, name, sink, record.size)
+        check_file(folder, name, record)
+    except HubUnavailable:
+        raise
+    except RegistryError as problem:
+        return str(problem)
+    return None
