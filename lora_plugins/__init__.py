@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from lora_plugins.planning.planner import plan as plan
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.request import quantization_config as quantization_config
+    from lora_plugins.trainer.attaching import attach as attach
+    from lora_plugins.trainer.attaching import detach as detach
     from lora_plugins.trainer.callbacks import Int8PreparationCallback as Int8PreparationCallback
     from lora_plugins.trainer.callbacks import LoraCallback as LoraCallback
     from lora_plugins.trainer.callbacks import ParameterReportCallback as ParameterReportCallback
-    from lora_plugins.trainer.callbacks import attach as attach
-    from lora_plugins.trainer.callbacks import detach as detach
 
 _LAZY = {
     "Int8PreparationCallback": "lora_plugins.trainer.callbacks",
     "LoraCallback": "lora_plugins.trainer.callbacks",
     "ParameterReportCallback": "lora_plugins.trainer.callbacks",
-    "attach": "lora_plugins.trainer.callbacks",
+    "attach": "lora_plugins.trainer.attaching",
     "dequantize_model": "lora_plugins.quantization.dequantization",
-    "detach": "lora_plugins.trainer.callbacks",
+    "detach": "lora_plugins.trainer.attaching",
     "plan": "lora_plugins.planning.planner",
     "prepare_model": "lora_plugins.adapters.prepare",
     "quantization_config": "lora_plugins.quantization.request",

@@ -80,7 +80,7 @@ def check_quantizer(
 
     from lora_plugins.errors import QuantizationError
     from lora_plugins.quantization.counting import tensor_bytes
-    from lora_plugins.quantization.request import check_usable
+    from lora_plugins.quantization.selftest import check_usable
 
     dtype = dtype or torch.float32
     asked = Quantization(quantizer, {"skip_modules": [], **(options or {})})

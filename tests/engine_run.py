@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_plugins import LoraCallback, attach, detach, prepare_model
-from lora_plugins.adapters.files import has_adapters
+from lora_plugins.adapters.inject import has_adapters
 from lora_plugins.errors import LoraPluginsError, PreparationWarning
 from lora_plugins.models.sharding import is_sharded
 from lora_plugins.quantization.request import owner_of, parse_quantization

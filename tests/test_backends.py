@@ -42,13 +42,9 @@ from lora_plugins.errors import (
 )
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
-from lora_plugins.quantization.request import (
-    check_usable,
-    owner_of,
-    parse_quantization,
-    quantization_of,
-    quantize_in_place,
-)
+from lora_plugins.quantization.request import owner_of, parse_quantization, quantization_of
+from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.walk import quantize_in_place
 
 NEW = ("fp4", "int8-torchao", "float8-torchao", "int8-quanto", "int4-quanto", "int8-hqq", "int4-hqq")
 ALL = ("int8", "nf4", *NEW)

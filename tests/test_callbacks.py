@@ -23,7 +23,7 @@ from lora_plugins.errors import (
     PreparationError,
     TrainerNotFound,
 )
-from lora_plugins.trainer.callbacks import detach
+from lora_plugins.trainer.attaching import detach
 
 
 def optimizer_ids(trainer: Trainer) -> set[int]:

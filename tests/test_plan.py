@@ -185,7 +185,7 @@ def test_live_model_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("backend", ["int8", "nf4"])
 def test_model_that_arrives_quantized_or_prepared(backend: str) -> None:
-    from lora_plugins.quantization.request import quantize_in_place
+    from lora_plugins.quantization.walk import quantize_in_place
 
     fresh = plan(tiny.llama(), quantization=backend, compute_dtype="float32", length=8)
     model = tiny.llama()

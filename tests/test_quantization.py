@@ -26,7 +26,10 @@ from lora_plugins.errors import (
     UnsupportedInitialization,
 )
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
-from lora_plugins.quantization.request import check_usable, parse_quantization, quantize_in_place, tag_quantized
+from lora_plugins.quantization.marks import tag_quantized
+from lora_plugins.quantization.request import parse_quantization
+from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.walk import quantize_in_place
 
 CPU = torch.device("cpu")
 

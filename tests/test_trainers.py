@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lora_plugins import LoraCallback, attach
-from lora_plugins.trainer.callbacks import detach
+from lora_plugins.trainer.attaching import detach
 
 
 def assert_trained(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import FrozenHead, UnsupportedTraining
-from lora_plugins.trainer.callbacks import detach
+from lora_plugins.trainer.attaching import detach
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 

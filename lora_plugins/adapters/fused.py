@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import bnb
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
@@ -30,8 +32,6 @@ def fuse_adapters(model: nn.Module) -> int:
     Returns:
         How many layers were changed.
     """
-    from peft.tuners.lora.layer import LoraLayer
-
     known = _forwards_of_peft()
     count = 0
     for module in model.modules():
@@ -43,12 +43,8 @@ def fuse_adapters(model: nn.Module) -> int:
 
 def _forwards_of_peft() -> set[Any]:
     """The ``forward`` functions whose branch is the one that is written here."""
-    from peft.tuners.lora.layer import Linear
-
     known: set[Any] = {Linear.forward}
     if importlib.util.find_spec("bitsandbytes") is not None:
-        from peft.tuners.lora import bnb
-
         known |= {getattr(bnb, name).forward for name in ("Linear8bitLt", "Linear4bit") if hasattr(bnb, name)}
     return known
 

@@ -8,19 +8,25 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.prepare import prepare_model
 from lora_plugins.adapters.probe import PROBE_TEXT, Distance, compare_logits, probe_logits
 from lora_plugins.errors import MergeError
-from lora_plugins.quantization.request import Quantization, adapter_modules, base_of, owner_of, parse_quantization
+from lora_plugins.models.wrapping import adapter_modules, base_of
+from lora_plugins.quantization.request import Quantization, owner_of, parse_quantization
+from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.walk import layers_to_quantize
 from registry.pulling.peft_loading import put_back
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: ``fp16`` and ``bf16``: into the base reloaded in that dtype. ``same``: into the dequantized weights that the adapter
 #: was trained against, in the dtype that the base is stored in.
@@ -157,9 +163,6 @@ def unquantized_layers(model: nn.Module) -> list[str]:
     Args:
         model: A quantized model, wrapped or not.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     ours = adapter_modules(model)
     return [
         name.replace(".base_layer", "")
@@ -219,8 +222,6 @@ class _Job:
 
     def load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         """Load the base in a dtype, ``"auto"`` for the one it is stored in."""
-        from transformers import AutoModelForCausalLM
-
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 self.base, revision=self.revision or "main", dtype=dtype
@@ -232,8 +233,6 @@ class _Job:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the base's tokenizer, which goes with the merged model."""
-        from transformers import AutoTokenizer
-
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.base, revision=self.revision or "main"
@@ -268,8 +267,6 @@ def _read_object(file: Path) -> dict[str, Any] | None:
 
 
 def _torch_dtype(dtype: str) -> torch.dtype | str:
-    import torch
-
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, "auto")
 
 
@@ -281,8 +278,6 @@ def _into(job: _Job, *, same: bool) -> str:
 
 def _trained_logits(job: _Job, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The logits of the model as it was trained: quantized base, adapter, activations in float32."""
-    from lora_plugins.adapters.prepare import prepare_model
-
     model = job.load("auto")
     options = {**job.quantization.options, "name": job.quantization.name} if job.quantization else None
     trained = prepare_model(model, adapter=job.folder, quantization=options, compute_dtype="float32")
@@ -296,9 +291,6 @@ def _trained_logits(job: _Job, tokenizer: PreTrainedTokenizerBase, text: str) ->
 
 def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
     """Add the adapter to the weights, one layer at a time; the model comes back without adapter layers."""
-    import torch
-    from peft.tuners.lora.layer import LoraLayer
-
     dtype = model.dtype
     quantization = job.quantization if same else None
     wrapped = _wrap(model, job.folder)
@@ -327,9 +319,6 @@ def _merge(model: PreTrainedModel, job: _Job, *, same: bool) -> PreTrainedModel:
 
 def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter into the base; every tensor of it must have a place there."""
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
     wrapped = PeftModel.from_pretrained(model, str(folder))
     file = adapters.find_adapter_file(folder, "default")
     if file is None:
@@ -360,8 +349,6 @@ def _untie(layer: Any, model: PreTrainedModel) -> None:
     Raises:
         MergeError: Another layer shares its weight: transformers would tie the two again when it loads the model.
     """
-    from torch import nn
-
     weight = layer.weight
     # A wrapper's `weight` is its layer's: only parameters of a module's own count.
     sharing = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight]
@@ -381,8 +368,6 @@ def _layers_to_round(model: nn.Module, quantization: Quantization | None) -> set
     """The layers that were quantized in training."""
     if quantization is None:
         return set()
-    from lora_plugins.quantization.request import check_usable, layers_to_quantize
-
     layers, _ = layers_to_quantize(model, quantization, ())
     first = next(iter(layers.values()), None)
     if first is not None:
@@ -392,8 +377,6 @@ def _layers_to_round(model: nn.Module, quantization: Quantization | None) -> set
 
 def _rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
     """A layer's weight after quantizing and dequantizing it, in float32 and the layer's own orientation."""
-    from torch import nn
-
     transposed = not isinstance(layer, nn.Linear)
     weight = layer.weight.data.T.contiguous() if transposed else layer.weight.data
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

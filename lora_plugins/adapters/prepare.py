@@ -5,13 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from torch import nn
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.fused import fuse_adapters
+from lora_plugins.adapters.inject import (
+    build_config,
+    exchange_layers,
+    has_adapters,
+    initializes_from_base,
+    inject,
+    register_lora_layers,
+)
 from lora_plugins.adapters.reloading import check_loadable
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
+from lora_plugins.models.wrapping import base_of
+from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import TensorBytes, tensor_bytes
+from lora_plugins.quantization.marks import tag_quantized, untag_dequantized
 from lora_plugins.quantization.precision import (
     activation_dtype,
     cast_frozen,
@@ -19,25 +36,10 @@ from lora_plugins.quantization.precision import (
     slow_products_note,
     upcast_frozen,
 )
-from lora_plugins.quantization.request import (
-    Quantization,
-    QuantizedLayers,
-    base_of,
-    check_arrived,
-    detect_quantization,
-    quantize_in_place,
-    tag_quantized,
-    untag_dequantized,
-    with_compute_dtype,
-)
-
-if TYPE_CHECKING:
-    import peft
-    import torch
-    from torch import nn
-
-    from lora_plugins.plugins.types import Quantizer
-    from lora_plugins.targets.resolution import TargetPlan
+from lora_plugins.quantization.request import Quantization, QuantizedLayers, detect_quantization, with_compute_dtype
+from lora_plugins.quantization.selftest import check_arrived
+from lora_plugins.quantization.walk import quantize_in_place
+from lora_plugins.targets.resolution import TargetPlan, resolve_targets, task_heads
 
 #: Where the record of a preparation is kept on the prepared model.
 RECORD_ATTRIBUTE = "lora_plugins_preparation"
@@ -150,8 +152,6 @@ def prepare(
         autocast: Whether the Trainer runs the model under autocast, which then decides the activations' dtype.
         progress: Wraps the layers while they are quantized.
     """
-    from peft import PeftModel
-
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
@@ -170,10 +170,6 @@ def prepare_plain(
         autocast: Whether the Trainer runs the model under autocast.
         progress: Wraps the layers while they are quantized.
     """
-    from peft import PeftModel
-
-    from lora_plugins.targets.resolution import task_heads
-
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
@@ -217,15 +213,15 @@ class _Pipeline:
         )
         record.notes += notes
         if config is None:
-            config = adapters.build_config(settings, plan)
+            config = build_config(settings, plan)
         record.heads = tuple(config.modules_to_save or ())
-        base_first = adapters.initializes_from_base(
+        base_first = initializes_from_base(
             config.init_lora_weights, record.quantization, already_quantized=arrived is not None
         )
         if not base_first:
             self._prepare_base(record, arrived)
-        adapters.register_lora_layers(self.model, config, record.quantization)
-        wrapped, inject_notes = adapters.inject(self.model, config, settings.adapter_name, self.seed)
+        register_lora_layers(self.model, config, record.quantization)
+        wrapped, inject_notes = inject(self.model, config, settings.adapter_name, self.seed)
         record.notes += inject_notes
         if plan.input_gradients:
             self.model.enable_input_require_grads()  # type: ignore[operator]
@@ -237,14 +233,12 @@ class _Pipeline:
                 f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under"
             )
             self._prepare_base(record, arrived)
-            adapters.exchange_layers(wrapped, _required(record.quantization))
+            exchange_layers(wrapped, _required(record.quantization))
         if stored:
             self._load(wrapped, stored, record)
         return _finish(wrapped, record)
 
     def _resolve(self, stored: peft.LoraConfig | None) -> TargetPlan:
-        from lora_plugins.targets.resolution import resolve_targets
-
         source = stored or self.settings.peft_config
         lora = self.settings.lora
 
@@ -308,13 +302,13 @@ def prepare_base(
         record.layers = quantize_in_place(model, quantize, never=(*never, *record.heads), progress=progress)
         record.quantization = quantize
         if wrapped:
-            adapters.exchange_layers(model, quantize)
+            exchange_layers(model, quantize)
     elif record.quantization is not None:
         # Loaded quantized: let the backend set what makes its layers trainable.
         check_arrived(base, record.quantization)
         record.quantization.quantizer.after_quantize(base, record.quantization.options)
         if wrapped:
-            adapters.exchange_layers(model, record.quantization)
+            exchange_layers(model, record.quantization)
     if dtype is not None:
         cast_frozen(base, dtype)
         record.compute_dtype = dtype
@@ -354,8 +348,6 @@ def _prepare_wrapped(
 
 
 def _finish(model: Any, record: Preparation) -> Any:
-    from lora_plugins.adapters.fused import fuse_adapters
-
     fuse_adapters(model)
     record.after = tensor_bytes(model)
     setattr(model, RECORD_ATTRIBUTE, record)
@@ -405,7 +397,7 @@ def _check_same_config(config: Any, settings: LoraSettings, name: str) -> None:
 
 
 def _refuse_unwrapped_adapters(model: nn.Module) -> None:
-    if adapters.has_adapters(model):
+    if has_adapters(model):
         raise PreparationError(
             "The model has adapters that were put in with add_adapter() or inject_adapter_in_model(). The Trainer can "
             "neither resume nor load the best checkpoint of such a model. Pass the base model, or wrap it with "

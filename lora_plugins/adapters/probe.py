@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 #: Everyday English with names, numbers and punctuation.
 PROBE_TEXT = (
@@ -49,8 +47,6 @@ class Distance:
 
 def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Return a model's logits on a text, float32 on the CPU, shape ``[tokens, vocabulary]``."""
-    import torch
-
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_LENGTH]
     device = next(model.parameters()).device
     with torch.inference_mode():
@@ -60,8 +56,6 @@ def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
 
 def compare_logits(first: torch.Tensor, second: torch.Tensor) -> Distance:
     """Compare two models' logits on the same tokens, each of shape ``[tokens, vocabulary]``."""
-    import torch
-
     # A constant added to all logits of a token changes no prediction.
     a, b = (logits - logits.mean(-1, keepdim=True) for logits in (first, second))
     p, q = a.log_softmax(-1), b.log_softmax(-1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
 
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
 from registry.pulling.peft_loading import lora_tensors
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
 
 
 def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:
@@ -54,8 +52,6 @@ def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str 
 
 def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
     """Return the tensors that PEFT looks for under another name: name in the file, and name looked for."""
-    import torch
-
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:

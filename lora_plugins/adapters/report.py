@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
 
 from lora_plugins.adapters.prepare import Preparation, preparation_of
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
-from lora_plugins.quantization.request import EXPECTED_REASONS, Quantization, base_of, detect_quantization
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-    from torch import nn
-
-    from lora_plugins.targets.records import TargetHit
+from lora_plugins.quantization.request import Quantization, detect_quantization
+from lora_plugins.quantization.walk import EXPECTED_REASONS
+from lora_plugins.targets.records import TargetHit
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,6 @@ class ParameterReport:
         Args:
             table_only: Print nothing where there is no terminal.
         """
-        from rich.console import Console
-
         console = Console()
         if console.is_terminal or console.is_jupyter:
             console.print(self)
@@ -133,9 +135,6 @@ class ParameterReport:
             print(self.line(), flush=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
-        from rich.table import Table
-
         summary = Table(title=f"{escape(self.model)}: parameters", show_header=False, title_justify="left")
         summary.add_column()
         summary.add_column(justify="right")
@@ -176,19 +175,17 @@ class ParameterReport:
         return rows
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         cells = "".join(
-            f"<tr><td>{escape(a.strip())}</td><td style='text-align:right'>{escape(b)}</td></tr>"
+            f"<tr><td>{html.escape(a.strip())}</td><td style='text-align:right'>{html.escape(b)}</td></tr>"
             for a, b in self._rows()
         )
         hits = "".join(
-            f"<tr><td>{escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>"
+            f"<tr><td>{html.escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>"
             for row in self.targets
         )
         return (
-            f"<table><caption>{escape(self.model)}: parameters</caption>{cells}</table>"
-            f"<table><caption>Targets from {escape(self.source)}</caption>{hits}</table>"
+            f"<table><caption>{html.escape(self.model)}: parameters</caption>{cells}</table>"
+            f"<table><caption>Targets from {html.escape(self.source)}</caption>{hits}</table>"
         )
 
 
@@ -263,8 +260,6 @@ def rows_of_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
 
 def rows_of_adapters(model: nn.Module) -> list[TargetRow]:
     """The hit table of adapters that somebody else put in, by the last part of the module names."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     counts: Counter[str] = Counter()
     shapes: dict[str, dict[str, None]] = {}
     for path, module in model.named_modules():

@@ -6,14 +6,14 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig
 
 from lora_plugins.errors import PreparationError, UnknownArgument
 from lora_plugins.quantization.request import Quantization, parse_quantization
-
-if TYPE_CHECKING:
-    import peft
-    import torch
 
 #: The recipe's values, used where neither an argument nor ``peft_config=`` says otherwise.
 DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -90,8 +90,6 @@ def _listed(lora: Mapping[str, Any]) -> str:
 
 
 def _check_fields(lora: Mapping[str, Any], ours: set[str]) -> None:
-    from peft import LoraConfig
-
     known = {item.name for item in fields(LoraConfig)}
     for name in lora:
         if name in known:
@@ -102,8 +100,6 @@ def _check_fields(lora: Mapping[str, Any], ours: set[str]) -> None:
 
 
 def _check_lora_config(config: Any) -> None:
-    from peft import LoraConfig
-
     if type(config) is not LoraConfig:
         raise PreparationError(
             f"peft_config must be a peft.LoraConfig, not a {type(config).__name__}. "

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
 #: Parts of the names that PEFT gives to an adapter's parameters.
 _MARKERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")

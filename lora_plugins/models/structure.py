@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,6 @@ def linear_features(module: Any) -> tuple[int, int] | None:
 
 def _is_layer_class(module: nn.Module) -> bool:
     """Keep out what says both sizes and computes something else: PEFT could not wrap it."""
-    import torch
-
     if isinstance(module, torch.nn.Linear):
         return True
     weight = getattr(module, "weight", None)
@@ -158,8 +155,6 @@ class Structure:
 
     def is_output_layer_of_attention(self, path: str) -> bool:
         """Whether this is the output layer of torch's own attention, which reads its weight and never calls it."""
-        import torch
-
         return isinstance(self.modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention)
 
     def task_heads(self, known: Iterable[str] = ()) -> list[str]:
@@ -177,8 +172,6 @@ class Structure:
 
     def _trainable_parts(self, path: str) -> list[str]:
         """The module, or what is in it where it is a list, which PEFT can't wrap; nothing without weights."""
-        import torch
-
         module = self.modules.get(path)
         if module is None:
             # Shared with another path, under which it is known.
@@ -239,8 +232,6 @@ class Structure:
 
     def _repeated(self, module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         """The blocks that a container holds; empty when it is not a container of blocks."""
-        import torch
-
         if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
             return []
         items = [(f"{path}.{name}", child) for name, child in module.named_children()]
@@ -255,8 +246,6 @@ class Structure:
         A stage has nearly all of its layers in one list of equal blocks. Lists of experts, of small adapters and
         of the two halves of a block are no such lists.
         """
-        import torch
-
         for name, child in item.named_modules():
             inner = f"{path}.{name}".rstrip(".")
             if "expert" in name or self._counts[inner] * 4 <= self._counts[path] * 3:

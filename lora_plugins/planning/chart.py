@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lora_plugins.planning.records import Plan
+from lora_plugins.planning.records import Plan
 
 #: Part of the memory -> color; distinguishable with color blindness and in grey.
 _PARTS = {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from peft import get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
 #: Names of float dtypes in the file's header, by size: only their length matters.
 _NAMES = {8: "F64", 4: "F32", 2: "F16"}
 
@@ -16,9 +19,6 @@ def file_bytes(model: Any, adapter_name: str) -> int:
         model: A `peft.PeftModel`, on any device.
         adapter_name: The adapter.
     """
-    from peft import get_peft_model_state_dict
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
-
     named = model.peft_config[adapter_name].target_modules
     # PEFT saves an embedding that it adapts; whether the vocabulary was resized it would ask the Hub.
     embeddings = bool(set(named if isinstance(named, (list, set)) else ()) & set(EMBEDDING_LAYER_NAMES))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_plugins.quantization.request import base_of
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from lora_plugins.models.wrapping import base_of
 
 #: Seconds of sound that models of spectrograms take, and samples in a second for those of the wave itself.
 _FRAMES = 3000
@@ -41,8 +40,6 @@ def make_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, torc
 
 
 def _makers(config: Any, batch_size: int, length: int) -> dict[str, Callable[[], torch.Tensor]]:
-    import torch
-
     def ids(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.long, device="meta")
 
@@ -69,8 +66,6 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _labels(base: Any, accepted: Mapping[str, Any], batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    import torch
-
     one = torch.empty((batch_size,), dtype=torch.long, device="meta")
     if "start_positions" in accepted:
         return {"start_positions": one, "end_positions": one}

@@ -11,7 +11,9 @@ from torch import nn
 
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import tensor_bytes
-from lora_plugins.quantization.request import Quantization, as_linear, why_unavailable
+from lora_plugins.quantization.request import Quantization
+from lora_plugins.quantization.selftest import why_unavailable
+from lora_plugins.quantization.walk import as_linear
 from lora_plugins.trainer.engines import keeps_copy
 
 #: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.

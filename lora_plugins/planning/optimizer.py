@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from math import prod
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_plugins.errors import PlanError
-
-if TYPE_CHECKING:
-    import torch
 
 #: bitsandbytes keeps the state of smaller tensors in float32.
 _SMALLEST_IN_8_BITS = 4096

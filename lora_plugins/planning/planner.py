@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import peft
+import torch
+from peft import PeftModel
+
+from lora_plugins.adapters.report import TargetRow, rows_of_adapters, rows_of_hits
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import LoraPluginsError, PlanError
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.planning.advice import Scenario, nearest_change
 from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Memory, Plan, Row
 from lora_plugins.planning.sharing import USABLE, fits, parse_memory, per_device, present_memory
-from lora_plugins.quantization.request import Quantization, base_of, why_unavailable
-
-if TYPE_CHECKING:
-    import peft
-    import torch
-
-    from lora_plugins.adapters.report import TargetRow
-    from lora_plugins.planning.variants import Workbench
-    from lora_plugins.plugins.types import Quantizer
+from lora_plugins.planning.source import meta_model
+from lora_plugins.planning.variants import Workbench
+from lora_plugins.plugins.host import plugin_host
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.request import Quantization
+from lora_plugins.quantization.selftest import why_unavailable
+from lora_plugins.targets.resolution import resolve_targets
 
 #: Backends that come before others of the same size, in the tables and as advice.
 _FIRST = ("int8", "nf4")
@@ -90,8 +95,6 @@ def plan(
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
-    from lora_plugins.adapters.settings import LoraSettings
-
     settings = LoraSettings.from_arguments(
         quantization=quantization,
         peft_config=peft_config,
@@ -119,8 +122,6 @@ def plan(
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    import torch
-
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -133,12 +134,6 @@ def _workbench(
     revision: str | None,
     trust_remote_code: bool,
 ) -> Workbench:
-    from peft import PeftModel
-
-    from lora_plugins.planning.source import meta_model
-    from lora_plugins.planning.variants import Workbench
-    from lora_plugins.targets.resolution import resolve_targets
-
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     model = meta_model(source, task=task, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
@@ -209,8 +204,6 @@ class _Planner:
 
     def _precision_notes(self) -> list[str]:
         """What is counted in another dtype than that of the checkpoint because of the device."""
-        import torch
-
         stored = _main_dtype(base_of(self.bench.base))
         held = [self.bench.compute_dtype(quantization) for quantization in self.backends.values() if quantization]
         if stored not in ("float16", "bfloat16") or torch.float32 not in held or not self.bench.by_hardware:
@@ -233,8 +226,6 @@ class _Planner:
 
     def _backends(self) -> dict[str, Quantization]:
         """Every backend by name, the one that was asked for with its options; those with more bits first."""
-        from lora_plugins.plugins.host import plugin_host
-
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
         if self.bench.arrived:
@@ -273,8 +264,6 @@ class _Planner:
     def _unavailable(self, quantization: Quantization | None) -> str:
         if quantization is None:
             return ""
-        import torch
-
         return why_unavailable(quantization, self.bench.device, torch.bfloat16) or ""
 
     def _memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
@@ -318,8 +307,6 @@ class _Planner:
     # -- the hit table -------------------------------------------------------------------------
 
     def _targets(self) -> list[TargetRow]:
-        from lora_plugins.adapters.report import rows_of_adapters, rows_of_hits
-
         if self.bench.targets is None:
             return rows_of_adapters(self.bench.base)
         return rows_of_hits(self.bench.targets.hits)

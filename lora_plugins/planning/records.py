@@ -6,12 +6,11 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 
-    from lora_plugins.adapters.report import TargetRow
+from lora_plugins.adapters.report import TargetRow
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.optimizer import state_bytes
 from lora_plugins.planning.records import Memory
@@ -44,8 +46,6 @@ def show_bytes(size: float) -> str:
 
 def present_memory() -> int | None:
     """Return the bytes of the GPU that is there, ``None`` when there is none."""
-    import torch
-
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
 
 

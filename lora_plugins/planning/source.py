@@ -8,14 +8,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from lora_plugins.errors import PlanError
+from lora_plugins.planning.layers import standing_in
 from lora_plugins.quantization.request import owner_of
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 #: What a model is for -> the class of transformers that makes it; the first that knows a configuration is taken.
 TASKS = {
@@ -51,8 +53,6 @@ def meta_model(
     Raises:
         PlanError: There is no such model, or transformers can't make it.
     """
-    from torch import nn
-
     if isinstance(source, nn.Module):
         if dtype is not None or task is not None:
             raise PlanError("task and dtype belong to a configuration or a name; a live model has both already.")
@@ -67,8 +67,6 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     Raises:
         PlanError: It can't be read.
     """
-    from transformers import AutoConfig, PreTrainedConfig
-
     if isinstance(source, PreTrainedConfig):
         return source
     if isinstance(source, Mapping):
@@ -90,8 +88,6 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
 
 
 def _config_of(values: dict[str, Any], where: str) -> Any:
-    from transformers import AutoConfig
-
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise PlanError(f"{where} names no model_type, so it is no configuration of a model.")
@@ -102,8 +98,6 @@ def _config_of(values: dict[str, Any], where: str) -> Any:
 
 
 def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
-    import torch
-
     if wanted is None:
         wanted = getattr(config, "dtype", None) or torch.float32
     if isinstance(wanted, torch.dtype):
@@ -115,8 +109,6 @@ def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
 
 
 def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    import torch
-
     make = _factory(config, task, trust_remote_code)
     # The caller's object stays as it is: making a model writes into its configuration.
     config = copy.deepcopy(config)
@@ -133,8 +125,6 @@ def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote
 
 
 def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
-    import transformers
-
     if task is not None and task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -158,8 +148,6 @@ def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Give the weights that `from_pretrained` holds in float32 that dtype, as it does."""
-    import torch
-
     names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -170,11 +158,6 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 def without_data(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device; a quantized layer becomes a stand-in with its bytes."""
-    import torch
-    from torch import nn
-
-    from lora_plugins.planning.layers import standing_in
-
     memo: dict[int, Any] = {}
     for module in model.modules():
         owner = owner_of(module)

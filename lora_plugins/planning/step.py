@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_plugins.models.structure import Structure
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.planning.live import LiveBytes
-from lora_plugins.quantization.request import base_of
 
 #: Blocks that a shortened stack keeps at least.
 _FEWEST = 4

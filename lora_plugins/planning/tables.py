@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lora_plugins.planning.records import Plan, Row
 from lora_plugins.planning.sharing import show_bytes
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lora_plugins.planning.records import Plan, Row
 
 #: Columns of the text where there is no terminal.
 _WIDTH = 120
@@ -21,8 +21,6 @@ _ANSWERS = {True: "yes", False: "no", None: "?"}
 
 def as_text(plan: Plan) -> str:
     """Return the tables as plain text."""
-    from rich.console import Console
-
     stream = io.StringIO()
     Console(file=stream, width=_WIDTH, color_system=None).print(plan)
     return stream.getvalue().rstrip()
@@ -30,8 +28,6 @@ def as_text(plan: Plan) -> str:
 
 def tables(plan: Plan) -> Iterator[Any]:
     """Yield what `rich` prints: the summary, the hit table, the memory, advice and notes."""
-    from rich.markup import escape
-
     yield _summary(plan)
     yield _hits(plan)
     yield _memory(plan)
@@ -45,8 +41,6 @@ def tables(plan: Plan) -> Iterator[Any]:
 
 def _table(title: str, columns: str, *, head: bool = True) -> Table:
     """A table; a column whose name begins with ``>`` is aligned to the right."""
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", show_header=head)
     for column in columns.split("|"):
         table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
@@ -54,8 +48,6 @@ def _table(title: str, columns: str, *, head: bool = True) -> Table:
 
 
 def _summary(plan: Plan) -> Table:
-    from rich.markup import escape
-
     table = _table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
     rows = [
         ("trainable", f"{plan.trainable:,}"),
@@ -80,8 +72,6 @@ def _summary(plan: Plan) -> Table:
 
 
 def _hits(plan: Plan) -> Table:
-    from rich.markup import escape
-
     table = _table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
     for target in plan.targets:
         table.add_row(escape(target.name), str(target.modules), escape(", ".join(target.shapes)))
@@ -101,8 +91,6 @@ def _memory(plan: Plan) -> Table:
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
-    from rich.markup import escape
-
     memory = row.memory
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
     if plan.devices > 1:

@@ -7,11 +7,18 @@ import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_plugins.adapters import files as adapters
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+
+from lora_plugins.adapters.fused import fuse_adapters
+from lora_plugins.adapters.inject import build_config, inject
 from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.models.structure import Structure
+from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.planning.file_size import file_bytes
 from lora_plugins.planning.inputs import make_batch
 from lora_plugins.planning.layers import PlannedLinear, keeps_input, parameter_bytes, planned, stored_bytes
@@ -21,20 +28,10 @@ from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.quantization.counting import ParameterCount, count_parameters, tensor_bytes
 from lora_plugins.quantization.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
-from lora_plugins.quantization.request import (
-    Quantization,
-    base_of,
-    layers_to_quantize,
-    module_places,
-    with_compute_dtype,
-)
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from lora_plugins.adapters.settings import LoraSettings
-    from lora_plugins.targets.resolution import TargetPlan
+from lora_plugins.quantization.request import Quantization, with_compute_dtype
+from lora_plugins.quantization.walk import layers_to_quantize
+from lora_plugins.targets.resolution import TargetPlan
+from lora_plugins.trainer.chunked_loss import chunked_loss
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Workbench:
         self.chunked = chunked
         self.structure = Structure(base_of(base))
         self.arrived = bool(_stand_ins(base))
-        self._config = adapters.build_config(settings, targets) if targets is not None else None
+        self._config = build_config(settings, targets) if targets is not None else None
         if self._config is not None:
             # How adapters start changes nothing about sizes, and some ways need the values of the weights.
             self._config.init_lora_weights = True
@@ -253,8 +250,6 @@ class Workbench:
         model, removed = self._step_model(quantization, short)
         if not _set_checkpointing(model, checkpointing):
             return None
-        from lora_plugins.trainer.chunked_loss import chunked_loss
-
         with chunked_loss(model) if self.chunked else contextlib.nullcontext():
             return activation_bytes(model, make_batch(model, batch_size, length), removed)
 
@@ -282,10 +277,6 @@ class Workbench:
 
     def _prepare(self, model: nn.Module, quantization: Quantization | None) -> Any:
         """Do on the meta device what `prepare_model` does."""
-        import torch
-
-        from lora_plugins.adapters.fused import fuse_adapters
-
         base: Any = base_of(model)
         if self.targets is not None:
             base.requires_grad_(False)
@@ -307,7 +298,7 @@ class Workbench:
             config._register_custom_module({PlannedLinear: _lora_layer(quantization)})
         # PEFT would draw random numbers for adapters on the CPU before it moves them here.
         with torch.device("meta"):
-            wrapped = adapters.inject(model, config, self.settings.adapter_name, 0)[0]
+            wrapped = inject(model, config, self.settings.adapter_name, 0)[0]
         fuse_adapters(wrapped)
         return wrapped
 
@@ -345,8 +336,6 @@ def _stand_ins(model: nn.Module) -> list[PlannedLinear]:
 
 
 def _lora_layer(quantization: Quantization | None) -> type[nn.Module]:
-    from peft.tuners.lora import Linear
-
     if quantization is None:
         return Linear
     try:
@@ -358,8 +347,6 @@ def _lora_layer(quantization: Quantization | None) -> type[nn.Module]:
 
 
 def _float32() -> torch.dtype:
-    import torch
-
     return torch.float32
 
 

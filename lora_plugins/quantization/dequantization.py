@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.errors import QuantizationError
-from lora_plugins.quantization.request import base_of, module_places, quantization_of, untag_dequantized
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from lora_plugins.models.wrapping import base_of, module_places
+from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
+from lora_plugins.quantization.marks import untag_dequantized
+from lora_plugins.quantization.request import quantization_of
 
 
 def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -> list[str]:
@@ -28,8 +32,6 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
     Raises:
         QuantizationError: The model has no quantized layer.
     """
-    import torch
-
     wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or _dtype_of(model)
     places = module_places(model)
     replaced = []
@@ -54,8 +56,6 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    import torch
-
     quantized = {id(module) for module in model.modules() if quantization_of(module) is not None}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -66,9 +66,6 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 def _float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
     """A layer of the class that was quantized, with this weight of shape ``[out_features, in_features]``."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     out_features, in_features = weight.shape
     bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
     layer: Any
@@ -85,11 +82,6 @@ def _float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
 
 def _over_float_layers(model: nn.Module) -> None:
     """Give LoRA layers the class and orientation that fits the float layers now under them."""
-    from peft.tuners.lora.layer import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
-
     for module in model.modules():
         if isinstance(module, QuantizedLoraLinear):
             module.__class__ = Linear

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
 
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.sharding import is_part
-from lora_plugins.quantization.request import adapter_modules, owner_of
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from lora_plugins.models.wrapping import adapter_modules
+from lora_plugins.quantization.request import owner_of
 
 Upcast = Literal["none", "norms", "all"]
 
@@ -23,8 +23,6 @@ def fast_bfloat16(device: torch.device) -> bool:
     True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer; a CUDA device that is
     not here, but planned for, is taken for a new one.
     """
-    import torch
-
     if device.type == "cpu":
         probe = getattr(torch.cpu, "get_capabilities", None)
         flags = probe() if probe is not None else {}
@@ -40,8 +38,6 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
     PyTorch hands 16-bit products on a CPU to oneDNN where that supports the dtype, and otherwise to a plain loop: on
     a CPU with AVX2 alone, 5 (forward) to 30 times (backward) slower than the product in float32.
     """
-    import torch
-
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
@@ -51,8 +47,6 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
 
 def loading_dtype() -> torch.dtype:
     """Dtype of matrix products for a model that is yet to be loaded: bfloat16, float32 where only a slow CPU is."""
-    import torch
-
     only_cpu = not torch.accelerator.is_available()
     return torch.float32 if only_cpu and slow_dtype(torch.bfloat16, torch.device("cpu")) else torch.bfloat16
 
@@ -81,8 +75,6 @@ def resolve_compute_dtype(
     Raises:
         PreparationError: ``wanted`` is no float dtype we know.
     """
-    import torch
-
     if isinstance(wanted, torch.dtype):
         wanted = str(wanted).removeprefix("torch.")
     if wanted == "auto":
@@ -103,8 +95,6 @@ def resolve_compute_dtype(
 
 def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
     """Return the dtype that the matrix products of a model will mostly see, ``None`` for a model without floats."""
-    import torch
-
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return None
@@ -115,8 +105,6 @@ def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
 
 def slow_products_note(model: nn.Module, *, autocast: bool) -> str | None:
     """Sentence for the report when a model will multiply in a dtype that its device is slow at, else ``None``."""
-    import torch
-
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return None
@@ -169,8 +157,6 @@ def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
     Raises:
         PreparationError: ``upcast`` is not one of the three.
     """
-    import torch
-
     if upcast not in get_args(Upcast):
         raise PreparationError(f"upcast must be 'none', 'norms' or 'all', not {upcast!r}")
     if upcast == "none":
@@ -206,8 +192,6 @@ def _compute_in_float32(norm: nn.Module) -> None:
 
 
 def _to_float32(norm: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    import torch
-
     norm.input_dtype = inputs[0].dtype
     return (inputs[0].to(torch.float32), *inputs[1:])
 

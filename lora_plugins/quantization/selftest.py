@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+
+from lora_plugins.errors import QuantizationError, QuantizerSelfTestFailed, QuantizerUnavailable
+from lora_plugins.models.wrapping import plain_path
+from lora_plugins.plugins.packages import missing_requirements
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 #: Wide enough for the kernels that take weights in groups of 128.
 _IN, _OUT = 256, 192
@@ -56,9 +60,6 @@ class _Case:
 
 @functools.lru_cache(maxsize=64)
 def _tested(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    import torch
-    from torch import nn
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         linear = nn.Linear(_IN, _OUT, bias=False, dtype=dtype).requires_grad_(False)
@@ -96,8 +97,6 @@ def _train(
 
     The evaluation in the middle is the point: some kernels repack the weight there and lose the gradient.
     """
-    import torch
-
     # A layer that can't be read may have a better reason not to be used: that its forward pass has no derivative.
     stored = None
     with contextlib.suppress(*_FAILURES):
@@ -136,9 +135,6 @@ def _check_gradient(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the warnings that backends give about their own kernels while they are only being tested."""
-    import logging
-    import warnings
-
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -148,3 +144,48 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def check_arrived(model: nn.Module, quantization: Quantization) -> None:
+    """Refuse a model that was loaded quantized where its backend can't compute one of the layers.
+
+    Raises:
+        QuantizationError: It has such layers.
+    """
+    quantizer = quantization.quantizer
+    for path, module in model.named_modules():
+        if not quantizer.owns(module):
+            continue
+        layer: Any = module
+        reason = quantizer.unsuitable(layer.in_features, layer.out_features, quantization.options)
+        if reason is not None:
+            name = plain_path(path)
+            raise QuantizationError(
+                f"{name} was loaded quantized and {quantization.name!r} can't compute it: {reason}. Load the model in "
+                f"float, or with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}})."
+            )
+
+
+def why_unavailable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a backend can't run here and what to install, ``None`` when it can.
+
+    Its packages come first: a backend need not be able to say anything while they are missing.
+    """
+    quantizer = quantization.quantizer
+    return missing_requirements(quantizer.requires) or quantizer.available(device, dtype, quantization.options)
+
+
+def check_usable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+    """Ask a backend whether it runs here and let it pass the self-test, once per process and device.
+
+    Raises:
+        QuantizerUnavailable: It can't run; the message has its reason.
+        QuantizerSelfTestFailed: It runs and can't train.
+    """
+    reason = why_unavailable(quantization, device, dtype)
+    if reason is not None:
+        raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} can't be used: {reason}")
+
+    failure = self_test(quantization, device, dtype)
+    if failure is not None:
+        raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} can't be trained on: {failure}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from lora_plugins.errors import DataError
+from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.parser import held_out_share
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from lora_plugins.recipe.arguments import RecipeArguments
 
 #: Loader of ``datasets`` by the end of a file's name.
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -106,15 +105,11 @@ def _load_path(path: Path) -> dict[str, Dataset]:
     if not path.exists():
         raise DataError(f"The data set {path} is not there.")
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        from datasets import load_from_disk
-
         found = _reading(path, lambda: load_from_disk(str(path)))
         return dict(found) if isinstance(found, dict) else {"train": found}
     files, loader = _data_files(path)
 
     def load() -> Any:
-        from datasets import load_dataset
-
         return load_dataset(loader, data_files={name: [str(file) for file in part] for name, part in files.items()})
 
     return dict(_reading(path, load))
@@ -156,8 +151,6 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 def _load_hub(name: str) -> dict[str, Dataset]:
     def load() -> Any:
-        from datasets import load_dataset
-
         return load_dataset(name)
 
     return dict(_reading(name, load))
@@ -165,8 +158,6 @@ def _load_hub(name: str) -> dict[str, Dataset]:
 
 def _reading(source: object, load: Callable[[], Any]) -> Any:
     """Read, and name the source in whatever goes wrong: each loader has its own errors."""
-    from datasets.exceptions import DatasetsError
-
     try:
         return load()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

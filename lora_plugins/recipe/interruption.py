@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 # Subclassed here; this module is imported where a run begins, never for the program's help.
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -95,7 +95,6 @@ def _largest_of_all(number: int, args: TrainingArguments) -> int:
     """Let all processes know the signal that any of them got: stopping alone would leave the others waiting."""
     if args.world_size == 1:
         return number
-    import torch
     import torch.distributed as dist
 
     shared = torch.tensor([number], device=args.device)

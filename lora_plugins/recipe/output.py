@@ -7,16 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainingArguments
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG
 from lora_plugins.errors import ArgumentsError, ResumeError
+from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.resume import checkpoint_folders
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from lora_plugins.recipe.arguments import RecipeArguments
 
 #: The arguments of the run in an output folder.
 RUN_FILE = "run.json"

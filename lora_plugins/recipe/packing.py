@@ -8,15 +8,16 @@ so which process or batch meets that example makes no difference to any chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features
+from datasets.fingerprint import Hasher
 
 from lora_plugins.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from datasets import Dataset
 
 #: Columns that have one value for each token.
 TOKEN_COLUMNS = ("input_ids", "labels")
@@ -142,8 +143,6 @@ def token_offsets(tokenised: Dataset) -> npt.NDArray[np.int64]:
     Raises:
         DataError: ``labels`` and ``input_ids`` of a row have different lengths.
     """
-    import numpy as np
-
     lengths = [_row_lengths(tokenised, name) for name in _token_columns(tokenised)]
     for other in lengths[1:]:
         different = np.flatnonzero(lengths[0] != other)
@@ -169,8 +168,6 @@ def keep_apart(
     Raises:
         DataError: No example is left.
     """
-    import numpy as np
-
     lengths = np.diff(token_offsets(tokenised))
     counted = tokenised.map(_count_loss_tokens, batched=True, batch_size=batch_size, num_proc=num_proc, desc="Counting")
     in_loss = np.asarray(counted.with_format("numpy")["loss_tokens"][:], dtype=np.int64)
@@ -219,8 +216,6 @@ class _ChunksOfRows:
         return min(first, whole), min(last, whole)
 
     def _cut(self, first: int, last: int) -> dict[str, Any]:
-        import numpy as np
-
         if first == last:
             return {name: [] for name in self.columns}
         begin, end = first * self.length, last * self.length
@@ -244,15 +239,10 @@ def _token_columns(tokenised: Dataset) -> list[str]:
 
 
 def _features(tokenised: Dataset, columns: list[str]) -> Any:
-    from datasets import Features
-
     return Features({name: tokenised.features[name if name in columns else "input_ids"] for name in TOKEN_COLUMNS})
 
 
 def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
-    import numpy as np
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
-
     rows = tokenised.with_format("arrow", columns=[name])
     step = 10_000
     parts = [
@@ -263,12 +253,8 @@ def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
-    import pyarrow as pa
-
     return pa.chunked_array([part.flatten() for part in column.chunks], type=column.type.value_type)
 
 
 def _fingerprint(tokenised: Dataset, chunk_length: int) -> str:
-    from datasets.fingerprint import Hasher
-
     return str(Hasher.hash(("lora_plugins.recipe.packing", 1, tokenised._fingerprint, chunk_length)))

@@ -6,18 +6,27 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.recipe.arguments import CHAT, RecipeArguments
 from lora_plugins.recipe.data import load_examples
 from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
 from lora_plugins.recipe.parser import extra_lora_fields, json_object
 from lora_plugins.recipe.templates import encode, make_template
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from lora_plugins.targets.resolution import SCOPES
 
 #: Characters that a name of a module never has and a regular expression nearly always.
 _PATTERN = frozenset("*|()[]^$\\+?")
@@ -46,8 +55,6 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
     Raises:
         ArgumentsError: There is none at ``--model``.
     """
-    from transformers import AutoTokenizer
-
     load = functools.partial(AutoTokenizer.from_pretrained, recipe.model, revision=recipe.revision or "main")
     tokenizer: PreTrainedTokenizerBase = _from_model(recipe, "tokenizer", load)
     if tokenizer.pad_token is None:
@@ -61,8 +68,6 @@ def load_base(recipe: RecipeArguments) -> PreTrainedModel:
     Raises:
         ArgumentsError: There is none at ``--model``.
     """
-    from transformers import AutoModelForCausalLM
-
     load = functools.partial(
         AutoModelForCausalLM.from_pretrained, recipe.model, revision=recipe.revision or "main", dtype="auto"
     )
@@ -133,8 +138,6 @@ def packs(recipe: RecipeArguments) -> bool:
 
 def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return what makes batches: chunks are stacked, examples padded to the longest."""
-    from transformers import DataCollatorForSeq2Seq, default_data_collator
-
     if packs(recipe):
         return default_data_collator
     if tokenizer.pad_token is None:
@@ -165,8 +168,6 @@ def check_lora(recipe: RecipeArguments) -> None:
         UnknownQuantizer: No plugin has the quantization backend.
         UnknownArgument: ``--lora`` has something that is no field of ``peft.LoraConfig``.
     """
-    from lora_plugins.adapters.settings import LoraSettings
-
     LoraSettings.from_arguments(**lora_arguments(recipe))
 
 
@@ -182,8 +183,6 @@ def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
 
 
 def _targets(words: list[str]) -> str | list[str]:
-    from lora_plugins.targets.resolution import SCOPES
-
     if len(words) == 1 and words[0].startswith('["'):
         # Hyperparameters of a job are single values: a list comes as JSON.
         return [str(name) for name in json.loads(words[0])]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ArgumentsError
+from registry import check_push, push_adapter
 
 _REFERENCE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.+!-]+)")
 
@@ -46,8 +47,6 @@ class Publication:
         Raises:
             RegistryError: The version or the base model is none that can be published.
         """
-        from registry import check_push
-
         check_push(model, self.name, version=self.version, base_model=self.base_model)
 
     def push(self, trainer: Any, adapter: Path, quantization: str | dict[str, Any] | None) -> str:
@@ -61,8 +60,6 @@ class Publication:
         Returns:
             A sentence for the terminal.
         """
-        from registry import push_adapter
-
         spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         facts = {} if quantization is None else {"quantization": quantization}
         release = push_adapter(

@@ -8,12 +8,11 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
-
-if TYPE_CHECKING:
-    from transformers import TrainerState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -67,8 +66,6 @@ def checkpoint_folders(output: Path) -> list[Path]:
 
 def finished_state(checkpoint: Path) -> TrainerState | None:
     """Return the Trainer's state in a checkpoint whose run has done all its steps, ``None`` for any other."""
-    from transformers import TrainerState
-
     state = TrainerState.load_from_json(str(checkpoint / _STATE))
     return state if state.global_step >= state.max_steps else None
 
@@ -94,8 +91,6 @@ def _defects(folder: Path, processes: int) -> Iterator[str]:
 
 
 def _tensor_defects(file: Path) -> Iterator[str]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         # The header says how long the file must be, and opening compares.
         with safe_open(str(file), framework="pt"):

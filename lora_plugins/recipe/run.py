@@ -7,13 +7,17 @@ import signal
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from lora_plugins import LoraCallback, ParameterReportCallback
 from lora_plugins.adapters.merging import RECIPE_FILE, merge_and_save, unquantized_layers
 from lora_plugins.errors import ArgumentsError, LoraPluginsError, ResumeError
 from lora_plugins.quantization.request import parse_quantization
 from lora_plugins.recipe import prepare
 from lora_plugins.recipe.arguments import RecipeArguments
+from lora_plugins.recipe.interruption import Interruption
 from lora_plugins.recipe.output import (
     RUN_FILE,
     Folders,
@@ -26,11 +30,7 @@ from lora_plugins.recipe.output import (
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.publishing import Publication
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
-
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
-    from lora_plugins.recipe.interruption import Interruption
+from lora_plugins.trainer.checkpoints import restore_best
 
 #: Added to the number of the signal that ended a program, as shells do.
 _SIGNAL_BASE = 128
@@ -74,8 +74,6 @@ class TrainingRun:
 
     def run(self) -> int:
         """Do all of it; see `run`."""
-        from transformers import set_seed
-
         prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push, self._base_on_hub())
         checkpoint = self._checkpoint()
@@ -153,11 +151,6 @@ class TrainingRun:
         return str(found.newest)
 
     def _trainer(self) -> tuple[Trainer, Interruption]:
-        from transformers import EarlyStoppingCallback, Trainer
-
-        from lora_plugins import LoraCallback, ParameterReportCallback
-        from lora_plugins.recipe.interruption import Interruption
-
         interruption = Interruption()
         callbacks: list[Any] = [LoraCallback(**prepare.lora_arguments(self.recipe)), ParameterReportCallback()]
         if self.recipe.early_stopping_patience:
@@ -189,8 +182,6 @@ class TrainingRun:
                 # Some arguments need a package that the Trainer looks for only now, such as --use_liger_kernel.
                 raise ArgumentsError(f"The Trainer lacks something for these arguments: {error}") from error
             return
-        from lora_plugins.trainer.checkpoints import restore_best
-
         self.say(f"All {state.global_step} steps were done already")
         trainer.state = state
         best = state.best_model_checkpoint if self.training.load_best_model_at_end else None

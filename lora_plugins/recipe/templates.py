@@ -6,15 +6,15 @@ import difflib
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
 
 from lora_plugins.errors import TemplateError
 from lora_plugins.recipe.arguments import CHAT
 from lora_plugins.recipe.packing import IGNORED
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-    from transformers import PreTrainedTokenizerBase
 
 #: Names in a template that the tokenizer fills.
 _TOKENS = ("eos_token", "bos_token")
@@ -127,8 +127,6 @@ def _check_fields(names: list[str], columns: Features | list[str], text: str) ->
 
 def _is_plain(kind: object) -> bool:
     """Whether a column's values are texts, numbers or the like, and no lists or records."""
-    from datasets import ClassLabel, Value
-
     return isinstance(kind, (Value, ClassLabel))
 
 
@@ -238,8 +236,6 @@ def encode(
     Raises:
         TemplateError: The tokenizer can't tell which characters a token is made of, and that is needed.
     """
-    from datasets import Features, List, Value
-
     if completion_only and not tokenizer.is_fast:
         raise TemplateError(
             f"--loss_on completion needs a tokenizer that knows which characters a token is made of; "
@@ -260,8 +256,6 @@ def encode(
 
 
 def _fingerprint(rows: Dataset, template: Template, tokenizer: Any, completion_only: bool) -> str:
-    from datasets.fingerprint import Hasher
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     # The first number changes whenever tokens or labels come out differently.

@@ -6,16 +6,14 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from lora_plugins.errors import TargetError
 from lora_plugins.models.structure import Structure, is_under, matches
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lora_plugins.plugins.host import PluginHost
-    from lora_plugins.plugins.types import Architecture
+from lora_plugins.plugins.host import PluginHost
+from lora_plugins.plugins.types import Architecture
 
 _ATTENTION = re.compile(r"attn|attention|query_key_value|(^|[._])[qkv]_(proj|lin)|(^|\.)(mixer|linear_attn|mamba|ssm)")
 _ROUTER = re.compile(r"(^|\.)(router|gate|gate_network|shared_expert_gate)(\.|$)")
@@ -102,8 +100,6 @@ class Candidates:
     @cached_property
     def adaptable(self) -> list[str]:
         """Paths of everything that PEFT can wrap, but for heads that are trained whole."""
-        from torch import nn
-
         others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return [
             path

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from peft import LoraConfig
+from torch import nn
 
 
 def shortest_names(wanted: Iterable[str], existing: Iterable[str], parts: int = 1) -> list[str]:
@@ -50,8 +49,6 @@ def rewritten_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     ``gate_proj``, ``up_proj`` and ``down_proj`` as the routed experts of those releases, at whatever place a
     longer name puts them: shared experts and dense layers can't be named as modules.
     """
-    from peft import LoraConfig
-
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from lora_plugins.models.structure import collapse
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.resolver import SCOPES, Resolver
 from lora_plugins.targets.tasks import task_heads, task_type
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def resolve_targets(

@@ -7,7 +7,8 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from lora_plugins.errors import (
     ForbiddenTargets,
@@ -19,15 +20,11 @@ from lora_plugins.errors import (
     UnmatchedTargets,
 )
 from lora_plugins.models.structure import BlockKind, Structure, matches
+from lora_plugins.plugins.host import PluginHost
 from lora_plugins.targets.candidates import Candidates, find_record
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import task_heads, task_type
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lora_plugins.plugins.host import PluginHost
 
 #: Scopes that every model has, whether or not its architecture is registered.
 SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")

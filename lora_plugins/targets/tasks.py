@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import nn
 
 from lora_plugins.models.structure import Structure
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.targets.candidates import find_record
-
-if TYPE_CHECKING:
-    from torch import nn
 
 #: What a class name says about the task, in PEFT's words; the head is new in all of them.
 _TASKS = {

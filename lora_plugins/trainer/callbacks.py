@@ -1,4 +1,4 @@
-"""What users put into a Trainer: `LoraCallback`, `Int8PreparationCallback`, `ParameterReportCallback`, `attach`."""
+"""Trainer callbacks: `LoraCallback`, `Int8PreparationCallback`, `ParameterReportCallback`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, prepare_plain
 from lora_plugins.adapters.report import ParameterReport, make_report
@@ -20,31 +22,25 @@ from lora_plugins.errors import (
     PreparationError,
     TrainerNotFound,
 )
-from lora_plugins.models.sharding import is_sharded
-from lora_plugins.quantization.request import base_of, detect_quantization
+from lora_plugins.models.wrapping import base_of
+from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.request import detect_quantization
+from lora_plugins.targets.resolution import task_heads
 from lora_plugins.trainer import chunked_loss, engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
-from lora_plugins.trainer.engines import meet, raising_together
+from lora_plugins.trainer.engines import raising_together
 from lora_plugins.trainer.losses import LossWatch
+from lora_plugins.trainer.optimizer import OptimizerRebuild
+from lora_plugins.trainer.refusals import check_supported
 from lora_plugins.trainer.seam import (
-    OptimizerRebuild,
-    check_supported,
     find_trainer,
     is_training,
     keep_generation_config,
     put_model,
-    release_optimizer,
     shadow_method,
     uses_autocast,
     wrap_model_init,
 )
-from lora_plugins.trainer.unsharding import leave_engine
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-
-    from lora_plugins.plugins.types import Quantizer
 
 
 class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
@@ -133,8 +129,6 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     def _progress(self, trainer: Trainer) -> Callable[[Iterable[Any], int], Iterable[Any]]:
         def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
-            from tqdm.auto import tqdm
-
             hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
             return tqdm(items, total=total, desc="Quantizing", unit="layer", leave=False, disable=hidden)
 
@@ -175,8 +169,6 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     def _heads(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the heads that must be trained."""
-        from lora_plugins.targets.resolution import task_heads
-
         record = preparation_of(model)
         own = record.heads if record is not None else ()
         base = base_of(model)
@@ -410,79 +402,12 @@ def _send_scalars(trainer: Trainer, sender: TrainerCallback, scalars: dict[str, 
             callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(scalars), **kwargs)
 
 
-def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
-    """Put LoRA adapters into a Trainer that already exists, before or between calls of ``train()``.
-
-    ```python
-    attach(trainer, r=8, quantization="int8")
-    trainer.train()
-    ```
-
-    Args:
-        trainer: The Trainer.
-        **arguments: Those of `LoraCallback`.
-
-    Returns:
-        The callback that now belongs to the Trainer.
-
-    Raises:
-        AttachError: The Trainer is inside ``train()``, already has one, or its optimizer can't be kept.
-        PreparationError: The model can't be prepared.
-    """
-    handler = trainer.callback_handler
-    present = [known for known in handler.callbacks if isinstance(known, LoraCallback)]
-    if any(known._trainer is not None for known in present):
-        raise AttachError("This Trainer already has a LoraCallback; call lora_plugins.detach(trainer) first.")
-    callback = present[0] if present and not arguments else LoraCallback(**arguments)
-    callback.take(trainer)
-    for waiting in present:
-        # One that was added too late is replaced by this one.
-        handler.callbacks.remove(waiting)
-    handler.callbacks.append(callback)
-    return callback
-
-
-def detach(trainer: Trainer) -> nn.Module:
-    """Take the adapters out of a Trainer and give the base model back, without merging them.
-
-    The base stays as it was prepared (quantized, frozen). Where FSDP2 or DeepSpeed has trained it, its parts are put
-    together, so that each process holds the whole of it, and each must call this.
-
-    Args:
-        trainer: A Trainer with a `LoraCallback`, not inside ``train()``.
-
-    Returns:
-        The base model, which is in the Trainer again.
-
-    Raises:
-        AttachError: The Trainer has none, or is inside ``train()``.
-        ProcessMissing: The model is spread over processes and not all of them call this.
-    """
-    if is_training(trainer):
-        raise AttachError("The Trainer is inside train(); detach before or after it.")
-    callbacks = [known for known in trainer.callback_handler.callbacks if isinstance(known, LoraCallback)]
-    if not callbacks:
-        raise AttachError("This Trainer has no LoraCallback.")
-    if is_sharded(trainer.model):
-        meet(trainer, "detach()")
-    leave_engine(trainer)
-    base: nn.Module = trainer.model.unload()
-    for callback in callbacks:
-        callback.release()
-        trainer.callback_handler.callbacks.remove(callback)
-    put_model(trainer, base)
-    release_optimizer(trainer)
-    return base
-
-
 __all__ = [
     "Int8PreparationCallback",
     "LoraCallback",
     "ParameterReportCallback",
     "Preparation",
     "PreparationError",
-    "attach",
     "check_checkpoint",
-    "detach",
     "restore_best",
 ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
 from lora_plugins.models.sharding import gathered_state, is_part, is_sharded
-
-if TYPE_CHECKING:
-    import torch
 
 
 def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
@@ -74,9 +75,6 @@ def _file_of(folder: Path, name: str) -> Path:
 
 def _stored(file: Path, live: Mapping[str, torch.Tensor], problem: str) -> dict[str, torch.Tensor]:
     """Read an adapter's file whose tensors must have the names and shapes of the live ones."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         stored: dict[str, torch.Tensor] = load_file(str(file), device="cpu")
         adapters.check_same_tensors(

@@ -11,19 +11,16 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lora_plugins.quantization.request import base_of
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.trainer.seam import shadow_method
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 #: Logits that are held at once, in values: 32 MiB in float32. Larger pieces leave the CPU's cache.
 PIECE = 1 << 23
@@ -98,8 +95,6 @@ def install(trainer: Trainer) -> list[Callable[[], None]]:
 
 def _uses_models_loss(trainer: Trainer) -> bool:
     """Whether a Trainer takes nothing but the loss from the output of a whole, uncompiled model."""
-    from transformers import Trainer
-
     own = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
     if own or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return False

@@ -10,7 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
 
 from lora_plugins.errors import (
     BrokenCheckpoint,
@@ -20,14 +24,8 @@ from lora_plugins.errors import (
     UnsupportedTraining,
 )
 from lora_plugins.models.sharding import is_sharded, write_adapters
-from lora_plugins.quantization.request import owner_of
+from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.trainer.seam import shadow_method
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import Trainer
-
-    from lora_plugins.quantization.request import Quantization
 
 #: How long the processes wait for each other before saving a model that is spread over them.
 MEETING_TIME = timedelta(minutes=10)
@@ -133,7 +131,6 @@ def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
 
 def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
     """Refuse layers that an engine would fail on with an error that names neither of them."""
-    from torch import nn
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     first: Any = quantized[0]
@@ -257,8 +254,6 @@ def raising_together(trainer: Trainer) -> Iterator[None]:
     except LoraPluginsError as error:
         own = error
     if trainer.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
         problems = [problem for problem in gather_object([str(own) if own else ""]) if problem]
         if problems and own is None:
             raise BrokenCheckpoint(f"On another process: {problems[0]}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from lora_plugins.errors import (
     AdapterNotMoving,
@@ -14,10 +17,6 @@ from lora_plugins.errors import (
     NothingTrainable,
     OptimizerMismatch,
 )
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 #: Sum of learning rates from which a tensor that did not start as zero must show a change. Below it, as in
 #: the first steps of a long warm-up, updates drown in the optimizer's epsilon or in float16's smallest number.
@@ -137,8 +136,6 @@ class MovementWatch:
             model: The model in the Trainer.
             exempt: Path parts of modules that a batch may not reach: experts, vision towers.
         """
-        import torch
-
         parts = set(exempt)
         everything = _drops_layers(model)
         watched = []
@@ -283,16 +280,12 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 def has_gradient(parameter: torch.Tensor) -> bool:
     """Whether any value of a parameter's gradient is not zero."""
-    import torch
-
     gradient = parameter.grad
     return gradient is not None and bool(torch.count_nonzero(_local(gradient)))
 
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:
     """Two sums that differ when any value has changed, without keeping a copy of the tensor."""
-    import torch
-
     values = _local(parameter).detach().to(torch.float64).flatten()
     # Weights that depend on the position make a swap of two values visible as well.
     positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_plugins.errors import DeadLoss, NonFiniteLoss
-
-if TYPE_CHECKING:
-    import torch
 
 #: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
 DEAD_STEPS = 3
@@ -48,8 +47,6 @@ class LossWatch:
             loss: What the Trainer's ``training_step`` returned.
             inputs: The batch.
         """
-        import torch
-
         if not isinstance(loss, torch.Tensor):
             return
         tensors = {
@@ -78,8 +75,6 @@ class LossWatch:
             NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
             DeadLoss: Loss and gradients were exactly zero in several steps in a row.
         """
-        import torch
-
         batches, self._batches = self._batches, []
         if not batches:
             return

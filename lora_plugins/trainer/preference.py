@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from peft import PeftModel
+from transformers import Trainer
 
 from lora_plugins.adapters.files import copy_adapter
 from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import UnsupportedTraining
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import Trainer
-
-    from lora_plugins.adapters.settings import LoraSettings
 
 #: Name that TRL's trainers give to the frozen copy of an adapter they start from, and look for.
 REFERENCE = "ref"

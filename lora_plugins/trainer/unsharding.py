@@ -7,13 +7,13 @@ both engines fail when that moves.
 from __future__ import annotations
 
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
 
 from lora_plugins.models.sharding import is_part, whole
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import Trainer
 
 
 def leave_engine(trainer: Trainer) -> None:
@@ -50,7 +50,6 @@ def _leave_zero(model: nn.Module) -> None:
 
 
 def _leave_fsdp(model: nn.Module) -> None:
-    import torch
     from torch.distributed.fsdp import FSDPModule
 
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]

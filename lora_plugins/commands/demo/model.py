@@ -85,7 +85,7 @@ def _convert(weights: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_plugins.quantization.request import untag_dequantized
+    from lora_plugins.quantization.marks import untag_dequantized
 
     if importlib.util.find_spec("gguf") is None:
         raise DemoError("Reading the demo's model needs the package gguf. Run `pip install gguf`.")

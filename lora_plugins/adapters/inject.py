@@ -1,0 +1,186 @@
+"""Put LoRA adapters into a base model, and exchange their layers when it is quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
+from lora_plugins.errors import PreparationError, UnsupportedInitialization
+from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
+from lora_plugins.quantization.request import Quantization
+from lora_plugins.targets.resolution import TargetPlan
+
+#: Initialisations that rewrite the float base weight and leave it a plain weight: quantize afterwards.
+_REWRITE_BASE = ("pissa", "olora")
+
+
+#: Initialisations that need data or a quantization of their own.
+_NEED_MORE = ("loftq", "eva", "corda", "lora_ga", "mica")
+
+
+def initializes_from_base(init: Any, quantization: Quantization | None, *, already_quantized: bool) -> bool:
+    """Whether the adapters must be made before the base is quantized.
+
+    Args:
+        init: ``init_lora_weights`` of the configuration.
+        quantization: What the base will be quantized to, or already is.
+        already_quantized: Whether it arrived quantized.
+
+    Raises:
+        UnsupportedInitialization: The initialisation can't be combined with a quantized base.
+    """
+    name = init.lower() if isinstance(init, str) else ""
+    rewrites = name.startswith(_REWRITE_BASE)
+    if quantization is None or not (rewrites or name.startswith(_NEED_MORE)):
+        return False
+    if already_quantized:
+        raise UnsupportedInitialization(
+            f"init_lora_weights={init!r} is computed from the float weights and the model arrived quantized "
+            f"({quantization.name}). Load it in float and let quantization={quantization.name!r} quantize it, "
+            "or use the default initialisation."
+        )
+    if not rewrites:
+        raise UnsupportedInitialization(
+            f"init_lora_weights={init!r} can't be combined with quantization={quantization.name!r}: it needs data "
+            "or a quantization of its own. Initialise with PEFT's own tool and pass the finished PeftModel, "
+            "or use the default initialisation."
+        )
+    return True
+
+
+def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
+    """Make the configuration that PEFT gets: explicit targets, never ``None``.
+
+    The caller's ``peft_config=`` is copied, never changed.
+    """
+    if settings.peft_config is not None:
+        config = copy.deepcopy(settings.peft_config)
+    else:
+        config = LoraConfig(**{**DEFAULTS, **settings.lora})
+    config.target_modules = set(plan.target_modules)
+    if plan.target_parameters:
+        config.target_parameters = list(plan.target_parameters)
+        for name, factor in plan.rank_factors.items():
+            # Scaling is alpha / r: both grow, so that each half is scaled as any other adapter.
+            pattern = rf".*\.{re.escape(name)}"
+            config.rank_pattern.setdefault(pattern, config.r * factor)
+            config.alpha_pattern.setdefault(pattern, config.lora_alpha * factor)
+    config.task_type = config.task_type or plan.task_type
+    heads = [*(config.modules_to_save or []), *plan.modules_to_save]
+    config.modules_to_save = list(dict.fromkeys(heads)) or None
+    config.exclude_modules = None
+    config.layers_to_transform = None
+    config.layers_pattern = None
+    return config
+
+
+def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -> tuple[PeftModel, list[str]]:
+    """Wrap a base model in a `peft.PeftModel` with fresh adapters.
+
+    The random numbers come from a fork of the generators seeded with ``seed``: ranks that have drawn
+    different numbers so far get equal adapters, and the caller's own generators do not move.
+
+    Returns:
+        The wrapped model, and notes for the report.
+    """
+    dropout = config.lora_dropout
+    notes = []
+    if config.target_parameters and dropout:
+        # PEFT refuses dropout on expert parameters, for all modules at once. What plain PEFT can load is
+        # saved; the modules that can have dropout get it here.
+        config.lora_dropout = 0.0
+    with seeded(model, seed):
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    if config.target_parameters and dropout:
+        count = _set_dropout(wrapped, adapter_name, dropout)
+        notes.append(
+            f"lora_dropout={dropout} on {count} modules; none on the expert parameters "
+            f"{', '.join(config.target_parameters)}, where PEFT allows none"
+        )
+    return wrapped, notes
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Fork the random generators of the CPU and of the model's devices, and seed the fork."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kinds = {device.type for device in devices}
+    indices = sorted({device.index or 0 for device in devices})
+    kind = kinds.pop() if len(kinds) == 1 else "cuda"
+    with torch.random.fork_rng(devices=indices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int:
+    count = 0
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+            continue
+        if adapter_name in module.lora_dropout:
+            module.lora_dropout[adapter_name] = nn.Dropout(probability)
+            count += 1
+    return count
+
+
+def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
+    """Give LoRA layers over a freshly quantized base the class that fits it, so that merging works.
+
+    The layer object, its weights, names, hooks and trainability stay; only its class changes.
+
+    Returns:
+        How many layers were changed.
+    """
+    changed = 0
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        if not quantization.quantizer.owns(base):
+            continue
+        wanted = _lora_layer(quantization, base)
+        if type(module) is not wanted:
+            module.__class__ = wanted
+            module.fan_in_fan_out = False
+            module.is_target_conv_1d_layer = False
+            changed += 1
+    return changed
+
+
+def register_lora_layers(model: nn.Module, config: LoraConfig, quantization: Quantization | None) -> None:
+    """Tell PEFT which LoRA layer goes over each kind of quantized layer in the model.
+
+    Raises:
+        PreparationError: The configuration asks for what PEFT can't do over layers of this backend.
+    """
+    if quantization is None:
+        return
+    for name in quantization.quantizer.unsupported:
+        if getattr(config, name, None):
+            raise PreparationError(
+                f"{name}={getattr(config, name)!r} can't be combined with quantization={quantization.name!r}: PEFT "
+                "can't read the float weight out of its layers. Leave it out, or use another backend."
+            )
+    owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
+    classes: dict[type, type] = {type(module): _lora_layer(quantization, module) for module in owned}
+    if classes:
+        config._register_custom_module(classes)
+
+
+def _lora_layer(quantization: Quantization, module: nn.Module) -> type[nn.Module]:
+    return quantization.quantizer.lora_layer(module) or QuantizedLoraLinear
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model holds adapter layers of PEFT, wrapped or put in with ``add_adapter``."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())

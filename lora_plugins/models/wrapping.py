@@ -1,0 +1,44 @@
+"""What stands around a base model: PEFT's wrapper, adapter modules, shared places."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+
+def base_of(model: Any) -> nn.Module:
+    """Return the base model under a `peft.PeftModel`, and any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place where each module hangs: a layer shared by two blocks is replaced in both."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, child in module._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((module, attribute))
+    return places
+
+
+def plain_path(path: str) -> str:
+    """The name that a module has in the base model, without what PEFT puts around it."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that belong to adapters: LoRA's own small linears and heads that are trained whole."""
+    if "peft" not in sys.modules:
+        return set()
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            inside.update(module.modules())
+        elif isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            inside.update(part for part in module.modules() if part is not base and part is not module)
+    return inside

@@ -1,0 +1,83 @@
+"""What transformers finds on a model that was quantized by a backend it does not know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lora_plugins.quantization.request import Quantization, QuantizedLayers, detect_quantization
+
+
+class QuantizedInPlace(HfQuantizer):  # type: ignore[misc]
+    """A quantizer that has done its work: the model can be trained under adapters, and not be saved as it is.
+
+    transformers would write such a base without complaint and read it back with new random weights.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(QuantizationConfigMixin(quant_method=name), pre_quantized=False)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayers) -> None:
+    """Set all the flags that transformers sets on a model that was loaded quantized, or none.
+
+    Half of them is worse than none: with ``is_quantized`` alone the Trainer fails on a missing
+    ``hf_quantizer``. A backend without a load-time config gets a `QuantizedInPlace`: without it, transformers
+    would save the base in a form that it can't read back.
+    """
+    options = {**quantization.options, "skip_modules": sorted(layers.skipped) or None}
+    if "compute_dtype" in quantization.quantizer.options:
+        options.setdefault("compute_dtype", getattr(model, "dtype", None))
+    if isinstance(model, PreTrainedModel):
+        config = quantization.quantizer.load_config(options)
+        if config is not None:
+            hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+            hf_quantizer.modules_to_not_convert = sorted(layers.skipped)
+            model.config.quantization_config = config
+        else:
+            hf_quantizer = QuantizedInPlace(quantization.name)
+        model.hf_quantizer = hf_quantizer
+        model.is_quantized = True
+        model.quantization_method = hf_quantizer.quantization_config.quant_method
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = True
+    quantization.quantizer.after_quantize(model, options)
+
+
+def untag_dequantized(model: Any) -> bool:
+    """Take the flags off a model that is marked quantized and holds only float weights.
+
+    A model loaded from GGUF is dequantized by transformers and still marked, so the Trainer refuses it.
+
+    Returns:
+        Whether there was something to take off.
+    """
+    if not getattr(model, "is_quantized", False) or detect_quantization(model) is not None:
+        return False
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        return False
+    model.is_quantized = False
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    config = getattr(model, "config", None)
+    if config is not None:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        for module in model.modules():
+            inner = getattr(module, "config", None)
+            if inner is not None and getattr(inner, "_is_quantized", False):
+                inner._is_quantized = False
+    return True

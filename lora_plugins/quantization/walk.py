@@ -1,0 +1,156 @@
+"""Walk over a float model and quantize its linear layers, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from lora_plugins.errors import NothingQuantized, QuantizationError
+from lora_plugins.models.sharding import whole
+from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
+from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
+from lora_plugins.quantization.selftest import check_usable
+
+#: Why layers stay in float that nobody expects to be quantized; other reasons are worth a note.
+EXPECTED_REASONS = (
+    "never touched in this architecture",
+    "head, tied weight or kept in float32 by the model",
+    "skip_modules",
+)
+
+
+def quantize_in_place(
+    model: nn.Module,
+    quantization: Quantization,
+    *,
+    never: Iterable[str] = (),
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> QuantizedLayers:
+    """Replace the linear layers of a model by quantized ones, one after the other.
+
+    The float weight of a layer is dropped before the next one is quantized, so live tensors peak at the
+    model plus one layer. Layers under LoRA adapters are reached too (the adapters stay as they are).
+
+    Args:
+        model: A float model on real devices; changed in place.
+        quantization: The backend and its options.
+        never: More module names to leave alone (names match at the end of the path, at a dot).
+        progress: Wraps the iterable of layers and gets its length, for a progress bar.
+
+    Returns:
+        Which layers were quantized and which were skipped, with reasons.
+
+    Raises:
+        NothingQuantized: There was no layer to quantize.
+        QuantizationError: The model has no data (meta device).
+    """
+    targets, skipped = layers_to_quantize(model, quantization, never)
+    if not targets:
+        raise NothingQuantized(
+            f"The model has no linear layer for the backend {quantization.name!r}"
+            + (
+                f"; skipped: {', '.join(f'{name} ({why})' for name, why in list(skipped.items())[:5])}"
+                if skipped
+                else ""
+            )
+        )
+    first = next(iter(targets.values()))
+    if first.weight.device.type == "meta":
+        raise QuantizationError("The model is on the meta device and has no weights to quantize.")
+    check_usable(quantization, first.weight.device, first.weight.dtype)
+    parents = module_places(model)
+    names = list(targets)
+    for name in progress(names, len(names)) if progress else names:
+        layer = targets.pop(name)
+        # ZeRO-3 may have partitioned the weight while the model was loaded.
+        with whole(layer.parameters()):
+            new = quantization.quantize(as_linear(layer))
+        new.train(layer.training)
+        if new is not layer:
+            # transformers notes the same on layers that it quantizes while loading.
+            setattr(new, "source_cls", type(layer))  # noqa: B010 - not a part of the module
+        for parent, attribute in parents[id(layer)]:
+            setattr(parent, attribute, new)
+        if new is not layer:
+            # Whoever else still holds the old layer object must not keep its weight alive.
+            layer.weight = None
+    return QuantizedLayers(names, skipped)
+
+
+def as_linear(layer: Any) -> nn.Linear:
+    """Return the layer itself, or for transformers' ``Conv1D`` the linear layer with the same function."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    in_features, out_features = layer.nx, layer.nf
+    linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.data.T.contiguous(), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return linear
+
+
+def layers_to_quantize(
+    model: nn.Module, quantization: Quantization, never: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the linear layers that would be quantized, by path, and the reason for each that would not.
+
+    Args:
+        model: A float model, on any device.
+        quantization: The backend and its options.
+        never: More module names to leave alone.
+    """
+    untouched, kept, told = EXPECTED_REASONS
+    reasons = dict.fromkeys(never, untouched)
+    reasons |= dict.fromkeys(_kept_by_model(model), kept)
+    reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), told)
+    trainable = adapter_modules(model)
+    targets: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module in trainable:
+            continue
+        name = plain_path(path)
+        reason = next((why for skip, why in reasons.items() if _matches(name, skip)), None)
+        if type(module) not in (nn.Linear, Conv1D):
+            if owner_of(module) is None:
+                skipped[name] = f"{type(module).__name__} is read in its own way"
+        else:
+            reason = reason or quantization.quantizer.unsuitable(*_features(module), quantization.options)
+            if reason:
+                skipped[name] = reason
+            else:
+                targets[name] = module
+    return targets, skipped
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    """Input and output features of an ``nn.Linear`` or of transformers' ``Conv1D``."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
+
+
+def _matches(name: str, skip: str) -> bool:
+    # transformers matches its skip list the same way: a whole path, a prefix of it, or its last parts.
+    return name == skip or name.endswith("." + skip) or name.startswith(skip + ".") or f".{skip}." in name
+
+
+def _kept_by_model(model: nn.Module) -> list[str]:
+    """Names that transformers itself would not quantize: output embeddings, tied weights, fp32-only modules."""
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        keep = list(base._keep_in_fp32_modules or []) + list(base._keep_in_fp32_modules_strict or [])
+        return [plain_path(name) for name in [*get_keys_to_not_convert(base), *keep]]
+    return _tied_with_embeddings(base)
+
+
+def _tied_with_embeddings(model: nn.Module) -> list[str]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+    ]

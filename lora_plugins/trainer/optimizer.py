@@ -1,0 +1,112 @@
+"""Rebuild a Trainer's optimizer around the adapters."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer
+
+from lora_plugins.errors import OptimizerConflict
+
+
+class OptimizerRebuild:
+    """Keeps a Trainer's optimizer right while the model under it is exchanged.
+
+    Made before the model is prepared, because it must see which group held which weight; `apply` comes
+    after. An optimizer that the Trainer made itself is dropped and made anew. One that the user passed in
+    is kept: frozen tensors leave it, and each adapter joins the group that held its layer's weight, else
+    the first.
+
+    Raises:
+        OptimizerConflict: The user's optimizer already holds state for weights that will be frozen.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._given = _given_optimizer(trainer)
+        self._groups: dict[str, int] = {}
+        if self._given is None:
+            return
+        if self._given.state:
+            raise OptimizerConflict(
+                f"The {type(self._given).__name__} passed in optimizers= already holds state of "
+                f"{len(self._given.state)} tensors, which would be lost. Pass a fresh optimizer, or none."
+            )
+        places = {id(p): i for i, group in enumerate(self._given.param_groups) for p in group["params"]}
+        for name, parameter in trainer.model.named_parameters():
+            if id(parameter) in places:
+                self._groups[_module_of(name)] = places[id(parameter)]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the optimizer is one that the user passed in."""
+        return self._given is not None
+
+    def apply(self) -> None:
+        """Bring the optimizer in line with the model that is in the Trainer now."""
+        if self._given is None:
+            _drop_optimizer(self._trainer)
+            return
+        trainable = {id(p): (name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad}
+        for group in self._given.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in trainable]
+            for parameter in group["params"]:
+                del trainable[id(parameter)]
+        for name, parameter in trainable.values():
+            self._given.param_groups[self._groups.get(_module_of(name), 0)]["params"].append(parameter)
+
+
+def release_optimizer(trainer: Trainer) -> None:
+    """Take adapters that are gone out of a Trainer's optimizer; one that has trained them is dropped.
+
+    That goes for one that the user passed in, too: it held nothing else. One that has not trained yet stays.
+    """
+    if isinstance(trainer.optimizer, AcceleratedOptimizer):
+        _drop_optimizer(trainer)
+    else:
+        OptimizerRebuild(trainer).apply()
+
+
+def _drop_optimizer(trainer: Trainer) -> None:
+    """Let the Trainer make its optimizer and its schedule anew."""
+    trainer.optimizer = None
+    trainer.lr_scheduler = None
+    trainer._created_lr_scheduler = False
+    trainer.callback_handler.optimizer = None
+    trainer.callback_handler.lr_scheduler = None
+
+
+def _module_of(parameter_name: str) -> str:
+    """The base model's module that a parameter belongs to or adapts.
+
+    ``base_model.model.layers.0.q.lora_A.default.weight`` and ``layers.0.q.weight`` are both ``layers.0.q``.
+    """
+    name = parameter_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    for marker in (".lora_", ".modules_to_save."):
+        name = name.partition(marker)[0] if marker in name else name
+    module, _, last = name.rpartition(".")
+    return module if last in ("weight", "bias") else name
+
+
+def _given_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
+    """Return the optimizer that the user passed in, ``None`` when the Trainer makes (or made) its own.
+
+    Raises:
+        OptimizerConflict: The user's own optimizer has already been trained with.
+    """
+    optimizer = trainer.optimizer
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        return optimizer
+    if type(trainer).create_optimizer is not Trainer.create_optimizer or trainer.optimizer_cls_and_kwargs is not None:
+        return None
+    expected, kwargs = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    inner = optimizer.optimizer
+    same = type(inner) is expected and all(inner.defaults.get(k, v) == v for k, v in kwargs.items())
+    if not same:
+        raise OptimizerConflict(
+            f"This Trainer has already trained with an optimizer of its user ({type(inner).__name__}); adapters can't "
+            "join it now. Make a new Trainer."
+        )
+    return None
