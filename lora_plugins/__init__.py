@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_plugins.adapters.prepare import prepare_model as prepare_model
     from lora_plugins.planning.planner import plan as plan
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
+    from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
     from lora_plugins.trainer.attaching import attach as attach
     from lora_plugins.trainer.attaching import detach as detach
@@ -29,6 +30,7 @@ _LAZY = {
     "LoraCallback": "lora_plugins.trainer.callbacks",
     "ParameterReportCallback": "lora_plugins.trainer.callbacks",
     "attach": "lora_plugins.trainer.attaching",
+    "loading_dtype": "lora_plugins.quantization.precision",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
     "plan": "lora_plugins.planning.planner",
@@ -47,6 +49,7 @@ __all__ = [
     "dequantize_model",
     "detach",
     "hookimpl",
+    "loading_dtype",
     "missing_package",
     "plan",
     "prepare_model",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lora_plugins.adapters.prepare import prepare_model
+from lora_plugins.errors import QuantizationError
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.request import Quantization, with_compute_dtype
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from lora_plugins.targets.records import TargetPlan
+from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.targets.records import TargetPlan
+from lora_plugins.targets.resolution import resolve_targets
 
 
 def check_architecture(
@@ -42,8 +47,6 @@ def check_architecture(
     Raises:
         AssertionError: Something of this does not hold; the message says what.
     """
-    from lora_plugins.targets.resolution import resolve_targets
-
     host = host or plugin_host()
     base = _fresh(make_model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
@@ -75,13 +78,6 @@ def check_quantizer(
     Raises:
         AssertionError: It can't run here, fails the training that every backend must pass, or a size is wrong.
     """
-    import torch
-    from torch import nn
-
-    from lora_plugins.errors import QuantizationError
-    from lora_plugins.quantization.counting import tensor_bytes
-    from lora_plugins.quantization.selftest import check_usable
-
     dtype = dtype or torch.float32
     asked = Quantization(quantizer, {"skip_modules": [], **(options or {})})
     try:
@@ -102,9 +98,6 @@ def check_quantizer(
 
 def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:
     """A layer with a bias that stays in its dtype must take activations of another one: that is what a base gets."""
-    import torch
-    from torch import nn
-
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     told = with_compute_dtype(quantization, other)
     layer = told.quantize(nn.Linear(256, 64, dtype=dtype).requires_grad_(False)).train()
@@ -116,18 +109,12 @@ def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:
 
 
 def _fresh(make_model: Callable[[], nn.Module]) -> Any:
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make_model().eval()
 
 
 def _default_batch(base: Any) -> dict[str, torch.Tensor]:
-    import inspect
-
-    import torch
-
     size = int(getattr(base.config, "vocab_size", 100))
     ids = torch.randint(0, size, (2, 8), generator=torch.Generator().manual_seed(0))
     return {name: ids for name in ("input_ids", "labels") if name in inspect.signature(base.forward).parameters}
@@ -141,11 +128,6 @@ def _names(plan: TargetPlan) -> list[str] | str:
 def _check_training(
     make_model: Callable[[], nn.Module], base: Any, inputs: dict[str, Any], lora: dict[str, Any], plan: TargetPlan
 ) -> None:
-    import torch
-    from peft import PeftModel
-
-    from lora_plugins.adapters.prepare import prepare_model
-
     model: Any = prepare_model(base, **{"r": 2, "lora_dropout": 0.0, **lora})
     dead = _without_gradient(model, inputs, "lora_B", plan.vision)
     assert not dead, f"no gradient reaches {', '.join(dead[:3])}: the model does not call these layers"

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from registry.base.restoring import lora_tensors as lora_tensors
+    from registry.base.restoring import put_back as put_back
     from registry.catalog.aliases import aliases as aliases
     from registry.catalog.aliases import remove_alias as remove_alias
     from registry.catalog.aliases import set_alias as set_alias
@@ -56,6 +58,8 @@ _LAZY = {
     "compare_adapters": "registry.upkeep.diff",
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",
+    "lora_tensors": "registry.base.restoring",
+    "put_back": "registry.base.restoring",
     "mirror": "registry.upkeep.mirroring",
     "open_hub": "registry.hubs",
     "pull_adapter": "registry.pulling.pull",

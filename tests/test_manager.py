@@ -392,7 +392,7 @@ def test_trace_prints_hook_calls(
 @pytest.mark.parametrize("case", sorted(set(BROKEN) - {"panic"}))
 def test_a_broken_built_in_raises(case: str, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     install(case)
-    monkeypatch.setattr(manager, "BUILTIN_MODULES", (*manager.BUILTIN_MODULES, f"fake_{case}"))
+    monkeypatch.setattr(manager, "PLUGINS", (*manager.BUILTIN_MODULES, f"fake_{case}"))
 
     with pytest.raises(BrokenBuiltin, match=rf"^The built-in plugin fake_{case} \(lora-plugins .*does not load: "):
         PluginHost(block=[case])

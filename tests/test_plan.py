@@ -28,9 +28,10 @@ from lora_plugins import plan, prepare_model
 from lora_plugins.commands.cli import main
 from lora_plugins.errors import PlanError, UnevenCoverage, UnmatchedTargets
 from lora_plugins.planning.advice import Scenario, nearest_change
+from lora_plugins.planning.amounts import parse_memory, show_bytes
 from lora_plugins.planning.layers import weight_bytes
 from lora_plugins.planning.optimizer import RULES, optimizer_bytes
-from lora_plugins.planning.sharing import Memory, Parts, parse_memory, per_device, show_bytes
+from lora_plugins.planning.sharing import Memory, Parts, per_device
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes

@@ -69,7 +69,7 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"lora_plugins", "registry", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
-    for expected in ("lora_plugins/py.typed", "registry/py.typed", "lora_plugins/builtin/architectures.py"):
+    for expected in ("lora_plugins/py.typed", "registry/py.typed", "lora_plugins/builtin/architectures/__init__.py"):
         assert expected in names
     modules = {
         path.relative_to(ROOT).as_posix() for top in ("lora_plugins", "registry") for path in _modules(ROOT / top)

@@ -17,8 +17,7 @@ from lora_plugins.errors import (
     PreparationError,
 )
 from lora_plugins.models.sharding import gathered_state, is_sharded
-from registry import pull_adapter
-from registry.pulling.peft_loading import put_back
+from registry import pull_adapter, put_back
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

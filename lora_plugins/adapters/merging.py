@@ -26,7 +26,7 @@ from lora_plugins.models.wrapping import adapter_modules, base_of
 from lora_plugins.quantization.request import Quantization, owner_of, parse_quantization
 from lora_plugins.quantization.selftest import check_usable
 from lora_plugins.quantization.walk import layers_to_quantize
-from registry.pulling.peft_loading import put_back
+from registry import put_back
 
 #: ``fp16`` and ``bf16``: into the base reloaded in that dtype. ``same``: into the dequantized weights that the adapter
 #: was trained against, in the dtype that the base is stored in.

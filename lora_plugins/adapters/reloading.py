@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
-from registry.pulling.peft_loading import lora_tensors
+from registry import lora_tensors
 
 
 def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:

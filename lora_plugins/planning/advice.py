@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lora_plugins.planning.sharing import show_bytes
+from lora_plugins.planning.amounts import show_bytes
 
 #: How many changes are tried together.
 _MOST_CHANGES = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_plugins.planning.records import Plan
+from lora_plugins.planning.records import PlanFigures
 
 #: Part of the memory -> color; distinguishable with color blindness and in grey.
 _PARTS = {
@@ -16,7 +16,7 @@ _PARTS = {
 }
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw(plan: PlanFigures, path: Path) -> None:
     """Write the picture as PNG.
 
     Args:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from math import prod
+from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from lora_plugins.errors import PlanError
 
@@ -94,3 +98,28 @@ def state_bytes(optim: str, trained: Iterable[tuple[tuple[int, ...], int]]) -> i
     trained = list(trained)
     tables = _TABLES.get(optim, 0) if any(prod(shape) >= _SMALLEST_IN_8_BITS for shape, _ in trained) else 0
     return tables + sum(rule(shape, item) for shape, item in trained)
+
+
+#: Names of float dtypes in the file's header, by size: only their length matters.
+_NAMES = {8: "F64", 4: "F32", 2: "F16"}
+
+
+def file_bytes(model: Any, adapter_name: str) -> int:
+    """Return the bytes of the safetensors file that PEFT would write: header and tensors.
+
+    Args:
+        model: A `peft.PeftModel`, on any device.
+        adapter_name: The adapter.
+    """
+    named = model.peft_config[adapter_name].target_modules
+    # PEFT saves an embedding that it adapts; whether the vocabulary was resized it would ask the Hub.
+    embeddings = bool(set(named if isinstance(named, (list, set)) else ()) & set(EMBEDDING_LAYER_NAMES))
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _NAMES[tensor.element_size()]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + end

@@ -16,9 +16,11 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.planning.advice import Scenario, nearest_change
+from lora_plugins.planning.amounts import USABLE, Memory, fits, parse_memory, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
-from lora_plugins.planning.records import Memory, Plan, Row
-from lora_plugins.planning.sharing import USABLE, fits, parse_memory, per_device, present_memory
+from lora_plugins.planning.records import Row
+from lora_plugins.planning.result import Plan
+from lora_plugins.planning.sharing import per_device
 from lora_plugins.planning.source import meta_model
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.plugins.host import plugin_host

@@ -1,40 +1,12 @@
-"""The records of a plan."""
+"""The figures of a plan, as plain data."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-
 from lora_plugins.adapters.report import TargetRow
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device during a training step.
-
-    Attributes:
-        weights: Base, adapters and buffers, with the scales of quantized layers.
-        gradients: Gradients of all trained tensors, counted for the whole step.
-        optimizer: State of the optimizer after its first step.
-        activations: Most that is alive at one time besides: what the backward pass needs, logits, work space.
-        communication: What several devices need besides: gathered weights, buckets of gradients.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    communication: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+from lora_plugins.planning.amounts import Memory
 
 
 @dataclass(frozen=True)
@@ -64,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanFigures:
     """What a run would train and what it would take.
 
     Attributes:
@@ -132,35 +104,3 @@ class Plan:
         for given, row in zip([values["chosen"], *values["rows"]], [self.chosen, *self.rows], strict=True):
             given["memory"]["total"] = row.memory.total
         return values
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file is complete or not there.
-
-        Raises:
-            OSError: The folder can't be written.
-        """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
-
-    def chart(self, path: str | os.PathLike[str]) -> None:
-        """Draw the memory of every row as stacked bars into a PNG file.
-
-        Raises:
-            OSError: The file can't be written.
-        """
-        from lora_plugins.planning.chart import draw
-
-        draw(self, Path(path))
-
-    def __str__(self) -> str:
-        from lora_plugins.planning.tables import as_text
-
-        return as_text(self)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from lora_plugins.planning.tables import tables
-
-        yield from tables(self)

@@ -2,57 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from lora_plugins.errors import PlanError
+from lora_plugins.planning.amounts import Memory
 from lora_plugins.planning.optimizer import state_bytes
-from lora_plugins.planning.records import Memory
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-#: Share of a device's memory that tensors can fill: kernels, their work space and fragmentation take the rest.
-USABLE = 0.9
-
-
-def parse_memory(text: str | int) -> int:
-    """Return the bytes that a text such as ``"24GiB"``, ``"80 GB"`` or ``"16g"`` names.
-
-    Raises:
-        PlanError: It names none.
-    """
-    if isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in _UNITS:
-        raise PlanError(f"{text!r} is no amount of memory; write 24GiB, 80GB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
-
-
-def show_bytes(size: float) -> str:
-    """Return an amount in the unit that leaves it readable: ``"13.18 GiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def present_memory() -> int | None:
-    """Return the bytes of the GPU that is there, ``None`` when there is none."""
-    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
-
-
-def fits(memory: Memory, limit: int | None) -> bool | None:
-    """Whether tensors fit a device, ``None`` when its memory is unknown."""
-    return None if limit is None else memory.total <= USABLE * limit
-
 
 #: Shape of a tensor and bytes of one of its values.
 Sizes = tuple[tuple[int, ...], int]

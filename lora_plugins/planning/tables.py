@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_plugins.planning.records import Plan, Row
-from lora_plugins.planning.sharing import show_bytes
+from lora_plugins.planning.amounts import show_bytes
+from lora_plugins.planning.records import PlanFigures, Row
 
 #: Columns of the text where there is no terminal.
 _WIDTH = 120
@@ -19,14 +19,14 @@ _WIDTH = 120
 _ANSWERS = {True: "yes", False: "no", None: "?"}
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: PlanFigures) -> str:
     """Return the tables as plain text."""
     stream = io.StringIO()
     Console(file=stream, width=_WIDTH, color_system=None).print(plan)
     return stream.getvalue().rstrip()
 
 
-def tables(plan: Plan) -> Iterator[Any]:
+def tables(plan: PlanFigures) -> Iterator[Any]:
     """Yield what `rich` prints: the summary, the hit table, the memory, advice and notes."""
     yield _summary(plan)
     yield _hits(plan)
@@ -47,7 +47,7 @@ def _table(title: str, columns: str, *, head: bool = True) -> Table:
     return table
 
 
-def _summary(plan: Plan) -> Table:
+def _summary(plan: PlanFigures) -> Table:
     table = _table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
     rows = [
         ("trainable", f"{plan.trainable:,}"),
@@ -71,7 +71,7 @@ def _summary(plan: Plan) -> Table:
     return table
 
 
-def _hits(plan: Plan) -> Table:
+def _hits(plan: PlanFigures) -> Table:
     table = _table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
     for target in plan.targets:
         table.add_row(escape(target.name), str(target.modules), escape(", ".join(target.shapes)))
@@ -80,7 +80,7 @@ def _hits(plan: Plan) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: PlanFigures) -> Table:
     several = "|>communication" if plan.devices > 1 else ""
     known = "|fits" if plan.memory_limit is not None else ""
     columns = f"base|>quantized|>weights|>gradients|>optimizer|>activations{several}|>total{known}"
@@ -90,7 +90,7 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _cells(plan: Plan, row: Row) -> list[str]:
+def _cells(plan: PlanFigures, row: Row) -> list[str]:
     memory = row.memory
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
     if plan.devices > 1:
@@ -101,7 +101,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
     return [*cells, _ANSWERS[row.fits]] if plan.memory_limit is not None else cells
 
 
-def _style(plan: Plan, row: Row) -> str:
+def _style(plan: PlanFigures, row: Row) -> str:
     if row is plan.chosen:
         return "bold"
     return "dim" if row.unavailable else ""

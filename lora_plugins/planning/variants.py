@@ -19,10 +19,10 @@ from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
-from lora_plugins.planning.file_size import file_bytes
+from lora_plugins.planning.amounts import Memory
 from lora_plugins.planning.inputs import make_batch
 from lora_plugins.planning.layers import PlannedLinear, keeps_input, parameter_bytes, planned, stored_bytes
-from lora_plugins.planning.records import Memory
+from lora_plugins.planning.optimizer import file_bytes
 from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten

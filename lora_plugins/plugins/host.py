@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 #: The distribution both import packages come in; its own entry points count as built-in.
 DISTRIBUTION = "lora-plugins"
 
-BUILTIN_MODULES = (
+PLUGINS = (
     "lora_plugins.builtin.architectures",
     "lora_plugins.builtin.quantizers.bitsandbytes",
-    "lora_plugins.builtin.commands",
+    "lora_plugins.commands.plugin",
     "lora_plugins.builtin.quantizers.hqq",
     "lora_plugins.builtin.quantizers.quanto",
     "lora_plugins.builtin.quantizers.torchao",
@@ -261,7 +261,7 @@ class PluginHost:
 
     def _load_builtins(self) -> None:
         version = _own_version()
-        for module_name in BUILTIN_MODULES:
+        for module_name in PLUGINS:
             info = PluginInfo(module_name.rpartition(".")[2], DISTRIBUTION, version, builtin=True)
             self._add(info, functools.partial(importlib.import_module, module_name))
 

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from packaging.version import Version
 
 from registry.catalog.state import State, read_state
-from registry.errors import AliasNotFound, NotAdapter, VersionNotFound
-from registry.formats.references import Reference, newest_in, version_text, versions_in
+from registry.errors import (
+    AliasNotFound,
+    CommitNotFound,
+    FileMissing,
+    IntegrityError,
+    ManifestInvalid,
+    NotAdapter,
+    VersionNotFound,
+)
+from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
+from registry.formats.references import Reference, newest_in, parse_version, version_text, versions_in
 from registry.hubs.protocol import Hub, Refs
 
-__all__ = ["Index", "Release", "read_index"]
+__all__ = ["Index", "Release", "read_index", "read_manifest"]
 
 _SHOWN = 5
 
@@ -152,3 +161,27 @@ def index_of(name: str, refs: Refs, state: State) -> Index:
     """The releases that tags publish."""
     versions = {version: refs.tags[tag] for version, tag in versions_in(refs.tags).items()}
     return Index(name, versions, state)
+
+
+def read_manifest(hub: Hub, release: Release) -> Manifest:
+    """Read the manifest of a release from its hub.
+
+    Raises:
+        NotAdapter: It has none.
+        ManifestInvalid: It has none that can be read.
+        IntegrityError: It has that of another version.
+    """
+    try:
+        data = hub.read(release.name, release.commit, MANIFEST_FILE, MAX_MANIFEST)
+        manifest = Manifest.parse(data)
+    except (FileMissing, CommitNotFound):
+        raise NotAdapter(
+            f"{release} on {hub.location} has no {MANIFEST_FILE}: its tag was not set by this registry"
+        ) from None
+    except ManifestInvalid as reason:
+        raise ManifestInvalid(f"{release} on {hub.location}: {reason}") from None
+    if parse_version(manifest.version) != Version(release.version):
+        raise IntegrityError(
+            f"{release} on {hub.location} holds the manifest of version {manifest.version}: its tag is wrong"
+        )
+    return manifest

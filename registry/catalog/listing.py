@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from registry.catalog.index import Release, read_index
+from registry.catalog.index import Release, read_index, read_manifest
 from registry.errors import HubUnavailable, RegistryError
 from registry.formats.manifest import Manifest
 from registry.formats.references import Reference, check_name
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
-from registry.pulling.cache import Cache
-from registry.pulling.fetch import Fetcher
-from registry.pulling.lockfile import Lock
 
 __all__ = ["Described", "list_adapters", "show", "versions"]
 
@@ -58,7 +55,7 @@ def show(
     """
     place, parsed = open_hub(hub, token), Reference.parse(reference)
     release = read_index(place, parsed.name).resolve(parsed)
-    return Described(release, Fetcher(place, Cache(), Lock(None)).manifest(release))
+    return Described(release, read_manifest(place, release))
 
 
 def list_adapters(
@@ -80,7 +77,7 @@ def list_adapters(
             release = read_index(place, check_name(name)).newest()
             if release is None:
                 continue
-            manifest = Fetcher(place, Cache(), Lock(None)).manifest(release)
+            manifest = read_manifest(place, release)
         except HubUnavailable:
             raise
         except RegistryError:

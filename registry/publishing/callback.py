@@ -6,22 +6,19 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from registry.errors import BadAdapter, RegistryError
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.references import BUMPS, check_name, parse_version
+from registry.hubs.protocol import Hub
+from registry.publishing.publish import Published
 from registry.publishing.push import check_push, push_adapter
 from registry.publishing.source import Run
 from registry.publishing.training_facts import finite
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from registry.hubs.protocol import Hub
-    from registry.publishing.publish import Published
 
 __all__ = ["PushToRegistryCallback"]
 
@@ -136,8 +133,6 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _peft_model(model: Any) -> Any:
-    from peft import PeftModel
-
     while model is not None and not isinstance(model, PeftModel):
         model = getattr(model, "module", getattr(model, "_orig_mod", None))
     if model is None:

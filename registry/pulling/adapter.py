@@ -105,7 +105,7 @@ class Adapter(os.PathLike[str]):
         from safetensors.torch import load_file
         from torch import nn
 
-        from registry.pulling.peft_loading import put_back
+        from registry.base.restoring import put_back
 
         if isinstance(base, nn.Module):
             if kwargs:

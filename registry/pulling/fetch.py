@@ -11,15 +11,12 @@ from typing import BinaryIO, cast
 
 from packaging.version import Version
 
-from registry.catalog.index import Index, Release, index_of
+from registry.catalog.index import Index, Release, index_of, read_manifest
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
-    CommitNotFound,
     FileMissing,
     HubUnavailable,
     IntegrityError,
-    ManifestInvalid,
-    NotAdapter,
     Offline,
     RegistryError,
     ReleaseMoved,
@@ -27,10 +24,10 @@ from registry.errors import (
     StaleWarning,
     YankedWarning,
 )
-from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
+from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import FileRecord
-from registry.formats.references import Reference, parse_version
+from registry.formats.references import Reference
 from registry.hubs.protocol import Hub, Refs
 from registry.pulling.cache import Cache, Pulled, Seen
 from registry.pulling.lockfile import Lock, LockEntry
@@ -200,7 +197,7 @@ class Fetcher:
         known = before.manifest if before.commit is not None else None
         manifest = self.cache.manifest(known) if known else None
         if manifest is None:
-            manifest = self.manifest(release)
+            manifest = read_manifest(self.hub, release)
             if before.manifest not in (None, manifest.digest):
                 raise self._changed(release, manifest, before.manifest)
         try:
@@ -220,29 +217,6 @@ class Fetcher:
         if before.manifest not in (None, manifest.digest):
             problems.append(str(self._changed(release, manifest, before.manifest)))
         return problems
-
-    def manifest(self, release: Release) -> Manifest:
-        """The manifest of a release, from the hub.
-
-        Raises:
-            NotAdapter: It has none.
-            ManifestInvalid: It has none that can be read.
-            IntegrityError: It has that of another version.
-        """
-        try:
-            data = self.hub.read(release.name, release.commit, MANIFEST_FILE, MAX_MANIFEST)
-            manifest = Manifest.parse(data)
-        except (FileMissing, CommitNotFound):
-            raise NotAdapter(
-                f"{release} on {self.hub.location} has no {MANIFEST_FILE}: its tag was not set by this registry"
-            ) from None
-        except ManifestInvalid as reason:
-            raise ManifestInvalid(f"{release} on {self.hub.location}: {reason}") from None
-        if parse_version(manifest.version) != Version(release.version):
-            raise IntegrityError(
-                f"{release} on {self.hub.location} holds the manifest of version {manifest.version}: its tag is wrong"
-            )
-        return manifest
 
     def _download(self, release: Release, name: str, record: FileRecord, sink: BinaryIO) -> None:
         if self.progress is not None:

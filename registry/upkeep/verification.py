@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.catalog.index import Release, read_index
+from registry.catalog.index import Release, read_index, read_manifest
 from registry.errors import HubUnavailable, RegistryError
 from registry.formats.manifest import MANIFEST_FILE, Manifest
 from registry.formats.paths import GIT_ATTRIBUTES
@@ -70,7 +70,7 @@ def verify(
     problems: list[str] = []
     manifest: Manifest | None = None
     try:
-        manifest = fetcher.manifest(release)
+        manifest = read_manifest(fetcher.hub, release)
         problems += fetcher.compare(release, manifest)
         problems += _extra(place, release, manifest)
         problems += _damaged(place, release, manifest)

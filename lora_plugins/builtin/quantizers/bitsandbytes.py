@@ -167,7 +167,7 @@ class FourBit(Quantizer):
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig
 
-        from lora_plugins.quantization.precision import loading_dtype
+        from lora_plugins import loading_dtype
 
         return BitsAndBytesConfig(
             load_in_4bit=True,

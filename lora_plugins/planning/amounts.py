@@ -1,0 +1,75 @@
+"""Amounts of memory: read from text, shown, compared with a device."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lora_plugins.errors import PlanError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+#: Share of a device's memory that tensors can fill: kernels, their work space and fragmentation take the rest.
+USABLE = 0.9
+
+
+def parse_memory(text: str | int) -> int:
+    """Return the bytes that a text such as ``"24GiB"``, ``"80 GB"`` or ``"16g"`` names.
+
+    Raises:
+        PlanError: It names none.
+    """
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise PlanError(f"{text!r} is no amount of memory; write 24GiB, 80GB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def show_bytes(size: float) -> str:
+    """Return an amount in the unit that leaves it readable: ``"13.18 GiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def present_memory() -> int | None:
+    """Return the bytes of the GPU that is there, ``None`` when there is none."""
+    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device during a training step.
+
+    Attributes:
+        weights: Base, adapters and buffers, with the scales of quantized layers.
+        gradients: Gradients of all trained tensors, counted for the whole step.
+        optimizer: State of the optimizer after its first step.
+        activations: Most that is alive at one time besides: what the backward pass needs, logits, work space.
+        communication: What several devices need besides: gathered weights, buckets of gradients.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+
+
+def fits(memory: Memory, limit: int | None) -> bool | None:
+    """Whether tensors fit a device, ``None`` when its memory is unknown."""
+    return None if limit is None else memory.total <= USABLE * limit

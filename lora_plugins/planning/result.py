@@ -1,0 +1,45 @@
+"""A plan that can be printed, saved and drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from lora_plugins.planning.chart import draw
+from lora_plugins.planning.records import PlanFigures
+from lora_plugins.planning.tables import as_text, tables
+
+
+@dataclass(frozen=True)
+class Plan(PlanFigures):
+    """What a run would train and what it would take: `PlanFigures` that can be printed, saved and drawn."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is complete or not there.
+
+        Raises:
+            OSError: The folder can't be written.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+
+    def chart(self, path: str | os.PathLike[str]) -> None:
+        """Draw the memory of every row as stacked bars into a PNG file.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        draw(self, Path(path))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from tables(self)
