@@ -126,7 +126,7 @@ def run(folder: str, case: Case) -> Step:
     from transformers import AutoModelForCausalLM
 
     from lora_plugins import prepare_model
-    from lora_plugins.planning.live import LiveBytes
+    from lora_plugins.planning.step import LiveBytes
     from lora_plugins.quantization.counting import count_parameters, tensor_bytes
     from lora_plugins.quantization.request import owner_of
     from lora_plugins.trainer.chunked_loss import chunked_loss
