@@ -21,6 +21,8 @@ from lora_plugins.quantization.selftest import check_usable
 from lora_plugins.targets.records import TargetPlan
 from lora_plugins.targets.resolution import resolve_targets
 
+__all__ = ["check_architecture", "check_quantizer"]
+
 
 def check_architecture(
     make_model: Callable[[], nn.Module],

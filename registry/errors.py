@@ -3,7 +3,7 @@
 ::
 
     RegistryError
-    ├── ReferenceInvalid (ValueError)
+    ├── InvalidReference (ValueError)
     ├── VersionNotFound (LookupError)
     │   ├── AliasNotFound
     │   └── NotAdapter
@@ -14,25 +14,25 @@
     │   ├── HostileAnswer
     │   ├── RepositoryNotFound (LookupError)
     │   ├── CommitNotFound (LookupError)
-    │   └── FileMissing (LookupError)
+    │   └── HubFileNotFound (LookupError)
     ├── PublishError
     │   ├── VersionExists
     │   ├── PublishConflict
     │   │   └── AliasMoved
-    │   ├── BaseUnknown (ValueError)
-    │   ├── BadAdapter (ValueError)
+    │   ├── UnknownBase (ValueError)
+    │   ├── InvalidAdapter (ValueError)
     │   └── TooLarge (ValueError)
     ├── UnsafeFile (ValueError)
-    ├── ManifestInvalid (ValueError)
+    ├── InvalidManifest (ValueError)
     ├── BaseMismatch (ValueError)
     ├── IntegrityError
     │   ├── ReleaseMoved
     │   └── RepositoryReplaced
     ├── CacheError (OSError)
     └── LockError
-        ├── LockInvalid (ValueError)
+        ├── InvalidLock (ValueError)
         ├── LockMismatch (ValueError)
-        └── NotLocked (LookupError)
+        └── LockEntryNotFound (LookupError)
 
     RegistryWarning (UserWarning)
     ├── YankedWarning
@@ -43,12 +43,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class RegistryError(Exception):
     """Root of all errors that registry raises on purpose."""
 
 
-class ReferenceInvalid(RegistryError, ValueError):
+class InvalidReference(RegistryError, ValueError):
     """A reference, or a name, version, range or alias in it, that can't be one."""
 
 
@@ -92,7 +94,7 @@ class CommitNotFound(HubError, LookupError):
     """A repository has no such commit."""
 
 
-class FileMissing(HubError, LookupError):
+class HubFileNotFound(HubError, LookupError):
     """A commit has no such file."""
 
 
@@ -112,11 +114,11 @@ class AliasMoved(PublishConflict):
     """Somebody else moved an alias at the same time."""
 
 
-class BaseUnknown(PublishError, ValueError):
+class UnknownBase(PublishError, ValueError):
     """Nobody could find the base model again."""
 
 
-class BadAdapter(PublishError, ValueError):
+class InvalidAdapter(PublishError, ValueError):
     """An adapter that would be of no use: empty, all zero, not finite, wrongly shaped, or with foreign keys."""
 
 
@@ -128,7 +130,7 @@ class UnsafeFile(RegistryError, ValueError):
     """A file that does not belong into a release: by its name, its kind or its content."""
 
 
-class ManifestInvalid(RegistryError, ValueError):
+class InvalidManifest(RegistryError, ValueError):
     """A manifest that is malformed, or not one."""
 
 
@@ -156,7 +158,7 @@ class LockError(RegistryError):
     """Something is wrong with a lock file."""
 
 
-class LockInvalid(LockError, ValueError):
+class InvalidLock(LockError, ValueError):
     """A lock file that is malformed."""
 
 
@@ -164,7 +166,7 @@ class LockMismatch(LockError, ValueError):
     """A lock holds another version than the one that was asked for."""
 
 
-class NotLocked(LockError, LookupError):
+class LockEntryNotFound(LockError, LookupError):
     """A lock is frozen and does not hold what was asked for."""
 
 
@@ -186,3 +188,22 @@ class IdentityWarning(RegistryWarning):
 
 class PlainTokenWarning(RegistryWarning):
     """A token is sent over a connection that is not encrypted."""
+
+
+#: Names of former releases, and what they are called now.
+_RENAMED = {
+    "BadAdapter": "InvalidAdapter",
+    "BaseUnknown": "UnknownBase",
+    "FileMissing": "HubFileNotFound",
+    "LockInvalid": "InvalidLock",
+    "ManifestInvalid": "InvalidManifest",
+    "NotLocked": "LockEntryNotFound",
+    "ReferenceInvalid": "InvalidReference",
+}
+
+
+def __getattr__(name: str) -> type[Exception]:
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'registry.errors' has no attribute {name!r}")
+    warnings.warn(f"registry.errors.{name} is now called {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]  # type: ignore[no-any-return]

@@ -33,7 +33,7 @@ from registry import (
     versions,
     yank,
 )
-from registry.errors import BaseUnknown, RegistryError, StaleWarning, YankedWarning
+from registry.errors import RegistryError, StaleWarning, UnknownBase, YankedWarning
 from registry.hubs import VARIABLE as HUB_VARIABLE
 from registry.pulling.cache import VARIABLE
 from registry.testing import LoopbackHub
@@ -152,12 +152,12 @@ def test_one_script_two_kinds_of_hub(
     assert kinds == [
         "RepositoryNotFound", "1.0.0", "1.0.0", "VersionExists", "1.1.0", "2.0.0rc1",
         "1.1.0", "1.0.0", "1.0.0", "2.0.0rc1", "1.0.0", "1.1.0", "VersionNotFound", "2.0.0rc1", "VersionNotFound",
-        "AliasNotFound", "ReferenceInvalid",
+        "AliasNotFound", "InvalidReference",
         "wrong data", "1.0.0", "1.1.0",
         "champion", "1.0.0", "AliasMoved", "2.0.0rc1", "2.0.0rc1", None, "AliasNotFound", "1.0.0", "NotAdapter",
         [("1.0.0", None, False), ("1.1.0", "wrong data", False), ("2.0.0rc1", None, True)],
         "org/base", [f"{NAME}@1.0.0"], True,
-        "NotLocked", "1.0.0", "LockMismatch", "1.0.0", "2.0.0rc1", "2.0.0rc1",
+        "LockEntryNotFound", "1.0.0", "LockMismatch", "1.0.0", "2.0.0rc1", "2.0.0rc1",
         "ReleaseMoved", "ReleaseMoved", "ReleaseMoved",
         "1.2.0", "IntegrityError", 1, "1.0.0",
         "RepositoryNotFound", "1.0.0", "RepositoryReplaced",
@@ -185,7 +185,7 @@ def test_a_model_there_and_back(folder_place: FolderPlace) -> None:
 
 
 def test_what_cannot_be_used_is_not_uploaded(hub_place: LoopbackPlace, folders: list[Path]) -> None:
-    with pytest.raises(BaseUnknown):
+    with pytest.raises(UnknownBase):
         push_adapter(folders[0], NAME, version="1.0.0", hub=hub_place.hub)
     assert hub_place.loopback.requests == []
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_plugins import LoraCallback
 from registry import pull_adapter, versions
-from registry.errors import BadAdapter, BaseUnknown, ReferenceInvalid, VersionExists
+from registry.errors import InvalidAdapter, InvalidReference, UnknownBase, VersionExists
 from registry.hubs.folder import FolderHub
 from registry.publishing.callback import UNPUBLISHED, PushToRegistryCallback
 
@@ -85,21 +85,21 @@ def test_continuing_from_a_published_adapter(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_published_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ReferenceInvalid):
+    with pytest.raises(InvalidReference):
         PushToRegistryCallback("name")
-    with pytest.raises(ReferenceInvalid):
+    with pytest.raises(InvalidReference):
         PushToRegistryCallback("org/name", version="one")
     with pytest.raises(ValueError, match="neither 'end' nor 'best'"):
         PushToRegistryCallback("org/name", when="soon")  # type: ignore[arg-type]
     run = trainer(tmp_path, PushToRegistryCallback("org/name", when="best"))
-    with pytest.raises(BadAdapter, match="set eval_strategy"):
+    with pytest.raises(InvalidAdapter, match="set eval_strategy"):
         run.train()
     plain = tiny.trainer(tmp_path / "plain", tiny.llama(), [PushToRegistryCallback("org/name")])
-    with pytest.raises(BadAdapter, match="no adapters; put LoraCallback before"):
+    with pytest.raises(InvalidAdapter, match="no adapters; put LoraCallback before"):
         plain.train()
     monkeypatch.setenv("LORA_REGISTRY", "https://hub.invalid")
     run = trainer(tmp_path, PushToRegistryCallback("org/name"))
-    with pytest.raises(BaseUnknown, match="a model without a name, which nobody else can load"):
+    with pytest.raises(UnknownBase, match="a model without a name, which nobody else can load"):
         run.train()
     assert run.state.global_step == 0
 

@@ -18,7 +18,7 @@ from twin import make_tokenizer
 
 from lora_plugins import prepare_model
 from lora_plugins.adapters.files import adapter_shapes
-from registry.errors import BaseMismatch, BaseUnknown, IdentityWarning
+from registry.errors import BaseMismatch, IdentityWarning, UnknownBase
 from registry.formats.records import BaseRecord
 from registry.hubs.huggingface import HuggingFaceHub
 from registry.pulling.adapter import Adapter
@@ -186,7 +186,7 @@ def test_a_base_in_a_folder(adapter: Adapter, tmp_path: Path, monkeypatch: pytes
     assert model.get_base_model().dtype == torch.bfloat16
     with pytest.raises(BaseMismatch, match="same shapes and other weights"):
         adapter.load(tmp_path / "other")
-    with pytest.raises(BaseUnknown, match="There is no folder"):
+    with pytest.raises(UnknownBase, match="There is no folder"):
         adapter.check(tmp_path / "missing")
 
 
@@ -224,7 +224,7 @@ def test_a_base_on_a_hub_is_read_in_parts(
 
 def test_something_that_is_no_base(adapter: Adapter) -> None:
     for nothing in (42, None, "https://example.com", "a/b/c"):
-        with pytest.raises(BaseUnknown, match="is no base model"):
+        with pytest.raises(UnknownBase, match="is no base model"):
             adapter.check(nothing)
 
 
@@ -232,7 +232,7 @@ def test_something_that_is_no_base(adapter: Adapter) -> None:
 
 
 def test_a_base_known_by_fingerprint_has_to_be_given(adapter: Adapter) -> None:
-    with pytest.raises(BaseUnknown, match=r"known by its fingerprint only.*adapter\.load\(model\)"):
+    with pytest.raises(UnknownBase, match=r"known by its fingerprint only.*adapter\.load\(model\)"):
         adapter.load()
 
 

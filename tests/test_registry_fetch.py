@@ -24,22 +24,22 @@ from registry.catalog.withdrawal import unyank, yank
 from registry.errors import (
     AliasMoved,
     AliasNotFound,
-    BaseUnknown,
     CacheError,
     HostileAnswer,
     HubUnavailable,
     IntegrityError,
-    LockInvalid,
+    InvalidLock,
+    InvalidManifest,
+    InvalidReference,
+    LockEntryNotFound,
     LockMismatch,
-    ManifestInvalid,
     NotAdapter,
-    NotLocked,
     Offline,
-    ReferenceInvalid,
     ReleaseMoved,
     RepositoryNotFound,
     RepositoryReplaced,
     StaleWarning,
+    UnknownBase,
     UnsafeFile,
     VersionExists,
     VersionNotFound,
@@ -127,7 +127,7 @@ def test_forms(stocked: Place, behind: str, found: str) -> None:
         ("~=1.5", VersionNotFound, "no version in ~=1.5"),
         ("@champion", AliasNotFound, "no alias champion; it has no aliases"),
         (f"@{'0' * 40}", NotAdapter, "is no published version"),
-        ("@@", ReferenceInvalid, "neither"),
+        ("@@", InvalidReference, "neither"),
     ],
 )
 def test_what_is_not_there(stocked: Place, behind: str, error: type[Exception], says: str) -> None:
@@ -333,7 +333,7 @@ def lie(place: Place, spoil: Callable[[dict[str, Any]], object], **files: bytes)
 def test_hostile_names_in_a_manifest(place: Place, path: str, tmp_path: Path) -> None:
     lie(place, lambda document: document["files"].update({path: {"size": 1, "sha256": "0" * 64}}))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ManifestInvalid, match=r"org/adapter@1\.0\.0") as caught:
+    with pytest.raises(InvalidManifest, match=r"org/adapter@1\.0\.0") as caught:
         fetch(place)
     assert str(caught.value).isprintable()
     assert sorted(tmp_path.rglob("*")) == before
@@ -344,10 +344,10 @@ def test_hostile_names_in_a_manifest(place: Place, path: str, tmp_path: Path) ->
     [
         (lambda document: document.update(version="1.0.1"), IntegrityError),
         (lambda document: document["files"]["README.md"].update(size=5), HostileAnswer),
-        (lambda document: document["files"]["README.md"].update(size=10**15), ManifestInvalid),
+        (lambda document: document["files"]["README.md"].update(size=10**15), InvalidManifest),
         (lambda document: document["files"].update({"vocab.txt": {"size": 1, "sha256": "0" * 64}}), IntegrityError),
         (lambda document: document["tensors"].popitem(), IntegrityError),
-        (lambda document: document.clear(), ManifestInvalid),
+        (lambda document: document.clear(), InvalidManifest),
     ],
 )
 def test_manifests_that_do_not_fit(
@@ -499,12 +499,12 @@ def test_a_lock_is_written_when_asked_and_used_when_there(stocked: Place, tmp_pa
 
 
 def test_frozen(stocked: Place) -> None:
-    with pytest.raises(NotLocked, match="is not there"):
+    with pytest.raises(LockEntryNotFound, match="is not there"):
         fetch(stocked, frozen=True)
     release(stocked.hub, "1.0.0", name="org/second")
     fetch(stocked, "org/second", lock=True)
     for lock in (None, True):
-        with pytest.raises(NotLocked, match="org/adapter is not in"):
+        with pytest.raises(LockEntryNotFound, match="org/adapter is not in"):
             fetch(stocked, frozen=True, lock=lock)
 
 
@@ -521,7 +521,7 @@ def test_locking_anew(stocked: Place) -> None:
 )  # fmt: skip
 def test_a_malformed_lock(stocked: Place, text: str) -> None:
     Path(LOCK_FILE).write_text(text)
-    with pytest.raises(LockInvalid, match=LOCK_FILE):
+    with pytest.raises(InvalidLock, match=LOCK_FILE):
         fetch(stocked)
     assert Path(LOCK_FILE).read_text() == text
 
@@ -546,8 +546,8 @@ def test_yank(stocked: Place) -> None:
 
 @pytest.mark.parametrize(
     ("reference", "reason", "error"),
-    [(NAME, "x", ReferenceInvalid), (f"{NAME}>1", "x", ReferenceInvalid), (f"{NAME}@9", "x", VersionNotFound),
-     (f"{NAME}@1", "", ReferenceInvalid), (f"{NAME}@1", "a\x1b[31m", ReferenceInvalid)],
+    [(NAME, "x", InvalidReference), (f"{NAME}>1", "x", InvalidReference), (f"{NAME}@9", "x", VersionNotFound),
+     (f"{NAME}@1", "", InvalidReference), (f"{NAME}@1", "a\x1b[31m", InvalidReference)],
 )  # fmt: skip
 def test_what_cannot_be_yanked(stocked: Place, reference: str, reason: str, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -571,7 +571,7 @@ def test_aliases(stocked: Place) -> None:
         remove_alias(NAME, "champion", hub=stocked.hub)
     assert [move.version for move in aliases(NAME, hub=stocked.hub)["champion"]] == ["1.0.0", "1.1.0", None]
     for name in ("latest", "v1", "deadbeef", "a b"):
-        with pytest.raises(ReferenceInvalid):
+        with pytest.raises(InvalidReference):
             set_alias(NAME, name, hub=stocked.hub)
 
 
@@ -756,7 +756,7 @@ def test_mirror_to_a_hub(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
     nameless = draft("1.1.0")
     manifest = replace(nameless.manifest, base=replace(nameless.manifest.base, id=None, commit=None))
     publish(source.hub, NAME, parse_version("1.1.0"), lambda *_: replace(nameless, manifest=manifest))
-    with pytest.raises(BaseUnknown, match="Push the adapter there with base_model="):
+    with pytest.raises(UnknownBase, match="Push the adapter there with base_model="):
         mirror(f"{NAME}@1.1.0", target.hub, hub=source.hub)
 
 

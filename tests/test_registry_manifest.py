@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import registry
-from registry.errors import ManifestInvalid, UnsafeFile
+from registry.errors import InvalidManifest, UnsafeFile
 from registry.formats.manifest import MAX_MANIFEST, Manifest
 from registry.formats.paths import allowed, check_path
 from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
@@ -115,14 +115,14 @@ SPOILT: dict[str, tuple[str, Any]] = {
 def test_a_spoilt_manifest_is_refused_by_name(case: str) -> None:
     key, value = SPOILT[case]
     spoilt = {**document(), key: value}
-    with pytest.raises(ManifestInvalid, match=rf"^adapter_manifest\.json: .*{key if key != 'files' else ''}") as caught:
+    with pytest.raises(InvalidManifest, match=rf"^adapter_manifest\.json: .*{key if key != 'files' else ''}") as caught:
         Manifest.parse(json.dumps(spoilt).encode())
     assert len(str(caught.value)) < 500
 
 
 def test_tensor_names_that_are_code_are_refused_although_the_schema_cannot_say_so() -> None:
     for name in ("__class__", "a.__class__.b", "a..b", ".a", "a."):
-        with pytest.raises(ManifestInvalid, match="name of a tensor"):
+        with pytest.raises(InvalidManifest, match="name of a tensor"):
             Manifest.parse(json.dumps({**document(), "tensors": {name: {"dtype": "F32", "shape": [1]}}}).encode())
 
 
@@ -144,7 +144,7 @@ HOSTILE_JSON = {
 
 @pytest.mark.parametrize("case", HOSTILE_JSON)
 def test_hostile_json_is_refused(case: str) -> None:
-    with pytest.raises(ManifestInvalid, match=r"^adapter_manifest\.json: "):
+    with pytest.raises(InvalidManifest, match=r"^adapter_manifest\.json: "):
         Manifest.parse(HOSTILE_JSON[case])
 
 
@@ -161,7 +161,7 @@ def test_what_the_schema_refuses_the_parser_refuses_too(data: st.DataObject) -> 
             break
         target = target[key]
     if not jsonschema.Draft202012Validator(SCHEMA).is_valid(spoilt):
-        with pytest.raises(ManifestInvalid):
+        with pytest.raises(InvalidManifest):
             Manifest.parse(json.dumps(spoilt).encode())
 
 
@@ -182,7 +182,7 @@ def test_no_other_file_name_is_allowed(name: str) -> None:
     assert "\0" not in str(caught.value)
     assert len(str(caught.value)) < 400
     spoilt = {**document(), "files": {**document()["files"], name: {"size": 1, "sha256": SHA}}}
-    with pytest.raises(ManifestInvalid, match="which a release can't hold"):
+    with pytest.raises(InvalidManifest, match="which a release can't hold"):
         Manifest.parse(json.dumps(spoilt).encode())
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from registry.errors import ReferenceInvalid
+from registry.errors import InvalidReference
 from registry.formats.references import (
     Reference,
     bumped,
@@ -96,7 +96,7 @@ def test_forms(text: str, shown: str) -> None:
     ],
 )
 def test_malformed(text: str, says: str) -> None:
-    with pytest.raises(ReferenceInvalid, match=says) as caught:
+    with pytest.raises(InvalidReference, match=says) as caught:
         Reference.parse(text)
     assert str(caught.value).isprintable()
 
@@ -106,14 +106,14 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     for candidate in (text, f"org/name{text}", f"org/name@{text}"):
         try:
             reference = Reference.parse(candidate)
-        except ReferenceInvalid:
+        except InvalidReference:
             continue
         assert Reference.parse(str(reference)) == reference
 
 
 @pytest.mark.parametrize("alias", ["1", "v1", "1.0rc1", "deadbeef", COMMIT, "main", "Latest", "", "a/b", "x" * 65, "é"])
 def test_what_an_alias_cannot_be(alias: str) -> None:
-    with pytest.raises(ReferenceInvalid):
+    with pytest.raises(InvalidReference):
         check_alias(alias)
 
 

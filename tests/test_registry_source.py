@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from twin import make_tokenizer
 
 from lora_plugins import LoraCallback
-from registry.errors import BadAdapter, BaseUnknown, RegistryError, TooLarge, UnsafeFile
+from registry.errors import InvalidAdapter, RegistryError, TooLarge, UnknownBase, UnsafeFile
 from registry.formats.manifest import Manifest
 from registry.publishing.draft import make_release
 from registry.publishing.source import collect
@@ -162,7 +162,7 @@ def test_the_hash_of_a_tokenizer_is_the_same_in_memory_and_in_a_file(tmp_path: P
 
 
 def test_a_local_base_is_refused_on_a_hub(folder: Path) -> None:
-    with pytest.raises(BaseUnknown, match=r"base model is the folder '.*base', which nobody else can load.*_model="):
+    with pytest.raises(UnknownBase, match=r"base model is the folder '.*base', which nobody else can load.*_model="):
         collected(folder, on_hub=True)
 
 
@@ -178,16 +178,16 @@ def test_a_local_base_gets_an_id(folder: Path) -> None:
 
 @pytest.mark.parametrize("given", ["/srv/base", "../base", "https://example.com/x", "a/b/c", "", "org/..", "~"])
 def test_a_base_model_that_is_no_id_is_refused(folder: Path, given: str) -> None:
-    with pytest.raises(BaseUnknown, match="no id of a model"):
+    with pytest.raises(UnknownBase, match="no id of a model"):
         collected(folder, base_model=given)
 
 
 def test_a_base_that_cannot_be_identified_is_refused_everywhere(folder: Path, tmp_path: Path) -> None:
     unknown = with_config(folder, tmp_path / "a", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(BaseUnknown, match="can't be identified from here"):
+    with pytest.raises(UnknownBase, match="can't be identified from here"):
         collected(unknown)
     nameless = with_config(folder, tmp_path / "b", base_model_name_or_path=None)
-    with pytest.raises(BaseUnknown, match="a model without a name"):
+    with pytest.raises(UnknownBase, match="a model without a name"):
         collected(nameless)
 
 
@@ -198,7 +198,7 @@ def test_a_folder_with_the_name_of_a_base_is_no_id(
     assert collected(shadowed)[0].base.id == "org/base"
     (tmp_path / "org" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BaseUnknown, match="the folder 'org/base'"):
+    with pytest.raises(UnknownBase, match="the folder 'org/base'"):
         collected(shadowed, on_hub=True)
 
 
@@ -213,7 +213,7 @@ def test_an_untrained_adapter_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(BadAdapter, match="All 2 LoRA modules are zero"):
+    with pytest.raises(InvalidAdapter, match="All 2 LoRA modules are zero"):
         collected(model)
 
 
@@ -236,12 +236,12 @@ SPOILT = {
 @pytest.mark.parametrize("case", SPOILT)
 def test_a_useless_adapter_is_refused(folder: Path, tmp_path: Path, case: str) -> None:
     change, message = SPOILT[case]
-    with pytest.raises((BadAdapter, UnsafeFile), match=message):
+    with pytest.raises((InvalidAdapter, UnsafeFile), match=message):
         collected(with_tensors(folder, tmp_path / "a", change))
 
 
 def test_a_rank_that_is_not_the_configured_one_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadAdapter, match=r"has rank 4, and adapter_config\.json says 16"):
+    with pytest.raises(InvalidAdapter, match=r"has rank 4, and adapter_config\.json says 16"):
         collected(with_config(folder, tmp_path / "a", r=16))
 
 
@@ -258,16 +258,16 @@ def test_large_tensors_that_are_not_the_adapters_have_to_be_allowed(
 
 
 def test_things_that_are_no_adapters(tmp_path: Path) -> None:
-    with pytest.raises(BadAdapter, match="A LlamaForCausalLM is nothing to publish"):
+    with pytest.raises(InvalidAdapter, match="A LlamaForCausalLM is nothing to publish"):
         collected(tiny.llama())
-    with pytest.raises(BadAdapter, match="is no folder"):
+    with pytest.raises(InvalidAdapter, match="is no folder"):
         collected(tmp_path / "missing")
-    with pytest.raises(BadAdapter, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
+    with pytest.raises(InvalidAdapter, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
         collected(tmp_path)
     saved(tiny.llama(), tmp_path / "checkpoint-3")
-    with pytest.raises(BadAdapter, match="It has adapters in checkpoint-3: name one of them"):
+    with pytest.raises(InvalidAdapter, match="It has adapters in checkpoint-3: name one of them"):
         collected(tmp_path)
-    with pytest.raises(BadAdapter, match="The metric 'loss' is nan"):
+    with pytest.raises(InvalidAdapter, match="The metric 'loss' is nan"):
         collected(adapted(tiny.llama()), metrics={"loss": float("nan")})
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
-from registry.errors import BadAdapter, UnsafeFile
+from registry.errors import InvalidAdapter, UnsafeFile
 from registry.formats.weights import MAX_HEADER, check_values, read_file_header, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -142,18 +142,18 @@ def values(folder: Path, **tensors: torch.Tensor) -> set[str]:
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: torch.dtype, bad: float) -> None:
     tensor = torch.ones(3, 5, dtype=dtype)
     tensor[2, 4] = bad
-    with pytest.raises(BadAdapter, match=r"^broken holds NaN or infinite values"):
+    with pytest.raises(InvalidAdapter, match=r"^broken holds NaN or infinite values"):
         values(tmp_path, fine=torch.ones(2), broken=tensor)
 
 
 def test_values_that_overflow_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadAdapter, match=r"^a holds values above 1e18"):
+    with pytest.raises(InvalidAdapter, match=r"^a holds values above 1e18"):
         values(tmp_path, a=torch.tensor([1e38]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int8, torch.bool])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(BadAdapter, match=r"^a has dtype .*F32, BF16 or F16"):
+    with pytest.raises(InvalidAdapter, match=r"^a has dtype .*F32, BF16 or F16"):
         values(tmp_path, a=torch.ones(2, dtype=dtype))
 
 
@@ -175,5 +175,5 @@ def test_a_file_larger_than_one_chunk_is_read_to_its_end(tmp_path: Path, monkeyp
     tensor[999] = 1
     assert values(tmp_path, a=tensor, b=torch.zeros(1000)) == {"b"}
     tensor[999] = float("nan")
-    with pytest.raises(BadAdapter, match="a holds NaN"):
+    with pytest.raises(InvalidAdapter, match="a holds NaN"):
         values(tmp_path, a=tensor)

@@ -19,6 +19,21 @@ from lora_plugins.errors import (
 from lora_plugins.models.sharding import gathered_state, is_sharded
 from registry import pull_adapter, put_back
 
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_FILE",
+    "adapter_folder",
+    "adapter_shapes",
+    "adapter_state",
+    "check_same_tensors",
+    "copy_adapter",
+    "differing_tensors",
+    "find_adapter_file",
+    "load_config",
+    "load_weights",
+]
+
+
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 

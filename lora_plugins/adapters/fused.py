@@ -21,6 +21,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+__all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters"]
+
 
 def fuse_adapters(model: nn.Module) -> int:
     """Let the LoRA layers of a model compute their branch as one function while they are trained.

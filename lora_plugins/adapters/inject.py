@@ -20,6 +20,17 @@ from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.targets.resolution import TargetPlan
 
+__all__ = [
+    "build_config",
+    "exchange_layers",
+    "has_adapters",
+    "initializes_from_base",
+    "inject",
+    "register_lora_layers",
+    "seeded",
+]
+
+
 #: Initialisations that rewrite the float base weight and leave it a plain weight: quantize afterwards.
 _REWRITE_BASE = ("pissa", "olora")
 

@@ -41,6 +41,18 @@ from lora_plugins.quantization.selftest import check_arrived
 from lora_plugins.quantization.walk import quantize_in_place
 from lora_plugins.targets.resolution import TargetPlan, resolve_targets, task_heads
 
+__all__ = [
+    "RECORD_ATTRIBUTE",
+    "Preparation",
+    "Progress",
+    "preparation_of",
+    "prepare",
+    "prepare_base",
+    "prepare_model",
+    "prepare_plain",
+]
+
+
 #: Where the record of a preparation is kept on the prepared model.
 RECORD_ATTRIBUTE = "lora_plugins_preparation"
 

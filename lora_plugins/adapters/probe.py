@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+__all__ = ["PROBE_TEXT", "Distance", "compare_logits", "probe_logits"]
+
+
 #: Everyday English with names, numbers and punctuation.
 PROBE_TEXT = (
     "Summarize the chat dialogue:\nMia: Are we still meeting at 6:30?\nNoah: Sorry, the train is 20 minutes late. "

@@ -10,6 +10,8 @@ from peft import PeftModel
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
 from registry import lora_tensors
 
+__all__ = ["check_loadable", "renamed_on_loading"]
+
 
 def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:
     """Find out, before anything is trained, whether PEFT will find the tensors of an adapter's file.

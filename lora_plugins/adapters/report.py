@@ -24,6 +24,8 @@ from lora_plugins.quantization.request import Quantization, detect_quantization
 from lora_plugins.quantization.walk import EXPECTED_REASONS
 from lora_plugins.targets.records import TargetHit
 
+__all__ = ["ParameterReport", "TargetRow", "make_report", "rows_of_adapters", "rows_of_hits"]
+
 
 @dataclass(frozen=True)
 class TargetRow:

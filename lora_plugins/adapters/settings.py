@@ -15,6 +15,9 @@ from peft import LoraConfig
 from lora_plugins.errors import PreparationError, UnknownArgument
 from lora_plugins.quantization.request import Quantization, parse_quantization
 
+__all__ = ["DEFAULTS", "LoraSettings"]
+
+
 #: The recipe's values, used where neither an argument nor ``peft_config=`` says otherwise.
 DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05}
 

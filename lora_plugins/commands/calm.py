@@ -7,6 +7,9 @@ import os
 import sys
 import warnings
 
+__all__ = ["calm"]
+
+
 #: Who speaks, while it is imported, of optional kernels and of its own future.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 

@@ -14,6 +14,9 @@ import typer
 from lora_plugins.errors import LoraPluginsError, LoraPluginsWarning
 from lora_plugins.plugins.host import DISTRIBUTION, plugin_host
 
+__all__ = ["DEBUG_VARIABLE", "app", "is_expected", "main", "options", "program"]
+
+
 DEBUG_VARIABLE = "LORA_PLUGINS_DEBUG"
 
 app = typer.Typer(

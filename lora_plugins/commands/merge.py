@@ -11,6 +11,8 @@ import typer
 
 from lora_plugins.commands.calm import calm
 
+__all__ = ["Dtype", "merge"]
+
 
 class Dtype(str, Enum):
     """What the adapter is merged into."""

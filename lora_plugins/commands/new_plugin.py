@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+__all__ = ["new_plugin"]
+
 
 def new_plugin(
     name: Annotated[str, typer.Argument(help="Name of the model type, such as mytype; the package is NAME-lora.")],

@@ -12,6 +12,8 @@ import typer
 
 from lora_plugins.commands.calm import calm
 
+__all__ = ["plan"]
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or configuration file of the base model.")],

@@ -9,6 +9,8 @@ from lora_plugins import hookimpl
 if TYPE_CHECKING:
     import typer
 
+__all__ = ["register_commands"]
+
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:

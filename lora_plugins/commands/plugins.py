@@ -13,6 +13,9 @@ import typer
 from lora_plugins.plugins.host import BLOCK_VARIABLE, PluginHost, PluginInfo, plugin_host
 from lora_plugins.plugins.packages import installed_versions, missing_requirements
 
+__all__ = ["SHOWN", "plugins"]
+
+
 #: How many names of one kind are written out before the rest is only counted.
 SHOWN = 4
 

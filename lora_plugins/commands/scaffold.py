@@ -9,6 +9,9 @@ from string import Template
 
 from lora_plugins.errors import PluginError
 
+__all__ = ["FILES", "write_package"]
+
+
 _PYPROJECT = """\
 [build-system]
 requires = ["setuptools>=77"]

@@ -6,6 +6,9 @@ import typer
 
 from lora_plugins.commands.calm import calm
 
+__all__ = ["CONTEXT", "train"]
+
+
 #: The command's own parser reads everything, its help included.
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

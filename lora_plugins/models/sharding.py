@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+__all__ = ["gathered_state", "is_part", "is_sharded", "whole", "write_adapters"]
+
+
 #: Parts of the names that PEFT gives to an adapter's parameters.
 _MARKERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+__all__ = ["Block", "BlockKind", "Linear", "Structure", "collapse", "is_under", "linear_features", "matches"]
+
 
 @dataclass(frozen=True)
 class BlockKind:

@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+__all__ = ["adapter_modules", "base_of", "module_places", "plain_path"]
+
 
 def base_of(model: Any) -> nn.Module:
     """Return the base model under a `peft.PeftModel`, and any other model as it is."""

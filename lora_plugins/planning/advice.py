@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 from lora_plugins.planning.amounts import show_bytes
 
+__all__ = ["Change", "Scenario", "nearest_change"]
+
+
 #: How many changes are tried together.
 _MOST_CHANGES = 4
 

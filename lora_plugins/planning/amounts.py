@@ -9,6 +9,9 @@ import torch
 
 from lora_plugins.errors import PlanError
 
+__all__ = ["USABLE", "Memory", "fits", "parse_memory", "present_memory", "show_bytes"]
+
+
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

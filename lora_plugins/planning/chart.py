@@ -6,6 +6,9 @@ from pathlib import Path
 
 from lora_plugins.planning.records import PlanFigures
 
+__all__ = ["draw"]
+
+
 #: Part of the memory -> color; distinguishable with color blindness and in grey.
 _PARTS = {
     "weights": "#30496b",

@@ -11,6 +11,9 @@ from torch import nn
 
 from lora_plugins.models.wrapping import base_of
 
+__all__ = ["make_batch"]
+
+
 #: Seconds of sound that models of spectrograms take, and samples in a second for those of the wave itself.
 _FRAMES = 3000
 _SAMPLES_PER_TOKEN = 320

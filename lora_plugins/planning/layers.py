@@ -16,6 +16,9 @@ from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.quantization.walk import as_linear
 from lora_plugins.trainer.engines import keeps_copy
 
+__all__ = ["PlannedLinear", "keeps_input", "parameter_bytes", "planned", "standing_in", "stored_bytes", "weight_bytes"]
+
+
 #: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
 _SAMPLE_ROWS = (128, 256)
 

@@ -14,6 +14,9 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from lora_plugins.errors import PlanError
 
+__all__ = ["RULES", "file_bytes", "optimizer_bytes", "state_bytes"]
+
+
 #: bitsandbytes keeps the state of smaller tensors in float32.
 _SMALLEST_IN_8_BITS = 4096
 

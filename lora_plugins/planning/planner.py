@@ -29,6 +29,9 @@ from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.targets.resolution import resolve_targets
 
+__all__ = ["plan"]
+
+
 #: Backends that come before others of the same size, in the tables and as advice.
 _FIRST = ("int8", "nf4")
 

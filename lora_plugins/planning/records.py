@@ -8,6 +8,8 @@ from typing import Any
 from lora_plugins.adapters.report import TargetRow
 from lora_plugins.planning.amounts import Memory
 
+__all__ = ["PlanFigures", "Row"]
+
 
 @dataclass(frozen=True)
 class Row:

@@ -13,6 +13,8 @@ from lora_plugins.planning.chart import draw
 from lora_plugins.planning.records import PlanFigures
 from lora_plugins.planning.tables import as_text, tables
 
+__all__ = ["Plan"]
+
 
 @dataclass(frozen=True)
 class Plan(PlanFigures):

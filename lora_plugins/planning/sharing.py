@@ -10,6 +10,9 @@ from lora_plugins.errors import PlanError
 from lora_plugins.planning.amounts import Memory
 from lora_plugins.planning.optimizer import state_bytes
 
+__all__ = ["BUCKET", "PERSISTENT", "REUSE_DISTANCE", "STRATEGIES", "Parts", "Sizes", "per_device"]
+
+
 #: Shape of a tensor and bytes of one of its values.
 Sizes = tuple[tuple[int, ...], int]
 

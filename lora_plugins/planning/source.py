@@ -19,6 +19,9 @@ from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import standing_in
 from lora_plugins.quantization.request import owner_of
 
+__all__ = ["TASKS", "meta_model", "read_config", "without_data"]
+
+
 #: What a model is for -> the class of transformers that makes it; the first that knows a configuration is taken.
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",

@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of
 
+__all__ = ["Block", "LiveBytes", "activation_bytes", "as_on_a_device", "removable_blocks", "shorten"]
+
+
 #: Blocks that a shortened stack keeps at least.
 _FEWEST = 4
 

@@ -13,6 +13,9 @@ from rich.table import Table
 from lora_plugins.planning.amounts import show_bytes
 from lora_plugins.planning.records import PlanFigures, Row
 
+__all__ = ["as_text", "tables"]
+
+
 #: Columns of the text where there is no terminal.
 _WIDTH = 120
 

@@ -33,6 +33,8 @@ from lora_plugins.quantization.walk import layers_to_quantize
 from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.trainer.chunked_loss import chunked_loss
 
+__all__ = ["Estimate", "Workbench"]
+
 
 @dataclass(frozen=True)
 class Estimate:

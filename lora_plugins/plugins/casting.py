@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["CastsInput"]
+
 
 class CastsInput:
     """Compute in the layer's own dtype, whatever comes in, and give back the dtype that came in.

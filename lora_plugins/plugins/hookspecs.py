@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from lora_plugins.plugins.types import Architecture, Quantizer
 
+__all__ = ["PROJECT", "hookimpl", "hookspec", "register_architectures", "register_commands", "register_quantizers"]
+
+
 #: pluggy's project name and the entry-point group.
 PROJECT = "lora_plugins"
 

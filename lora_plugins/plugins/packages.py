@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+__all__ = ["installed_version", "installed_versions", "missing_package", "missing_requirements"]
+
 
 def missing_package(package: str, minimum: str, module: str | None = None) -> str | None:
     """Say how to install a package that is not there or too old; nothing is imported.

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["Architecture", "ExpertPolicy", "Quantizer"]
+
+
 #: What happens to the routed experts of mixture-of-experts blocks.
 ExpertPolicy = Literal["none", "routed", "shared"]
 

@@ -12,6 +12,8 @@ from torch import nn
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.quantization.request import owner_of
 
+__all__ = ["ParameterCount", "TensorBytes", "count_parameters", "tensor_bytes"]
+
 
 @dataclass(frozen=True)
 class ParameterCount:

@@ -15,6 +15,8 @@ from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import quantization_of
 
+__all__ = ["dequantize_model"]
+
 
 def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -> list[str]:
     """Replace every quantized layer by a float one with the values that it stands for.

@@ -12,6 +12,8 @@ from torch import nn
 from lora_plugins.errors import MergeError
 from lora_plugins.quantization.request import Quantization, quantization_of
 
+__all__ = ["QuantizedLoraLinear"]
+
 
 class QuantizedLoraLinear(Linear):  # type: ignore[misc]
     """``peft.tuners.lora.Linear`` whose base layer may be quantized by a backend of the registry.

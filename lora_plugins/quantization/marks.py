@@ -11,6 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, detect_quantization
 
+__all__ = ["QuantizedInPlace", "tag_quantized", "untag_dequantized"]
+
 
 class QuantizedInPlace(HfQuantizer):  # type: ignore[misc]
     """A quantizer that has done its work: the model can be trained under adapters, and not be saved as it is.

@@ -12,6 +12,19 @@ from lora_plugins.models.sharding import is_part
 from lora_plugins.models.wrapping import adapter_modules
 from lora_plugins.quantization.request import owner_of
 
+__all__ = [
+    "Upcast",
+    "activation_dtype",
+    "cast_frozen",
+    "fast_bfloat16",
+    "loading_dtype",
+    "resolve_compute_dtype",
+    "slow_dtype",
+    "slow_products_note",
+    "upcast_frozen",
+]
+
+
 Upcast = Literal["none", "norms", "all"]
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")

@@ -17,6 +17,20 @@ from lora_plugins.errors import (
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Quantizer
 
+__all__ = [
+    "CORE_OPTIONS",
+    "Quantization",
+    "QuantizedLayers",
+    "detect_quantization",
+    "owner_of",
+    "parse_quantization",
+    "quantization_config",
+    "quantization_of",
+    "remember",
+    "with_compute_dtype",
+]
+
+
 #: Options that the core understands for every backend.
 CORE_OPTIONS = ("name", "skip_modules")
 

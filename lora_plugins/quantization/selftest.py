@@ -18,6 +18,9 @@ from lora_plugins.plugins.packages import missing_requirements
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
 
+__all__ = ["check_arrived", "check_usable", "self_test", "why_unavailable"]
+
+
 #: Wide enough for the kernels that take weights in groups of 128.
 _IN, _OUT = 256, 192
 

@@ -16,6 +16,9 @@ from lora_plugins.models.wrapping import adapter_modules, base_of, module_places
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
 from lora_plugins.quantization.selftest import check_usable
 
+__all__ = ["EXPECTED_REASONS", "as_linear", "layers_to_quantize", "quantize_in_place"]
+
+
 #: Why layers stay in float that nobody expects to be quantized; other reasons are worth a note.
 EXPECTED_REASONS = (
     "never touched in this architecture",

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+__all__ = ["CHAT", "FORMER_NAMES", "TEMPLATE", "TRAINING_DEFAULTS", "RecipeArguments"]
+
+
 #: The prompt of the recipe, in the columns of the samsum data set.
 TEMPLATE = "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n{summary}{eos_token}"
 

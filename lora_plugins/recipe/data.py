@@ -14,6 +14,9 @@ from lora_plugins.errors import DataError
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.parser import held_out_share
 
+__all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
+
+
 #: Loader of ``datasets`` by the end of a file's name.
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

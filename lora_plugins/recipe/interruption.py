@@ -19,6 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from types import FrameType
 
+__all__ = ["GRACE", "SIGNALS", "Interruption"]
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 #: Seconds in which further signals are taken for the first one: under torchrun, one Ctrl-C reaches a process from the

@@ -16,6 +16,9 @@ from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.resume import checkpoint_folders
 
+__all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record", "write_json"]
+
+
 #: The arguments of the run in an output folder.
 RUN_FILE = "run.json"
 

@@ -19,6 +19,9 @@ from datasets.fingerprint import Hasher
 
 from lora_plugins.errors import DataError
 
+__all__ = ["IGNORED", "TOKEN_COLUMNS", "PackingCounts", "PaddedCounts", "keep_apart", "pack", "token_offsets"]
+
+
 #: Columns that have one value for each token.
 TOKEN_COLUMNS = ("input_ids", "labels")
 

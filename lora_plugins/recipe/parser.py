@@ -17,6 +17,18 @@ from lora_plugins.recipe.arguments import FORMER_NAMES, TRAINING_DEFAULTS, Recip
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
 
+__all__ = [
+    "CONFIG_FLAG",
+    "PROGRAM",
+    "extra_lora_fields",
+    "flag_names",
+    "held_out_share",
+    "json_object",
+    "make_parser",
+    "parse",
+]
+
+
 PROGRAM = "lora-plugins train"
 
 CONFIG_FLAG = "--config"

@@ -28,6 +28,21 @@ from lora_plugins.recipe.parser import extra_lora_fields, json_object
 from lora_plugins.recipe.templates import encode, make_template
 from lora_plugins.targets.resolution import SCOPES
 
+__all__ = [
+    "Prepared",
+    "Say",
+    "check_lora",
+    "collator",
+    "completion_only",
+    "load_base",
+    "load_tokenizer",
+    "lora_arguments",
+    "packs",
+    "prepare_data",
+    "quantization_of",
+]
+
+
 #: Characters that a name of a module never has and a regular expression nearly always.
 _PATTERN = frozenset("*|()[]^$\\+?")
 

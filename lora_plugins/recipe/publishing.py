@@ -10,6 +10,9 @@ from typing import Any
 from lora_plugins.errors import ArgumentsError
 from registry import check_push, push_adapter
 
+__all__ = ["Publication"]
+
+
 _REFERENCE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.+!-]+)")
 
 

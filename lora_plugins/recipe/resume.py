@@ -14,6 +14,9 @@ from transformers import TrainerState
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 
+__all__ = ["Checkpoints", "checkpoint_defect", "checkpoint_folders", "find_checkpoints", "finished_state"]
+
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 #: The Trainer writes this file last.

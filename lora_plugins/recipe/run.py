@@ -32,6 +32,9 @@ from lora_plugins.recipe.publishing import Publication
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.trainer.checkpoints import restore_best
 
+__all__ = ["TrainingRun", "run"]
+
+
 #: Added to the number of the signal that ended a program, as shells do.
 _SIGNAL_BASE = 128
 

@@ -16,6 +16,9 @@ from lora_plugins.errors import TemplateError
 from lora_plugins.recipe.arguments import CHAT
 from lora_plugins.recipe.packing import IGNORED
 
+__all__ = ["Span", "Template", "encode", "make_template"]
+
+
 #: Names in a template that the tokenizer fills.
 _TOKENS = ("eos_token", "bos_token")
 

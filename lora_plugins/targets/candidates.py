@@ -15,6 +15,9 @@ from lora_plugins.models.structure import Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.plugins.types import Architecture
 
+__all__ = ["Candidates", "find_record"]
+
+
 _ATTENTION = re.compile(r"attn|attention|query_key_value|(^|[._])[qkv]_(proj|lin)|(^|\.)(mixer|linear_attn|mamba|ssm)")
 _ROUTER = re.compile(r"(^|\.)(router|gate|gate_network|shared_expert_gate)(\.|$)")
 _VISION = re.compile(r"vision|visual|image_encoder|audio_tower|audio_encoder|speech_encoder")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from peft import LoraConfig
 from torch import nn
 
+__all__ = ["rewritten_names", "shortest_names"]
+
 
 def shortest_names(wanted: Iterable[str], existing: Iterable[str], parts: int = 1) -> list[str]:
     """Return names that mean exactly the wanted paths, by PEFT's rule that a name matches the end of a path at a dot.

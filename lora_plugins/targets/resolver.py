@@ -26,6 +26,9 @@ from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import task_heads, task_type
 
+__all__ = ["SCOPES", "Resolver"]
+
+
 #: Scopes that every model has, whether or not its architecture is registered.
 SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
 

@@ -8,6 +8,9 @@ from lora_plugins.models.structure import Structure
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.targets.candidates import find_record
 
+__all__ = ["task_heads", "task_type"]
+
+
 #: What a class name says about the task, in PEFT's words; the head is new in all of them.
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",

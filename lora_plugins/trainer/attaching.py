@@ -15,6 +15,8 @@ from lora_plugins.trainer.optimizer import release_optimizer
 from lora_plugins.trainer.seam import is_training, put_model
 from lora_plugins.trainer.unsharding import leave_engine
 
+__all__ = ["attach", "detach"]
+
 
 def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
     """Put LoRA adapters into a Trainer that already exists, before or between calls of ``train()``.

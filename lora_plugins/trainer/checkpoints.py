@@ -14,6 +14,8 @@ from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
 from lora_plugins.models.sharding import gathered_state, is_part, is_sharded
 
+__all__ = ["check_checkpoint", "restore_best"]
+
 
 def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
     """Raise `BrokenCheckpoint` unless a checkpoint holds the adapter as it is in the model.

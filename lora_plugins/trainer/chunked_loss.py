@@ -22,6 +22,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.trainer.seam import shadow_method
 
+__all__ = ["FEWEST_ROWS", "PIECE", "TILE", "LazyLogits", "chunked_loss", "install"]
+
+
 #: Logits that are held at once, in values: 32 MiB in float32. Larger pieces leave the CPU's cache.
 PIECE = 1 << 23
 #: Rows that are computed at a time however large the vocabulary is: fewer would read the head's weight too often.

@@ -27,6 +27,19 @@ from lora_plugins.models.sharding import is_sharded, write_adapters
 from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.trainer.seam import shadow_method
 
+__all__ = [
+    "MEETING_TIME",
+    "check_engine",
+    "gradient_norm",
+    "guard",
+    "hides_gradients",
+    "keep_quantized_whole",
+    "keeps_copy",
+    "meet",
+    "raising_together",
+]
+
+
 #: How long the processes wait for each other before saving a model that is spread over them.
 MEETING_TIME = timedelta(minutes=10)
 #: What the optimizer's state is called in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.

@@ -18,6 +18,18 @@ from lora_plugins.errors import (
     OptimizerMismatch,
 )
 
+__all__ = [
+    "VISIBLE_RATE",
+    "WATCHED_STEPS",
+    "MovementWatch",
+    "Watched",
+    "check_heads",
+    "check_optimizer",
+    "check_trainable",
+    "has_gradient",
+]
+
+
 #: Sum of learning rates from which a tensor that did not start as zero must show a change. Below it, as in
 #: the first steps of a long warm-up, updates drown in the optimizer's epsilon or in float16's smallest number.
 VISIBLE_RATE = 1e-6

@@ -11,6 +11,9 @@ import torch
 
 from lora_plugins.errors import DeadLoss, NonFiniteLoss
 
+__all__ = ["DEAD_STEPS", "LossWatch"]
+
+
 #: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
 DEAD_STEPS = 3
 

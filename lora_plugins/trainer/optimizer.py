@@ -8,6 +8,8 @@ from transformers import Trainer
 
 from lora_plugins.errors import OptimizerConflict
 
+__all__ = ["OptimizerRebuild", "release_optimizer"]
+
 
 class OptimizerRebuild:
     """Keeps a Trainer's optimizer right while the model under it is exchanged.

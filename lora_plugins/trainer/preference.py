@@ -10,6 +10,9 @@ from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import UnsupportedTraining
 
+__all__ = ["REFERENCE", "check_adapter_name", "has_reference", "keep_reference"]
+
+
 #: Name that TRL's trainers give to the frozen copy of an adapter they start from, and look for.
 REFERENCE = "ref"
 #: Trainers that read their reference from the policy's own model: the adapter called "ref", or no adapter.

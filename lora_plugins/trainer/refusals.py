@@ -6,6 +6,9 @@ from transformers import Trainer
 
 from lora_plugins.errors import UnsupportedTraining
 
+__all__ = ["check_supported"]
+
+
 #: Optimizers that update weights inside the backward pass or keep one optimizer per layer: they have no
 #: parameter groups that could be checked against the adapters.
 _UNCHECKABLE_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise")

@@ -13,6 +13,16 @@ from transformers import Trainer, TrainerCallback
 from lora_plugins.errors import TrainerNotFound
 from lora_plugins.models.wrapping import base_of
 
+__all__ = [
+    "find_trainer",
+    "is_training",
+    "keep_generation_config",
+    "put_model",
+    "shadow_method",
+    "uses_autocast",
+    "wrap_model_init",
+]
+
 
 def find_trainer(callback: TrainerCallback) -> Trainer:
     """Return the Trainer that is calling a callback.

@@ -15,6 +15,8 @@ from transformers import Trainer
 
 from lora_plugins.models.sharding import is_part, whole
 
+__all__ = ["leave_engine"]
+
 
 def leave_engine(trainer: Trainer) -> None:
     """Give the Trainer's model back whole, as it was before the engine of an earlier ``train()`` took it.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.contract import CheckResult, check
 from registry.base.files import BaseFiles, LiveTensors
 from registry.base.fingerprint import TensorSource, config_values
-from registry.errors import BaseUnknown, CommitNotFound
+from registry.errors import CommitNotFound, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID, Manifest
@@ -58,7 +58,7 @@ def described(base: Any, manifest: Manifest, hub: Hub | str | None, token: str |
     """What has to be known of a base, given as model, folder, configuration or id.
 
     Raises:
-        BaseUnknown: It is none of these.
+        UnknownBase: It is none of these.
         HubError: The hub doesn't give it.
     """
     from torch import nn
@@ -68,7 +68,7 @@ def described(base: Any, manifest: Manifest, hub: Hub | str | None, token: str |
     if is_folder(base):
         folder = Path(os.fspath(base)).expanduser()
         if not folder.is_dir():
-            raise BaseUnknown(f"There is no folder {folder}")
+            raise UnknownBase(f"There is no folder {folder}")
         return _files(BaseFiles.in_folder(folder), f"the model in {folder}", manifest)
     if isinstance(base, str):
         return _on_hub(base, manifest, hub, token)
@@ -76,7 +76,7 @@ def described(base: Any, manifest: Manifest, hub: Hub | str | None, token: str |
         return Base(
             f"a {base.model_type} of this configuration", _empty(copy.deepcopy(base), manifest), _values(base), None
         )
-    raise BaseUnknown(f"{base!r} is no base model: give a model, a folder, a configuration or an id")
+    raise UnknownBase(f"{base!r} is no base model: give a model, a folder, a configuration or an id")
 
 
 def _live(model: nn.Module) -> Base:
@@ -94,7 +94,7 @@ def _on_hub(text: str, manifest: Manifest, hub: Hub | str | None, token: str | b
 
     name, _, revision = text.partition("@")
     if BASE_ID.fullmatch(name) is None:
-        raise BaseUnknown(f"{text!r} is no base model: give an id such as org/base, or a folder as path object")
+        raise UnknownBase(f"{text!r} is no base model: give an id such as org/base, or a folder as path object")
     # LORA_REGISTRY says where adapters are, not where base models are.
     where: Hub = HuggingFaceHub(token=token) if hub is None else open_hub(hub, token)
     recorded = manifest.base.commit if name == manifest.base.id else None

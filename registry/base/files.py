@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import FileMissing, UnsafeFile
+from registry.errors import HubFileNotFound, UnsafeFile
 from registry.formats.strict_json import JsonRefused, parse
 from registry.formats.weights import Header, read_header
 
@@ -92,7 +92,7 @@ class BaseFiles:
         """Its configuration.
 
         Raises:
-            FileMissing: It has none.
+            HubFileNotFound: It has none.
             UnsafeFile: It needs code of its own, or can't be read.
         """
         from transformers import AutoConfig
@@ -142,7 +142,7 @@ class BaseFiles:
 
     def _document(self, name: str) -> dict[str, Any]:
         if name not in self.sizes:
-            raise FileMissing(f"{self.name} has no {name}: it is no base model that can be checked")
+            raise HubFileNotFound(f"{self.name} has no {name}: it is no base model that can be checked")
         try:
             values = parse(self.read(name, 0, min(self.sizes[name], _SMALL) + 1), _SMALL)
         except JsonRefused as reason:

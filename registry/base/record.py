@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.base.files import BaseFiles
 from registry.base.fingerprint import compare, config_values, fingerprint, prints, telling
-from registry.errors import BaseMismatch, BaseUnknown, HubError, RegistryError, RepositoryNotFound
+from registry.errors import BaseMismatch, HubError, RegistryError, RepositoryNotFound, UnknownBase
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
 from registry.formats.records import Architecture, BaseRecord, Fingerprint
@@ -88,12 +88,12 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
     Where the hub can't be reached, a commit is taken on trust, and a branch or none is not resolved.
 
     Raises:
-        BaseUnknown: It is no id, or the hub has no such model or revision.
+        UnknownBase: It is no id, or the hub has no such model or revision.
         BaseMismatch: The model under that id is another one.
     """
     name, _, revision = given.partition("@")
     if BASE_ID.fullmatch(name) is None:
-        raise BaseUnknown(f"base_model={given!r} is no id of a model on a hub: give org/name or org/name@revision")
+        raise UnknownBase(f"base_model={given!r} is no id of a model on a hub: give org/name or org/name@revision")
     commit = revision if _is_commit(revision) else None
     if hub is None:
         if commit is None and record.fingerprint is not None:
@@ -105,7 +105,7 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
         if record.fingerprint is not None:
             _compare(record.fingerprint, BaseFiles.on_hub(hub, name, commit))
     except RepositoryNotFound:
-        raise BaseUnknown(f"base_model={given!r}: {hub.location} shows no such model to this token") from None
+        raise UnknownBase(f"base_model={given!r}: {hub.location} shows no such model to this token") from None
     except HubError:
         pass  # not reachable now
     return BaseRecord(name, commit, record.fingerprint)
@@ -115,7 +115,7 @@ def _resolved(hub: Hub, name: str, revision: str) -> str:
     refs = hub.refs(name)
     commit = refs.branches.get(revision) or refs.tags.get(revision)
     if commit is None:
-        raise BaseUnknown(f"base_model: {name} has no branch or tag {revision!r}")
+        raise UnknownBase(f"base_model: {name} has no branch or tag {revision!r}")
     return commit
 
 
@@ -133,18 +133,18 @@ def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
     """The base as it is published: by an id that others can load, or by its fingerprint.
 
     Raises:
-        BaseUnknown: It has neither; or, on a hub, no id.
+        UnknownBase: It has neither; or, on a hub, no id.
     """
     if is_hub_id(record.id):
         return record
     what = f"the folder {record.id!r}" if record.id else "a model without a name"
     if on_hub:
-        raise BaseUnknown(
+        raise UnknownBase(
             f"The base model is {what}, which nobody else can load. Say where it is on the Hub: "
             'push_adapter(…, base_model="org/base@revision")'
         )
     if record.fingerprint is None or not record.fingerprint.tensors:
-        raise BaseUnknown(
+        raise UnknownBase(
             f"The base model is {what}, and can't be identified from here. Push the model itself, or say where its "
             'base is on the Hub: push_adapter(…, base_model="org/base@revision")'
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from registry.catalog.index import Release, index_of, read_index
 from registry.catalog.state import Move, State, change_state, now, read_state
-from registry.errors import AliasMoved, AliasNotFound, ReferenceInvalid
+from registry.errors import AliasMoved, AliasNotFound, InvalidReference
 from registry.formats.references import Reference, check_alias, check_name, parse_version, version_text
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub, Refs
@@ -40,7 +40,7 @@ def set_alias(
 
     Raises:
         AliasMoved: It stands for something else.
-        ReferenceInvalid: It is no name for an alias.
+        InvalidReference: It is no name for an alias.
         VersionNotFound: The reference means no release.
     """
     parsed, place = Reference.parse(reference), open_hub(hub, token)
@@ -92,7 +92,7 @@ def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | No
                 "somebody else has moved it"
             )
         if version is not None and parse_version(version) not in index_of(name, refs, state).versions:
-            raise ReferenceInvalid(f"{name} has no version {version} any more")
+            raise InvalidReference(f"{name} has no version {version} any more")
         moves = (*state.aliases.get(alias, ()), Move(version, now()))
         return State(state.yanked, {**state.aliases, alias: moves})
 

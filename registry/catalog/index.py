@@ -11,9 +11,9 @@ from registry.catalog.state import State, read_state
 from registry.errors import (
     AliasNotFound,
     CommitNotFound,
-    FileMissing,
+    HubFileNotFound,
     IntegrityError,
-    ManifestInvalid,
+    InvalidManifest,
     NotAdapter,
     VersionNotFound,
 )
@@ -168,18 +168,18 @@ def read_manifest(hub: Hub, release: Release) -> Manifest:
 
     Raises:
         NotAdapter: It has none.
-        ManifestInvalid: It has none that can be read.
+        InvalidManifest: It has none that can be read.
         IntegrityError: It has that of another version.
     """
     try:
         data = hub.read(release.name, release.commit, MANIFEST_FILE, MAX_MANIFEST)
         manifest = Manifest.parse(data)
-    except (FileMissing, CommitNotFound):
+    except (HubFileNotFound, CommitNotFound):
         raise NotAdapter(
             f"{release} on {hub.location} has no {MANIFEST_FILE}: its tag was not set by this registry"
         ) from None
-    except ManifestInvalid as reason:
-        raise ManifestInvalid(f"{release} on {hub.location}: {reason}") from None
+    except InvalidManifest as reason:
+        raise InvalidManifest(f"{release} on {hub.location}: {reason}") from None
     if parse_version(manifest.version) != Version(release.version):
         raise IntegrityError(
             f"{release} on {hub.location} holds the manifest of version {manifest.version}: its tag is wrong"

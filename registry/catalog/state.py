@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from registry.errors import FileMissing, HostileAnswer, PublishConflict, ReferenceInvalid
+from registry.errors import HostileAnswer, HubFileNotFound, InvalidReference, PublishConflict
 from registry.formats.fields import Fields
 from registry.formats.references import check_alias, parse_version, version_text
 from registry.formats.strict_json import JsonRefused, canonical, parse
@@ -72,7 +72,7 @@ class State:
             aliases = {
                 check_alias(alias): tuple(_moves(alias, moves)) for alias, moves in fields.json_table("aliases").items()
             }
-        except (JsonRefused, ReferenceInvalid) as reason:
+        except (JsonRefused, InvalidReference) as reason:
             raise HostileAnswer(f"{STATE_FILE}: {reason}") from None
         return cls(yanked, aliases)
 
@@ -108,7 +108,7 @@ def read_state(hub: Hub, name: str, refs: Refs) -> State:
         return State()
     try:
         return State.parse(hub.read(name, commit, STATE_FILE, _LIMIT))
-    except FileMissing:
+    except HubFileNotFound:
         return State()  # a branch that was just started holds what main held
 
 
@@ -157,10 +157,10 @@ def check_reason(reason: str) -> str:
     """``reason``, if it can be kept and shown.
 
     Raises:
-        ReferenceInvalid: It is empty, too long, or has control characters.
+        InvalidReference: It is empty, too long, or has control characters.
     """
     if not 0 < len(reason) <= _LONGEST_REASON or not reason.isprintable():
-        raise ReferenceInvalid(f"A reason is one line of 1 to {_LONGEST_REASON} printable characters")
+        raise InvalidReference(f"A reason is one line of 1 to {_LONGEST_REASON} printable characters")
     return reason
 
 

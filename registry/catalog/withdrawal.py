@@ -6,7 +6,7 @@ import os
 
 from registry.catalog.index import Release, index_of, read_index
 from registry.catalog.state import State, Yank, change_state, check_reason, now
-from registry.errors import ReferenceInvalid
+from registry.errors import InvalidReference
 from registry.formats.references import Reference
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub, Refs
@@ -30,7 +30,7 @@ def yank(
         token: For the registry.
 
     Raises:
-        ReferenceInvalid: The reference may mean several releases, or the reason is no line of text.
+        InvalidReference: The reference may mean several releases, or the reason is no line of text.
         VersionNotFound: There is no such release.
     """
     return _change(reference, Yank(check_reason(reason), now()), open_hub(hub, token))
@@ -50,7 +50,7 @@ def unyank(
 def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:
     parsed = Reference.parse(reference)
     if parsed.range is not None or (parsed.version or parsed.alias or parsed.commit) is None:
-        raise ReferenceInvalid(f"{reference!r} may mean several versions: name one, as {parsed.name}@1.2.0")
+        raise InvalidReference(f"{reference!r} may mean several versions: name one, as {parsed.name}@1.2.0")
 
     def change(state: State, refs: Refs) -> State:
         version = index_of(parsed.name, refs, state).resolve(parsed).version

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from registry.errors import ManifestInvalid
+from registry.errors import InvalidManifest
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST_FILE, is_picture, listed_in_manifest
 from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
@@ -69,12 +69,12 @@ class Manifest:
         """Read a manifest; what it says has the right types and sizes afterwards, and names only files allowed.
 
         Raises:
-            ManifestInvalid: It is malformed, or of a newer format.
+            InvalidManifest: It is malformed, or of a newer format.
         """
         try:
             manifest = cls._read(Fields(parse(data, MAX_MANIFEST)))
         except JsonRefused as reason:
-            raise ManifestInvalid(f"{MANIFEST_FILE}: {reason}") from None
+            raise InvalidManifest(f"{MANIFEST_FILE}: {reason}") from None
         # The digest is one of the bytes that were read, not of what was understood of them.
         object.__setattr__(manifest, "_bytes", data)
         return manifest

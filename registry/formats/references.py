@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from registry.errors import ReferenceInvalid
+from registry.errors import InvalidReference
 
 __all__ = [
     "BUMPS",
@@ -65,10 +65,10 @@ class Reference:
         """Read a reference.
 
         Raises:
-            ReferenceInvalid: It is malformed; the message says where and what is possible.
+            InvalidReference: It is malformed; the message says where and what is possible.
         """
         if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_REFERENCE:
-            raise ReferenceInvalid(f"A reference is a text of 1 to {_LONGEST_REFERENCE} characters: {_FORMS}")
+            raise InvalidReference(f"A reference is a text of 1 to {_LONGEST_REFERENCE} characters: {_FORMS}")
         cut = next((index for index, char in enumerate(text) if char in f"@{_OPERATORS}"), len(text))
         name, rest = check_name(text[:cut].rstrip(" ")), text[cut:].strip(" ")
         if not rest:
@@ -101,19 +101,19 @@ def check_name(name: str) -> str:
     """``name``, if a repository can be called that.
 
     Raises:
-        ReferenceInvalid: It can't.
+        InvalidReference: It can't.
     """
     parts = name.split("/")
     if len(parts) != 2:
-        raise ReferenceInvalid(f"{name[:200]!r} is no name of an adapter: it has to be org/name ({_FORMS})")
+        raise InvalidReference(f"{name[:200]!r} is no name of an adapter: it has to be org/name ({_FORMS})")
     for part in parts:
         if _PART.fullmatch(part) is None or ".." in part or "--" in part or part.endswith((".git", ".ipynb")):
-            raise ReferenceInvalid(
+            raise InvalidReference(
                 f"{name[:200]!r} is no name of an adapter: {part[:100]!r} has to be 1 to 96 letters, digits, '.', '_' "
                 "and '-', with '.' and '-' neither at an end nor doubled"
             )
         if _DEVICES.fullmatch(part):
-            raise ReferenceInvalid(f"{name!r} is no name of an adapter: {part!r} is a device on some systems")
+            raise InvalidReference(f"{name!r} is no name of an adapter: {part!r} is a device on some systems")
     return name
 
 
@@ -121,19 +121,19 @@ def parse_version(text: str) -> Version:
     """Read a version as PEP 440 has it; semver's ``1.2.3-rc.1`` is read as ``1.2.3rc1``.
 
     Raises:
-        ReferenceInvalid: It is none, or has a local part (``+build``), which no two registries order alike.
+        InvalidReference: It is none, or has a local part (``+build``), which no two registries order alike.
     """
     try:
         if len(text) > _LONGEST_VERSION or not text.isascii() or text != text.strip():
             raise InvalidVersion(text)
         version = Version(text)
     except InvalidVersion:
-        raise ReferenceInvalid(
+        raise InvalidReference(
             f"{text[:100]!r} is no version: give one like 1.2.0 or 2.0.0rc1 (PEP 440, at most {_LONGEST_VERSION} "
             "characters)"
         ) from None
     if version.local is not None:
-        raise ReferenceInvalid(f"{text!r} has the local part '+{version.local}', which released versions don't have")
+        raise InvalidReference(f"{text!r} has the local part '+{version.local}', which released versions don't have")
     return version
 
 
@@ -191,15 +191,15 @@ def check_alias(alias: str) -> str:
     """``alias``, if it can't be taken for anything else.
 
     Raises:
-        ReferenceInvalid: It can.
+        InvalidReference: It can.
     """
     if _is_version(alias) or _LOOKS_LIKE_COMMIT.fullmatch(alias):
-        raise ReferenceInvalid(f"{alias[:100]!r} is no alias: it looks like a version or a commit")
+        raise InvalidReference(f"{alias[:100]!r} is no alias: it looks like a version or a commit")
     if alias.lower() in _RESERVED:
         hint = "; the newest release is org/name without anything behind it" if alias.lower() == "latest" else ""
-        raise ReferenceInvalid(f"{alias!r} is no alias: that name is reserved{hint}")
+        raise InvalidReference(f"{alias!r} is no alias: that name is reserved{hint}")
     if _ALIAS.fullmatch(alias) is None or ".." in alias or alias.endswith("."):
-        raise ReferenceInvalid(
+        raise InvalidReference(
             f"{alias[:100]!r} is no alias: it has to be a letter and up to 63 letters, digits, '.', '_' and '-'"
         )
     return alias
@@ -207,17 +207,17 @@ def check_alias(alias: str) -> str:
 
 def _pinned(name: str, pin: str, text: str) -> Reference:
     if not pin:
-        raise ReferenceInvalid(f"{text!r} ends with '@': a version, an alias or a commit has to follow")
+        raise InvalidReference(f"{text!r} ends with '@': a version, an alias or a commit has to follow")
     if pin[0] in _OPERATORS:
-        raise ReferenceInvalid(f"{text!r} has '@' before a range: write {name}{pin}")
+        raise InvalidReference(f"{text!r} has '@' before a range: write {name}{pin}")
     if _COMMIT.fullmatch(pin):
         return Reference(name, commit=pin)
     if _is_version(pin):
         return Reference(name, version=parse_version(pin))
     if _LOOKS_LIKE_COMMIT.fullmatch(pin):
-        raise ReferenceInvalid(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
+        raise InvalidReference(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
     if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
-        raise ReferenceInvalid(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
+        raise InvalidReference(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
     if pin[0].isdigit():
         parse_version(pin)  # says why it is none
     return Reference(name, alias=check_alias(pin))
@@ -227,12 +227,12 @@ def _range(rest: str, text: str) -> SpecifierSet:
     try:
         found = SpecifierSet(rest)
     except InvalidSpecifier:
-        raise ReferenceInvalid(
+        raise InvalidReference(
             f"{text!r}: {rest[:100]!r} is no range of versions: give one like >=1.2,<2 or ~=1.2 or ==1.* (PEP 440)"
         ) from None
     for part in found:
         if part.operator == "===":
-            raise ReferenceInvalid(f"{text!r}: '===' compares texts, not versions; write @{part.version}")
+            raise InvalidReference(f"{text!r}: '===' compares texts, not versions; write @{part.version}")
     return found
 
 

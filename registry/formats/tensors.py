@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from registry.errors import BadAdapter
+from registry.errors import InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.records import TensorRecord
 
@@ -51,20 +51,20 @@ def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) ->
     """Make sure that the tensors are a LoRA adapter of the configured rank.
 
     Raises:
-        BadAdapter: There are none, a half is missing, or shapes or ranks don't fit together.
+        InvalidAdapter: There are none, a half is missing, or shapes or ranks don't fit together.
     """
     modules = lora_modules(tensors)
     if not modules:
-        raise BadAdapter("The adapter is empty: its file holds no LoRA tensors. Was it saved before any were made?")
+        raise InvalidAdapter("The adapter is empty: its file holds no LoRA tensors. Was it saved before any were made?")
     compiled = [name for name in tensors if "_orig_mod." in name]
     if compiled:
-        raise BadAdapter(
+        raise InvalidAdapter(
             f"{len(compiled)} tensors have names with _orig_mod., first {compiled[0]}: the adapter was saved from a "
             "compiled model, and nothing could load it. Save it from the model itself (model._orig_mod)."
         )
     strange = [name for name in tensors if not name.startswith(_PREFIX)]
     if strange:
-        raise BadAdapter(
+        raise InvalidAdapter(
             f"{len(strange)} tensors have names that don't begin with {_PREFIX}, first {strange[0]}: this is not what "
             "PEFT's save_pretrained writes. Save it with that."
         )
@@ -75,20 +75,20 @@ def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) ->
 def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
     if module.first is None or module.second is None:
         half, other = ("B", "A") if module.first is None else ("A", "B")
-        raise BadAdapter(f"{name} has a LoRA {half} and no {other}: half of it was not saved")
+        raise InvalidAdapter(f"{name} has a LoRA {half} and no {other}: half of it was not saved")
     first, second = tensors[module.first].shape, tensors[module.second].shape
     if len(first) < 2 or len(first) != len(second) or 0 in first + second:
-        raise BadAdapter(
+        raise InvalidAdapter(
             f"{name} has a LoRA A of shape {first} and B of shape {second}. Tensors without rows were not gathered "
             "from all processes before they were saved: save under ZeRO-3 or FSDP with the Trainer's save_model."
         )
     if first[0] != second[1]:
-        raise BadAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
+        raise InvalidAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
     # Adapters of expert parameters hold the rank once for each expert.
     experts = bool(config.fields.get("target_parameters"))
     if first[0] not in config.ranks and not (experts and any(first[0] % rank == 0 for rank in config.ranks)):
         known = ", ".join(str(rank) for rank in sorted(config.ranks))
-        raise BadAdapter(
+        raise InvalidAdapter(
             f"{name} has rank {first[0]}, and adapter_config.json says {known}: they don't belong together"
         )
 
@@ -97,12 +97,12 @@ def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
     """Make sure that the adapter changes anything: where A or B is zero, a module does as it did without.
 
     Raises:
-        BadAdapter: Nothing but zeros.
+        InvalidAdapter: Nothing but zeros.
     """
     modules = lora_modules(tensors)
     if other_tensors(tensors) or any(not {m.first, m.second} & zeros for m in modules.values()):
         return
-    raise BadAdapter(
+    raise InvalidAdapter(
         f"All {len(modules)} LoRA modules are zero (A or B): the adapter changes nothing. It was never trained, or "
         "gradients did not reach it."
     )

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import BadAdapter, UnsafeFile
+from registry.errors import InvalidAdapter, UnsafeFile
 from registry.formats.manifest import MAX_TENSORS, is_tensor_name
 from registry.formats.records import TensorRecord
 from registry.formats.strict_json import JsonRefused, parse, shown
@@ -142,7 +142,7 @@ def check_values(path: Path, header: Header) -> set[str]:
         The names of the tensors that hold nothing but zeros; in float32 and bfloat16 denormal numbers count as zero.
 
     Raises:
-        BadAdapter: A tensor holds NaN, an infinity or values above 1e18, or its dtype is not float32, bfloat16 or
+        InvalidAdapter: A tensor holds NaN, an infinity or values above 1e18, or its dtype is not float32, bfloat16 or
             float16.
     """
     zeros = set()
@@ -150,7 +150,7 @@ def check_values(path: Path, header: Header) -> set[str]:
         for name, (begin, end) in header.offsets.items():
             dtype = header.tensors[name].dtype
             if dtype not in ("F32", "BF16", "F16"):
-                raise BadAdapter(
+                raise InvalidAdapter(
                     f"{name} has dtype {dtype}. Adapters are published in F32, BF16 or F16: convert it, for example "
                     "with model.float(), and save it again."
                 )
@@ -159,7 +159,7 @@ def check_values(path: Path, header: Header) -> set[str]:
             while left:
                 chunk = file.read(min(left, _CHUNK))
                 if not chunk:
-                    raise BadAdapter(f"{path.name} ends within {name}")
+                    raise InvalidAdapter(f"{path.name} ends within {name}")
                 left -= len(chunk)
                 zero &= _check_chunk(chunk, dtype, name)
             if zero:
@@ -184,7 +184,7 @@ def _check_chunk(chunk: bytes, dtype: str, name: str) -> bool:
     largest = float(abs(values).max(initial=0.0))
     if not largest <= _LARGEST:
         kind = "values above 1e18" if largest > _LARGEST and largest != float("inf") else "NaN or infinite values"
-        raise BadAdapter(f"{name} holds {kind}: the training has diverged, or the file is damaged.")
+        raise InvalidAdapter(f"{name} holds {kind}: the training has diverged, or the file is damaged.")
     return largest < (2.0**-126 if dtype != "F16" else 2.0**-24)
 
 

@@ -26,7 +26,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         token: For a hub on the network; ``None`` is the one that the user logged in with, ``False`` none.
 
     Raises:
-        ReferenceInvalid: ``hub`` is none of these.
+        InvalidReference: ``hub`` is none of these.
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
@@ -38,9 +38,9 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
         return HuggingFaceHub(meant, token)
     if isinstance(meant, str):
-        from registry.errors import ReferenceInvalid
+        from registry.errors import InvalidReference
 
-        raise ReferenceInvalid(
+        raise InvalidReference(
             f"{meant[:200]!r} is no registry: give https://… or file:///… (a pathlib.Path is a folder, too), "
             f"as hub= or in {VARIABLE}"
         )

@@ -32,12 +32,12 @@ from registry.disk import files as folder_files
 from registry.disk.mutex import LockTimeout, folder_lock
 from registry.errors import (
     CommitNotFound,
-    FileMissing,
     HostileAnswer,
     HubError,
+    HubFileNotFound,
     HubRefused,
     HubUnavailable,
-    ReferenceInvalid,
+    InvalidReference,
     RepositoryNotFound,
 )
 from registry.formats.fields import COMMIT
@@ -72,7 +72,7 @@ class FolderHub:
         root: A path, or a ``file://`` address.
 
     Raises:
-        ReferenceInvalid: The address is not that of a folder on this machine.
+        InvalidReference: The address is not that of a folder on this machine.
     """
 
     local = True
@@ -138,7 +138,7 @@ class FolderHub:
                 for repository in sorted(self.root.glob(f"*/*/{_IDENTITY}"))
             ]
         for name in found:
-            with contextlib.suppress(ReferenceInvalid):
+            with contextlib.suppress(InvalidReference):
                 yield check_name(name)
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class FolderHub:
     def _repository(self, name: str) -> Path:
         try:
             folder = self._folder(name)
-        except ReferenceInvalid as error:
+        except InvalidReference as error:
             raise RepositoryNotFound(str(error)) from None
         # Where lower and upper case are the same to the file system, they are not to us.
         if not (folder / _IDENTITY).is_file() or folder.name not in os.listdir(folder.parent):
@@ -290,8 +290,8 @@ class FolderHub:
         try:
             _check_path(path)
             descriptor = folder_files.open_regular(folder_files.inside(self.root, folder / path))
-        except (FileNotFoundError, NotADirectoryError, ReferenceInvalid):
-            raise FileMissing(f"{name}: commit {commit} has no file {path[:200]!r}") from None
+        except (FileNotFoundError, NotADirectoryError, InvalidReference):
+            raise HubFileNotFound(f"{name}: commit {commit} has no file {path[:200]!r}") from None
         with os.fdopen(descriptor, "rb") as file:
             yield file
 
@@ -328,10 +328,10 @@ def _root(root: str | os.PathLike[str]) -> Path:
         return Path(root).expanduser().absolute()
     parts = urlsplit(root)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise ReferenceInvalid(f"{root[:200]!r} is no folder of this machine: give it as file:///srv/adapters")
+        raise InvalidReference(f"{root[:200]!r} is no folder of this machine: give it as file:///srv/adapters")
     path = Path(url2pathname(parts.path) if os.name == "nt" else unquote(parts.path))
     if not path.is_absolute() or "\0" in str(path):
-        raise ReferenceInvalid(f"{root[:200]!r} is not the whole path of a folder: give it as file:///srv/adapters")
+        raise InvalidReference(f"{root[:200]!r} is not the whole path of a folder: give it as file:///srv/adapters")
     return Path(os.path.normpath(path))
 
 
@@ -419,14 +419,14 @@ def _commit_id(written: Mapping[str, _Copy], context: str) -> str:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path or not path.isprintable():
-        raise ReferenceInvalid(f"{path[:200]!r} is no path of a file in a repository")
+        raise InvalidReference(f"{path[:200]!r} is no path of a file in a repository")
     if PurePosixPath(path).is_absolute() or any(len(part.encode()) > 255 for part in parts):
-        raise ReferenceInvalid(f"{path[:200]!r} is no path of a file in a repository")
+        raise InvalidReference(f"{path[:200]!r} is no path of a file in a repository")
 
 
 def _check_ref(ref: str) -> None:
     if not 0 < len(ref) <= 255 or not ref.isprintable() or " " in ref:
-        raise ReferenceInvalid(f"{ref[:200]!r} is no name of a branch or tag")
+        raise InvalidReference(f"{ref[:200]!r} is no name of a branch or tag")
 
 
 def _refs_file(refs: Refs) -> bytes:

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 from registry.errors import (
     CommitNotFound,
-    FileMissing,
     HostileAnswer,
     HubError,
+    HubFileNotFound,
     HubRefused,
     HubUnavailable,
+    InvalidReference,
     Offline,
     PlainTokenWarning,
-    ReferenceInvalid,
     RepositoryNotFound,
 )
 from registry.formats.fields import COMMIT
@@ -32,7 +32,7 @@ __all__ = ["HuggingFaceHub"]
 TIMEOUT = 30.0
 #: The tag that the card of every release has; the Hub finds them by it.
 _TAG = "lora-plugins"
-_KINDS = {"RepoNotFound": RepositoryNotFound, "RevisionNotFound": CommitNotFound, "EntryNotFound": FileMissing}
+_KINDS = {"RepoNotFound": RepositoryNotFound, "RevisionNotFound": CommitNotFound, "EntryNotFound": HubFileNotFound}
 
 
 class HuggingFaceHub:
@@ -45,7 +45,7 @@ class HuggingFaceHub:
         timeout: Seconds that a call may take, besides the transfer of its bytes.
 
     Raises:
-        ReferenceInvalid: The endpoint is not the address of a hub.
+        InvalidReference: The endpoint is not the address of a hub.
     """
 
     local = False
@@ -201,11 +201,11 @@ def _address(endpoint: str) -> str:
         parts = urlsplit(endpoint)
         port = parts.port
     except ValueError:
-        raise ReferenceInvalid(f"{endpoint[:200]!r} is no address of a hub") from None
+        raise InvalidReference(f"{endpoint[:200]!r} is no address of a hub") from None
     if parts.username or parts.password:
-        raise ReferenceInvalid("The address of a hub must not hold a password; pass token= instead")
+        raise InvalidReference("The address of a hub must not hold a password; pass token= instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ReferenceInvalid(f"{endpoint[:200]!r} is no address of a hub: give one like https://hub.example")
+        raise InvalidReference(f"{endpoint[:200]!r} is no address of a hub: give one like https://hub.example")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 

@@ -90,7 +90,7 @@ class Hub(Protocol):
         """The content of a file that has no more than ``limit`` bytes; one that has more is not read to its end.
 
         Raises:
-            FileMissing: The commit has no such file.
+            HubFileNotFound: The commit has no such file.
             CommitNotFound: There is no such commit.
         """
 
@@ -98,7 +98,7 @@ class Hub(Protocol):
         """Write the content of a file to ``sink``, which can seek, piece by piece and never more than ``limit`` bytes.
 
         Raises:
-            FileMissing: The commit has no such file.
+            HubFileNotFound: The commit has no such file.
             CommitNotFound: There is no such commit.
         """
 
@@ -106,7 +106,7 @@ class Hub(Protocol):
         """At most ``length`` bytes from ``start`` on; fewer only at the end of the file.
 
         Raises:
-            FileMissing: The commit has no such file.
+            HubFileNotFound: The commit has no such file.
             CommitNotFound: There is no such commit.
         """
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from registry.errors import BadAdapter, RegistryError
+from registry.errors import InvalidAdapter, RegistryError
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.references import BUMPS, check_name, parse_version
 from registry.hubs.protocol import Hub
@@ -74,7 +74,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Refuse now what could not be published later."""
         if self.when == "best" and args.eval_strategy == "no":
-            raise BadAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
+            raise InvalidAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
         if not state.is_world_process_zero:
             return
         told = {key: self.options[key] for key in ("token", "base_model") if key in self.options}
@@ -109,9 +109,9 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         folder = state.best_model_checkpoint if self._is_best(args) else None
         folder = folder or Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.when == "best" and state.best_model_checkpoint is None:
-            raise BadAdapter("There is no best checkpoint: set metric_for_best_model, and evaluate where it saves")
+            raise InvalidAdapter("There is no best checkpoint: set metric_for_best_model, and evaluate where it saves")
         if not Path(folder, ADAPTER_CONFIG).is_file():
-            raise BadAdapter(
+            raise InvalidAdapter(
                 f"The model is spread over processes and {folder} holds no adapter: let the Trainer save at its last "
                 "step (save_strategy)"
             )
@@ -136,7 +136,7 @@ def _peft_model(model: Any) -> Any:
     while model is not None and not isinstance(model, PeftModel):
         model = getattr(model, "module", getattr(model, "_orig_mod", None))
     if model is None:
-        raise BadAdapter("The Trainer's model has no adapters; put LoraCallback before PushToRegistryCallback")
+        raise InvalidAdapter("The Trainer's model has no adapters; put LoraCallback before PushToRegistryCallback")
     return model
 
 

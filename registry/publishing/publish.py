@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from registry.errors import FileMissing, ManifestInvalid, PublishConflict, RepositoryNotFound, VersionExists
+from registry.errors import HubFileNotFound, InvalidManifest, PublishConflict, RepositoryNotFound, VersionExists
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import GIT_ATTRIBUTES
 from registry.formats.references import bumped, newest_in, tag_of, version_text, versions_in
@@ -253,7 +253,7 @@ def manifest_at(hub: Hub, name: str, commit: str) -> Manifest | None:
     """The manifest in a commit; ``None`` if there is none that can be read."""
     try:
         return Manifest.parse(hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
-    except (FileMissing, ManifestInvalid):
+    except (HubFileNotFound, InvalidManifest):
         return None
 
 

@@ -57,7 +57,7 @@ def push_adapter(
         create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
 
     Raises:
-        ReferenceInvalid: The name or the version is malformed.
+        InvalidReference: The name or the version is malformed.
         VersionExists: Other content has been published under this version.
         PublishError: The adapter would be of no use, or others publish at the same time, again and again.
         UnsafeFile: A file is not what it should be.
@@ -108,8 +108,8 @@ def check_push(
         base_model: See `push_adapter`.
 
     Raises:
-        ReferenceInvalid: The name, the version or the registry is malformed.
-        BaseUnknown: Nobody could find the base model.
+        InvalidReference: The name, the version or the registry is malformed.
+        UnknownBase: Nobody could find the base model.
     """
     from registry.base.record import base_of_model, require_known, with_given
     from registry.formats.adapter_config import AdapterConfig

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import BadAdapter, TooLarge, UnsafeFile
+from registry.errors import InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 
@@ -27,12 +27,14 @@ def copy_adapter(source: Path, target: Path) -> None:
     """Copy configuration and weights of an adapter folder.
 
     Raises:
-        BadAdapter: The folder holds no adapter.
+        InvalidAdapter: The folder holds no adapter.
         UnsafeFile: A file is a link, no regular file, or a pickle where there are no safetensors.
         TooLarge: A file is larger than any adapter.
     """
     if not source.is_dir():
-        raise BadAdapter(f"{source} is no folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote")
+        raise InvalidAdapter(
+            f"{source} is no folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote"
+        )
     names = set(os.listdir(source))
     pickles = [name for name in _PICKLES if name in names]
     if ADAPTER_WEIGHTS not in names and pickles:
@@ -42,7 +44,7 @@ def copy_adapter(source: Path, target: Path) -> None:
         )
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
     if missing:
-        raise BadAdapter(f"{source} has no {' and no '.join(missing)}.{_hint(source, names)}")
+        raise InvalidAdapter(f"{source} has no {' and no '.join(missing)}.{_hint(source, names)}")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         _copy(source / name, target / name, MAX_FILE)
 
@@ -98,11 +100,11 @@ def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
     """Save one adapter of a model, without asking any hub about its base.
 
     Raises:
-        BadAdapter: The model has no adapter of that name.
+        InvalidAdapter: The model has no adapter of that name.
     """
     if adapter_name not in model.peft_config:
         known = ", ".join(model.peft_config)
-        raise BadAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
+        raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
     import peft
 
     # By itself, PEFT asks the Hub how large the base's vocabulary was.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.base.record import base_of_config, base_of_model, require_known, with_given
-from registry.errors import BadAdapter, TooLarge
+from registry.errors import InvalidAdapter, TooLarge
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import Architecture, BaseRecord, FileRecord, TensorRecord
@@ -116,8 +116,8 @@ def collect(
         allow: Names of modules (``"lm_head"``) whose tensors may be large although they are not LoRA's.
 
     Raises:
-        BadAdapter: It would be of no use.
-        BaseUnknown: Nobody could find its base model.
+        InvalidAdapter: It would be of no use.
+        UnknownBase: Nobody could find its base model.
         BaseMismatch: ``base_model`` is another model.
         TooLarge: It holds large tensors that are not LoRA's.
         UnsafeFile: A file is not what it should be.
@@ -175,7 +175,7 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
 
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
-        raise BadAdapter(
+        raise InvalidAdapter(
             f"A {type(model).__name__} is nothing to publish: give a PeftModel, a Trainer that holds one, or a folder "
             "that save_pretrained wrote"
         )
@@ -189,7 +189,7 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
 
 def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
-        raise BadAdapter(
+        raise InvalidAdapter(
             "This Trainer's model is spread over processes (FSDP or DeepSpeed): push the folder of a checkpoint "
             "that it has saved."
         )
@@ -215,7 +215,9 @@ def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
 def _active(model: Any) -> str:
     active = model.active_adapter
     if not isinstance(active, str):
-        raise BadAdapter(f"The model has several active adapters ({', '.join(active)}): name one with adapter_name=")
+        raise InvalidAdapter(
+            f"The model has several active adapters ({', '.join(active)}): name one with adapter_name="
+        )
     return active
 
 
@@ -264,5 +266,5 @@ def _defaults() -> dict[str, Any]:
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
         if not isinstance(name, str) or not training_facts.finite(value):
-            raise BadAdapter(f"The metric {name!r} is {value!r}; metrics are finite numbers by name")
+            raise InvalidAdapter(f"The metric {name!r} is {value!r}; metrics are finite numbers by name")
     return {name: float(value) for name, value in metrics.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import BaseUnknown, IdentityWarning
+from registry.errors import IdentityWarning, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -98,7 +98,7 @@ class Adapter(os.PathLike[str]):
                 ``cache_dir``, ``local_files_only``, …
 
         Raises:
-            BaseUnknown: The manifest names no base, and none was given.
+            UnknownBase: The manifest names no base, and none was given.
             BaseMismatch: It was trained on another base.
         """
         from peft import PeftModel
@@ -150,7 +150,7 @@ class Adapter(os.PathLike[str]):
         recorded = self.manifest.base
         if base is None:
             if recorded.id is None:
-                raise BaseUnknown(
+                raise UnknownBase(
                     f"{self} was trained on a model that is known by its fingerprint only, so it can't be loaded from "
                     "anywhere: give it, adapter.load(model) or adapter.load('/folder/of/the/base')"
                 )

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from registry.catalog.state import State
 from registry.disk import files as folder_files
 from registry.disk.mutex import LockTimeout, folder_lock
-from registry.errors import CacheError, HostileAnswer, IntegrityError, ManifestInvalid
+from registry.errors import CacheError, HostileAnswer, IntegrityError, InvalidManifest
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
@@ -85,7 +85,7 @@ class Cache:
             return None
         try:
             return Manifest.parse(data) if hashlib.sha256(data).hexdigest() == digest else None
-        except ManifestInvalid:
+        except InvalidManifest:
             return None
 
     def check(self, manifest: Manifest) -> None:

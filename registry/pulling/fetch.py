@@ -14,7 +14,7 @@ from packaging.version import Version
 from registry.catalog.index import Index, Release, index_of, read_manifest
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
-    FileMissing,
+    HubFileNotFound,
     HubUnavailable,
     IntegrityError,
     Offline,
@@ -223,7 +223,7 @@ class Fetcher:
             sink = cast("BinaryIO", _Counted(sink, self.progress, name, record.size))
         try:
             self.hub.download(release.name, release.commit, name, sink, record.size)
-        except FileMissing:
+        except HubFileNotFound:
             raise IntegrityError(f"{release} has no {name}, which its manifest lists") from None
 
     # -- from the cache ------------------------------------------------------------------------------------------

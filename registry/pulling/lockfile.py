@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from registry.disk.files import replace_file
-from registry.errors import LockInvalid, LockMismatch, NotLocked, ReferenceInvalid
+from registry.errors import InvalidLock, InvalidReference, LockEntryNotFound, LockMismatch
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.references import Reference, check_name, parse_version, version_text
 from registry.formats.strict_json import JsonRefused, canonical, parse
@@ -67,26 +67,26 @@ class Lock:
         and not changed; with ``True`` that one, or a path, which is changed; with ``False`` none.
 
         Raises:
-            NotLocked: It shall be frozen, and there is none.
+            LockEntryNotFound: It shall be frozen, and there is none.
         """
         path = Path(LOCK_FILE if lock is None or isinstance(lock, bool) else lock).absolute()
         used = lock is not False and (bool(lock) or path.exists())
         if frozen and not (used and path.exists()):
-            raise NotLocked(f"Only locked adapters may be used, and {path} is not there or not to be used")
+            raise LockEntryNotFound(f"Only locked adapters may be used, and {path} is not there or not to be used")
         return cls(path if used else None, write=bool(lock) and not frozen, frozen=frozen)
 
     def find(self, reference: Reference) -> LockEntry | None:
         """The entry that fixes what a reference means.
 
         Raises:
-            LockInvalid: The file is malformed.
+            InvalidLock: The file is malformed.
             LockMismatch: The entry is not what the reference means, and may not be changed.
-            NotLocked: There is none, and the lock is frozen.
+            LockEntryNotFound: There is none, and the lock is frozen.
         """
         entry = None if self.renew else self.entries().get(reference.name)
         if entry is None:
             if self.frozen:
-                raise NotLocked(f"{reference.name} is not in {self.path}, and only locked adapters may be used")
+                raise LockEntryNotFound(f"{reference.name} is not in {self.path}, and only locked adapters may be used")
             return None
         if reference.allows(parse_version(entry.version), entry.commit):
             return entry
@@ -101,7 +101,7 @@ class Lock:
         """All entries by name.
 
         Raises:
-            LockInvalid: The file is malformed.
+            InvalidLock: The file is malformed.
         """
         if self.path is None:
             return {}
@@ -110,14 +110,14 @@ class Lock:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise LockInvalid(f"{self.path} can't be read: {error.strerror}") from error
+            raise InvalidLock(f"{self.path} can't be read: {error.strerror}") from error
         try:
             fields = Fields(parse(data, _LIMIT))
             if fields.integer("format", 2**31, least=1) > _FORMAT:
                 raise fields.refuse("format", f"at most {_FORMAT}; a newer lora-plugins wrote it, and can read it")
             return {check_name(name): _entry(entry) for name, entry in fields.table("adapters", _MOST)}
-        except (JsonRefused, ReferenceInvalid) as reason:
-            raise LockInvalid(f"{self.path}: {reason}") from None
+        except (JsonRefused, InvalidReference) as reason:
+            raise InvalidLock(f"{self.path}: {reason}") from None
 
     def record(self, name: str, entry: LockEntry) -> None:
         """Write an entry, if entries are written; one that stands already is not written again."""
@@ -134,7 +134,7 @@ class Lock:
         try:
             replace_file(self.path, canonical({"format": _FORMAT, "adapters": adapters}))
         except OSError as error:
-            raise LockInvalid(f"{self.path} can't be written: {error.strerror}") from error
+            raise InvalidLock(f"{self.path} can't be written: {error.strerror}") from error
 
 
 def _entry(fields: Fields) -> LockEntry:

@@ -49,7 +49,7 @@ def pull_adapter(
         progress: Called with the name, the bytes there and all bytes of a file while it is downloaded.
 
     Raises:
-        ReferenceInvalid: The reference is malformed.
+        InvalidReference: The reference is malformed.
         VersionNotFound: It means no release.
         IntegrityError: The release is not what it was, or not what its manifest says.
         LockError: The lock file does not allow it.

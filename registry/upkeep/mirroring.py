@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from registry.catalog.index import read_index
 from registry.catalog.state import Move, State, change_state
-from registry.errors import BaseUnknown, VersionExists
+from registry.errors import UnknownBase, VersionExists
 from registry.formats.references import Reference, versions_in
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub, Refs
@@ -47,7 +47,7 @@ def mirror(
 
     Raises:
         VersionExists: The target has another release under one of the versions.
-        BaseUnknown: The target is a hub, and an adapter's base model has no id there.
+        UnknownBase: The target is a hub, and an adapter's base model has no id there.
     """
     source, destination, parsed = open_hub(hub, token), open_hub(target, target_token), Reference.parse(reference)
     index = read_index(source, parsed.name)
@@ -64,7 +64,7 @@ def mirror(
 def _copy(fetched: Fetched, target: Hub, private: bool | None) -> Published:
     release, manifest = fetched.release, fetched.manifest
     if not target.local and manifest.base.id is None:
-        raise BaseUnknown(
+        raise UnknownBase(
             f"{release}: its base model is known by its fingerprint only, and nobody could find it from "
             f"{target.location}. Push the adapter there with base_model="
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lora_plugins.builtin.architectures.families import EXPERTS, FC, GATED, MAMBA_RAW, QKV_OUT, QKVO, QV, family, single
 
+__all__ = ["ARCHITECTURES"]
+
+
 #: Multi-head latent attention: low-rank down and up projections instead of one matrix each.
 _LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 

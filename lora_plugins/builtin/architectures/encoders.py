@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lora_plugins.builtin.architectures.families import FC, GATED, QKV_OUT, QKVO, QV, family, single
 
+__all__ = ["ARCHITECTURES"]
+
+
 _BERT_MLP = ("intermediate.dense", "output.dense")
 
 ARCHITECTURES = [

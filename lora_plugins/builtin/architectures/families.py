@@ -6,6 +6,9 @@ from typing import Any
 
 from lora_plugins import Architecture
 
+__all__ = ["EXPERTS", "FC", "GATED", "MAMBA_RAW", "QKVO", "QKV_OUT", "QV", "family", "single"]
+
+
 QV = ("q_proj", "v_proj")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")

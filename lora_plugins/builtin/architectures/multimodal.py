@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lora_plugins.builtin.architectures.families import GATED, QKVO, QV, family, single
 
+__all__ = ["ARCHITECTURES"]
+
+
 #: Where transformers' composite models keep what is not the language model.
 _TOWERS = (
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "video_tower", "audio_tower",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lora_plugins.builtin.architectures.families import FC, QKV_OUT, QKVO, QV, family, single
 
+__all__ = ["ARCHITECTURES"]
+
+
 ARCHITECTURES = [
     # -- image classifiers with attention ------------------------------------------------------
     *family(

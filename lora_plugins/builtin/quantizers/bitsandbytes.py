@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["FourBit", "Fp4", "Int8", "Nf4", "register_quantizers"]
+
+
 _REQUIRES = ("bitsandbytes>=0.49",)
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["Hqq", "Int4Hqq", "Int8Hqq", "register_quantizers"]
+
+
 #: Without ``group_size``, the first of these that divides a layer's rows.
 _GROUP_SIZES = (64, 32, 16, 8)
 

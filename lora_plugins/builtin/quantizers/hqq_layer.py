@@ -8,6 +8,8 @@ from hqq.core.quantize import HQQLinear as Original
 
 from lora_plugins import CastsInput
 
+__all__ = ["HQQLinear"]
+
 
 class HQQLinear(CastsInput, Original):  # type: ignore[misc]
     """``hqq.core.quantize.HQQLinear``, which multiplies in its ``compute_dtype``.

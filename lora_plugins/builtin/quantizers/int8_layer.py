@@ -9,6 +9,9 @@ import bitsandbytes as bnb
 import torch
 from torch.autograd.function import once_differentiable
 
+__all__ = ["Int8Linear", "dequantized", "quantized"]
+
+
 #: Weights that are converted at a time, so that the float32 intermediate stays in the CPU's cache.
 _BLOCK = 1 << 20
 

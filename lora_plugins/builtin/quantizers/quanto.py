@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["Int4Quanto", "Int8Quanto", "Quanto", "register_quantizers", "wait_for_build"]
+
+
 #: Seconds without any change after which a build is taken for dead.
 _BUILD_IS_DEAD = 300.0
 

@@ -8,6 +8,8 @@ from optimum.quanto import QLinear
 
 from lora_plugins import CastsInput
 
+__all__ = ["QuantoLinear"]
+
 
 class QuantoLinear(CastsInput, QLinear):  # type: ignore[misc]
     """``optimum.quanto.QLinear``, which multiplies in the dtype of its scales."""

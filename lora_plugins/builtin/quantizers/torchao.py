@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["Float8Torchao", "Int8Torchao", "Torchao", "register_quantizers"]
+
 
 class Torchao(Quantizer):
     """Weights as torchao's tensors, in the layer that was there.

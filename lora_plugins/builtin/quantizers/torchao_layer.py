@@ -6,6 +6,8 @@ from torch import nn
 
 from lora_plugins import CastsInput
 
+__all__ = ["TorchaoLinear"]
+
 
 class TorchaoLinear(CastsInput, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` whose weight is a quantized tensor, which multiplies in the dtype it was quantized from."""

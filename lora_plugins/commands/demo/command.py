@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from lora_plugins.commands.demo.run import DemoResult
 
+__all__ = ["demo"]
+
 
 def demo(
     model: Annotated[

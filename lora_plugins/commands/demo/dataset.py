@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "QUESTION",
+    "Example",
+    "collator",
+    "collect_examples",
+    "encode",
+    "make_dataset",
+    "prompt_text",
+    "split_examples",
+]
+
+
 #: Folders of the standard library's place that hold other people's code, tests, data, or a program.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "pydoc_data"})
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+__all__ = ["answers", "held_out_loss"]
+
 
 def held_out_loss(model: nn.Module, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> float:
     """Return the mean negative log-likelihood of the answers' tokens, in nats a token.

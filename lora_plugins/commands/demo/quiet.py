@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lora_plugins.commands.calm import calm
 
+__all__ = ["quiet"]
+
 
 def quiet() -> None:
     """Silence what the libraries say below an error, in this process. Call it before they are imported."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["Reload", "cache_of", "compare_in_new_process", "logits"]
+
 
 @dataclass(frozen=True)
 class Reload:

@@ -20,6 +20,20 @@ from lora_plugins.errors import DemoError
 if TYPE_CHECKING:
     from transformers import Trainer
 
+__all__ = [
+    "ADAPTER",
+    "BATCH_SIZE",
+    "HELD_OUT",
+    "MAX_TOKENS",
+    "SHOWN",
+    "Demo",
+    "DemoOptions",
+    "DemoResult",
+    "Sample",
+    "draw_losses",
+]
+
+
 BATCH_SIZE = 8
 MAX_TOKENS = 128
 HELD_OUT = 40
