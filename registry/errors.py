@@ -206,4 +206,4 @@ def __getattr__(name: str) -> type[Exception]:
     if name not in _RENAMED:
         raise AttributeError(f"module 'registry.errors' has no attribute {name!r}")
     warnings.warn(f"registry.errors.{name} is now called {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]  # type: ignore[no-any-return]
+    return globals()[_RENAMED[name]]

@@ -10,7 +10,7 @@ from registry.base.fingerprint import compare, config_values, fingerprint, print
 from registry.errors import BaseMismatch, HubError, RegistryError, RepositoryNotFound, UnknownBase
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
-from registry.formats.records import Architecture, BaseRecord, Fingerprint
+from registry.formats.records import BaseKind, BaseRecord, Fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def is_hub_id(text: str | None) -> bool:
     return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
-def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
+def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
     """What a base model in memory says of itself. The id may be a folder; see `require_known`."""
     settings: Any = getattr(model, "config", None)
     named = [config.base_id, getattr(settings, "_name_or_path", None), getattr(model, "name_or_path", None)]
@@ -40,15 +40,15 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
         commit = _cached_commit(name, commit, known)
     from registry.base.contract import rows_of_embedding
 
-    kind = Architecture(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
+    kind = BaseKind(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
     return BaseRecord(name, commit if _is_commit(commit) else None, known), kind
 
 
-def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
+def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
     """What an adapter folder says of its base, and what is found of that on this machine."""
     name, revision = config.base_id, config.fields.get("revision")
     if name is None:
-        return BaseRecord(), Architecture()
+        return BaseRecord(), BaseKind()
     commit = revision
     folder: Path | None = Path(name)
     if is_hub_id(name):
@@ -56,17 +56,17 @@ def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, Architecture]:
         commit = revision if _is_commit(revision) else folder.name if folder else None
     record = BaseRecord(name, commit if _is_commit(commit) else None)
     if folder is None or not (folder / "config.json").is_file():
-        return record, Architecture()
+        return record, BaseKind()
     files = BaseFiles.in_folder(folder)
     try:
         kind, found = _read(files, config.task_type)
     except RegistryError:
-        return record, Architecture()
+        return record, BaseKind()
     return BaseRecord(name, record.commit, found), kind
 
 
-def _read(files: BaseFiles, task_type: str | None) -> tuple[Architecture, Fingerprint]:
-    """Architecture and fingerprint of a base model by its files."""
+def _read(files: BaseFiles, task_type: str | None) -> tuple[BaseKind, Fingerprint]:
+    """BaseKind and fingerprint of a base model by its files."""
     from registry.base.classes import empty_model
     from registry.base.contract import rows_of_embedding
 
@@ -78,7 +78,7 @@ def _read(files: BaseFiles, task_type: str | None) -> tuple[Architecture, Finger
         shown = None if rows is None else prints(rows)
         if shown is not None:
             found[name] = shown
-    kind = Architecture(settings.model_type, type(model).__name__, rows_of_embedding(model))
+    kind = BaseKind(settings.model_type, type(model).__name__, rows_of_embedding(model))
     return kind, Fingerprint(config_values(settings.to_dict()), found)
 
 

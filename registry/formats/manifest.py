@@ -11,7 +11,7 @@ from typing import Any
 from registry.errors import InvalidManifest
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST_FILE, is_picture, listed_in_manifest
-from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
+from registry.formats.records import BaseKind, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
 __all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
@@ -53,7 +53,7 @@ class Manifest:
 
     version: str
     base: BaseRecord
-    architecture: Architecture
+    architecture: BaseKind
     config: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
@@ -158,8 +158,8 @@ def _fingerprint(fields: Fields) -> Fingerprint:
     return Fingerprint(fields.json_table("config"), tensors)
 
 
-def _architecture(fields: Fields) -> Architecture:
-    return Architecture(
+def _architecture(fields: Fields) -> BaseKind:
+    return BaseKind(
         fields.optional("model_type", fields.text),
         fields.optional("class_name", fields.text),
         fields.optional("vocab_size", lambda key: fields.integer(key, 2**40)),

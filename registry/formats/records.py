@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Architecture", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord"]
+__all__ = ["BaseKind", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BaseRecord:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class BaseKind:
     """The kind of base model.
 
     Attributes:

@@ -16,7 +16,7 @@ from registry.base.record import base_of_config, base_of_model, require_known, w
 from registry.errors import InvalidAdapter, TooLarge
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.records import Architecture, BaseRecord, FileRecord, TensorRecord
+from registry.formats.records import BaseKind, BaseRecord, FileRecord, TensorRecord
 from registry.formats.tensors import check_adapter, check_trained, labels_of, other_tensors
 from registry.formats.weights import check_values, read_file_header
 from registry.publishing import training_facts
@@ -56,7 +56,7 @@ class Collected:
     config: AdapterConfig
     non_default: Mapping[str, Any]
     base: BaseRecord
-    architecture: Architecture
+    architecture: BaseKind
     tensors: Mapping[str, TensorRecord]
     tokenizer_hash: str | None
     training: training_facts.Training
@@ -85,7 +85,7 @@ class _Found:
     """What a source has, before it is checked."""
 
     base: BaseRecord
-    architecture: Architecture
+    architecture: BaseKind
     training: training_facts.Training
     tokenizer_hash: str | None = None
     tokenizer_files: Sequence[str] = ()
