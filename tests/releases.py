@@ -12,7 +12,7 @@ from packaging.version import Version
 from safetensors.numpy import save
 
 from registry.formats.manifest import Manifest
-from registry.formats.records import Architecture, BaseRecord, FileRecord, TensorRecord
+from registry.formats.records import BaseKind, BaseRecord, FileRecord, TensorRecord
 from registry.formats.references import parse_version, version_text
 from registry.hubs.protocol import Hub
 from registry.publishing.publish import Draft, Published, publish
@@ -45,7 +45,7 @@ def draft(version: str, seed: int = 0, *, width: int = 8, created: str = CREATED
     manifest = Manifest(
         version=version_text(parse_version(version)),
         base=BaseRecord("org/base", "b" * 40),
-        architecture=Architecture("llama", "LlamaForCausalLM", 96),
+        architecture=BaseKind("llama", "LlamaForCausalLM", 96),
         config={"r": 2, "target_modules": ["q_proj"]},
         files={name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()},
         tensors={

@@ -17,7 +17,7 @@ import registry
 from registry.errors import InvalidManifest, UnsafeFile
 from registry.formats.manifest import MAX_MANIFEST, Manifest
 from registry.formats.paths import allowed, check_path
-from registry.formats.records import Architecture, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
+from registry.formats.records import BaseKind, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 
 SCHEMA = json.loads(Path(registry.__file__).with_name("adapter_manifest.schema.json").read_text())
 SHA = hashlib.sha256(b"").hexdigest()
@@ -26,7 +26,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 MANIFEST = Manifest(
     version="1.2.0",
     base=BaseRecord("org/base", "b" * 40, Fingerprint({"hidden_size": 32}, {"norm.weight": TensorPrint(SHA, "BF16")})),
-    architecture=Architecture("llama", "LlamaForCausalLM", 96),
+    architecture=BaseKind("llama", "LlamaForCausalLM", 96),
     config={"r": 8, "target_modules": ["q_proj"], "peft_type": "LORA"},
     files={
         "adapter_config.json": FileRecord(10, SHA),
