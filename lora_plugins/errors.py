@@ -110,6 +110,9 @@ __all__ = [
 class LoraPluginsError(Exception):
     """Root of all errors that lora_plugins raises on purpose."""
 
+    #: A command shows the message alone, in one line and without a traceback.
+    says_it_all = True
+
 
 class PluginError(LoraPluginsError):
     """Something is wrong with a plugin or with two of them together."""
@@ -281,6 +284,9 @@ class DemoError(LoraPluginsError):
 
 class LoraPluginsWarning(UserWarning):
     """Root of all warnings of lora_plugins."""
+
+    #: A command shows the message alone, without the line of code that warned.
+    says_it_all = True
 
 
 class PluginWarning(LoraPluginsWarning):

@@ -49,6 +49,9 @@ import warnings
 class RegistryError(Exception):
     """Root of all errors that registry raises on purpose."""
 
+    #: A command shows the message alone, in one line and without a traceback.
+    says_it_all = True
+
 
 class InvalidReference(RegistryError, ValueError):
     """A reference, or a name, version, range or alias in it, that can't be one."""
@@ -172,6 +175,9 @@ class LockEntryNotFound(LockError, LookupError):
 
 class RegistryWarning(UserWarning):
     """Root of all warnings of registry."""
+
+    #: A command shows the message alone, without the line of code that warned.
+    says_it_all = True
 
 
 class YankedWarning(RegistryWarning):

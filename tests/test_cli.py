@@ -15,6 +15,7 @@ import pytest
 import lora_plugins
 from lora_plugins.commands import cli
 from lora_plugins.errors import LoraPluginsError, PluginWarning
+from registry.errors import InvalidReference
 
 PLUGINS = Path(__file__).parent / "plugins"
 
@@ -242,5 +243,29 @@ def test_warnings_of_ours_take_a_line_and_others_stay(
 
 
 def test_which_errors_are_expected() -> None:
+    class PluginsOwn(Exception):
+        says_it_all = True
+
+    class Child(PluginsOwn):
+        """Inherits it."""
+
     assert cli.is_expected(LoraPluginsError("x"))
+    assert cli.is_expected(InvalidReference("x"))
+    assert cli.is_expected(Child("x"))
     assert not cli.is_expected(ValueError("x"))
+
+
+def test_an_expected_error_of_a_plugin_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class QuotaReached(Exception):
+        says_it_all = True
+
+    def fail(arguments: object) -> None:
+        raise QuotaReached("3 of 3 runs are used; wait until tomorrow")
+
+    monkeypatch.setattr(cli, "program", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "lora-plugins: 3 of 3 runs are used; wait until tomorrow\n"

@@ -98,8 +98,8 @@ BROKEN = {
     "try `pip install package_that_is_not_installed`",
     "wrong_signature": "wrong signature: Plugin 'fake-wrong-signature:wrong-signature' for hook "
     "'register_architectures' hookimpl definition: register_architectures(model) Argument(s) {'model'} ",
-    "misspelt_hook": "it implements the hook 'register_quantisers', which does not exist, "
-    "did you mean 'register_quantizers'?",
+    "misspelt_hook": "it implements the hook 'register_quantisers', which does not exist. "
+    "Did you mean 'register_quantizers'?",
     "raising_hook": "it raised KeyError: 'calibration table'",
     "no_hooks": "it implements no hook; mark its functions with @lora_plugins.hookimpl",
 }
@@ -392,7 +392,7 @@ def test_trace_prints_hook_calls(
 @pytest.mark.parametrize("case", sorted(set(BROKEN) - {"panic"}))
 def test_a_broken_built_in_raises(case: str, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     install(case)
-    monkeypatch.setattr(manager, "PLUGINS", (*manager.BUILTIN_MODULES, f"fake_{case}"))
+    monkeypatch.setattr(manager, "PLUGINS", (*manager.PLUGINS, f"fake_{case}"))
 
     with pytest.raises(BrokenBuiltin, match=rf"^The built-in plugin fake_{case} \(lora-plugins .*does not load: "):
         PluginHost(block=[case])

@@ -26,6 +26,7 @@ from lora_plugins.models.wrapping import adapter_modules, base_of
 from lora_plugins.quantization.request import Quantization, owner_of, parse_quantization
 from lora_plugins.quantization.selftest import check_usable
 from lora_plugins.quantization.walk import layers_to_quantize
+from lora_plugins.text import dtype_name, one_line
 from registry import put_back
 
 #: ``fp16`` and ``bf16``: into the base reloaded in that dtype. ``same``: into the dequantized weights that the adapter
@@ -139,7 +140,7 @@ def merge_and_save(
     return MergeResult(
         output=target,
         base=job.base,
-        dtype=str(merged.dtype).removeprefix("torch."),
+        dtype=dtype_name(merged.dtype),
         into=_into(job, same=dtype == "same"),
         bytes=sum(tensor.nbytes for tensor in _unique_tensors(merged)),
         distance=distance,
@@ -227,7 +228,7 @@ class _Job:
                 self.base, revision=self.revision or "main", dtype=dtype
             )
         except (OSError, ValueError, KeyError) as error:
-            text = " ".join(str(error).split())
+            text = one_line(error)
             raise MergeError(f"The base model {self.base} can't be loaded: {text}") from error
         return model
 
@@ -238,7 +239,7 @@ class _Job:
                 self.base, revision=self.revision or "main"
             )
         except (OSError, ValueError, KeyError) as error:
-            text = " ".join(str(error).split())
+            text = one_line(error)
             raise MergeError(f"The base model {self.base} has no tokenizer that can be loaded: {text}") from error
         return tokenizer
 

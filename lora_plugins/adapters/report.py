@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +21,7 @@ from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.request import Quantization, detect_quantization
 from lora_plugins.quantization.walk import EXPECTED_REASONS
 from lora_plugins.targets.records import TargetHit
+from lora_plugins.text import write_json
 
 __all__ = ["ParameterReport", "TargetRow", "make_report", "rows_of_adapters", "rows_of_hits"]
 
@@ -118,11 +117,7 @@ class ParameterReport:
         Raises:
             OSError: The folder can't be written.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        write_json(path, self.to_dict())
 
     def print(self, *, table_only: bool = False) -> None:
         """Print the table on a terminal, the one line elsewhere.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from peft import LoraConfig
 
 from lora_plugins.errors import PreparationError, UnknownArgument
 from lora_plugins.quantization.request import Quantization, parse_quantization
+from lora_plugins.text import did_you_mean
 
 __all__ = ["DEFAULTS", "LoraSettings"]
 
@@ -97,8 +97,7 @@ def _check_fields(lora: Mapping[str, Any], ours: set[str]) -> None:
     for name in lora:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, sorted(known | ours), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, sorted(known | ours))
         raise UnknownArgument(f"{name!r} is neither an argument of lora_plugins nor a field of peft.LoraConfig.{hint}")
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from lora_plugins.errors import LoraPluginsError, LoraPluginsWarning
 from lora_plugins.plugins.host import DISTRIBUTION, plugin_host
+from lora_plugins.text import one_line
 
 __all__ = ["DEBUG_VARIABLE", "app", "is_expected", "main", "options", "program"]
 
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit.
 
     An expected error becomes its message on stderr and exit code 1; ``LORA_PLUGINS_DEBUG=1`` shows where it
-    came from. Warnings of ours take one line each.
+    came from. Warnings whose class says so take
+    one line each.
 
     Args:
         arguments: The command line without the program's name; default is the process's own.
@@ -70,19 +71,13 @@ def program(arguments: Sequence[str] | None = None) -> None:
     plugin_host().build_program(app).main(args=None if arguments is None else list(arguments), prog_name=DISTRIBUTION)
 
 
-def is_expected(error: BaseException) -> bool:
-    """Whether an error was raised on purpose, by lora_plugins or by the registry, and its message says it all."""
-    if isinstance(error, LoraPluginsError):
-        return True
-    # Nobody can have raised an error of the registry's before its module was loaded.
-    registry_errors = sys.modules.get("registry.errors")
-    return registry_errors is not None and isinstance(error, registry_errors.RegistryError)
+def is_expected(error: BaseException | type[BaseException]) -> bool:
+    """Whether an error or warning was raised on purpose and its message says it all.
 
-
-def _is_ours(category: type[Warning]) -> bool:
-    registry_errors = sys.modules.get("registry.errors")
-    ours = (LoraPluginsWarning,) if registry_errors is None else (LoraPluginsWarning, registry_errors.RegistryWarning)
-    return issubclass(category, ours)
+    Its class says so with ``says_it_all = True``, as the roots of lora_plugins' and the registry's errors do. A
+    plugin's own errors do the same, or derive from ``lora_plugins.errors.LoraPluginsError``.
+    """
+    return getattr(error, "says_it_all", False) is True
 
 
 @contextmanager
@@ -99,8 +94,8 @@ def _short_warnings() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> Any:
-            if _is_ours(category):
-                typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+            if is_expected(category):
+                typer.echo(f"warning: {one_line(message)}", err=True)
             else:
                 usual(message, category, filename, lineno, file, line)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable
 from math import prod
@@ -13,6 +12,7 @@ from peft import get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from lora_plugins.errors import PlanError
+from lora_plugins.text import did_you_mean
 
 __all__ = ["RULES", "file_bytes", "optimizer_bytes", "state_bytes"]
 
@@ -95,8 +95,7 @@ def state_bytes(optim: str, trained: Iterable[tuple[tuple[int, ...], int]]) -> i
     """
     rule = RULES.get(optim)
     if rule is None:
-        near = difflib.get_close_matches(optim, RULES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(optim, RULES)
         raise PlanError(f"The state of the optimizer {optim!r} is not known.{hint} Known: {', '.join(RULES)}.")
     trained = list(trained)
     tables = _TABLES.get(optim, 0) if any(prod(shape) >= _SMALLEST_IN_8_BITS for shape, _ in trained) else 0

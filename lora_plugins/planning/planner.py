@@ -28,6 +28,7 @@ from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.targets.resolution import resolve_targets
+from lora_plugins.text import dtype_name
 
 __all__ = ["plan"]
 
@@ -321,7 +322,7 @@ def _main_dtype(model: Any) -> str:
     """Dtype of most of a model's float weights."""
     sizes: dict[str, int] = {}
     for parameter in _floats(model):
-        name = str(parameter.dtype).removeprefix("torch.")
+        name = dtype_name(parameter.dtype)
         sizes[name] = sizes.get(name, 0) + parameter.numel()
     return max(sizes, key=lambda name: sizes[name], default="")
 

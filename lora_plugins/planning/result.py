@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from lora_plugins.planning.chart import draw
 from lora_plugins.planning.records import PlanFigures
 from lora_plugins.planning.tables import as_text, tables
+from lora_plugins.text import write_json
 
 __all__ = ["Plan"]
 
@@ -26,11 +26,7 @@ class Plan(PlanFigures):
         Raises:
             OSError: The folder can't be written.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        write_json(path, self.to_dict())
 
     def chart(self, path: str | os.PathLike[str]) -> None:
         """Draw the memory of every row as stacked bars into a PNG file.

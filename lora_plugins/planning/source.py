@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import standing_in
 from lora_plugins.quantization.request import owner_of
+from lora_plugins.text import did_you_mean
 
 __all__ = ["TASKS", "meta_model", "read_config", "without_data"]
 
@@ -129,8 +129,7 @@ def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote
 
 def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
     if task is not None and task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(task, TASKS)
         raise PlanError(f"There is no task {task!r}.{hint} Known: {', '.join(TASKS)}.")
     remote = getattr(config, "auto_map", None) or {}
     named = (getattr(config, "architectures", None) or [None])[0]

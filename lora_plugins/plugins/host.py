@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -27,6 +26,7 @@ from lora_plugins.errors import (
 from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.hookspecs import PROJECT
 from lora_plugins.plugins.types import Architecture, Quantizer
+from lora_plugins.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
     import typer
@@ -208,8 +208,7 @@ class PluginHost:
         if found is not None:
             return found
         known = self.quantizer_names()
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         disabled = [str(info) for info in self.plugins if info.disabled]
         extra = f" Disabled plugins: {', '.join(disabled)}; see `lora-plugins plugins`." if disabled else ""
         raise UnknownQuantizer(f"No quantization backend {name!r}.{hint} Known: {', '.join(known)}.{extra}")
@@ -395,9 +394,8 @@ def _check_hooks(loaded: _Loaded) -> None:
     for caller in callers:
         if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
             known = sorted(name for name, other in vars(loaded.hooks.hook).items() if other.has_spec())
-            near = difflib.get_close_matches(caller.name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-            raise _Rejected(f"it implements the hook {caller.name!r}, which does not exist{hint}")
+            hint = did_you_mean(caller.name, known) or f" There are {', '.join(known)}."
+            raise _Rejected(f"it implements the hook {caller.name!r}, which does not exist.{hint}")
     if not any(caller.has_spec() for caller in callers):
         raise _Rejected("it implements no hook; mark its functions with @lora_plugins.hookimpl")
 
@@ -425,17 +423,13 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, _Rejected):
         return str(error)
     if isinstance(error, pluggy.PluginValidationError):
-        return "wrong signature: " + _one_line(error)
+        return "wrong signature: " + one_line(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         hint = "" if package in sys.modules else f"; try `pip install {package}`"
-        return f"missing dependency: {_one_line(error)}{hint}"
-    text = _one_line(error)
+        return f"missing dependency: {one_line(error)}{hint}"
+    text = one_line(error)
     return f"it raised {type(error).__name__}: {text}" if text else f"it raised {type(error).__name__}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _canonical(name: str) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.quantization.request import owner_of
+from lora_plugins.text import dtype_name
 
 __all__ = ["ParameterCount", "TensorBytes", "count_parameters", "tensor_bytes"]
 
@@ -111,7 +112,7 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
     for tensor in [*model.parameters(), *model.buffers()]:
         for part in _parts(tensor):
             size = _new_bytes(part, seen)
-            dtype = str(part.dtype).removeprefix("torch.")
+            dtype = dtype_name(part.dtype)
             by_dtype[dtype] = by_dtype.get(dtype, 0) + size
             trainable += size if tensor.requires_grad else 0
     state = 0

@@ -11,6 +11,7 @@ from lora_plugins.errors import PreparationError
 from lora_plugins.models.sharding import is_part
 from lora_plugins.models.wrapping import adapter_modules
 from lora_plugins.quantization.request import owner_of
+from lora_plugins.text import dtype_name
 
 __all__ = [
     "Upcast",
@@ -89,7 +90,7 @@ def resolve_compute_dtype(
         PreparationError: ``wanted`` is no float dtype we know.
     """
     if isinstance(wanted, torch.dtype):
-        wanted = str(wanted).removeprefix("torch.")
+        wanted = dtype_name(wanted)
     if wanted == "auto":
         parameters = [p for p in model.parameters() if p.is_floating_point()]
         if not quantized or autocast or not parameters or any(is_part(p) for p in parameters):
@@ -125,7 +126,7 @@ def slow_products_note(model: nn.Module, *, autocast: bool) -> str | None:
     dtype = torch.get_autocast_dtype(device.type) if autocast else parameter.dtype
     if not slow_dtype(dtype, device):
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     way = "train without autocast (bf16=True)" if autocast else "load the model in float32"
     return f"this CPU multiplies {name} many times slower than float32; to train faster, {way}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Quantizer
+from lora_plugins.text import did_you_mean
 
 __all__ = [
     "CORE_OPTIONS",
@@ -116,8 +116,7 @@ def parse_quantization(
     known = (*CORE_OPTIONS, *quantizer.options)
     for option in value:
         if option not in known:
-            near = difflib.get_close_matches(str(option), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(option, known)
             raise QuantizationError(
                 f"The backend {quantizer.name!r} has no option {option!r}.{hint} It has: {', '.join(known)}."
             )

@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from lora_plugins.errors import DataError
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.parser import held_out_share
+from lora_plugins.text import one_line
 
 __all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
 
@@ -164,5 +165,5 @@ def _reading(source: object, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise DataError(f"The data set {source} can't be read: {reason}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.resume import checkpoint_folders
 
-__all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record", "write_json"]
+__all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
 
 
 #: The arguments of the run in an output folder.
@@ -145,14 +144,6 @@ def check_same_run(output: Path, record: Mapping[str, Any]) -> None:
     if different:
         text = "; ".join(f"--{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)
         raise ResumeError(f"The run in {output} had other arguments: {text}. Use the same, or another --output_dir.")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path) -> None:

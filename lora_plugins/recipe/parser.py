@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.recipe.arguments import FORMER_NAMES, TRAINING_DEFAULTS, RecipeArguments
+from lora_plugins.text import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -106,8 +107,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
 
 
 def _no_choice(flag: str, value: Any, choices: list[str]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(value, choices)
     return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
 
 

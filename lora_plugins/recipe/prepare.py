@@ -27,6 +27,7 @@ from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart,
 from lora_plugins.recipe.parser import extra_lora_fields, json_object
 from lora_plugins.recipe.templates import encode, make_template
 from lora_plugins.targets.resolution import SCOPES
+from lora_plugins.text import one_line
 
 __all__ = [
     "Prepared",
@@ -96,7 +97,7 @@ def _from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]) -> 
     try:
         return load()
     except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise ArgumentsError(f"--model {recipe.model} can't be loaded as a {kind}: {text}") from error
 
 

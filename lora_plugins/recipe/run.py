@@ -25,11 +25,11 @@ from lora_plugins.recipe.output import (
     draw_loss,
     metrics,
     run_record,
-    write_json,
 )
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.publishing import Publication
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
+from lora_plugins.text import write_json
 from lora_plugins.trainer.checkpoints import restore_best
 
 __all__ = ["TrainingRun", "run"]

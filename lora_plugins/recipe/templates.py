@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_plugins.errors import TemplateError
 from lora_plugins.recipe.arguments import CHAT
 from lora_plugins.recipe.packing import IGNORED
+from lora_plugins.text import did_you_mean
 
 __all__ = ["Span", "Template", "encode", "make_template"]
 
@@ -114,8 +114,7 @@ def _check_fields(names: list[str], columns: Features | list[str], text: str) ->
         raise TemplateError(f"The template {text!r} names no column. The data set has: {', '.join(columns)}.")
     for name in names:
         if name not in columns:
-            near = difflib.get_close_matches(name, list(columns), n=1)
-            hint = f" Did you mean {{{near[0]}}}?" if near else ""
+            hint = did_you_mean(name, columns, show="{{{}}}".format)
             chat = f" For the conversations in {_MESSAGES!r}, use --template {CHAT}." if _MESSAGES in columns else ""
             raise TemplateError(
                 f"The template names the column {name!r} and the data set has: {', '.join(columns)}.{hint} "

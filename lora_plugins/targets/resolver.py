@@ -25,6 +25,7 @@ from lora_plugins.targets.candidates import Candidates, find_record
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import task_heads, task_type
+from lora_plugins.text import did_you_mean
 
 __all__ = ["SCOPES", "Resolver"]
 
@@ -173,8 +174,7 @@ class Resolver:
             return self._grouped(built_in[name]())
         if re.fullmatch(r"[\w-]+", name) and not self.candidates.by_regex(name):
             known = sorted({*SCOPES, *own})
-            near = difflib.get_close_matches(name, [*known, *self._leaves()], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, [*known, *self._leaves()])
             raise UnknownScope(
                 f"target_modules={name!r} is no scope and, read as a pattern for whole paths, matches nothing.{hint} "
                 f"Scopes: {', '.join(known)}. For a module name write [{name!r}]."

@@ -1,0 +1,56 @@
+"""Texts that many modules need: suggestions, dtype names, one line, JSON files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["did_you_mean", "dtype_name", "one_line", "write_json"]
+
+
+def did_you_mean(
+    name: object,
+    known: Iterable[str],
+    *,
+    most: int = 1,
+    cutoff: float = 0.6,
+    show: Callable[[str], str] = repr,
+) -> str:
+    """Return a sentence with the known names nearest to a wrong one, beginning with a space; empty if none is near.
+
+    Args:
+        name: What was written.
+        known: What could have been meant.
+        most: Number of names to suggest at most.
+        cutoff: Similarity that a name must have, 0 to 1.
+        show: How a name is written in the sentence.
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=most, cutoff=cutoff)
+    return f" Did you mean {' or '.join(map(show, near))}?" if near else ""
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the name of a torch dtype without its module: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def one_line(text: object) -> str:
+    """Return a text, or an error's message, with every run of white space as one space."""
+    return " ".join(str(text).split())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file that is complete or not there. Values that JSON does not know are written as text.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, target)
