@@ -28,7 +28,8 @@
     ├── IntegrityError
     │   ├── ReleaseMoved
     │   └── RepositoryReplaced
-    ├── CacheError (OSError)
+    ├── MachineError (OSError)
+    │   └── CacheError
     └── LockError
         ├── InvalidLock (ValueError)
         ├── LockMismatch (ValueError)
@@ -38,6 +39,7 @@
     ├── YankedWarning
     ├── StaleWarning
     ├── IdentityWarning
+    ├── AdapterWarning
     └── PlainTokenWarning
 """
 
@@ -45,12 +47,18 @@ from __future__ import annotations
 
 import warnings
 
+from registry.text import visible
+
 
 class RegistryError(Exception):
     """Root of all errors that registry raises on purpose."""
 
     #: A command shows the message alone, in one line and without a traceback.
     says_it_all = True
+
+    def __str__(self) -> str:
+        """The message on one line, without control characters: it may quote what a stranger wrote."""
+        return visible(super().__str__())
 
 
 class InvalidReference(RegistryError, ValueError):
@@ -153,8 +161,15 @@ class RepositoryReplaced(IntegrityError):
     """Under the name of a repository there is another one than before."""
 
 
-class CacheError(RegistryError, OSError):
-    """The cache of pulled adapters can't be written or read."""
+class MachineError(RegistryError, OSError):
+    """This machine lacks something: space on a disk, memory, open files, a folder that can be written.
+
+    It says nothing about a hub or a release, so nothing else is taken in their place.
+    """
+
+
+class CacheError(MachineError):
+    """The cache of pulled adapters cannot be written or read."""
 
 
 class LockError(RegistryError):
@@ -176,6 +191,10 @@ class LockEntryNotFound(LockError, LookupError):
 class RegistryWarning(UserWarning):
     """Root of all warnings of registry."""
 
+    def __str__(self) -> str:
+        """The message on one line, without control characters."""
+        return visible(super().__str__())
+
     #: A command shows the message alone, without the line of code that warned.
     says_it_all = True
 
@@ -190,6 +209,10 @@ class StaleWarning(RegistryWarning):
 
 class IdentityWarning(RegistryWarning):
     """A base model is compatible, and whether it is the same one could not be verified."""
+
+
+class AdapterWarning(RegistryWarning):
+    """An adapter was pulled that changes nothing or is larger than it has to be; the message has the cure."""
 
 
 class PlainTokenWarning(RegistryWarning):

@@ -424,5 +424,5 @@ def test_secrets_are_not_shown_or_pickled() -> None:
 
 def test_clean_text() -> None:
     clean = cleaner(lambda: ["hf_abc"])
-    assert clean("a \x1b[31mred\x1b[0m\r\nhf_abc \u202etxt") == "a [31mred[0m *** txt"
+    assert clean("a \x1b[31mred\x1b[0m\r\nhf_abc \u202etxt") == "a [31mred [0m *** txt"
     assert len(clean("x" * 10_000)) == 301

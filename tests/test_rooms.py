@@ -25,7 +25,8 @@ FLOORS = {
         ("commands",),
     ),
     "registry": (
-        ("errors", "text"),
+        ("text",),
+        ("errors",),
         ("formats", "disk"),
         ("hubs",),
         ("catalog",),

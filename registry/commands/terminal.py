@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
+
+from registry.text import visible
 
 __all__ = ["CacheDir", "HubOption", "Json", "print_json", "print_rows", "progress", "say", "visible", "waiting"]
 
@@ -26,14 +27,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CacheDir = Annotated[
     str | None, typer.Option(help="Folder of the cache; default is LORA_REGISTRY_CACHE.", show_default=False)
 ]
-
-
-def visible(text: object) -> str:
-    """Text from outside on one line, without control, formatting and private characters."""
-    clean = "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") else " " for char in str(text)
-    )
-    return " ".join(clean.split())
 
 
 def say(text: str) -> None:

@@ -6,9 +6,10 @@ the HTTP client are never kept or chained, because they hold the request and tha
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from registry.text import visible
 
 __all__ = ["TRANSIENT", "HubFailed", "cleaner", "failure_of", "hostile"]
 
@@ -64,8 +65,6 @@ def cleaner(secrets: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     def clean(text: str) -> str:
         for secret in secrets():
             text = text.replace(secret, "***")
-        text = " ".join(text.split())
-        text = "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Co", "Cs"))
-        return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+        return visible(text, _LONGEST_TEXT)
 
     return clean

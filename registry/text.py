@@ -1,0 +1,30 @@
+"""Text from strangers as it can be shown: one line, no control characters.
+
+Names, messages and values that come from a hub, a manifest or a configuration can hold sequences that move the cursor,
+change colours or reverse the direction of reading. Everything that shows such text passes it through here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+__all__ = ["visible"]
+
+#: Control, format (bidi marks among them), private use, surrogate, and the two separators that end a line.
+_HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
+
+
+def visible(text: object, length: int | None = None) -> str:
+    """Return a text on one line, without control, bidi, private-use and surrogate characters.
+
+    Args:
+        text: Any value; its ``str()`` is used.
+        length: Characters to keep; a longer text is cut and ends with ``…``.
+    """
+    raw = str(text)
+    if length is not None:
+        raw = raw[: 8 * length + 8]  # most of it is not looked at
+    if not raw.isascii() or not raw.isprintable():
+        raw = "".join(" " if unicodedata.category(char) in _HIDDEN else char for char in raw)
+    line = " ".join(raw.split())
+    return line if length is None or len(line) <= length else f"{line[:length]}…"
