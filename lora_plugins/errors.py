@@ -18,6 +18,7 @@
     │   ├── QuantizerUnavailable
     │   ├── QuantizerSelfTestFailed
     │   ├── NothingQuantized
+    │   ├── UnknownLayer
     │   └── UnsupportedInitialization (ValueError)
     ├── PreparationError
     │   ├── UnknownArgument (TypeError)
@@ -98,6 +99,7 @@ __all__ = [
     "TrainingError",
     "UnevenCoverage",
     "UnknownArgument",
+    "UnknownLayer",
     "UnknownQuantizer",
     "UnknownScope",
     "UnloadableAdapter",
@@ -172,6 +174,10 @@ class QuantizerSelfTestFailed(QuantizationError):
 
 class NothingQuantized(QuantizationError):
     """The walk over the model found no linear layer to quantize."""
+
+
+class UnknownLayer(QuantizationError):
+    """A linear layer is stored in a way that no quantization backend here knows."""
 
 
 class UnsupportedInitialization(QuantizationError, ValueError):

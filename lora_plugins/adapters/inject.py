@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
-from lora_plugins.errors import PreparationError, UnsupportedInitialization
+from lora_plugins.errors import PreparationError, UnknownLayer, UnsupportedInitialization
+from lora_plugins.models.wrapping import plain_path
+from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
-from lora_plugins.quantization.request import Quantization
+from lora_plugins.quantization.request import Quantization, unknown_layers
 from lora_plugins.targets.resolution import TargetPlan
 
 __all__ = [
@@ -111,7 +113,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
         # saved; the modules that can have dropout get it here.
         config.lora_dropout = 0.0
     with seeded(model, seed):
-        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+        wrapped = _wrap(model, config, adapter_name)
     if config.target_parameters and dropout:
         count = _set_dropout(wrapped, adapter_name, dropout)
         notes.append(
@@ -119,6 +121,31 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
             f"{', '.join(config.target_parameters)}, where PEFT allows none"
         )
     return wrapped, notes
+
+
+def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
+    unknown = unknown_layers(model)
+    try:
+        return get_peft_model(model, config, adapter_name=adapter_name)
+    except ValueError as error:
+        # PEFT has LoRA layers for some ways of quantizing that no backend here reads, and refuses the rest.
+        if not unknown or "is not supported" not in str(error):
+            raise
+        raise _unknown_layer(model, unknown) from error
+
+
+def _unknown_layer(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer:
+    # PEFT fails at the first target that it can't wrap; the layers before it have their adapters by now.
+    wrapped = {plain_path(path) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    path = next((path for path in unknown if path not in wrapped), next(iter(unknown)))
+    alike = sum(kind == unknown[path] for kind in unknown.values())
+    return UnknownLayer(
+        f"{path} ({unknown[path]}) is a linear layer whose weight is neither float nor stored by a registered "
+        f"quantization backend, so PEFT has no LoRA layer for it ({alike} layers are of this class). Known backends: "
+        f"{', '.join(plugin_host().quantizer_names())}. Load the model in float, choose other target_modules, or "
+        f"register a Quantizer whose owns() knows {unknown[path]} through the hook register_quantizers "
+        "(docs/plugins.md)."
+    )
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import TensorBytes, tensor_bytes
+from lora_plugins.quantization.facts import record_facts
 from lora_plugins.quantization.marks import tag_quantized, untag_dequantized
 from lora_plugins.quantization.precision import (
     activation_dtype,
@@ -363,6 +364,7 @@ def _finish(model: Any, record: Preparation) -> Any:
     fuse_adapters(model)
     record.after = tensor_bytes(model)
     setattr(model, RECORD_ATTRIBUTE, record)
+    record_facts(model)
     return model
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from lora_plugins.adapters.prepare import Preparation, preparation_of
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
-from lora_plugins.quantization.request import Quantization, detect_quantization
+from lora_plugins.quantization.request import Quantization, detect_quantization, unknown_layers
 from lora_plugins.quantization.walk import EXPECTED_REASONS
 from lora_plugins.targets.records import TargetHit
 from lora_plugins.text import write_json
@@ -238,6 +238,11 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
         if record.layers is not None:
             reasons = Counter(why for why in record.layers.skipped.values() if why not in EXPECTED_REASONS)
             notes += [f"{count} linear layers stay in float: {why}" for why, count in reasons.items()]
+    notes += [
+        f"{count} linear layers are stored as {kind}, which no quantization backend here knows: they are counted by "
+        "their sizes, and register_quantizers is the hook for them"
+        for kind, count in Counter(unknown_layers(base_of(model)).values()).items()
+    ]
     quantization = _quantization(model, record)
     if quantization is not None and quantization.quantizer.loss_note:
         notes.append(quantization.quantizer.loss_note)

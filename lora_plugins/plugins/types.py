@@ -109,6 +109,11 @@ class Quantizer(ABC):
         loss_note: What the losses in a log mean where training and evaluation use different kernels.
         keeps_input: Whether a layer on a GPU holds its input until its backward pass where gradient checkpointing
             can't free it: as an attribute instead of a saved tensor. `plan` counts those bytes.
+        copies_weight: Whether a layer holds its weight a second time outside of its parameters, which an engine that
+            divides parameters then leaves whole on every process.
+        engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
+        loggers: Names of the loggers of its libraries that speak of their own kernels and optional parts; commands
+            and the self-test silence them below an error.
     """
 
     name: str
@@ -118,6 +123,9 @@ class Quantizer(ABC):
     unsupported: tuple[str, ...] = ()
     loss_note: str = ""
     keeps_input: bool = False
+    copies_weight: bool = False
+    engines: tuple[str, ...] = ("ddp", "fsdp2", "deepspeed")
+    loggers: tuple[str, ...] = ()
 
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -161,6 +169,19 @@ class Quantizer(ABC):
 
     def load_config(self, options: Mapping[str, Any]) -> Any | None:
         """Return transformers' quantization config for ``from_pretrained``, or ``None`` if there is none."""
+        return None
+
+    def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
+        """Return the options that a model was loaded with: what `load_config` makes a config from, read back.
+
+        The base of a model that arrives quantized is recorded with them, and can be quantized alike again.
+
+        Args:
+            config: ``model.config.quantization_config`` of a model with layers of ours.
+
+        Returns:
+            Options as users write them, or ``None`` where the config does not say them all.
+        """
         return None
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins.plugins.host import PluginHost, plugin_host
-from lora_plugins.quantization.request import owner_of
+from lora_plugins.quantization.request import is_unknown_layer, owner_of
 from lora_plugins.text import dtype_name
 
 __all__ = ["ParameterCount", "TensorBytes", "count_parameters", "tensor_bytes"]
@@ -67,7 +67,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
     seen: set[int] = set()
     trainable = total = quantized = 0
     for module in _logical_modules(model):
-        packed = owner_of(module, host) is not None
+        packed = owner_of(module, host) is not None or is_unknown_layer(module, host)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

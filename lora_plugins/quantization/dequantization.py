@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.errors import QuantizationError
 from lora_plugins.models.wrapping import base_of, module_places
+from lora_plugins.quantization.facts import FACTS_ATTRIBUTE, record_facts
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import quantization_of
@@ -50,6 +51,8 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
         raise QuantizationError("The model has no quantized layer, so there is nothing to dequantize.")
     _over_float_layers(model)
     untag_dequantized(base_of(model))
+    if hasattr(base_of(model), FACTS_ATTRIBUTE):
+        record_facts(model)
     record = getattr(model, "lora_plugins_preparation", None)
     if record is not None:
         record.quantization = None

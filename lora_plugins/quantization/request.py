@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_plugins.errors import (
-    QuantizationError,
-)
+from lora_plugins.errors import QuantizationError
+from lora_plugins.models.wrapping import adapter_modules, plain_path
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.text import did_you_mean
@@ -22,11 +22,14 @@ __all__ = [
     "Quantization",
     "QuantizedLayers",
     "detect_quantization",
+    "is_unknown_layer",
+    "options_known",
     "owner_of",
     "parse_quantization",
     "quantization_config",
     "quantization_of",
     "remember",
+    "unknown_layers",
     "with_compute_dtype",
 ]
 
@@ -169,6 +172,37 @@ def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | N
     return None
 
 
+def unknown_layers(model: nn.Module, host: PluginHost | None = None) -> dict[str, str]:
+    """Return the linear layers that are stored in a way no backend here knows: their paths and class names.
+
+    Such a layer says ``in_features`` and ``out_features`` and holds no float tensor that could be its weight.
+    """
+    adapters = adapter_modules(model)
+    return {
+        plain_path(path): type(module).__name__
+        for path, module in model.named_modules()
+        if module not in adapters and is_unknown_layer(module, host)
+    }
+
+
+def is_unknown_layer(module: Any, host: PluginHost | None = None) -> bool:
+    """Whether a module is a linear layer whose weight is neither float nor a backend's of ours."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes) or isinstance(module, BaseTunerLayer):
+        return False
+    tensors = [*module.parameters(), *module.buffers()]
+    if not tensors or any(_could_be_weight(tensor, sizes[0] * sizes[1]) for tensor in tensors):  # type: ignore[operator]
+        return False
+    return owner_of(module, host) is None
+
+
+def _could_be_weight(tensor: Any, size: int) -> bool:
+    if not tensor.is_floating_point() or getattr(tensor, "ds_numel", tensor.numel()) < size:
+        return False
+    # A tensor that wraps packed ones calls itself a float; one that is spread over processes is plain.
+    return not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local")
+
+
 def with_compute_dtype(quantization: Quantization, dtype: torch.dtype | None) -> Quantization:
     """Tell a backend that asks for it in which dtype its layers will be used, unless the user has said."""
     if "compute_dtype" not in quantization.quantizer.options or dtype is None:
@@ -201,9 +235,29 @@ def _all_quantizers(host: PluginHost) -> Iterator[Quantizer]:
 
 
 def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Quantization | None:
-    """Return the backend of a model that arrives quantized; the first quantized layer decides."""
+    """Return the backend of a model that arrives quantized, with its options; the first quantized layer decides.
+
+    Options come from the layer's own memory, else from the config that transformers loaded the model with, and are
+    empty where neither has them: `options_known` tells.
+    """
     for module in model.modules():
         quantizer = owner_of(module, host)
         if quantizer is not None:
-            return Quantization(quantizer, {"skip_modules": []})
+            known = getattr(module, _MEMORY, None)
+            if known is not None and known.quantizer is quantizer:
+                return known
+            return Quantization(quantizer, {"skip_modules": [], **(_read_loaded(model, quantizer) or {})})
     return None
+
+
+def options_known(model: nn.Module, quantization: Quantization) -> bool:
+    """Whether the options in ``quantization`` are those that the model's layers were quantized with."""
+    for module in model.modules():
+        if quantization.quantizer.owns(module):
+            return hasattr(module, _MEMORY) or _read_loaded(model, quantization.quantizer) is not None
+    return True
+
+
+def _read_loaded(model: Any, quantizer: Quantizer) -> Mapping[str, Any] | None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return None if config is None else quantizer.loaded_options(config)

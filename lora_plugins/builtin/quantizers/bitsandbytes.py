@@ -16,6 +16,7 @@ __all__ = ["FourBit", "Fp4", "Int8", "Nf4", "register_quantizers"]
 
 
 _REQUIRES = ("bitsandbytes>=0.49",)
+_LOGGERS = ("bitsandbytes",)
 
 
 def _is_layer(module: Any, layer: str) -> bool:
@@ -44,6 +45,9 @@ class Int8(Quantizer):
     )
     # bitsandbytes' autograd function keeps the input as an attribute.
     keeps_input = True
+    # ``state.CB`` beside the parameter.
+    copies_weight = True
+    loggers = _LOGGERS
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return None
@@ -90,6 +94,9 @@ class Int8(Quantizer):
             llm_int8_skip_modules=options.get("skip_modules"),
         )
 
+    def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
+        return _loaded(config, threshold="llm_int8_threshold", skip_modules="llm_int8_skip_modules")
+
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         return [_int8_scale(module)]
 
@@ -107,6 +114,13 @@ class Int8(Quantizer):
         for module in model.modules():
             if type(module) is bnb.nn.Linear8bitLt:
                 module.__class__ = Int8Linear
+
+
+def _loaded(config: Any, **names: str) -> dict[str, Any] | None:
+    """Our options out of transformers' config, under its names; ``None`` for a config of another library."""
+    if not all(hasattr(config, name) for name in names.values()):
+        return None
+    return {option: getattr(config, name) for option, name in names.items() if getattr(config, name) is not None}
 
 
 def _int8_scale(module: Any) -> torch.Tensor:
@@ -129,6 +143,7 @@ class FourBit(Quantizer):
     bits = 4
     requires = _REQUIRES
     options = ("double_quant", "compute_dtype")
+    loggers = _LOGGERS
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return None
@@ -179,6 +194,14 @@ class FourBit(Quantizer):
             # transformers' default would compute every layer in float32, whatever the model's dtype.
             bnb_4bit_compute_dtype=options.get("compute_dtype") or loading_dtype(),
             llm_int8_skip_modules=options.get("skip_modules"),
+        )
+
+    def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
+        return _loaded(
+            config,
+            double_quant="bnb_4bit_use_double_quant",
+            compute_dtype="bnb_4bit_compute_dtype",
+            skip_modules="llm_int8_skip_modules",
         )
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:

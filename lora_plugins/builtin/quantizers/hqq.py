@@ -30,6 +30,8 @@ class Hqq(Quantizer):
     bits: int
     requires = ("hqq>=0.2.8",)
     options = ("group_size", "compute_dtype")
+    # Its layers write a state dict of their own form, which FSDP2 can't put into a checkpoint.
+    engines = ("ddp", "deepspeed")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         if options.get("group_size", 8) % 8:

@@ -42,6 +42,8 @@ class Quanto(Quantizer):
     options = ("compute_dtype",)
     # It reads the float weight, which PEFT can't get from these tensors.
     unsupported = ("use_dora",)
+    # Engines that exchange the data of parameters can't take tensors of a class of their own.
+    engines = ("ddp", "fsdp2")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return None
@@ -96,6 +98,12 @@ class Quanto(Quantizer):
         from transformers import QuantoConfig
 
         return QuantoConfig(weights=self.loaded_kind, modules_to_not_convert=options.get("skip_modules"))
+
+    def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
+        if not hasattr(config, "weights"):
+            return None
+        skip = getattr(config, "modules_to_not_convert", None)
+        return {"skip_modules": skip} if skip else {}
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         from optimum.quanto import QLinear

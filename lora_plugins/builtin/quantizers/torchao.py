@@ -35,6 +35,9 @@ class Torchao(Quantizer):
     bits = 8
     requires = ("torchao>=0.18",)
     options = ("config", "compute_dtype")
+    # Engines that exchange the data of parameters can't take tensors of a class of their own.
+    engines = ("ddp", "fsdp2")
+    loggers = ("torchao",)
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
         return None
@@ -79,6 +82,14 @@ class Torchao(Quantizer):
 
         return TorchAoConfig(self.settings(options), modules_to_not_convert=options.get("skip_modules"))
 
+    def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
+        loaded = getattr(config, "quant_type", None)
+        if loaded is None:
+            return None
+        skip = getattr(config, "modules_to_not_convert", None)
+        options = {} if _same_settings(loaded, self.settings({})) else {"config": loaded}
+        return {**options, "skip_modules": skip} if skip else options
+
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
 
@@ -86,6 +97,15 @@ class Torchao(Quantizer):
             # Loaded quantized: transformers leaves the plain class.
             if self.owns(module) and type(module).__name__ == "Linear":
                 module.__class__ = TorchaoLinear
+
+
+def _same_settings(one: Any, other: Any) -> bool:
+    """Whether two settings of torchao quantize alike; one of their fields sets how the whole process compiles."""
+
+    def fields(settings: Any) -> dict[str, Any]:
+        return {name: value for name, value in vars(settings).items() if name != "set_inductor_config"}
+
+    return type(one) is type(other) and fields(one) == fields(other)
 
 
 class Int8Torchao(Torchao):

@@ -1,0 +1,81 @@
+"""How a base is stored, as plain data on the model, for manifests and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_plugins.models.wrapping import base_of
+from lora_plugins.quantization.request import Quantization, detect_quantization, options_known, unknown_layers
+from lora_plugins.text import dtype_name
+
+__all__ = ["FACTS_ATTRIBUTE", "describe_quantization", "record_facts"]
+
+
+#: Where a prepared model carries its facts; on the base, and readable through PEFT's wrapper too.
+FACTS_ATTRIBUTE = "lora_plugins_facts"
+
+
+def record_facts(model: nn.Module) -> dict[str, Any]:
+    """Write on a model how its base is stored, and return it.
+
+    ``model.lora_plugins_facts`` is a dict that goes into JSON as it is::
+
+        {"quantization": {"name": "int8", "options": {"threshold": 5.0}}, "known": True}
+
+    ``quantization`` is ``None`` for a base in float. With ``known`` the name and options quantize the same base alike
+    again (``quantization={"name": …, **options}``); without, the base was quantized by somebody whose options, or
+    whose layers, no backend here can read.
+
+    Args:
+        model: A prepared model, wrapped or not.
+    """
+    base = base_of(model)
+    facts = describe_quantization(base)
+    setattr(base, FACTS_ATTRIBUTE, facts)
+    return facts
+
+
+def describe_quantization(base: nn.Module) -> dict[str, Any]:
+    """Return what `record_facts` writes, for a base model on any device."""
+    quantization = detect_quantization(base)
+    unknown = unknown_layers(base)
+    if quantization is not None:
+        options, complete = _plain_options(quantization)
+        known = complete and options_known(base, quantization) and not unknown
+        return {"quantization": {"name": quantization.name, "options": options}, "known": known}
+    if unknown:
+        return {"quantization": {"name": _foreign_name(base, unknown), "options": {}}, "known": False}
+    return {"quantization": None, "known": True}
+
+
+def _plain_options(quantization: Quantization) -> tuple[dict[str, Any], bool]:
+    """Options as JSON values, and whether all of them are there."""
+    plain: dict[str, Any] = {}
+    complete = True
+    for name, value in quantization.options.items():
+        if name == "skip_modules" and not value:
+            continue
+        if isinstance(value, torch.dtype):
+            plain[name] = dtype_name(value)
+        elif _is_plain(value):
+            plain[name] = value
+        else:
+            complete = False
+    return plain, complete
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (str, bool, int, float))
+
+
+def _foreign_name(base: Any, unknown: Mapping[str, str]) -> str:
+    """What its own library calls the way a base is stored: the method in its config, else the class of its layers."""
+    config = getattr(getattr(base, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or next(iter(unknown.values())))
