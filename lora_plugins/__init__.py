@@ -14,11 +14,14 @@ from lora_plugins.plugins.packages import missing_package
 from lora_plugins.plugins.types import Architecture, Quantizer
 
 if TYPE_CHECKING:
+    from lora_plugins.adapters.merging import merge_and_save as merge_and_save
     from lora_plugins.adapters.prepare import prepare_model as prepare_model
     from lora_plugins.planning.planner import plan as plan
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
+    from lora_plugins.recipe.packing import pack as pack
+    from lora_plugins.targets.resolution import resolve_targets as resolve_targets
     from lora_plugins.trainer.attaching import attach as attach
     from lora_plugins.trainer.attaching import detach as detach
     from lora_plugins.trainer.callbacks import Int8PreparationCallback as Int8PreparationCallback
@@ -30,12 +33,15 @@ _LAZY = {
     "LoraCallback": "lora_plugins.trainer.callbacks",
     "ParameterReportCallback": "lora_plugins.trainer.callbacks",
     "attach": "lora_plugins.trainer.attaching",
-    "loading_dtype": "lora_plugins.quantization.precision",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
+    "loading_dtype": "lora_plugins.quantization.precision",
+    "merge_and_save": "lora_plugins.adapters.merging",
+    "pack": "lora_plugins.recipe.packing",
     "plan": "lora_plugins.planning.planner",
     "prepare_model": "lora_plugins.adapters.prepare",
     "quantization_config": "lora_plugins.quantization.request",
+    "resolve_targets": "lora_plugins.targets.resolution",
 }
 
 __all__ = [
@@ -50,10 +56,13 @@ __all__ = [
     "detach",
     "hookimpl",
     "loading_dtype",
+    "merge_and_save",
     "missing_package",
+    "pack",
     "plan",
     "prepare_model",
     "quantization_config",
+    "resolve_targets",
 ]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["did_you_mean", "dtype_name", "one_line", "write_json"]
+__all__ = ["did_you_mean", "dtype_name", "forward_names", "one_line", "write_json"]
 
 
 def did_you_mean(
@@ -36,6 +38,24 @@ def did_you_mean(
 def dtype_name(dtype: object) -> str:
     """Return the name of a torch dtype without its module: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+def forward_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that hands out names which have moved, with a `DeprecationWarning`.
+
+    Args:
+        module: The module where the names were.
+        places: For each name, the module where it is now.
+    """
+
+    def find_name(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place = places[name]
+        warnings.warn(f"Import {name} from {place}; {module}.{name} is deprecated", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(place), name)
+
+    return find_name
 
 
 def one_line(text: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -40,3 +41,26 @@ def test_json_is_complete_or_not_there(tmp_path: Path) -> None:
         write_json(path, circle)
     assert json.loads(path.read_text()) == {"path": "x"}
     assert [item.name for item in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lora_plugins.merging", "merge_and_save"),
+        ("lora_plugins.packing", "pack"),
+        ("lora_plugins.cli", "is_expected"),
+        ("lora_plugins.cli", "program"),
+        ("lora_plugins.targets", "resolve_targets"),
+        ("lora_plugins.builtin.bitsandbytes", "Int8"),
+        ("registry.errors", "BaseUnknown"),
+        ("registry.errors", "NotLocked"),
+    ],
+)
+def test_documented_names_of_the_first_version_still_work(module: str, name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=name):
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_name_that_never_was_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'lora_plugins\.packing' has no attribute 'pak'"):
+        importlib.import_module("lora_plugins.packing").pak  # noqa: B018
