@@ -184,7 +184,7 @@ def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], mo
 
 def test_a_misspelt_block_is_reported(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run("plugins", cases=("working",), LORA_PLUGINS_BLOCK="wroking")
-    assert done.stderr == "warning: LORA_PLUGINS_BLOCK names 'wroking', which is no plugin\n"
+    assert done.stderr == "warning: LORA_PLUGINS_BLOCK names 'wroking', which is not a plugin\n"
 
     done = run("plugins", cases=("working",), LORA_PLUGINS_BLOCK="working")
     assert done.stderr == ""

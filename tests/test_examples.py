@@ -180,9 +180,9 @@ def test_new_plugin_has_a_test_that_passes(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_new_plugin_refuses_what_it_can_not_write(tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match="is no name of a model type"):
+    with pytest.raises(PluginError, match="is not a valid model type"):
         write_package("My Type", tmp_path / "a", ("q",))
-    with pytest.raises(PluginError, match="is no name of a module"):
+    with pytest.raises(PluginError, match="is not a valid module name"):
         write_package("mine", tmp_path / "b", ("a.b",))
     with pytest.raises(PluginError, match="exists already"):
         write_package("mine", tmp_path, ("q",))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +63,25 @@ def test_issue_forms_are_valid_yaml() -> None:
     assert len(forms) >= 3
     for form in forms:
         assert yaml.safe_load(form.read_text())
+
+
+def _required() -> set[str]:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = [item for extra in data["optional-dependencies"].values() for item in extra]
+    names = [re.split(r"[\[<>=!~; ]", item)[0] for item in [*data["dependencies"], *optional]]
+    return {name.lower().replace("-", "_") for name in names}
+
+
+def test_every_imported_library_is_declared() -> None:
+    """Of the packages, not of what they happen to bring along."""
+    imported = set()
+    for package in ("lora_plugins", "registry"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.add(node.module.split(".")[0])
+    outside = imported - set(sys.stdlib_module_names) - {"lora_plugins", "registry"}
+    distributions = {"yaml": "pyyaml", "optimum": "optimum_quanto", "google": "protobuf"}
+    assert {name for name in outside if distributions.get(name, name).lower() not in _required()} == set()

@@ -264,15 +264,24 @@ def test_no_cycle_of_imports() -> None:
 
 
 def test_rooms_are_not_deep() -> None:
-    rooms: dict[str, list[str]] = {}
+    """The longest chain of imports inside a folder."""
+    folders: dict[str, list[str]] = {}
     for name in MODULES:
         if name.count(".") > 1:
-            rooms.setdefault(_room(name), []).append(name)
+            folders.setdefault(name.rpartition(".")[0], []).append(name)
     depths = {}
-    for room, names in rooms.items():
+    for folder, names in folders.items():
         edges = _edges(names)
-        depths[room] = max(_depth(edges, name) for name in names)
-    assert {room: depth for room, depth in depths.items() if depth > MOST_FLOORS_IN_A_ROOM} == {}
+        depths[folder] = max(_depth(edges, name) for name in names)
+    assert {folder: depth for folder, depth in depths.items() if depth > MOST_FLOORS_IN_A_ROOM} == {}
+
+
+@pytest.mark.parametrize(("package", "most"), [("lora_plugins", 10), ("registry", 9)])
+def test_rooms_do_not_pile_up(package: str, most: int) -> None:
+    """The longest chain of imports from room to room."""
+    rooms = [name for name in MODULES if name != package and name.split(".")[0] == package]
+    edges = _edges(rooms, rooms=True)
+    assert max(_depth(edges, room) for room in edges) <= most
 
 
 def test_no_folder_is_crowded() -> None:

@@ -1,4 +1,4 @@
-"""Keeps remarks of the libraries that concern nobody here out of a command's output."""
+"""Silence library messages that are irrelevant to a command's user."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ import os
 import sys
 import warnings
 
-__all__ = ["calm"]
+__all__ = ["calm", "quiet"]
 
-
-#: Who speaks, while it is imported, of optional kernels and of its own future.
+#: Libraries that log about optional kernels and their own future while they are imported.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def calm() -> None:
-    """Silence known remarks, and progress bars where no terminal shows them. Call it before anything is imported."""
+    """Silence known messages, and progress bars where no terminal shows them.
+
+    Call it before the libraries are imported.
+    """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # PEFT calls a method of transformers by its former name.
+    # PEFT 0.21 calls a method of transformers by its former name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quiet() -> None:
+    """Silence everything below an error that transformers says in this process, its progress bars included.
+
+    Call it before the libraries are imported.
+    """
+    calm()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

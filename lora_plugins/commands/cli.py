@@ -1,4 +1,4 @@
-"""The program ``lora-plugins``: its own options, the plugins' commands, errors turned into exit codes."""
+"""The program ``lora-plugins``: options, commands, errors as exit codes."""
 
 from __future__ import annotations
 

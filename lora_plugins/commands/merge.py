@@ -1,4 +1,4 @@
-"""``lora-plugins merge``: an adapter and its base into one model."""
+"""``lora-plugins merge``: merge an adapter into its base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-plugins plan``: what a run would train and take, before anything is spent."""
+"""``lora-plugins plan``: show what a run would train and need."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def plan(
 
 
 def _targets(names: list[str] | None) -> dict[str, Any]:
-    """One name that is a scope or a pattern stays a string, as in the Python interface; others are a list."""
+    """Return ``target_modules`` as in Python: a single scope or pattern as text, module names as a list."""
     if not names:
         return {}
     from lora_plugins.targets.resolver import SCOPES

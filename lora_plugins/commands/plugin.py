@@ -1,4 +1,4 @@
-"""The commands that lora-plugins brings. Their modules load what is heavy only when they are called."""
+"""Built-in commands as a plugin; heavy modules load when a command runs."""
 
 from __future__ import annotations
 

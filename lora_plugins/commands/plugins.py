@@ -1,4 +1,4 @@
-"""``lora-plugins plugins``: who provides what, what is installed for it, and why something is disabled."""
+"""``lora-plugins plugins``: list plugins and what they provide."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def plugins(
         for info in host.plugins:
             typer.echo("\n    ".join([f"{info}: {'; '.join(_state(info))}", *_packages(info), *info.notes]))
     for name in host.unknown_blocks():
-        typer.echo(f"warning: {BLOCK_VARIABLE} names {name!r}, which is no plugin", err=True)
+        typer.echo(f"warning: {BLOCK_VARIABLE} names {name!r}, which is not a plugin", err=True)
 
 
 def _record(info: PluginInfo) -> dict[str, Any]:
-    """Everything about a plugin; of each backend also what is installed, and what to do where it is missing."""
+    """Return all facts about a plugin, with the packages that each backend needs and how to install missing ones."""
     record = dataclasses.asdict(info)
     record["packages"] = {
         name: {"installed": installed_versions(requires), "missing": missing_requirements(requires)}
@@ -51,7 +51,7 @@ def _record(info: PluginInfo) -> dict[str, Any]:
 
 
 def _state(info: PluginInfo) -> Iterator[str]:
-    """What a plugin provides, one phrase for each kind of thing, or why it is disabled."""
+    """Yield a phrase for each kind of thing that a plugin provides, or why it is disabled."""
     if info.disabled is not None:
         yield f"disabled: {info.disabled}"
         return
@@ -67,7 +67,7 @@ def _summary(kind: str, names: list[str]) -> str:
 
 
 def _packages(info: PluginInfo) -> Iterator[str]:
-    """For the backends that need the same packages, one line on whether those are installed."""
+    """Yield a line for each group of backends with the same requirements: what is installed or missing."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, requires in info.requires.items():
         if requires:

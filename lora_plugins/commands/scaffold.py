@@ -1,4 +1,4 @@
-"""A new plugin package: its files as templates."""
+"""Write a new plugin package from templates."""
 
 from __future__ import annotations
 
@@ -142,10 +142,10 @@ def write_package(name: str, folder: Path | None, targets: tuple[str, ...]) -> P
         PluginError: A name is none, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
-        raise PluginError(f"{name!r} is no name of a model type: use small letters, digits, '-' and '_', as in my_type")
+        raise PluginError(f"{name!r} is not a valid model type: use small letters, digits, '-' and '_', as in my_type")
     for target in targets:
         if not target.isidentifier() or keyword.iskeyword(target):
-            raise PluginError(f"{target!r} is no name of a module; write the last part of its path, as in q_proj")
+            raise PluginError(f"{target!r} is not a valid module name; write the last part of its path, as in q_proj")
     package = f"{name.replace('_', '-')}-lora"
     folder = folder or Path(package)
     if folder.exists():

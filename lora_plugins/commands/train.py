@@ -1,4 +1,4 @@
-"""``lora-plugins train``: base model and data set in, adapter, merged model and report out."""
+"""``lora-plugins train``: fine-tune a model on a data set."""
 
 from __future__ import annotations
 

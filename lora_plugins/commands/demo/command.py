@@ -1,4 +1,4 @@
-"""``lora-plugins demo``: the whole product on this machine, offline."""
+"""``lora-plugins demo``: train, publish, pull and reload, offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's text: functions of Python's standard library, and what their docstrings say they do.
+"""The demo's data: functions of the standard library and their docstrings.
 
 Every machine that runs this has it: some thousand examples of real code, each with a summary by its author.
 """
@@ -184,14 +184,14 @@ def _fits(length: int, bounds: tuple[int, int]) -> bool:
 
 
 def _first_sentence(docstring: str) -> str:
-    """The text up to the first full stop, on one line; empty where there is no such sentence."""
+    """Return the text up to the first full stop, on one line; empty if there is none."""
     paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
     sentence = re.match(r"[A-Z][^.:`<>|]*[a-z)'\"]\.(?=\s|$)", paragraph)
     return sentence.group() if sentence else ""
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The function's lines without its docstring; empty when nothing would be left of the body."""
+    """Return a function's source without its docstring; empty if no body is left."""
     docstring = node.body[0]
     if len(node.body) == 1 or docstring.lineno == node.lineno or docstring.end_lineno is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the demo measures: loss on held-out text, and what the model writes."""
+"""Measure the demo's model: held-out loss and generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct out of an installed Python package, converted once into a cache."""
+"""The demo's model: SmolLM2-135M-Instruct, converted once into a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load an adapter onto a fresh base in a new process, and compare its logits with those of the run."""
+"""Reload an adapter in a new process and compare its logits with the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo.model import load_base
-from lora_plugins.commands.demo.quiet import quiet
 from lora_plugins.errors import DemoError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Reload", "cache_of", "compare_in_new_process", "logits"]
+__all__ = ["Reload", "compare_in_new_process", "find_cache", "logits"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
     stored = load_file(reference)
     backend = None if quantization == "none" else quantization
     loaded = load_base(base)
-    folder, identity = (Path(adapter), None) if registry == "none" else _pulled(adapter, Path(registry), loaded)
+    folder, identity = (Path(adapter), None) if registry == "none" else _pull_checked(adapter, Path(registry), loaded)
     model = prepare_model(loaded, quantization=backend, adapter=folder)
     expected, got = stored["logits"], logits(model, stored)
     with model.disable_adapter():
@@ -104,15 +104,15 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
     return Reload(torch.equal(expected, got), difference, difference_off, identity)
 
 
-def _pulled(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:
+def _pull_checked(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:
     """The folder of a release that has been checked against a base model, and what the check says of its identity."""
     from registry import pull_adapter
 
-    adapter = pull_adapter(reference, hub=registry, cache_dir=cache_of(registry), lock=False)
+    adapter = pull_adapter(reference, hub=registry, cache_dir=find_cache(registry), lock=False)
     return Path(adapter.path), adapter.check(model).identity
 
 
-def cache_of(registry: Path) -> Path:
+def find_cache(registry: Path) -> Path:
     """Where the demo keeps what it pulls: next to its registry, not in the user's cache."""
     return registry.with_name("registry-cache")
 

@@ -1,4 +1,4 @@
-"""The demo itself: train, measure before and after, publish, pull and reload in a new process."""
+"""Run the demo: train, measure, publish, pull, reload in a new process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
 from lora_plugins.commands.demo.model import demo_model, load_base
-from lora_plugins.commands.demo.quiet import quiet
 from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
 from lora_plugins.errors import DemoError
 
@@ -165,7 +165,7 @@ class Demo:
         count = self.options.steps * BATCH_SIZE
         self.train_data = data.make_dataset(train, self.tokenizer, count=count, max_tokens=MAX_TOKENS)
         self.test_data = data.make_dataset(test, self.tokenizer, count=HELD_OUT, max_tokens=MAX_TOKENS)
-        self.shown = _for_a_screen(test, SHOWN)
+        self.shown = _select_short(test, SHOWN)
         self.result.held_out_functions = len(self.test_data)
         self.result.held_out_tokens = sum(label != -100 for row in self.test_data["labels"] for label in row)
         self.say(
@@ -278,8 +278,8 @@ class Demo:
         self._started = now
 
 
-def _for_a_screen(examples: Sequence[data.Example], count: int) -> list[data.Example]:
-    """The first examples that are short enough to be shown, each from another package."""
+def _select_short(examples: Sequence[data.Example], count: int) -> list[data.Example]:
+    """Return the first examples that are short enough to be shown, each from another package."""
     shown: dict[str, data.Example] = {}
     for example in examples:
         if example.source.count("\n") < 8:
