@@ -112,3 +112,14 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_schema_in_the_documentation_is_the_one_in_the_package() -> None:
     name = "adapter_manifest.schema.json"
     assert (ROOT / "docs" / name).read_bytes() == (ROOT / "registry" / name).read_bytes()
+
+
+def test_tests_that_the_page_of_problems_names_exist() -> None:
+    text = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8")
+    known = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert named - known == set()
+    rows = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert rows == [*map(str, range(1, 26)), *map(str, range(1, 21))]
