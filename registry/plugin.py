@@ -17,17 +17,6 @@ def register_commands(app: typer.Typer) -> None:
     """Add the registry's commands."""
     from registry.commands import fetching, inspecting, publishing
 
-    for command in (
-        publishing.push,
-        fetching.pull,
-        inspecting.versions,
-        inspecting.show,
-        fetching.verify,
-        inspecting.diff,
-        publishing.yank,
-        publishing.alias,
-        fetching.lock,
-        publishing.mirror,
-        fetching.gc,
-    ):
-        app.command()(command)
+    for module in (publishing, fetching, inspecting):
+        for command in module.COMMANDS:
+            app.command()(command)

@@ -18,7 +18,7 @@ from registry.commands.terminal import (
     waiting,
 )
 
-__all__ = ["gc", "lock", "pull", "verify"]
+__all__ = ["COMMANDS", "gc", "lock", "pull", "verify"]
 
 _LockFile = Annotated[
     str | None, typer.Option("--lock-file", help="Default is adapters.lock in this folder.", show_default=False)
@@ -117,3 +117,7 @@ def gc(
         say(visible(path))
     what = "deleted" if found.deleted else "could be deleted; --delete does it"
     say(f"{len(found.paths)} folders, {found.size:,} bytes: {what if found.paths else 'nothing to do'}")
+
+
+#: What this module adds to the program.
+COMMANDS = (pull, verify, lock, gc)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from registry.formats.manifest import Manifest
     from registry.upkeep.diff import Difference
 
-__all__ = ["diff", "show", "versions"]
+__all__ = ["COMMANDS", "diff", "show", "versions"]
 
 
 def versions(
@@ -134,3 +134,7 @@ def _print_difference(found: Difference) -> None:
 
 def _or_default(value: object) -> object:
     return "-" if value is None else value
+
+
+#: What this module adds to the program.
+COMMANDS = (versions, show, diff)

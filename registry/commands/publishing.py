@@ -9,7 +9,7 @@ import typer
 
 from registry.commands.terminal import CacheDir, HubOption, Json, print_json, print_rows, say, visible, waiting
 
-__all__ = ["alias", "mirror", "push", "yank"]
+__all__ = ["COMMANDS", "alias", "mirror", "push", "yank"]
 
 
 def push(
@@ -151,3 +151,7 @@ def mirror(
         print_json([dict(zip(("release", "digest", "state"), row, strict=True)) for row in rows])
     else:
         print_rows(("release", "digest", ""), rows)
+
+
+#: What this module adds to the program.
+COMMANDS = (push, yank, alias, mirror)
