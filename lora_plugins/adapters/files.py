@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_plugins.adapters.inject import seeded
 from lora_plugins.errors import (
     AdapterMismatch,
     BrokenCheckpoint,
     PreparationError,
 )
+from lora_plugins.models.randomness import seeded
 from lora_plugins.models.sharding import gathered_state, is_sharded
 from registry import pull_adapter, put_back
 

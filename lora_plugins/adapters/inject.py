@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
 from lora_plugins.errors import PreparationError, UnknownLayer, UnsupportedInitialization
+from lora_plugins.models.randomness import seeded
 from lora_plugins.models.wrapping import plain_path
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
@@ -25,11 +26,10 @@ from lora_plugins.targets.resolution import TargetPlan
 __all__ = [
     "build_config",
     "exchange_layers",
+    "find_lora_layers",
     "has_adapters",
     "initializes_from_base",
     "inject",
-    "register_lora_layers",
-    "seeded",
 ]
 
 
@@ -108,11 +108,13 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
     """
     dropout = config.lora_dropout
     notes = []
+    # PEFT would draw random numbers for adapters of a model without data on the CPU before it moves them there.
+    meta = all(parameter.is_meta for parameter in model.parameters())
     if config.target_parameters and dropout:
         # PEFT refuses dropout on expert parameters, for all modules at once. What plain PEFT can load is
         # saved; the modules that can have dropout get it here.
         config.lora_dropout = 0.0
-    with seeded(model, seed):
+    with seeded(model, seed), torch.device("meta") if meta else contextlib.nullcontext():
         wrapped = _wrap(model, config, adapter_name)
     if config.target_parameters and dropout:
         count = _set_dropout(wrapped, adapter_name, dropout)
@@ -146,18 +148,6 @@ def _unknown_layer(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer
         f"register a Quantizer whose owns() knows {unknown[path]} through the hook register_quantizers "
         "(docs/plugins.md)."
     )
-
-
-@contextlib.contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Fork the random generators of the CPU and of the model's devices, and seed the fork."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kinds = {device.type for device in devices}
-    indices = sorted({device.index or 0 for device in devices})
-    kind = kinds.pop() if len(kinds) == 1 else "cuda"
-    with torch.random.fork_rng(devices=indices, device_type=kind):
-        torch.manual_seed(seed)
-        yield
 
 
 def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int:
@@ -195,14 +185,14 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
     return changed
 
 
-def register_lora_layers(model: nn.Module, config: LoraConfig, quantization: Quantization | None) -> None:
-    """Tell PEFT which LoRA layer goes over each kind of quantized layer in the model.
+def find_lora_layers(
+    model: nn.Module, config: LoraConfig | None, quantization: Quantization
+) -> dict[type[nn.Module], type[nn.Module]]:
+    """Return which LoRA layer goes over each kind of quantized layer in the model, for PEFT.
 
     Raises:
         PreparationError: The configuration asks for what PEFT can't do over layers of this backend.
     """
-    if quantization is None:
-        return
     for name in quantization.quantizer.unsupported:
         if getattr(config, name, None):
             raise PreparationError(
@@ -210,9 +200,7 @@ def register_lora_layers(model: nn.Module, config: LoraConfig, quantization: Qua
                 "can't read the float weight out of its layers. Leave it out, or use another backend."
             )
     owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
-    classes: dict[type, type] = {type(module): _lora_layer(quantization, module) for module in owned}
-    if classes:
-        config._register_custom_module(classes)
+    return {type(module): _lora_layer(quantization, module) for module in owned}
 
 
 def _lora_layer(quantization: Quantization, module: nn.Module) -> type[nn.Module]:

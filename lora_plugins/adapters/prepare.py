@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,17 +18,18 @@ from lora_plugins.adapters.fused import fuse_adapters
 from lora_plugins.adapters.inject import (
     build_config,
     exchange_layers,
+    find_lora_layers,
     has_adapters,
     initializes_from_base,
     inject,
-    register_lora_layers,
 )
+from lora_plugins.adapters.records import RECORD_ATTRIBUTE, Preparation, preparation_of
 from lora_plugins.adapters.reloading import check_loadable
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
-from lora_plugins.quantization.counting import TensorBytes, tensor_bytes
+from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.facts import record_facts
 from lora_plugins.quantization.marks import tag_quantized, untag_dequantized
 from lora_plugins.quantization.precision import (
@@ -37,61 +39,26 @@ from lora_plugins.quantization.precision import (
     slow_products_note,
     upcast_frozen,
 )
-from lora_plugins.quantization.request import Quantization, QuantizedLayers, detect_quantization, with_compute_dtype
+from lora_plugins.quantization.request import Quantization, detect_quantization, with_compute_dtype
 from lora_plugins.quantization.selftest import check_arrived
 from lora_plugins.quantization.walk import quantize_in_place
 from lora_plugins.targets.resolution import TargetPlan, resolve_targets, task_heads
 
 __all__ = [
-    "RECORD_ATTRIBUTE",
+    "Job",
     "Preparation",
     "Progress",
+    "choose_targets",
+    "find_steps",
     "preparation_of",
     "prepare",
-    "prepare_base",
     "prepare_model",
     "prepare_plain",
+    "run_steps",
 ]
 
 
-#: Where the record of a preparation is kept on the prepared model.
-RECORD_ATTRIBUTE = "lora_plugins_preparation"
-
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-
-
-@dataclass
-class Preparation:
-    """What was done to a model, for the report and the checks during training.
-
-    Attributes:
-        adapter_name: Name of the trained adapter, ``None`` when the model got none from us.
-        plan: Which modules were chosen and why.
-        quantization: Backend of the base, ``None`` for a float base.
-        layers: Which layers were quantized here; ``None`` when the model arrived quantized or in float.
-        before: Bytes before anything was done.
-        after: Bytes when everything was done.
-        compute_dtype: Dtype that the frozen float weights were cast to, ``None`` when they were left.
-        upcast: Names of the modules held in float32 on purpose.
-        heads: Names of the heads that must be trained.
-        notes: Sentences for the report.
-    """
-
-    adapter_name: str | None
-    plan: TargetPlan | None
-    quantization: Quantization | None
-    layers: QuantizedLayers | None
-    before: TensorBytes
-    after: TensorBytes = field(default_factory=TensorBytes)
-    compute_dtype: torch.dtype | None = None
-    upcast: list[str] = field(default_factory=list)
-    heads: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
-
-
-def preparation_of(model: nn.Module) -> Preparation | None:
-    """Return the record that preparing left on a model, ``None`` for a model prepared elsewhere."""
-    return getattr(model, RECORD_ATTRIBUTE, None)
 
 
 def prepare_model(
@@ -168,7 +135,19 @@ def prepare(
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
-    return _Pipeline(model, settings, seed, autocast, progress).run()
+    untagged = untag_dequantized(model)
+    arrived = _check_arrived(model, settings.quantization)
+    stored = adapters.adapter_folder(settings.adapter) if settings.adapter is not None else None
+    config = adapters.load_config(stored) if stored else None
+    plan = choose_targets(model, settings, config)
+    record = Preparation(settings.adapter_name, plan, arrived or settings.quantization, None, tensor_bytes(model))
+    if untagged:
+        record.notes.append("the flags of a quantized model were taken off: its weights are float")
+    job = Job(model, settings, record, seed=seed, autocast=autocast, progress=progress, stored=stored)
+    job.is_quantized = arrived is not None
+    job.config = config or build_config(settings, plan)
+    record.heads = tuple(job.config.modules_to_save or ())
+    return _finish(run_steps(job), record)
 
 
 def prepare_plain(
@@ -188,148 +167,10 @@ def prepare_plain(
     _refuse_unwrapped_adapters(model)
     untag_dequantized(model)
     arrived = _check_arrived(model, settings.quantization)
-    record = Preparation(None, None, arrived, None, tensor_bytes(model))
+    record = Preparation(None, None, arrived or settings.quantization, None, tensor_bytes(model))
     record.heads = tuple(task_heads(model))
-    prepare_base(
-        model,
-        record,
-        quantize=settings.quantization if arrived is None else None,
-        compute_dtype=settings.compute_dtype,
-        upcast=settings.upcast,
-        autocast=autocast,
-        progress=progress,
-    )
-    return _finish(model, record)
-
-
-class _Pipeline:
-    """The steps from a plain base model to a wrapped one, in their order."""
-
-    def __init__(
-        self, model: nn.Module, settings: LoraSettings, seed: int, autocast: bool, progress: Progress | None
-    ) -> None:
-        self.model = model
-        self.settings = settings
-        self.seed = seed
-        self.autocast = autocast
-        self.progress = progress
-
-    def run(self) -> peft.PeftModel:
-        settings = self.settings
-        notes = ["the flags of a quantized model were taken off: its weights are float"] * untag_dequantized(self.model)
-        arrived = _check_arrived(self.model, settings.quantization)
-        stored = adapters.adapter_folder(settings.adapter) if settings.adapter is not None else None
-        config = adapters.load_config(stored) if stored else None
-        plan = self._resolve(config)
-        record = Preparation(
-            settings.adapter_name, plan, arrived or settings.quantization, None, tensor_bytes(self.model)
-        )
-        record.notes += notes
-        if config is None:
-            config = build_config(settings, plan)
-        record.heads = tuple(config.modules_to_save or ())
-        base_first = initializes_from_base(
-            config.init_lora_weights, record.quantization, already_quantized=arrived is not None
-        )
-        if not base_first:
-            self._prepare_base(record, arrived)
-        register_lora_layers(self.model, config, record.quantization)
-        wrapped, inject_notes = inject(self.model, config, settings.adapter_name, self.seed)
-        record.notes += inject_notes
-        if plan.input_gradients:
-            self.model.enable_input_require_grads()  # type: ignore[operator]
-            record.notes.append("the embeddings, which stay frozen, hand a gradient through: the blocks need it")
-        lost = check_loadable(wrapped, settings.adapter_name, strict=settings.strict)
-        record.notes += [lost] if lost else []
-        if base_first:
-            record.notes.append(
-                f"adapters were initialised from the float base ({config.init_lora_weights}), then quantized under"
-            )
-            self._prepare_base(record, arrived)
-            exchange_layers(wrapped, _required(record.quantization))
-        if stored:
-            self._load(wrapped, stored, record)
-        return _finish(wrapped, record)
-
-    def _resolve(self, stored: peft.LoraConfig | None) -> TargetPlan:
-        source = stored or self.settings.peft_config
-        lora = self.settings.lora
-
-        def asked(name: str) -> Any:
-            return getattr(source, name) if source is not None else lora.get(name)
-
-        return resolve_targets(
-            self.model,
-            asked("target_modules"),
-            experts=self.settings.experts,
-            exclude_modules=asked("exclude_modules"),
-            layers_to_transform=asked("layers_to_transform"),
-            target_parameters=asked("target_parameters"),
-            literal=stored is not None,
-            strict=self.settings.strict,
-        )
-
-    def _prepare_base(self, record: Preparation, arrived: Quantization | None) -> None:
-        prepare_base(
-            self.model,
-            record,
-            quantize=self.settings.quantization if arrived is None else None,
-            compute_dtype=self.settings.compute_dtype,
-            upcast=self.settings.upcast,
-            autocast=self.autocast,
-            progress=self.progress,
-        )
-
-    def _load(self, wrapped: peft.PeftModel, folder: Any, record: Preparation) -> None:
-        file = adapters.find_adapter_file(folder, "default")
-        if file is None:
-            raise PreparationError(f"The folder {folder} has no {adapters.ADAPTER_FILE}")
-        adapters.load_weights(wrapped, file, self.settings.adapter_name)
-        record.notes.append(f"continues from the adapter in {folder}")
-
-
-def prepare_base(
-    model: nn.Module,
-    record: Preparation,
-    *,
-    quantize: Quantization | None,
-    compute_dtype: str | torch.dtype,
-    upcast: str,
-    autocast: bool,
-    progress: Progress | None,
-) -> None:
-    """Freeze a base, quantize it if asked and choose the dtype of what stays float; writes into ``record``.
-
-    Adapters and trained heads that the model already has keep their trainability, names and values.
-    """
-    base = base_of(model)
-    wrapped = base is not model
-    if not wrapped:
-        base.requires_grad_(False)
-    dtype = resolve_compute_dtype(
-        compute_dtype, base, quantized=quantize is not None or record.quantization is not None, autocast=autocast
-    )
-    if quantize is not None:
-        quantize = with_compute_dtype(quantize, dtype or activation_dtype(base, autocast=autocast))
-        never = record.plan.never if record.plan is not None else ()
-        record.layers = quantize_in_place(model, quantize, never=(*never, *record.heads), progress=progress)
-        record.quantization = quantize
-        if wrapped:
-            exchange_layers(model, quantize)
-    elif record.quantization is not None:
-        # Loaded quantized: let the backend set what makes its layers trainable.
-        check_arrived(base, record.quantization)
-        record.quantization.quantizer.after_quantize(base, record.quantization.options)
-        if wrapped:
-            exchange_layers(model, record.quantization)
-    if dtype is not None:
-        cast_frozen(base, dtype)
-        record.compute_dtype = dtype
-    if quantize is not None and record.layers is not None:
-        tag_quantized(base, quantize, record.layers)
-    record.upcast = upcast_frozen(base, upcast)
-    slow = slow_products_note(base, autocast=autocast)
-    record.notes += [slow] if slow else []
+    job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
+    return _finish(run_steps(job), record)
 
 
 def _prepare_wrapped(
@@ -343,29 +184,246 @@ def _prepare_wrapped(
         _check_arrived(model, settings.quantization)
         return model
     arrived = _check_arrived(model, settings.quantization)
-    record = Preparation(name, known.plan if known else None, arrived, None, tensor_bytes(model))
+    plan = known.plan if known else None
+    record = Preparation(name, plan, arrived or settings.quantization, None, tensor_bytes(model))
     record.heads = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
     record.notes.append("the model came with its adapters; they were left as they are")
-    lost = check_loadable(model, name, strict=settings.strict)
-    record.notes += [lost] if lost else []
-    prepare_base(
-        model,
-        record,
-        quantize=settings.quantization if arrived is None else None,
-        compute_dtype=settings.compute_dtype,
-        upcast=settings.upcast,
-        autocast=autocast,
-        progress=progress,
-    )
-    return _finish(model, record)
+    job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
+    return _finish(run_steps(job), record)
 
 
 def _finish(model: Any, record: Preparation) -> Any:
-    fuse_adapters(model)
     record.after = tensor_bytes(model)
     setattr(model, RECORD_ATTRIBUTE, record)
     record_facts(model)
     return model
+
+
+def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraConfig | None = None) -> TargetPlan:
+    """Choose the modules of a base model that get adapters, by the settings or by a stored adapter's configuration.
+
+    Raises:
+        TargetError: Targets match nothing, or cover the blocks unevenly.
+    """
+    source = stored or settings.peft_config
+
+    def asked(name: str) -> Any:
+        return getattr(source, name) if source is not None else settings.lora.get(name)
+
+    return resolve_targets(
+        model,
+        asked("target_modules"),
+        experts=settings.experts,
+        exclude_modules=asked("exclude_modules"),
+        layers_to_transform=asked("layers_to_transform"),
+        target_parameters=asked("target_parameters"),
+        literal=stored is not None,
+        strict=settings.strict,
+    )
+
+
+# -- the steps ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One model on its way through the steps.
+
+    Attributes:
+        model: The base model, its `peft.PeftModel` once the adapters are in. On the meta device for `plan`.
+        settings: What was asked for.
+        record: What was done, filled by the steps.
+        quantize: The step that quantizes the base: really, or in `plan` by stand-ins.
+        config: Configuration of the adapters to make, ``None`` where they come from elsewhere.
+        stored: Folder of the adapter to continue from.
+        is_quantized: Whether the base arrived quantized.
+        seed: Seed of the adapters' initial values.
+        autocast: Whether the Trainer runs the model under autocast.
+        device: Where the model will run; by default where it is.
+        progress: Wraps the layers while they are quantized.
+        lora_layers: Classes of LoRA layers over the quantized layers, which ``quantize`` fills.
+        trained: What gets gradients, by name.
+    """
+
+    model: Any
+    settings: LoraSettings
+    record: Preparation
+    quantize: Callable[[Job], None] = field(default_factory=lambda: quantize_base)
+    config: peft.LoraConfig | None = None
+    stored: Path | None = None
+    is_quantized: bool = False
+    seed: int = 42
+    autocast: bool = False
+    device: torch.device | None = None
+    progress: Progress | None = None
+    lora_layers: dict[type, type] = field(default_factory=dict)
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model, under adapters or without."""
+        return base_of(self.model)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the adapters are in."""
+        return self.base is not self.model
+
+    @property
+    def asked_quantization(self) -> Quantization | None:
+        """What the base is to be quantized with, ``None`` where it arrived quantized or stays in float."""
+        return None if self.is_quantized else self.settings.quantization
+
+    def never_quantized(self) -> tuple[str, ...]:
+        """Names of modules that stay in float."""
+        plan = self.record.plan
+        return (*(plan.never if plan is not None else ()), *self.record.heads)
+
+
+def run_steps(job: Job) -> Any:
+    """Take a model through every step, for `prepare_model` and `plan` alike; returns the prepared model."""
+    for step in find_steps(job):
+        step(job)
+    return job.model
+
+
+def find_steps(job: Job) -> list[Step]:
+    """Return the steps of a job in their order.
+
+    Adapters that start from the float weights are made before the base is quantized.
+    """
+    adapters_first = not job.has_adapters and job.config is not None and _starts_from_base(job)
+    middle = [*ADAPTER_STEPS, *BASE_STEPS] if adapters_first else [*BASE_STEPS, *ADAPTER_STEPS]
+    return [freeze_base, *middle, *LAST_STEPS]
+
+
+def _starts_from_base(job: Job) -> bool:
+    init = getattr(job.config, "init_lora_weights", True)
+    first = initializes_from_base(init, job.record.quantization, already_quantized=job.is_quantized)
+    if first:
+        job.record.notes.append(f"adapters were initialised from the float base ({init}), then quantized under")
+    return first
+
+
+def freeze_base(job: Job) -> None:
+    """Freeze a base that has no adapters yet; with adapters, they and trained heads keep their trainability."""
+    if not job.has_adapters:
+        job.base.requires_grad_(False)
+    job.trained = _find_trained(job.model)
+
+
+def _find_trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def choose_dtype(job: Job) -> None:
+    """Decide the dtype of the frozen float weights."""
+    job.record.compute_dtype = resolve_compute_dtype(
+        job.settings.compute_dtype,
+        job.base,
+        quantized=job.is_quantized or job.settings.quantization is not None,
+        autocast=job.autocast,
+        device=job.device,
+    )
+
+
+def quantize(job: Job) -> None:
+    """Quantize the base by the job's own step, which names the LoRA layers that go over the quantized ones."""
+    job.quantize(job)
+
+
+def quantize_base(job: Job) -> None:
+    """Quantize the base in place; let a backend finish what was loaded quantized."""
+    record, model, wanted = job.record, job.model, job.asked_quantization
+    if wanted is not None:
+        dtype = record.compute_dtype or activation_dtype(job.base, autocast=job.autocast)
+        wanted = with_compute_dtype(wanted, dtype)
+        record.layers = quantize_in_place(model, wanted, never=job.never_quantized(), progress=job.progress)
+        record.quantization = wanted
+        tag_quantized(job.base, wanted, record.layers)
+    elif record.quantization is not None:
+        check_arrived(job.base, record.quantization)
+        record.quantization.quantizer.after_quantize(job.base, record.quantization.options)
+    if record.quantization is not None:
+        exchange_layers(model, record.quantization)
+        job.lora_layers = find_lora_layers(model, job.config, record.quantization)
+
+
+def cast_base(job: Job) -> None:
+    """Cast the frozen float weights."""
+    if job.record.compute_dtype is not None:
+        cast_frozen(job.base, job.record.compute_dtype)
+
+
+def upcast_base(job: Job) -> None:
+    """Hold norms, or everything that is not quantized, in float32 where that was asked for."""
+    job.record.upcast = upcast_frozen(job.base, job.settings.upcast)
+    slow = slow_products_note(job.base, autocast=job.autocast)
+    job.record.notes += [slow] if slow else []
+
+
+def inject_adapters(job: Job) -> None:
+    """Put fresh adapters into a base that has none."""
+    config, record = job.config, job.record
+    if config is None:
+        return
+    if job.lora_layers:
+        config._register_custom_module(job.lora_layers)
+    base = job.base
+    job.model, notes = inject(base, config, job.settings.adapter_name, job.seed)
+    record.notes += notes
+    if record.plan is not None and record.plan.input_gradients:
+        base.enable_input_require_grads()  # type: ignore[operator]
+        record.notes.append("the embeddings, which stay frozen, hand a gradient through: the blocks need it")
+
+
+def check_adapters(job: Job) -> None:
+    """Find out whether PEFT will find the adapters in their own file, and what is trained from here on."""
+    if job.has_adapters:
+        lost = check_loadable(job.model, str(job.record.adapter_name), strict=job.settings.strict)
+        job.record.notes += [lost] if lost else []
+    job.trained |= _find_trained(job.model)
+
+
+def load_stored(job: Job) -> None:
+    """Load the adapter to continue from."""
+    if job.stored is None:
+        return
+    file = adapters.find_adapter_file(job.stored, "default")
+    if file is None:
+        raise PreparationError(f"The folder {job.stored} has no {adapters.ADAPTER_FILE}")
+    adapters.load_weights(job.model, file, job.settings.adapter_name)
+    job.record.notes.append(f"continues from the adapter in {job.stored}")
+
+
+def fuse(job: Job) -> None:
+    """Let the LoRA layers compute their branch as one function."""
+    fuse_adapters(job.model)
+
+
+def check_trained(job: Job) -> None:
+    """Hold every step to it that what is trained stays so.
+
+    Raises:
+        PreparationError: A later step froze or replaced a trained tensor.
+    """
+    now = {id(parameter) for parameter in job.model.parameters() if parameter.requires_grad}
+    lost = [name for name, parameter in job.trained.items() if id(parameter) not in now]
+    if lost:
+        raise PreparationError(
+            f"{len(lost)} tensors that are trained would be frozen by preparing the model, first {lost[0]}. Name their "
+            "modules in skip_modules (quantization={'name': …, 'skip_modules': […]}), or freeze them first."
+        )
+
+
+Step = Callable[[Job], None]
+
+#: What is done to the base.
+BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
+#: What makes and checks the adapters.
+ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
+#: What needs both.
+LAST_STEPS: tuple[Step, ...] = (load_stored, fuse, check_trained)
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:
@@ -417,8 +475,3 @@ def _refuse_unwrapped_adapters(model: nn.Module) -> None:
             "neither resume nor load the best checkpoint of such a model. Pass the base model, or wrap it with "
             "peft.get_peft_model()."
         )
-
-
-def _required(quantization: Quantization | None) -> Quantization:
-    assert quantization is not None, "only called for a quantized base"
-    return quantization

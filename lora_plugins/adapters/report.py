@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from lora_plugins.adapters.prepare import Preparation, preparation_of
+from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.request import Quantization, detect_quantization, unknown_layers

@@ -11,6 +11,7 @@ import peft
 import torch
 from peft import PeftModel
 
+from lora_plugins.adapters.prepare import choose_targets
 from lora_plugins.adapters.report import TargetRow, rows_of_adapters, rows_of_hits
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import LoraPluginsError, PlanError
@@ -27,7 +28,6 @@ from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
-from lora_plugins.targets.resolution import resolve_targets
 from lora_plugins.text import dtype_name
 
 __all__ = ["plan"]
@@ -148,18 +148,7 @@ def _workbench(
             raise PlanError("The model has its adapters already: leave the LoRA arguments out, or pass the base model.")
         return Workbench(model, settings, None, device)
 
-    def asked(name: str) -> Any:
-        return getattr(settings.peft_config, name) if settings.peft_config is not None else settings.lora.get(name)
-
-    targets = resolve_targets(
-        model,
-        asked("target_modules"),
-        experts=settings.experts,
-        exclude_modules=asked("exclude_modules"),
-        layers_to_transform=asked("layers_to_transform"),
-        target_parameters=asked("target_parameters"),
-        strict=settings.strict,
-    )
+    targets = choose_targets(model, settings)
     return Workbench(model, settings, targets, device)
 
 

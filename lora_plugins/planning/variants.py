@@ -6,16 +6,16 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from lora_plugins.adapters.fused import fuse_adapters
-from lora_plugins.adapters.inject import build_config, inject
-from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.adapters.inject import build_config
+from lora_plugins.adapters.prepare import Job, run_steps
+from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
@@ -26,9 +26,9 @@ from lora_plugins.planning.optimizer import file_bytes
 from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
-from lora_plugins.quantization.counting import ParameterCount, count_parameters, tensor_bytes
-from lora_plugins.quantization.precision import activation_dtype, cast_frozen, resolve_compute_dtype, upcast_frozen
-from lora_plugins.quantization.request import Quantization, with_compute_dtype
+from lora_plugins.quantization.counting import ParameterCount, TensorBytes, count_parameters, tensor_bytes
+from lora_plugins.quantization.precision import activation_dtype, resolve_compute_dtype
+from lora_plugins.quantization.request import Quantization, QuantizedLayers, with_compute_dtype
 from lora_plugins.quantization.walk import layers_to_quantize
 from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.trainer.chunked_loss import chunked_loss
@@ -199,9 +199,7 @@ class Workbench:
 
     def file_bytes(self) -> int:
         """Return the bytes of the adapter's file."""
-        model = self.whole(None)
-        name = self.settings.adapter_name if self._config is not None else model.active_adapters[0]
-        return file_bytes(model, name)
+        return file_bytes(self.whole(None), self._adapter_name())
 
     # -- simulating ----------------------------------------------------------------------------
 
@@ -278,31 +276,29 @@ class Workbench:
     # -- preparing -----------------------------------------------------------------------------
 
     def _prepare(self, model: nn.Module, quantization: Quantization | None) -> Any:
-        """Do on the meta device what `prepare_model` does."""
-        base: Any = base_of(model)
-        if self.targets is not None:
-            base.requires_grad_(False)
-        dtype = self.compute_dtype(quantization, base)
-        if quantization is not None:
-            _stand_in(model, quantization, self._never(), self.device)
-        elif self._config is None and preparation_of(model) is not None:
+        """Take a model without data through the steps of `prepare_model`, with stand-ins for quantized layers."""
+        if quantization is None and self._config is None and preparation_of(model) is not None:
             # Prepared by us: nothing more would be done to it.
             return model
-        if dtype is not None:
-            cast_frozen(base, dtype)
-        upcast_frozen(base, self.settings.upcast)
+        record = Preparation(self._adapter_name(), self.targets, quantization, None, TensorBytes(), heads=self.heads())
+        job = Job(
+            model,
+            replace(self.settings, quantization=quantization),
+            record,
+            quantize=quantize_by_stand_ins,
+            config=copy.deepcopy(self._config),
+            is_quantized=self.arrived,
+            device=self.device,
+        )
+        wrapped = run_steps(job)
+        base: Any = job.base
         if hasattr(base, "config"):
             base.config.use_cache = False
-        if self._config is None:
-            return model
-        config = copy.deepcopy(self._config)
-        if _stand_ins(base):
-            config._register_custom_module({PlannedLinear: _lora_layer(quantization)})
-        # PEFT would draw random numbers for adapters on the CPU before it moves them here.
-        with torch.device("meta"):
-            wrapped = inject(model, config, self.settings.adapter_name, 0)[0]
-        fuse_adapters(wrapped)
         return wrapped
+
+    def _adapter_name(self) -> str:
+        wrapped: Any = self.base
+        return self.settings.adapter_name if self._config is not None else wrapped.active_adapters[0]
 
     @property
     def by_hardware(self) -> bool:
@@ -352,13 +348,19 @@ def _float32() -> torch.dtype:
     return torch.float32
 
 
-def _stand_in(model: nn.Module, quantization: Quantization, never: Iterable[str], device: torch.device) -> None:
-    targets, _ = layers_to_quantize(model, quantization, never)
-    places = module_places(model)
-    for layer in targets.values():
-        new = planned(layer, quantization, device)
-        for parent, attribute in places[id(layer)]:
-            setattr(parent, attribute, new)
+def quantize_by_stand_ins(job: Job) -> None:
+    """Put stand-ins in the place of the layers that the job's backend would quantize: the job's ``quantize`` step."""
+    quantization = job.asked_quantization
+    if quantization is not None:
+        targets, skipped = layers_to_quantize(job.model, quantization, job.never_quantized())
+        places = module_places(job.model)
+        for layer in targets.values():
+            new = planned(layer, quantization, job.device or layer.weight.device)
+            for parent, attribute in places[id(layer)]:
+                setattr(parent, attribute, new)
+        job.record.layers = QuantizedLayers(list(targets), skipped)
+    if _stand_ins(job.base):
+        job.lora_layers = {PlannedLinear: _lora_layer(job.record.quantization)}
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> bool:

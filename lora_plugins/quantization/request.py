@@ -64,6 +64,7 @@ class Quantization:
         Raises:
             QuantizationError: The backend gave back a layer that is not its own, such as the float layer.
         """
+        trains_bias = linear.bias is not None and linear.bias.requires_grad
         with torch.no_grad():
             layer = self.quantizer.quantize_linear(linear, self.options)
         if not self.quantizer.owns(layer):
@@ -73,8 +74,18 @@ class Quantization:
             )
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
+        if trains_bias:
+            self._train_bias(layer)
         remember(layer, self)
         return layer
+
+    def _train_bias(self, layer: Any) -> None:
+        if not isinstance(layer.bias, nn.Parameter):
+            raise QuantizationError(
+                f"The backend {self.name!r} keeps the bias of its layers where it can't be trained. Freeze the biases, "
+                "or leave these layers in float with skip_modules."
+            )
+        layer.bias.requires_grad_(True)
 
 
 @dataclass(frozen=True)
