@@ -35,7 +35,7 @@ from registry import (
 )
 from registry.errors import RegistryError, StaleWarning, UnknownBase, YankedWarning
 from registry.hubs import VARIABLE as HUB_VARIABLE
-from registry.pulling.cache import VARIABLE
+from registry.pulling.cache import VARIABLE, Cache
 from registry.testing import LoopbackHub
 
 NAME = "org/adapter"
@@ -128,6 +128,8 @@ def script(place: Place, folders: list[Path]) -> list[Any]:
     place.move_tag(NAME, "v2.0.0rc1", None)
     step(lambda: pull())
     Path("adapters.lock").unlink()
+    step(lambda: pull())
+    Cache().record_path(hub.location, NAME).unlink()  # the way out that the error names
     step(lambda: push(2, "1.2.0"))
     place.tamper(NAME, hub.refs(NAME).tags["v1.2.0"], "adapter_model.safetensors")
     step(lambda: pull())
@@ -158,7 +160,7 @@ def test_one_script_two_kinds_of_hub(
         [("1.0.0", None, False), ("1.1.0", "wrong data", False), ("2.0.0rc1", None, True)],
         "org/base", [f"{NAME}@1.0.0"], True,
         "LockEntryNotFound", "1.0.0", "LockMismatch", "1.0.0", "2.0.0rc1", "2.0.0rc1",
-        "ReleaseMoved", "ReleaseMoved", "ReleaseMoved",
+        "ReleaseMoved", "ReleaseMoved", "ReleaseMoved", "ReleaseMoved",
         "1.2.0", "IntegrityError", 1, "1.0.0",
         "RepositoryNotFound", "1.0.0", "RepositoryReplaced",
     ]  # fmt: skip

@@ -131,10 +131,10 @@ def test_every_file_of_the_library_is_read_as_the_library_reads_it(data: st.Data
     assert set(accepted.tensors) == set(load(spoilt))
 
 
-def values(folder: Path, **tensors: torch.Tensor) -> set[str]:
+def values(folder: Path, *, double: bool = False, **tensors: torch.Tensor) -> set[str]:
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file)
-    return check_values(file, read_file_header(file))
+    return check_values(file, read_file_header(file), double=double)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -146,9 +146,13 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: torch.dty
         values(tmp_path, fine=torch.ones(2), broken=tensor)
 
 
-def test_values_that_overflow_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidAdapter, match=r"^a holds values above 1e18"):
-        values(tmp_path, a=torch.tensor([1e38]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("large", [1e38, -1e38, 65_600.0])
+def test_values_beyond_float16_are_refused(tmp_path: Path, dtype: torch.dtype, large: float) -> None:
+    fine = torch.tensor([65_504.0, -65_504.0, 0.0], dtype=dtype if dtype != torch.bfloat16 else torch.float32)
+    assert values(tmp_path, double=True, a=fine) == set()
+    with pytest.raises(InvalidAdapter, match=r"^a holds values above 65,504"):
+        values(tmp_path, double=True, a=torch.tensor([0.5, 1.01 * large], dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int8, torch.bool])

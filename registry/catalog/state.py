@@ -9,7 +9,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from registry.errors import HostileAnswer, HubFileNotFound, InvalidReference, PublishConflict
 from registry.formats.fields import Fields
@@ -49,10 +49,14 @@ class Move:
 
 @dataclass(frozen=True)
 class State:
-    """Withdrawn versions, and the moves of each alias, oldest first."""
+    """Withdrawn versions, and the moves of each alias, oldest first.
+
+    ``serial`` counts the changes, so that a state can be told from an earlier one; 0 where it was not counted.
+    """
 
     yanked: Mapping[str, Yank] = field(default_factory=dict)
     aliases: Mapping[str, tuple[Move, ...]] = field(default_factory=dict)
+    serial: int = field(default=0, compare=False)
 
     @classmethod
     def parse(cls, data: bytes) -> State:
@@ -69,18 +73,20 @@ class State:
                 version_text(parse_version(version)): Yank(_reason(entry), entry.text("time", _TIME, "a time"))
                 for version, entry in fields.table("yanked", _MOST)
             }
+            serial = fields.integer("serial", 2**53) if fields.has("serial") else 0
             aliases = {
                 check_alias(alias): tuple(_moves(alias, moves)) for alias, moves in fields.json_table("aliases").items()
             }
         except (JsonRefused, InvalidReference) as reason:
             raise HostileAnswer(f"{STATE_FILE}: {reason}") from None
-        return cls(yanked, aliases)
+        return cls(yanked, aliases, serial)
 
     def to_bytes(self) -> bytes:
         """The file."""
         return canonical(
             {
                 "format": _FORMAT,
+                "serial": self.serial,
                 "yanked": {
                     version: {"reason": yank.reason, "time": yank.time} for version, yank in self.yanked.items()
                 },
@@ -133,6 +139,7 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
         if STATE_BRANCH not in refs.branches:
             hub.create_branch(name, STATE_BRANCH, refs.branches[MAIN])
             continue  # somebody else may have started it, and gone on
+        after = replace(after, serial=before.serial + 1)
         parent = refs.branches[STATE_BRANCH]
         others = tuple(path for path in hub.files(name, parent) if path not in (STATE_FILE, ".gitattributes"))
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+from registry.disk.owners import new_name
 
 __all__ = [
     "PlantedLink",
@@ -15,7 +15,6 @@ __all__ = [
     "entries",
     "fsync_folder",
     "inside",
-    "is_old",
     "open_regular",
     "read_small",
     "replace_file",
@@ -26,8 +25,6 @@ __all__ = [
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 #: Files of the registry's own (refs, locks, descriptions) are smaller.
 _SMALL = 1_000_000
-#: Seconds after which what is being written, or downloaded, is taken for abandoned.
-_ABANDONED = 24 * 3600.0
 
 
 class PlantedLink(OSError):
@@ -70,7 +67,7 @@ def open_regular(path: Path) -> int:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise PlantedLink(f"{path} is no regular file")
+        raise PlantedLink(f"{path} is not a regular file")
     return descriptor
 
 
@@ -93,16 +90,8 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
             if name in folders and stat.S_ISDIR(status.st_mode):
                 continue
             if not stat.S_ISREG(status.st_mode):
-                raise PlantedLink(f"{path} is no regular file")
+                raise PlantedLink(f"{path} is not a regular file")
             yield PurePosixPath(path.relative_to(folder)).as_posix(), status.st_size
-
-
-def is_old(path: Path) -> bool:
-    """Whether something temporary is so old that nobody is writing it any more."""
-    try:
-        return time.time() - os.lstat(path).st_mtime > _ABANDONED
-    except FileNotFoundError:
-        return False
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -115,9 +104,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def temporary_file(folder: Path, content: bytes) -> Path:
-    """A new file in ``folder`` with this content, under a name that nobody looks for."""
-    path = folder / f"tmp-{secrets.token_hex(8)}"
-    write_file(path, content)
+    """Write a new file in ``folder`` under a name that nobody looks for; nothing is left of it when that fails."""
+    path = folder / new_name("tmp-")
+    try:
+        write_file(path, content)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -148,7 +141,12 @@ def _create_without_links(path: Path, content: bytes) -> bool:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Let a file have other content; whoever reads it finds the old or the new one."""
-    os.replace(temporary_file(path.parent, content), path)
+    temporary = temporary_file(path.parent, content)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 

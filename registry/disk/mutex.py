@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.disk.files import create_exclusively, read_small, temporary_file
+from registry.disk.owners import host, is_alive, started, sweep
+from registry.text import visible
 
-__all__ = ["LockTimeout", "folder_lock"]
+__all__ = ["LockTimeout", "exclude", "folder_lock"]
 
 #: Who holds the lock renames a few files, which takes milliseconds; after this many seconds another host's is dead.
 LEASE = 60.0
@@ -30,23 +31,33 @@ class LockTimeout(Exception):
 
 
 @contextmanager
-def folder_lock(folder: Path, timeout: float = 30.0) -> Iterator[None]:
-    """Hold the lock of ``folder``.
+def folder_lock(folder: Path, timeout: float = 30.0, *, name: str = _NAME) -> Iterator[None]:
+    """Hold a lock of ``folder``; who gets it removes what dead processes left there.
+
+    Args:
+        folder: Where the file of the lock is.
+        timeout: Seconds to wait.
+        name: Of that file.
 
     Raises:
-        LockTimeout: It wasn't free in time.
+        LockTimeout: It was not free in time.
+        PlantedLink: Something else than a file has its name.
     """
-    lock, mine = folder / _NAME, _description()
+    lock, mine = folder / name, _description()
     end, delay = time.monotonic() + timeout, 0.002
     while not create_exclusively(lock, mine):
         if _stale(lock):
             _break(lock)
             continue
         if time.monotonic() > end:
-            raise LockTimeout(f"{lock} is held by {_owner(lock) or 'nobody known'} for more than {timeout:.0f} seconds")
+            raise LockTimeout(
+                f"{lock} is held by {visible(_owner(lock), 200) or 'an unknown process'} for more than {timeout:.0f} "
+                "seconds. If nobody is working there, delete that file"
+            )
         time.sleep(delay)
         delay = min(delay * 1.5, 0.05)
     try:
+        sweep(folder)
         yield
     finally:
         # Whoever took it for stale has put a lock of its own there.
@@ -56,7 +67,7 @@ def folder_lock(folder: Path, timeout: float = 30.0) -> Iterator[None]:
 
 
 def _description() -> bytes:
-    owner = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "nonce": secrets.token_hex(8)}
+    owner = {"host": host(), "pid": os.getpid(), "started": started(os.getpid()), "nonce": secrets.token_hex(8)}
     return json.dumps(owner, sort_keys=True).encode()
 
 
@@ -66,32 +77,36 @@ def _stale(lock: Path) -> bool:
         return False
     try:
         owner = json.loads(content)
-        host, pid, started = str(owner["host"]), int(owner["pid"]), owner["started"]
-    except (ValueError, KeyError, TypeError):
+        where, pid, began = str(owner["host"]), int(owner["pid"]), owner["started"]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _age(lock) > LEASE  # nothing that says who
-    if host != _host():
+    if where != host():
         return _age(lock) > LEASE
     # A process id that has been given to another process has another time of start.
-    return not _alive(pid) or _started(pid) != started
+    return not is_alive(pid) or started(pid) != began
 
 
 def _break(lock: Path) -> None:
     """Remove a stale lock, and not the fresh one that somebody else puts into its place at this moment."""
-    with _alone(lock.with_name("lock.guard")):
+    with exclude(lock.with_name(f"{lock.name}.guard")):
         if _stale(lock):
             with contextlib.suppress(FileNotFoundError):
                 lock.unlink()
 
 
 @contextmanager
-def _alone(guard: Path) -> Iterator[None]:
-    """Exclude other processes of this host where the system can; the kernel lets go when a process dies."""
+def exclude(guard: Path) -> Iterator[None]:
+    """Exclude other processes of this host where the system can; the kernel lets go when a process dies.
+
+    Raises:
+        OSError: The guard's file cannot be made.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
-    descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
         with contextlib.suppress(OSError):  # file systems without it
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -112,41 +127,16 @@ def _owner(lock: Path) -> str:
 
 
 def _age(lock: Path) -> float:
-    """Seconds since the lock was made, by the clock of the file system: that of another host may differ from ours."""
+    """Return seconds between now and the lock's time, by the clock of the file system: another host's may differ.
+
+    A time that lies ahead counts as one that has passed, or a lock from tomorrow would be held until then.
+    """
     try:
-        made = lock.stat().st_mtime
+        made = lock.lstat().st_mtime
     except FileNotFoundError:
         return 0.0
     probe = temporary_file(lock.parent, b"")
     try:
-        return probe.stat().st_mtime - made
+        return abs(probe.stat().st_mtime - made)
     finally:
         probe.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it belongs to somebody else
-    return True
-
-
-def _host() -> str:
-    """This machine since it was started; process ids mean something only within one such."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _started(pid: int) -> str:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return ""
-    # The name, in brackets, may hold spaces; the 22nd field counts from the one after it.
-    return stat.rpartition(b")")[2].split()[19].decode("ascii")

@@ -13,9 +13,10 @@ from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.patterns import is_cheap
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
-__all__ = ["AdapterConfig"]
+__all__ = ["MAX_CONFIG", "AdapterConfig"]
 
-_MAX_CONFIG = 4 * 1024 * 1024
+#: Bytes that a configuration may have.
+MAX_CONFIG = 4 * 1024 * 1024
 _MAX_RANK = 65_536
 #: Where the classes of base models are imported from; PEFT imports what stands here.
 _LIBRARY = re.compile(r"transformers(\.models(\.\w+)*)?(\.\w+)?", re.ASCII)
@@ -40,7 +41,7 @@ class AdapterConfig:
             UnsafeFile: It is malformed, no LoRA, names a library to import, or has an expression that takes forever.
         """
         try:
-            values = parse(data, _MAX_CONFIG)
+            values = parse(data, MAX_CONFIG)
             _check(Fields(values), values)
         except JsonRefused as reason:
             raise UnsafeFile(f"{ADAPTER_CONFIG} can't be used: {reason}") from None

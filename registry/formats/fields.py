@@ -72,6 +72,13 @@ class Fields:
             raise self.refuse(key, f"a list of at most {most} numbers")
         return tuple(float(item) for item in value)
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) and len(item) <= _MAX_TEXT for item in value):
+            raise self.refuse(key, "a list of texts")
+        return tuple(value)
+
     def number_table(self, key: str) -> dict[str, float]:
         """An object whose values are numbers."""
         table = self.json_table(key)

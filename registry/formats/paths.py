@@ -18,6 +18,7 @@ __all__ = [
     "check_path",
     "is_picture",
     "listed_in_manifest",
+    "max_size",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,6 +45,16 @@ TOKENIZER_FILES = frozenset(
 )
 _OTHERS = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, CARD, GIT_ATTRIBUTES})
 _PICTURE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
+
+
+_MAX_WEIGHTS = 100 * 1024**3
+#: The largest tokenizers have 30 MB.
+_MAX_OTHER = 256 * 1024**2
+
+
+def max_size(name: str) -> int:
+    """Return how many bytes a file of a release may have."""
+    return _MAX_WEIGHTS if name == ADAPTER_WEIGHTS else _MAX_OTHER
 
 
 def allowed(name: str) -> bool:

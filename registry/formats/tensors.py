@@ -5,12 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from registry.errors import InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.records import TensorRecord
+from registry.formats.weights import Header, check_values, read_file_header
 
-__all__ = ["LoraModule", "check_adapter", "check_trained", "counted", "labels_of", "lora_modules", "other_tensors"]
+__all__ = [
+    "CheckedWeights",
+    "LoraModule",
+    "check_adapter",
+    "check_trained",
+    "check_weights",
+    "counted",
+    "labels_of",
+    "lora_modules",
+    "other_tensors",
+]
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
 _PREFIX = "base_model.model."
@@ -33,9 +45,9 @@ def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
         if match is None:
             continue
         module = modules.setdefault(match["module"], LoraModule())
-        if match["part"].endswith("_A") and match["rest"] in (None, "weight"):
+        if match["part"].endswith("_A") and match["rest"] in (None, "weight") and module.first is None:
             module.first = name
-        elif match["part"].endswith("_B") and match["rest"] in (None, "weight"):
+        elif match["part"].endswith("_B") and match["rest"] in (None, "weight") and module.second is None:
             module.second = name
         else:
             module.more.append(name)
@@ -76,6 +88,11 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
     if module.first is None or module.second is None:
         half, other = ("B", "A") if module.first is None else ("A", "B")
         raise InvalidAdapter(f"{name} has a LoRA {half} and no {other}: half of it was not saved")
+    twice = [other for other in module.more if re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", other)]
+    if twice or ("_embedding_" in module.first) != ("_embedding_" in module.second):
+        raise InvalidAdapter(
+            f"{name} has more than one LoRA A or B: {module.first}, {module.second}, {', '.join(twice)}"
+        )
     first, second = tensors[module.first].shape, tensors[module.second].shape
     if len(first) < 2 or len(first) != len(second) or 0 in first + second:
         raise InvalidAdapter(
@@ -99,13 +116,60 @@ def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
     Raises:
         InvalidAdapter: Nothing but zeros.
     """
+    reason = _find_untrained(tensors, zeros)
+    if reason is not None:
+        raise InvalidAdapter(reason)
+
+
+def _find_untrained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> str | None:
     modules = lora_modules(tensors)
-    if other_tensors(tensors) or any(not {m.first, m.second} & zeros for m in modules.values()):
-        return
-    raise InvalidAdapter(
+    if set(other_tensors(tensors)) - zeros or any(not {m.first, m.second} & zeros for m in modules.values()):
+        return None
+    return (
         f"All {len(modules)} LoRA modules are zero (A or B): the adapter changes nothing. It was never trained, or "
-        "gradients did not reach it."
+        "gradients did not reach it. Train it again, or use another version."
     )
+
+
+@dataclass(frozen=True)
+class CheckedWeights:
+    """Weights whose every value was read.
+
+    Attributes:
+        header: Of the file.
+        warnings: What is not harmful and no use either, with the cure: an adapter of zeros, float64. A push refuses
+            it, a pull warns.
+    """
+
+    header: Header
+    warnings: tuple[str, ...] = ()
+
+
+def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
+    """Check the file of an adapter's weights: header, names, shapes, ranks and every value.
+
+    The one check of push, pull, `verify` and adapter folders. It reads the file once, 16 MB at a time.
+
+    Args:
+        path: ``adapter_model.safetensors``.
+        config: The configuration that lies beside it.
+
+    Raises:
+        UnsafeFile: It is not a safetensors file, or one that was made to do harm.
+        InvalidAdapter: A tensor lacks its other half, has a shape or rank that does not fit the configuration, a
+            dtype that is not a floating-point one, or values that are not finite or above float16's largest.
+    """
+    header = read_file_header(path)
+    check_adapter(header.tensors, config)
+    zeros = check_values(path, header, double=True)
+    double = [name for name, record in header.tensors.items() if record.dtype == "F64"]
+    found = [_find_untrained(header.tensors, zeros)]
+    if double:
+        found.append(
+            f"{len(double)} tensors, first {double[0]}, have dtype F64, which takes twice the memory of F32 and adds "
+            "nothing. Convert the adapter, for example with model.float(), and save it again."
+        )
+    return CheckedWeights(header, tuple(reason for reason in found if reason is not None))
 
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from registry.errors import InvalidAdapter, UnsafeFile
 from registry.formats.manifest import MAX_TENSORS, is_tensor_name
@@ -20,7 +20,7 @@ from registry.formats.strict_json import JsonRefused, parse, shown
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Header", "check_values", "read_file_header", "read_header", "read_values"]
+__all__ = ["MAX_HEADER", "Header", "bits_of", "check_values", "read_file_header", "read_header", "read_values"]
 
 #: Bytes that a header may have; one with 50,000 tensors has about 7 MB.
 MAX_HEADER = 8 * 1024 * 1024
@@ -30,8 +30,6 @@ _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
-#: The product of two values above this is infinite in float32 and bfloat16.
-_LARGEST = 1e18
 _CHUNK = 16 * 1024 * 1024
 
 
@@ -81,6 +79,17 @@ def read_file_header(path: Path) -> Header:
             return file.read(length)
 
         return read_header(read, os.fstat(file.fileno()).st_size, path.name)
+
+
+def bits_of(dtype: str) -> int:
+    """Return how many bits a value of a dtype has.
+
+    Raises:
+        UnsafeFile: No tensor of an adapter has this dtype.
+    """
+    if dtype not in _BITS:
+        raise UnsafeFile(f"{shown(dtype)} is not a dtype that a tensor of an adapter can have")
+    return _BITS[dtype]
 
 
 def _header(document: object, start: int, size: int) -> Header:
@@ -135,40 +144,31 @@ def _metadata(value: object) -> dict[str, str]:
     return value
 
 
-def check_values(path: Path, header: Header) -> set[str]:
-    """Read all values of a file of adapter weights once.
+def check_values(path: Path, header: Header, *, double: bool = False) -> set[str]:
+    """Read all values of a file of adapter weights once, a chunk at a time.
+
+    Args:
+        path: The file.
+        header: Its header.
+        double: Accept float64 besides float32, bfloat16 and float16.
 
     Returns:
-        The names of the tensors that hold nothing but zeros; in float32 and bfloat16 denormal numbers count as zero.
+        The names of the tensors that hold nothing but zeros; denormal numbers of float32 count as zero.
 
     Raises:
-        InvalidAdapter: A tensor holds NaN, an infinity or values above 1e18, or its dtype is not float32, bfloat16 or
-            float16.
+        InvalidAdapter: A tensor holds NaN, an infinity or a magnitude above float16's largest, or has another dtype.
     """
-    zeros = set()
+    dtypes = _FLOATS if double else {name: kind for name, kind in _FLOATS.items() if name != "F64"}
     with open(path, "rb") as file:
-        for name, (begin, end) in header.offsets.items():
-            dtype = header.tensors[name].dtype
-            if dtype not in ("F32", "BF16", "F16"):
-                raise InvalidAdapter(
-                    f"{name} has dtype {dtype}. Adapters are published in F32, BF16 or F16: convert it, for example "
-                    "with model.float(), and save it again."
-                )
-            file.seek(begin)
-            zero, left = True, end - begin
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise InvalidAdapter(f"{path.name} ends within {name}")
-                left -= len(chunk)
-                zero &= _check_chunk(chunk, dtype, name)
-            if zero:
-                zeros.add(name)
-    return zeros
+        return {
+            name
+            for name, (begin, end) in header.offsets.items()
+            if _is_zero(file, begin, end, name, header.tensors[name].dtype, dtypes)
+        }
 
 
 def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
-    """The values of a tensor in float32 or float16, in its shape."""
+    """Return the values of a tensor, in its shape; bfloat16 comes as float32."""
     begin, end = header.offsets[name]
     with open(path, "rb") as file:
         file.seek(begin)
@@ -176,16 +176,59 @@ def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
     return values.reshape(header.tensors[name].shape)
 
 
-def _check_chunk(chunk: bytes, dtype: str, name: str) -> bool:
-    """Whether all values are zero."""
-    values = _floats(chunk, dtype)
-    # The comparison is false for NaN, too.
-    # As a Python number: numpy would compare in float16, where 1e18 is infinite.
-    largest = float(abs(values).max(initial=0.0))
-    if not largest <= _LARGEST:
-        kind = "values above 1e18" if largest > _LARGEST and largest != float("inf") else "NaN or infinite values"
-        raise InvalidAdapter(f"{name} holds {kind}: the training has diverged, or the file is damaged.")
-    return largest < (2.0**-126 if dtype != "F16" else 2.0**-24)
+def _is_zero(file: BinaryIO, begin: int, end: int, name: str, dtype: str, dtypes: Mapping[str, _Float]) -> bool:
+    """Read a tensor and return whether all its values are zero."""
+    kind = dtypes.get(dtype)
+    if kind is None:
+        raise InvalidAdapter(
+            f"{name} has dtype {dtype}. Adapters are published in F32, BF16 or F16: convert it, for example with "
+            "model.float(), and save it again."
+        )
+    file.seek(begin)
+    largest, left = 0, end - begin
+    while left:
+        chunk = file.read(min(left, _CHUNK))
+        if not chunk:
+            raise InvalidAdapter(f"{file.name} ends within {name}")
+        left -= len(chunk)
+        largest = max(largest, kind.largest(chunk))
+        if largest > kind.limit:
+            what = "NaN or infinite values" if largest >= kind.infinity else "values above 65,504, the largest of F16"
+            raise InvalidAdapter(f"{name} holds {what}: the training has diverged, or the file is damaged.")
+    return largest < kind.smallest
+
+
+@dataclass(frozen=True)
+class _Float:
+    """A floating-point format. Without their sign, its bits are ordered as the magnitudes that they stand for.
+
+    Attributes:
+        bits: numpy's name of the unsigned integer of that size.
+        limit: Bits of 65,504.
+        infinity: Bits of infinity; those of NaN are greater.
+        smallest: Bits of the smallest value that counts as other than zero.
+    """
+
+    bits: str
+    limit: int
+    infinity: int
+    smallest: int
+
+    def largest(self, chunk: bytes) -> int:
+        """Return the bits of the greatest magnitude in a chunk."""
+        import numpy
+
+        values = numpy.frombuffer(chunk, self.bits)
+        return int((values & (numpy.iinfo(values.dtype).max >> 1)).max(initial=0))
+
+
+#: Denormals of bfloat16, float32 and float64 below 2**-126 are zero to most processors; those of float16 are not.
+_FLOATS = {
+    "F16": _Float("<u2", 0x7BFF, 0x7C00, 1),
+    "BF16": _Float("<u2", 0x477F, 0x7F80, 0x0080),
+    "F32": _Float("<u4", 0x477FE000, 0x7F800000, 0x00800000),
+    "F64": _Float("<u8", 0x40EFFC0000000000, 0x7FF0000000000000, 0x3810000000000000),
+}
 
 
 def _floats(chunk: bytes, dtype: str) -> numpy.ndarray:
@@ -194,4 +237,4 @@ def _floats(chunk: bytes, dtype: str) -> numpy.ndarray:
     if dtype == "BF16":
         # A bfloat16 is the first half of a float32.
         return (numpy.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
-    return numpy.frombuffer(chunk, "<f2" if dtype == "F16" else "<f4")
+    return numpy.frombuffer(chunk, {"F16": "<f2", "F64": "<f8"}.get(dtype, "<f4"))

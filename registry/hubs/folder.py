@@ -14,12 +14,10 @@ release has the same id in every folder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,15 +27,17 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from registry.disk import files as folder_files
+from registry.disk.machine import READ_ONLY
 from registry.disk.mutex import LockTimeout, folder_lock
+from registry.disk.owners import delete, find_leftovers, is_old, new_name, sweep
 from registry.errors import (
     CommitNotFound,
     HostileAnswer,
-    HubError,
     HubFileNotFound,
     HubRefused,
     HubUnavailable,
     InvalidReference,
+    RegistryError,
     RepositoryNotFound,
 )
 from registry.formats.fields import COMMIT
@@ -49,12 +49,10 @@ __all__ = ["FolderHub"]
 _IDENTITY = "repository.json"
 _REFS = "refs.json"
 _COMMITS = "commits"
-_STAGE = ".tmp-"
 _MANIFEST = "adapter_manifest.json"
 #: A hundred thousand tags are about 10 MB.
 _REFS_LIMIT = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
-_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,6 @@ class FolderHub:
             repository = self._repository(name)
             if (head := self._refs(name).branches.get(branch)) != parent:
                 raise Conflict(branch, head)
-            _sweep(repository)
             with _stage(repository) as stage:
                 written = {path: _write(stage / path, content) for path, content in files.items()}
                 for path, _ in folder_files.entries(self._commit(name, parent)):
@@ -233,8 +230,9 @@ class FolderHub:
         with _errors(name):
             repository, refs = self._repository(name), self._refs(name)
             kept = {*refs.branches.values(), *refs.tags.values()}
-            found = [path for path in (repository / _COMMITS).iterdir() if path.name not in kept]
-            return sorted([path for path in found if folder_files.is_old(path)] + _abandoned(repository))
+            commits = folder_files.inside(self.root, repository / _COMMITS)
+            found = [path for path in commits.iterdir() if path.name not in kept]
+            return sorted([path for path in found if is_old(path)] + find_leftovers(repository))
 
     def remove(self, name: str, paths: list[Path]) -> None:
         """Delete what ``unreachable`` found, except what has become reachable since."""
@@ -242,7 +240,7 @@ class FolderHub:
             still = set(self.unreachable(name))
             for path in paths:
                 if path in still:
-                    shutil.rmtree(path)
+                    delete(path)
 
     # -- how -----------------------------------------------------------------------------------------------------
 
@@ -344,34 +342,23 @@ def _errors(name: str) -> Iterator[None]:
         raise HostileAnswer(f"{name}: {error}; a registry makes none, so somebody else has put it there") from None
     except LockTimeout as error:
         raise HubUnavailable(f"{name}: {error}") from None
-    except HubError:
+    except RegistryError:
         raise  # some of them are OSErrors, too
     except OSError as error:
-        kind = HubRefused if error.errno in _REFUSALS else HubUnavailable
+        kind = HubRefused if error.errno in READ_ONLY else HubUnavailable
         raise kind(f"{name}: {error.strerror or error}: {error.filename or ''}") from error
 
 
 @contextmanager
 def _stage(parent: Path) -> Iterator[Path]:
     """A new folder beside its final place, gone afterwards if it was not renamed."""
-    stage = parent / f"{_STAGE}{secrets.token_hex(8)}"
+    sweep(parent)
+    stage = parent / new_name()
     stage.mkdir()
     try:
         yield stage
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _abandoned(repository: Path) -> list[Path]:
-    return [path for path in repository.glob(f"{_STAGE}*") if folder_files.is_old(path)]
-
-
-def _sweep(repository: Path) -> None:
-    for path in _abandoned(repository):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in repository.glob("tmp-*"):
-        if folder_files.is_old(path):
-            path.unlink(missing_ok=True)
+        delete(stage)
 
 
 def _write(path: Path, content: Path | bytes) -> _Copy:

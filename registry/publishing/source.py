@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.base.record import base_of_config, base_of_model, require_known, with_given
+from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, TooLarge
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseKind, BaseRecord, FileRecord, TensorRecord
-from registry.formats.tensors import check_adapter, check_trained, labels_of, other_tensors
-from registry.formats.weights import check_values, read_file_header
+from registry.formats.tensors import check_weights, labels_of, other_tensors
 from registry.publishing import training_facts
 from registry.publishing.snapshot import copy_adapter, copy_tokenizer, save_model
 from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
@@ -122,8 +121,7 @@ def collect(
         TooLarge: It holds large tensors that are not LoRA's.
         UnsafeFile: A file is not what it should be.
     """
-    with tempfile.TemporaryDirectory(prefix="adapter-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         found = _copied(source, folder, adapter_name)
         found.training.facts.update(training or {})
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
@@ -205,9 +203,9 @@ def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
     found.training = training
     tokenizer = run.processing_class
     if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-        with tempfile.TemporaryDirectory() as saved:
-            tokenizer.save_pretrained(saved)
-            found.tokenizer_files = copy_tokenizer(Path(saved), folder)
+        with temporary_folder() as saved:
+            tokenizer.save_pretrained(str(saved))
+            found.tokenizer_files = copy_tokenizer(saved, folder)
         found.tokenizer_hash = hash_of_tokenizer(tokenizer)
     return found
 
@@ -223,10 +221,10 @@ def _active(model: Any) -> str:
 
 def _checked(folder: Path, config: AdapterConfig, allow: Sequence[str]) -> Mapping[str, TensorRecord]:
     file = folder / ADAPTER_WEIGHTS
-    header = read_file_header(file)
-    check_adapter(header.tensors, config)
-    zeros = check_values(file, header)
-    check_trained(header.tensors, zeros)
+    checked = check_weights(file, config)
+    if checked.warnings:
+        raise InvalidAdapter(checked.warnings[0])
+    header = checked.header
     sizes = {name: _size(header.tensors[name]) for name in other_tensors(header.tensors)}
     refused = {name: size for name, size in sizes.items() if not _allowed(name, allow)}
     if sum(refused.values()) > LARGE:

@@ -1,71 +1,57 @@
-"""Pulled releases on this machine: read-only folders named by the digest of their manifest, and what hubs said.
+"""The cache: pulled releases in read-only folders, and what hubs have said.
 
 ::
 
-    <cache>/releases/<digest>/…              a release, complete, checked again at every pull
-            seen/<hub>/<org>/<name>.json     commit and digest of each version pulled, to notice when they change
+    <cache>/releases/<digest>/…              a release, complete, hashed again at every pull
+            checked/<digest>.json            what its content was found to be; its time is that of the last pull
+            seen/<hub>/<org>/<name>.json     what was seen of a repository, to notice when it shows less
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from registry.catalog.state import State
 from registry.disk import files as folder_files
-from registry.disk.mutex import LockTimeout, folder_lock
-from registry.errors import CacheError, HostileAnswer, IntegrityError, InvalidManifest
-from registry.formats.fields import COMMIT, SHA256, Fields
+from registry.disk.machine import READ_ONLY, CheckedSink, find_home
+from registry.disk.mutex import LockTimeout, exclude, folder_lock
+from registry.disk.owners import delete, find_leftovers, is_old, new_name, sweep
+from registry.errors import CacheError, HostileAnswer, IntegrityError, InvalidManifest, RegistryError
+from registry.formats.fields import SHA256, Fields
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, canonical, parse
+from registry.pulling.memory import MAX_RECORD, Seen, parse_record, write_record
 
-__all__ = ["VARIABLE", "Cache", "Pulled", "Seen", "check_file", "check_files"]
+__all__ = ["VARIABLE", "Cache", "check_file", "check_files"]
 
 #: The folder, where ``cache_dir=`` names none.
 VARIABLE = "LORA_REGISTRY_CACHE"
-_STAGE = ".tmp-"
 _CHUNK = 1024 * 1024
-_SEEN_LIMIT = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """The commit and the manifest's digest that a version had when it was pulled first."""
-
-    commit: str
-    manifest: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is remembered of a repository: its identity, what was pulled, and its state at one commit of it."""
-
-    identity: str | None = None
-    versions: Mapping[str, Pulled] = field(default_factory=dict)
-    state: State = field(default_factory=State)
-    state_commit: str | None = None
+#: Counts the checks of content: what an earlier release of this package has checked is checked again.
+_CHECKS = 1
+_MAX_NOTES = 1024 * 1024
 
 
 class Cache:
     """A folder of pulled releases; several processes may use it at once.
 
     Args:
-        folder: ``None`` is ``LORA_REGISTRY_CACHE``, else ``lora-plugins/registry`` in the user's cache folder.
+        folder: ``None`` is ``LORA_REGISTRY_CACHE``, else ``lora-plugins/registry`` in ``HF_ASSETS_CACHE``, which by
+            default is ``assets`` in ``HF_HOME``. Where only ``~/.cache/lora-plugins/registry`` exists, as version
+            0.1.0 made it, it is that.
+
+    Raises:
+        MachineError: It is said to be in the user's home folder, and there is none.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = Path(folder or os.environ.get(VARIABLE) or _default()).expanduser().absolute()
+        self.folder = find_home(folder or os.environ.get(VARIABLE) or _find_default(), VARIABLE)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r})"
@@ -96,65 +82,117 @@ class Cache:
         """
         check_files(self.path(manifest.digest), manifest)
 
-    def add(self, manifest: Manifest, download: Callable[[str, FileRecord, BinaryIO], None]) -> Path:
+    def use(self, manifest: Manifest) -> tuple[str, ...] | None:
+        """Take a release that is there: `collect` leaves it alone for a day, and every file is hashed.
+
+        Returns:
+            The warnings that its content deserves; ``None`` if nobody has looked at the content yet.
+
+        Raises:
+            IntegrityError: A file is missing, differs, is a link, or is not of the release.
+        """
+        with contextlib.suppress(OSError), exclude(self._guard()):  # the cache may be one that is only read
+            if os.path.lexists(self.path(manifest.digest)):
+                self._touch(manifest.digest)
+        self.check(manifest)
+        return self._notes(manifest.digest)
+
+    def add(
+        self,
+        manifest: Manifest,
+        download: Callable[[str, FileRecord, BinaryIO], None],
+        examine: Callable[[Path], tuple[str, ...]],
+    ) -> tuple[str, ...]:
         """Put a release there; what was there, damaged, makes room.
 
         Args:
             manifest: Of the release.
             download: Writes the content of one of its files.
+            examine: Looks at the files while they are in a temporary folder, and returns warnings; what it refuses
+                does not get into the cache.
+
+        Returns:
+            The warnings.
 
         Raises:
             IntegrityError: What was downloaded is not what the manifest says. Nothing is left of it.
-            CacheError: The folder can't be written.
+            CacheError: The folder cannot be written.
         """
-        target = self.path(manifest.digest)
         with _errors(self.folder), self._stage() as stage:
             for name, record in manifest.files.items():
-                with open(stage / name, "xb") as sink:
-                    download(name, record, sink)
+                with CheckedSink(stage / name) as sink:
+                    download(name, record, cast("BinaryIO", sink))
             (stage / MANIFEST_FILE).write_bytes(manifest.to_bytes())
             check_files(stage, manifest)
+            warnings = examine(stage)
             for path in stage.iterdir():
                 path.chmod(0o444)
             stage.chmod(0o555)
-            self._place(stage, target, manifest)
-        return target
+            with exclude(self._guard()):
+                self._write_notes(manifest.digest, warnings)
+            self._place(stage, self.path(manifest.digest), manifest)
+        return warnings
 
-    def remove(self, digest: str) -> None:
-        """Delete a release."""
+    def note(self, digest: str, warnings: tuple[str, ...]) -> None:
+        """Remember what the content of a release was found to be; a cache that is only read stays as it is."""
+        with contextlib.suppress(OSError):
+            self._write_notes(digest, warnings)
+
+    def remove(self, digest: str) -> bool:
+        """Delete a release, unless it was handed out less than a day ago; whether it was deleted."""
+        aside = self.folder / "releases" / new_name()
         with _errors(self.folder):
-            _delete(self.path(digest))
+            with exclude(self._guard()):
+                if self.is_leased(digest):
+                    return False
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(folder_files.inside(self.folder, self.path(digest)), aside)
+                self._notes_path(digest).unlink(missing_ok=True)
+            delete(aside)
+        return True
+
+    def is_leased(self, digest: str) -> bool:
+        """Whether a release was handed out, or put there, less than a day ago."""
+        with _errors(self.folder):
+            path = self._notes_path(digest)
+        return os.path.lexists(path) and not is_old(path)
 
     def digests(self) -> list[str]:
-        """The releases that are there."""
-        folder = self.folder / "releases"
-        if not folder.is_dir():
-            return []
-        return sorted(path.name for path in folder.iterdir() if SHA256.fullmatch(path.name))
+        """Return the releases that are there."""
+        with _errors(self.folder):
+            folder = folder_files.inside(self.folder, self.folder / "releases")
+            names = os.listdir(folder) if folder.is_dir() else []
+        return sorted(filter(SHA256.fullmatch, names))
 
-    def abandoned(self) -> list[Path]:
-        """Halves of downloads that nobody is working on any more."""
-        return [path for path in (self.folder / "releases").glob(f"{_STAGE}*") if folder_files.is_old(path)]
+    def leftovers(self) -> list[Path]:
+        """Return halves of downloads that nobody is working on any more."""
+        with _errors(self.folder):
+            return find_leftovers(folder_files.inside(self.folder, self.folder / "releases"))
 
     # -- what was seen -------------------------------------------------------------------------------------------
 
     def seen(self, location: str, name: str) -> Seen:
-        """What is remembered of a repository; nothing, if that is damaged."""
-        try:
-            data = folder_files.read_small(self.record_path(location, name), _SEEN_LIMIT)
-            return _seen(Fields(parse(data, _SEEN_LIMIT)))
-        except (OSError, JsonRefused, HostileAnswer):
-            return Seen()
+        """Return what is remembered of a repository.
+
+        Raises:
+            CacheError: The record is damaged, or cannot be read. What it has lost, nobody would notice.
+        """
+        return self._read_record(self.record_path(location, name), name)
 
     def remember(self, location: str, name: str, change: Callable[[Seen], Seen]) -> None:
-        """Change what is remembered of a repository."""
+        """Change what is remembered of a repository; a cache that is only read stays as it is."""
         path = self.record_path(location, name)
+        before = self.seen(location, name)
+        if change(before) == before:
+            return
         with _errors(self.folder):
-            if change(self.seen(location, name)) == self.seen(location, name):
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with folder_lock(path.parent):
-                folder_files.replace_file(path, _written(change(self.seen(location, name))))
+            try:
+                folder_files.inside(self.folder, path).parent.mkdir(parents=True, exist_ok=True)
+                with folder_lock(path.parent):
+                    folder_files.replace_file(path, write_record(change(self.seen(location, name))))
+            except OSError as error:
+                if error.errno not in READ_ONLY or isinstance(error, RegistryError):
+                    raise
 
     def record_path(self, location: str, name: str) -> Path:
         """The file in which it is remembered."""
@@ -163,23 +201,70 @@ class Cache:
         return self.folder / "seen" / hub / org / f"{repository}.json"
 
     def records(self) -> Iterator[Seen]:
-        """Everything that is remembered."""
-        for path in sorted((self.folder / "seen").glob("*/*/*.json")):
-            with contextlib.suppress(OSError, JsonRefused, HostileAnswer):
-                yield _seen(Fields(parse(folder_files.read_small(path, _SEEN_LIMIT), _SEEN_LIMIT)))
+        """Read everything that is remembered.
+
+        Raises:
+            CacheError: A record is damaged.
+        """
+        with _errors(self.folder):
+            paths = sorted(folder_files.inside(self.folder, self.folder / "seen").glob("*/*/*.json"))
+        for path in paths:
+            yield self._read_record(path, path.stem)
 
     # -- how -----------------------------------------------------------------------------------------------------
 
+    def _read_record(self, path: Path, name: str) -> Seen:
+        try:
+            return parse_record(folder_files.read_small(folder_files.inside(self.folder, path), MAX_RECORD + 1))
+        except FileNotFoundError:
+            return Seen()
+        except (JsonRefused, HostileAnswer, folder_files.PlantedLink) as reason:
+            raise CacheError(
+                f"What this machine remembers of {name} is damaged ({path}: {reason}). To take what the registry says "
+                "now without comparing it, delete that file"
+            ) from None
+        except OSError as error:
+            raise _unusable(self.folder, "read", error) from error
+
+    def _guard(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / "guard"
+
+    def _notes_path(self, digest: str) -> Path:
+        return folder_files.inside(self.folder, self.folder / "checked" / f"{digest}.json")
+
+    def _notes(self, digest: str) -> tuple[str, ...] | None:
+        try:
+            fields = Fields(parse(folder_files.read_small(self._notes_path(digest), _MAX_NOTES), _MAX_NOTES))
+            return fields.texts("warnings") if fields.integer("checks", 2**31) == _CHECKS else None
+        except (OSError, JsonRefused):
+            return None
+
+    def _write_notes(self, digest: str, warnings: tuple[str, ...]) -> None:
+        path = self._notes_path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        folder_files.replace_file(path, canonical({"checks": _CHECKS, "warnings": list(warnings)}))
+
+    def _touch(self, digest: str) -> None:
+        path = self._notes_path(digest)
+        try:
+            os.utime(path, follow_symlinks=False)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder_files.replace_file(path, canonical({"checks": 0, "warnings": []}))
+
     @contextmanager
     def _stage(self) -> Iterator[Path]:
-        parent = self.folder / "releases"
+        parent = folder_files.inside(self.folder, self.folder / "releases")
         parent.mkdir(parents=True, exist_ok=True)
-        stage = parent / f"{_STAGE}{secrets.token_hex(8)}"
+        sweep(parent)
+        stage = parent / new_name()
         stage.mkdir(0o700)
         try:
             yield stage
         finally:
-            _delete(stage)
+            delete(stage)
 
     def _place(self, stage: Path, target: Path, manifest: Manifest) -> None:
         for _ in range(5):
@@ -191,10 +276,10 @@ class Cache:
             try:
                 return check_files(target, manifest)  # another process was faster
             except IntegrityError:
-                aside = target.with_name(f"{_STAGE}{secrets.token_hex(8)}")
+                aside = target.with_name(new_name())
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(target, aside)
-                    _delete(aside)
+                    delete(aside)
         raise IntegrityError(f"{target} is damaged again and again")
 
 
@@ -246,49 +331,31 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _seen(fields: Fields) -> Seen:
-    return Seen(
-        identity=fields.optional("identity", fields.text),
-        versions={
-            version: Pulled(entry.text("commit", COMMIT), entry.text("manifest", SHA256))
-            for version, entry in fields.table("versions", 1_000_000)
-        },
-        state=State.parse(json.dumps(fields.json_table("state")).encode()) if fields.has("state") else State(),
-        state_commit=fields.optional("state_commit", lambda key: fields.text(key, COMMIT)),
-    )
-
-
-def _written(seen: Seen) -> bytes:
-    versions = {version: asdict(pulled) for version, pulled in seen.versions.items()}
-    plain = {"identity": seen.identity, "versions": versions, "state_commit": seen.state_commit}
-    return canonical({"format": 1, **plain, "state": json.loads(seen.state.to_bytes())})
-
-
-def _delete(folder: Path) -> None:
-    """Remove a folder that may be read-only, or what somebody has put into its place."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-        return
-    with contextlib.suppress(OSError):
-        os.chmod(folder, stat.S_IRWXU)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @contextmanager
 def _errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (CacheError, LockTimeout) as error:
+    except RegistryError:
+        raise
+    except LockTimeout as error:
         raise CacheError(str(error)) from None
     except OSError as error:
-        from registry.errors import RegistryError
-
-        if isinstance(error, RegistryError):
-            raise
-        raise CacheError(
-            f"The cache {folder} can't be written: {error.strerror or error}. cache_dir= or {VARIABLE} name another one"
-        ) from error
+        raise _unusable(folder, "written", error) from error
 
 
-def _default() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora-plugins" / "registry"
+def _unusable(folder: Path, what: str, error: OSError) -> CacheError:
+    return CacheError(
+        f"The cache {folder} cannot be {what}: {error.strerror or error}. cache_dir= or {VARIABLE} name another one"
+    )
+
+
+def _find_default() -> Path:
+    """Return where huggingface_hub lets other packages keep their files, without importing it."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(os.environ.get("HF_HOME") or user / "huggingface")
+    assets = Path(os.environ.get("HF_ASSETS_CACHE") or home / "assets") / "lora-plugins" / "registry"
+    former = user / "lora-plugins" / "registry"
+    with contextlib.suppress(RuntimeError, OSError):
+        if former.expanduser().is_dir() and not assets.expanduser().is_dir():
+            return former
+    return assets

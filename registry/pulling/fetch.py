@@ -1,19 +1,19 @@
-"""From a reference to the checked files of a release: resolving, comparing with what was known before, downloading."""
+"""From a reference to the checked files of a release."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from packaging.version import Version
 
 from registry.catalog.index import Index, Release, index_of, read_manifest
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
+    AdapterWarning,
     HubFileNotFound,
     HubUnavailable,
     IntegrityError,
@@ -25,15 +25,17 @@ from registry.errors import (
     YankedWarning,
 )
 from registry.formats.manifest import Manifest
-from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import FileRecord
-from registry.formats.references import Reference
+from registry.formats.references import Reference, version_text, versions_in
 from registry.hubs.protocol import Hub, Refs
-from registry.pulling.cache import Cache, Pulled, Seen
+from registry.pulling.cache import Cache
+from registry.pulling.content import check_content, check_sizes
 from registry.pulling.lockfile import Lock, LockEntry
+from registry.pulling.memory import Pulled, Seen, find_lost_state, find_lost_tags
 
 __all__ = ["Fetched", "Fetcher", "Progress"]
 
+_EXAMPLES = 3
 #: Called with the file's name, the bytes that are there and the bytes that it has.
 Progress = Callable[[str, int, int], None]
 
@@ -45,6 +47,7 @@ class Fetched:
     release: Release
     manifest: Manifest
     path: Path
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,16 @@ class Fetcher:
         entry = self.lock.find(reference)
         seen = self.cache.seen(self.hub.location, reference.name)
         if self.offline and not self.hub.local:
-            return self._from_cache(reference, entry, seen)
+            return self._warn(self._from_cache(reference, entry, seen))
         try:
-            fetched = self._from_hub(reference, entry, seen)
+            return self._warn(self._from_hub(reference, entry, seen))
         except HubUnavailable as error:
-            return self._instead(reference, entry, seen, error)
-        return self._told(fetched)
+            if self.hub.local:
+                raise  # a folder that can't be read is not a network that is down
+            return self._warn(self._without_hub(reference, entry, seen, error))
 
-    def _instead(self, reference: Reference, entry: LockEntry | None, seen: Seen, error: HubUnavailable) -> Fetched:
-        """What the cache has, where the hub does not answer."""
+    def _without_hub(self, reference: Reference, entry: LockEntry | None, seen: Seen, error: HubUnavailable) -> Fetched:
+        """Take from the cache what the hub does not answer for."""
         try:
             fetched = self._from_cache(reference, entry, seen)
         except RegistryError as missing:
@@ -110,6 +114,7 @@ class Fetcher:
     def _from_hub(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
         name = reference.name
         refs = self.hub.refs(name)
+        self._check_tags(name, refs, seen, _pinned(reference, entry))
         state = self._state(name, refs, seen)
         index = index_of(name, refs, state)
         if entry is None:
@@ -122,8 +127,36 @@ class Fetcher:
             raise self._moved(name, before, release)
         identity = self._identity(release, before)
         fetched = self._files(release, before)
-        self._record(fetched, identity, state, refs.branches.get(STATE_BRANCH))
+        self._record(fetched, identity, state, refs)
         return fetched
+
+    def _check_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> None:
+        """Refuse a hub that shows fewer versions than before, or others under their names.
+
+        Who names a version, or has locked it, gets it whatever has become of the others.
+        """
+        lost = self._lost_tags(name, refs, seen, pinned)
+        if not lost:
+            return
+        if seen.identity and self.hub.identity(name) != seen.identity:
+            raise self._replaced(name)
+        more = f" (and {len(lost) - _EXAMPLES} more)" if len(lost) > _EXAMPLES else ""
+        raise ReleaseMoved(
+            f"{'; '.join(lost[:_EXAMPLES])}{more}. A published version never changes, so somebody has moved or removed "
+            f"its tag, or the registry shows an earlier state of itself. {self._way_out(name)}"
+        )
+
+    def _lost_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> list[str]:
+        lost = []
+        for tag, now in find_lost_tags(seen, refs.tags).items():
+            [version] = versions_in([tag]) or [None]
+            if version is not None and pinned in (None, version, seen.tags[tag]):
+                lost.append(self._describe_move(name, version_text(version), seen.tags[tag], now))
+        return lost
+
+    def _describe_move(self, name: str, version: str, before: str | None, now: str | None) -> str:
+        what = f"is commit {now} now" if now else "is not there any more"
+        return f"{name}@{version} on {self.hub.location} was commit {before} and {what}"
 
     def _before(self, name: str, version: str, seen: Seen) -> _Before:
         pulled, entry = seen.versions.get(version), self.lock.entries().get(name)
@@ -135,29 +168,49 @@ class Fetcher:
             commit, manifest = here.commit if here else commit, entry.manifest
         return _Before(version, commit, manifest, repository)
 
-    def _record(self, fetched: Fetched, identity: str, state: State, state_commit: str | None) -> None:
+    def _record(self, fetched: Fetched, identity: str, state: State, refs: Refs) -> None:
         release, digest, base = fetched.release, fetched.manifest.digest, fetched.manifest.base
+        tags = {tag: refs.tags[tag] for tag in versions_in(refs.tags).values()}
 
-        def remembered(before: Seen) -> Seen:
+        def remember(before: Seen) -> Seen:
             versions = {**before.versions, release.version: Pulled(release.commit, digest)}
-            return replace(before, identity=identity, versions=versions, state=state, state_commit=state_commit)
+            seen = replace(before, identity=identity, versions=versions)
+            return seen.with_tags(tags).with_state(state, refs.branches.get(STATE_BRANCH))
 
-        self.cache.remember(self.hub.location, release.name, remembered)
+        self.cache.remember(self.hub.location, release.name, remember)
         entry = LockEntry(release.version, release.commit, digest, self.hub.location, identity, base.id, base.commit)
         self.lock.record(release.name, entry)
 
     def _state(self, name: str, refs: Refs, seen: Seen) -> State:
+        """Read which versions are withdrawn and what aliases stand for; it must follow on what was seen before."""
         commit = refs.branches.get(STATE_BRANCH)
-        return seen.state if commit is not None and commit == seen.state_commit else read_state(self.hub, name, refs)
+        if commit is not None and commit == seen.state_commit:
+            return seen.state
+        state = read_state(self.hub, name, refs)
+        lost = self._lost_state(name, seen, state, commit)
+        if lost is None:
+            return state
+        if seen.identity and self.hub.identity(name) != seen.identity:
+            raise self._replaced(name)
+        raise ReleaseMoved(f"{lost}. {self._way_out(name)}")
+
+    def _lost_state(self, name: str, seen: Seen, state: State, commit: str | None) -> str | None:
+        lost = find_lost_state(seen, state, commit)
+        if not lost:
+            return None
+        return (
+            f"{name} on {self.hub.location} shows an earlier state of itself: branch {STATE_BRANCH} was commit "
+            f"{seen.state_commit} and {f'is commit {commit} now' if commit else 'is not there any more'}, without "
+            f"{', '.join(lost[:_EXAMPLES])}"
+        )
 
     def _moved(self, name: str, before: _Before, release: Release | None) -> IntegrityError:
-        """Why a version that has been used before is not where it was."""
+        """Say why a version that has been used before is not where it was."""
         if before.repository and self.hub.identity(name) != before.repository:
             return self._replaced(name)
-        was = f"{name}@{before.version} on {self.hub.location} was commit {before.commit}"
-        now = f"is commit {release.commit} now" if release else "is not there any more"
+        moved = self._describe_move(name, before.version, before.commit, release.commit if release else None)
         return ReleaseMoved(
-            f"{was} and {now}. A published version never changes, so somebody has moved or removed its tag. "
+            f"{moved}. A published version never changes, so somebody has moved or removed its tag. "
             f"{self._way_out(name)}"
         )
 
@@ -200,19 +253,39 @@ class Fetcher:
             manifest = read_manifest(self.hub, release)
             if before.manifest not in (None, manifest.digest):
                 raise self._changed(release, manifest, before.manifest)
-        try:
-            self.cache.check(manifest)
-            path = self.cache.path(manifest.digest)
-        except IntegrityError:
-            path = self.cache.add(manifest, lambda name, record, sink: self._download(release, name, record, sink))
-        check_content(path, manifest)
-        return Fetched(release, manifest, path)
+        return self._in_cache(release, manifest, download=True)
 
-    def compare(self, release: Release, manifest: Manifest) -> list[str]:
-        """How a release differs from what the lock and the cache say about it."""
-        before = self._before(release.name, release.version, self.cache.seen(self.hub.location, release.name))
-        problems = []
-        if before.commit not in (None, release.commit):
+    def _in_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
+        """Take the files from the cache if they are there and undamaged, else download them if that is allowed."""
+        path = self.cache.path(manifest.digest)
+        try:
+            found = self.cache.use(manifest)
+        except IntegrityError:
+            if not download:
+                raise
+            found = self._add(release, manifest)
+        if found is None:
+            found = check_content(path, manifest)
+            self.cache.note(manifest.digest, found)
+        return Fetched(release, manifest, path, found)
+
+    def _add(self, release: Release, manifest: Manifest) -> tuple[str, ...]:
+        check_sizes(manifest)
+        return self.cache.add(
+            manifest,
+            lambda name, record, sink: self._download(release, name, record, sink),
+            lambda folder: check_content(folder, manifest),
+        )
+
+    def compare(self, release: Release, manifest: Manifest, refs: Refs) -> list[str]:
+        """Return how a release, and the repository it is in, differ from what the lock and the cache say about them."""
+        name = release.name
+        seen = self.cache.seen(self.hub.location, name)
+        before = self._before(name, release.version, seen)
+        problems = self._lost_tags(name, refs, seen, None)
+        lost = self._lost_state(name, seen, read_state(self.hub, name, refs), refs.branches.get(STATE_BRANCH))
+        problems += [lost] if lost else []
+        if before.commit not in (None, release.commit) and not any(f"@{release.version} " in each for each in problems):
             problems.append(str(self._moved(release.name, before, release)))
         if before.manifest not in (None, manifest.digest):
             problems.append(str(self._changed(release, manifest, before.manifest)))
@@ -247,37 +320,27 @@ class Fetcher:
             manifest = self.cache.manifest(there[release.version].manifest)
         if manifest is None:
             raise self._offline(f"{release} is not in the cache")
-        self.cache.check(manifest)
-        path = self.cache.path(manifest.digest)
-        check_content(path, manifest)
-        return self._told(Fetched(release, manifest, path))
+        return self._in_cache(release, manifest, download=False)
 
     def _offline(self, reason: str) -> Offline:
         return Offline(
             f"{reason} {self.cache.folder}, and the network is off. Pull it once with a network, with this cache"
         )
 
-    def _told(self, fetched: Fetched) -> Fetched:
+    def _warn(self, fetched: Fetched) -> Fetched:
         release = fetched.release
         if release.yanked is not None and not self.quiet:
             warnings.warn(f"{release} was withdrawn: {release.yanked}", YankedWarning, stacklevel=4)
+        for reason in () if self.quiet else fetched.warnings:
+            warnings.warn(f"{release}: {reason}", AdapterWarning, stacklevel=4)
         return fetched
 
 
-def check_content(path: Path, manifest: Manifest) -> None:
-    """Look at the two files that libraries will read: nothing in them may do harm, or differ from the manifest.
-
-    Raises:
-        UnsafeFile: Something would do harm.
-        IntegrityError: The tensors are not those of the manifest.
-    """
-    from registry.formats.adapter_config import AdapterConfig
-    from registry.formats.weights import read_file_header
-
-    AdapterConfig.parse((path / ADAPTER_CONFIG).read_bytes())
-    header = read_file_header(path / ADAPTER_WEIGHTS)
-    if dict(header.tensors) != dict(manifest.tensors):
-        raise IntegrityError(f"The tensors in {path / ADAPTER_WEIGHTS} are not those of the manifest")
+def _pinned(reference: Reference, entry: LockEntry | None) -> Version | str | None:
+    """Return the version, or the commit, that is asked for whatever else there is; `None` where the newest is."""
+    if entry is not None:
+        return Version(entry.version)
+    return reference.version or reference.commit
 
 
 class _Counted:
@@ -291,11 +354,5 @@ class _Counted:
         self._progress(self._name, self._sink.tell(), self._size)
         return written
 
-    def tell(self) -> int:
-        return self._sink.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._sink.seek(offset, whence)
-
-    def truncate(self, size: int | None = None) -> int:
-        return self._sink.truncate(size)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from registry.disk.files import replace_file
+from registry.disk.files import PlantedLink, read_small, replace_file
+from registry.disk.mutex import LockTimeout, folder_lock
 from registry.errors import InvalidLock, InvalidReference, LockEntryNotFound, LockMismatch
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.references import Reference, check_name, parse_version, version_text
@@ -63,15 +64,20 @@ class Lock:
 
     @classmethod
     def choose(cls, lock: bool | str | os.PathLike[str] | None, *, frozen: bool) -> Lock:
-        """The lock that is meant: with ``None`` the one in the working directory, if there is one, which is then used
-        and not changed; with ``True`` that one, or a path, which is changed; with ``False`` none.
+        """Choose the lock file.
+
+        Args:
+            lock: ``None``: read ``adapters.lock`` if it exists. ``True`` or a path: read and update it. ``False``:
+                none.
+            frozen: Use only adapters that are in it.
 
         Raises:
-            LockEntryNotFound: It shall be frozen, and there is none.
+            LockEntryNotFound: ``frozen`` is set, and there is no lock file.
         """
         path = Path(LOCK_FILE if lock is None or isinstance(lock, bool) else lock).absolute()
-        used = lock is not False and (bool(lock) or path.exists())
-        if frozen and not (used and path.exists()):
+        exists = os.path.lexists(path)
+        used = lock is not False and (bool(lock) or exists)
+        if frozen and not (used and exists):
             raise LockEntryNotFound(f"Only locked adapters may be used, and {path} is not there or not to be used")
         return cls(path if used else None, write=bool(lock) and not frozen, frozen=frozen)
 
@@ -106,11 +112,15 @@ class Lock:
         if self.path is None:
             return {}
         try:
-            data = self.path.read_bytes()
+            data = read_small(self.path, _LIMIT + 1)
         except FileNotFoundError:
             return {}
+        except PlantedLink as error:
+            raise InvalidLock(
+                f"{error}, and a lock file is a file of its own: delete it, or name another one with lock="
+            ) from None
         except OSError as error:
-            raise InvalidLock(f"{self.path} can't be read: {error.strerror}") from error
+            raise InvalidLock(f"{self.path} cannot be read: {error.strerror or error}") from error
         try:
             fields = Fields(parse(data, _LIMIT))
             if fields.integer("format", 2**31, least=1) > _FORMAT:
@@ -120,21 +130,30 @@ class Lock:
             raise InvalidLock(f"{self.path}: {reason}") from None
 
     def record(self, name: str, entry: LockEntry) -> None:
-        """Write an entry, if entries are written; one that stands already is not written again."""
-        if self.path is None or not self.write:
+        """Write an entry, if entries are written; one that stands already is not written again.
+
+        Several processes may do so at once: each reads what the others wrote while it holds a lock beside the file.
+
+        Raises:
+            InvalidLock: The file is malformed, or cannot be written.
+        """
+        if self.path is None or not self.write or self.entries().get(name) == entry:
             return
-        entries = dict(self.entries())
-        if entries.get(name) == entry:
-            return
-        entries[name] = entry
-        adapters = {
-            known: {key: value for key, value in asdict(each).items() if value is not None}
-            for known, each in entries.items()
-        }
         try:
-            replace_file(self.path, canonical({"format": _FORMAT, "adapters": adapters}))
+            with folder_lock(self.path.parent, name=f".{self.path.name}.lock"):
+                replace_file(self.path, _write({**self.entries(), name: entry}))
+        except LockTimeout as error:
+            raise InvalidLock(str(error)) from None
         except OSError as error:
-            raise InvalidLock(f"{self.path} can't be written: {error.strerror}") from error
+            raise InvalidLock(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+
+def _write(entries: Mapping[str, LockEntry]) -> bytes:
+    adapters = {
+        name: {key: value for key, value in asdict(entry).items() if value is not None}
+        for name, entry in entries.items()
+    }
+    return canonical({"format": _FORMAT, "adapters": adapters})
 
 
 def _entry(fields: Fields) -> LockEntry:

@@ -1,13 +1,13 @@
-"""Finding and deleting what nobody can reach any more, in a folder registry and in the cache."""
+"""Find and delete what nobody can reach, in a folder registry and in the cache."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from registry.disk.owners import delete
+from registry.errors import RegistryError
 from registry.hubs import open_hub
 from registry.hubs.folder import FolderHub
 from registry.hubs.protocol import Hub
@@ -24,11 +24,13 @@ class Garbage:
         paths: Folders of commits, of cached releases, and halves of both.
         size: Bytes in them.
         deleted: Whether they were deleted.
+        problems: What could not be looked at, because it is damaged; nothing of it was deleted.
     """
 
     paths: tuple[Path, ...]
     size: int
     deleted: bool
+    problems: tuple[str, ...] = ()
 
 
 def collect_garbage(
@@ -41,36 +43,56 @@ def collect_garbage(
 
     In a folder registry that is every commit that neither a branch nor a tag stands at and that is older than a day;
     every release, withdrawn or not, and every alias stays. In the cache it is every release of which no pull is
-    remembered. A hub on the network keeps its own house.
+    remembered and that no pull has handed out within a day, so other processes may pull meanwhile. A hub on the network
+    keeps its own house.
 
     Args:
         hub: Which registry.
         dry_run: Whether to look only.
         cache_dir: The cache.
+
+    Raises:
+        CacheError: The cache cannot be read or written.
     """
     place, cache = open_hub(hub, False), Cache(cache_dir)
-    found: dict[str, list[Path]] = {}
-    if isinstance(place, FolderHub):
-        found = {name: place.unreachable(name) for name in place.names()}
-    remembered = {pulled.manifest for seen in cache.records() for pulled in seen.versions.values()}
-    forgotten = [digest for digest in cache.digests() if digest not in remembered]
-    cached = [*map(cache.path, forgotten), *cache.abandoned()]
-    paths = [path for several in found.values() for path in several] + cached
-    size = sum(map(_size, paths))
+    problems: list[str] = []
+    in_registry = _unreachable(place, problems) if isinstance(place, FolderHub) else {}
+    forgotten = _forgotten(cache, problems)
+    halves = cache.leftovers()
+    size = {path: _size(path) for paths in in_registry.values() for path in paths}
+    size |= {path: _size(path) for path in [*map(cache.path, forgotten), *halves]}
     if not dry_run:
-        _delete(place, found, cache, forgotten)
-    return Garbage(tuple(paths), size, not dry_run)
+        for name, paths in in_registry.items():
+            place.remove(name, paths)  # type: ignore[attr-defined]
+        kept = [cache.path(digest) for digest in forgotten if not cache.remove(digest)]
+        for path in kept:  # somebody has pulled it meanwhile
+            del size[path]
+        for path in halves:
+            delete(path)
+    return Garbage(tuple(size), sum(size.values()), not dry_run, tuple(problems))
 
 
-def _delete(hub: Hub, found: dict[str, list[Path]], cache: Cache, forgotten: Iterable[str]) -> None:
-    if isinstance(hub, FolderHub):
-        for name, paths in found.items():
-            hub.remove(name, paths)
-    for digest in forgotten:
-        cache.remove(digest)
-    for path in cache.abandoned():
-        shutil.rmtree(path, ignore_errors=True)
+def _unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
+    """Find commits by repository; a damaged repository keeps nobody from the others."""
+    return {name: _unreachable_in(hub, name, problems) for name in hub.names()}
+
+
+def _unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path]:
+    try:
+        return hub.unreachable(name)
+    except RegistryError as problem:
+        problems.append(str(problem))
+        return []
+
+
+def _forgotten(cache: Cache, problems: list[str]) -> list[str]:
+    try:
+        remembered = {pulled.manifest for seen in cache.records() for pulled in seen.versions.values()}
+    except RegistryError as problem:
+        problems.append(str(problem))
+        return []  # what a damaged record leads to is not known
+    return [digest for digest in cache.digests() if digest not in remembered and not cache.is_leased(digest)]
 
 
 def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    return sum(path.lstat().st_size for path in [folder, *folder.rglob("*")] if not path.is_dir())

@@ -1,14 +1,16 @@
-"""Looking at a release as a hub has it: every byte, and everything that should not be there."""
+"""Compare a release on a hub with its manifest, the lock and the past."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
-from registry.catalog.index import Release, read_index, read_manifest
-from registry.errors import HubUnavailable, RegistryError
+from registry.catalog.index import Release, index_of, read_manifest
+from registry.catalog.state import read_state
+from registry.disk.machine import CheckedSink, temporary_folder
+from registry.errors import HubUnavailable, MachineError, RegistryError
 from registry.formats.manifest import MANIFEST_FILE, Manifest
 from registry.formats.paths import GIT_ATTRIBUTES
 from registry.formats.records import FileRecord
@@ -17,7 +19,8 @@ from registry.formats.strict_json import shown
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache, check_file
-from registry.pulling.fetch import Fetcher, check_content
+from registry.pulling.content import check_content, check_sizes
+from registry.pulling.fetch import Fetcher
 from registry.pulling.lockfile import Lock
 
 __all__ = ["Verification", "verify"]
@@ -65,16 +68,17 @@ def verify(
         HubError: The hub can't be asked.
     """
     place, parsed = open_hub(hub, token), Reference.parse(reference)
-    release = read_index(place, parsed.name).resolve(parsed)
+    refs = place.refs(parsed.name)
+    release = index_of(parsed.name, refs, read_state(place, parsed.name, refs)).resolve(parsed)
     fetcher = Fetcher(place, Cache(cache_dir), Lock.choose(lock, frozen=False))
     problems: list[str] = []
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(fetcher.hub, release)
-        problems += fetcher.compare(release, manifest)
+        problems += fetcher.compare(release, manifest, refs)
         problems += _extra(place, release, manifest)
         problems += _damaged(place, release, manifest)
-    except HubUnavailable:
+    except (HubUnavailable, MachineError):
         raise
     except RegistryError as problem:
         problems.append(str(problem))
@@ -91,23 +95,22 @@ def _extra(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
 
 
 def _damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
+    check_sizes(manifest)
+    with temporary_folder() as folder:
         problems = [
             problem
             for name, record in manifest.files.items()
-            if (problem := _difference(hub, release, Path(folder), name, record)) is not None
+            if (problem := _difference(hub, release, folder, name, record)) is not None
         ]
-        if not problems:
-            check_content(Path(folder), manifest)
-    return problems
+        return problems or list(check_content(folder, manifest))
 
 
 def _difference(hub: Hub, release: Release, folder: Path, name: str, record: FileRecord) -> str | None:
     try:
-        with open(folder / name, "xb") as sink:
-            hub.download(release.name, release.commit, name, sink, record.size)
+        with CheckedSink(folder / name) as sink:
+            hub.download(release.name, release.commit, name, cast("BinaryIO", sink), record.size)
         check_file(folder, name, record)
-    except HubUnavailable:
+    except (HubUnavailable, MachineError):
         raise
     except RegistryError as problem:
         return str(problem)
