@@ -14,8 +14,8 @@ from lora_plugins.plugins.packages import missing_package
 from lora_plugins.plugins.types import Architecture, Quantizer
 
 if TYPE_CHECKING:
-    from lora_plugins.adapters.merging import merge_and_save as merge_and_save
     from lora_plugins.adapters.prepare import prepare_model as prepare_model
+    from lora_plugins.merging.merge import merge_and_save as merge_and_save
     from lora_plugins.planning.planner import plan as plan
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
@@ -36,7 +36,7 @@ _LAZY = {
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
     "loading_dtype": "lora_plugins.quantization.precision",
-    "merge_and_save": "lora_plugins.adapters.merging",
+    "merge_and_save": "lora_plugins.merging.merge",
     "pack": "lora_plugins.recipe.packing",
     "plan": "lora_plugins.planning.planner",
     "prepare_model": "lora_plugins.adapters.prepare",

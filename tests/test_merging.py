@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from lora_plugins import prepare_model
-from lora_plugins.adapters import merging
-from lora_plugins.adapters.merging import RECIPE_FILE, merge_and_save, unquantized_layers
-from lora_plugins.adapters.probe import compare_logits
 from lora_plugins.errors import AdapterMismatch, MergeError
+from lora_plugins.merging import weights
+from lora_plugins.merging.job import RECIPE_FILE
+from lora_plugins.merging.merge import merge_and_save
+from lora_plugins.merging.probe import compare_logits
+from lora_plugins.merging.weights import unquantized_layers
 
 WORDS = 320
 
@@ -73,7 +75,7 @@ def trained_logits(trained: Any) -> torch.Tensor:
     """With dropout off and the backend in the kernel of training, whose weights are what is merged."""
     trained.eval()
     for module in trained.modules():
-        if merging.owner_of(module) is not None:
+        if weights.owner_of(module) is not None:
             module.train()
     return logits(trained)
 
@@ -123,7 +125,7 @@ def test_same_in_bf16_rounds_base_and_update_together(tmp_path: Path) -> None:
     result = merge_and_save(adapter, tmp_path / "merged", "same")
     assert result.dtype == "bfloat16"
     layer = trained.base_model.model.model.layers[0].self_attn.q_proj
-    backend = merging.owner_of(layer.base_layer)
+    backend = weights.owner_of(layer.base_layer)
     assert backend is not None
     exact = backend.dequantize(layer.base_layer).float() + layer.get_delta_weight("default").float()
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").model.layers[0].self_attn.q_proj
@@ -185,7 +187,7 @@ def test_layers_that_share_a_weight_are_not_merged() -> None:
     first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
     second.weight = first.weight
     with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj and model\.layers\.1.* share one weight"):
-        merging._untie(second, model)
+        weights._untie(second, model)
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 
 from lora_plugins import prepare_model
-from lora_plugins.adapters import merging
 from lora_plugins.adapters.files import adapter_state, copy_adapter
 from lora_plugins.adapters.reloading import renamed_on_loading
 from lora_plugins.errors import PreparationWarning, UnloadableAdapter
+from lora_plugins.merging.job import read_job
+from lora_plugins.merging.weights import wrap
 from registry import pull_adapter, push_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -83,7 +84,8 @@ def test_our_ways_of_loading_put_it_back(case: Case, tmp_path: Path) -> None:
     push_adapter(model, "org/ocr", version="1.0.0", hub=hub)
     loaded = pull_adapter("org/ocr", hub=hub).load(base(case))
     assert adapters_equal(loaded, model)
-    assert adapters_equal(merging._wrap(base(case), tmp_path / "adapter"), model)
+    job = read_job(tmp_path / "adapter", "org/ocr-base", None, None)
+    assert adapters_equal(wrap(base(case), job).model, model)
     copy_adapter(again, "default", "reference", seed=0)
     copied = adapter_state(again, "reference")
     assert all(torch.equal(copied[name], tensor) for name, tensor in adapter_state(model, "default").items())

@@ -41,8 +41,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a model that plain transformers loads."""
     calm()
-    from lora_plugins.adapters.merging import AS_TRAINED, merge_and_save
-    from lora_plugins.adapters.probe import PROBE_TEXT
+    from lora_plugins.merging.inputs import PROBE_TEXT
+    from lora_plugins.merging.job import AS_TRAINED
+    from lora_plugins.merging.merge import merge_and_save
 
     result = merge_and_save(
         adapter,

@@ -82,4 +82,20 @@ def untag_dequantized(model: Any) -> bool:
             inner = getattr(module, "config", None)
             if inner is not None and getattr(inner, "_is_quantized", False):
                 inner._is_quantized = False
+    _forget_unpacking(model)
+    return True
+
+
+def _forget_unpacking(model: Any) -> None:
+    """Drop the conversions by which a quantizer unpacked the files: saving would try to undo them, and can't."""
+    conversions = vars(model).get("_weight_conversions")
+    if conversions:
+        model._weight_conversions = [one for one in conversions if _is_reversible(one)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
     return True

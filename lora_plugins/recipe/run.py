@@ -12,8 +12,10 @@ from typing import Any
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from lora_plugins import LoraCallback, ParameterReportCallback
-from lora_plugins.adapters.merging import RECIPE_FILE, merge_and_save, unquantized_layers
 from lora_plugins.errors import ArgumentsError, LoraPluginsError, ResumeError
+from lora_plugins.merging.job import RECIPE_FILE
+from lora_plugins.merging.merge import merge_and_save
+from lora_plugins.merging.weights import unquantized_layers
 from lora_plugins.quantization.request import parse_quantization
 from lora_plugins.recipe import prepare
 from lora_plugins.recipe.arguments import RecipeArguments

@@ -1,0 +1,8 @@
+"""Merge an adapter into its base model, and measure how exact the result is."""
+
+from __future__ import annotations
+
+from lora_plugins.text import forward_names
+
+# The public name is `lora_plugins.merge_and_save`; before there were rooms it was this module's.
+__getattr__ = forward_names(__name__, {"merge_and_save": "lora_plugins"})

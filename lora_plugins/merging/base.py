@@ -1,0 +1,296 @@
+"""Load the base model as the class, size and dtype that an adapter needs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from lora_plugins.errors import MergeError
+from lora_plugins.merging.job import Job
+from lora_plugins.merging.names import base_name, place_of
+from lora_plugins.quantization.dequantization import dequantize_model
+from lora_plugins.quantization.request import detect_quantization
+from lora_plugins.text import one_line
+
+__all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "read_config", "trained_tokens"]
+
+
+#: PEFT's tasks, and the mapping of transformers that has their classes. Other tasks are found by the tensors' names.
+_TASKS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model without the adapter.
+
+    Attributes:
+        model: The model.
+        stored_quantized: Whether its files are quantized.
+        notes: What was filled in, in sentences.
+    """
+
+    model: PreTrainedModel
+    stored_quantized: bool
+    notes: tuple[str, ...] = ()
+
+
+def read_config(job: Job) -> PreTrainedConfig:
+    """Read the base model's configuration.
+
+    Raises:
+        MergeError: It can't be read.
+    """
+    return _from_base(job, lambda: AutoConfig.from_pretrained(job.base, revision=job.revision or "main"))
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration says that the weights in the files are quantized."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) -> LoadedBase:
+    """Load the base that an adapter fits.
+
+    Args:
+        job: Adapter and base.
+        dtype: Dtype of the weights, ``"auto"`` for the one that the base is stored in.
+        dequantize: Whether a base whose files are quantized gets float weights.
+
+    Raises:
+        MergeError: The base can't be loaded, or weights of the trained model are in neither base nor adapter.
+    """
+    config = read_config(job)
+    made = choose_class(job, config)
+    stored_quantized = is_quantized(config)
+
+    def load() -> Any:
+        # A head of another size is in the adapter's file.
+        return made.from_pretrained(
+            job.base,
+            revision=job.revision or "main",
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+    model, info = _from_base(job, load)
+    notes = list(_check_complete(job, model, info))
+    quantized = detect_quantization(model) is not None
+    if stored_quantized and not quantized and _packed(model):
+        raise MergeError(_float_twin(job, "its layers are of a kind that no registered backend reads"))
+    if quantized and dequantize:
+        wanted = dtype if isinstance(dtype, torch.dtype) else None
+        dequantize_model(model, wanted)
+        if wanted is not None:
+            model.to(wanted)
+    rows = _rows_needed(job, model)
+    if rows is not None:
+        notes += _resize(job, model, rows)
+    return LoadedBase(model, stored_quantized, tuple(notes))
+
+
+def choose_class(job: Job, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class in which the tensors of the adapter have their places.
+
+    Tried in this order: the class that the manifest names, the one that PEFT noted, the one of the adapter's task,
+    the base's own, every other one that transformers has for this configuration. The first that has a place for every
+    tensor is taken, else the first of those that have the most. A head in the file of another size sets the number
+    of labels in ``config``.
+
+    Raises:
+        MergeError: transformers has no class for this configuration.
+    """
+    best: tuple[int, type[PreTrainedModel]] | None = None
+    for made in dict.fromkeys(_candidates(job, config)):
+        empty = _make_empty(made, config)
+        if empty is None:
+            continue
+        placed = _count_placed(job, empty)
+        if best is None or placed > best[0]:
+            best = placed, made
+        if placed == len(job.shapes):
+            break
+    if best is None:
+        raise MergeError(f"transformers has no class for the base {job.base}, a {config.model_type!r}.")
+    _set_labels(job, _make_empty(best[1], config), config)
+    return best[1]
+
+
+def _candidates(job: Job, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    noted = (job.config.auto_mapping or {}).get("base_model_class")
+    for name in (job.class_name, noted):
+        yield from _named(name)
+    task = _TASKS.get(str(job.config.task_type or ""))
+    if task:
+        yield from _mapped(task, config)
+    for name in config.architectures or ():
+        yield from _named(name)
+    for mapping in sorted(vars(modeling_auto)):
+        if mapping.startswith("MODEL_") and mapping.endswith("_MAPPING"):
+            yield from _mapped(mapping, config)
+
+
+def _named(name: object) -> Iterator[type[PreTrainedModel]]:
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        yield found
+
+
+def _mapped(mapping: str, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    found = getattr(modeling_auto, mapping).get(type(config), None)
+    yield from found if isinstance(found, (tuple, list)) else [found] if found else []
+
+
+def _make_empty(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
+    """Make a model on the meta device; ``None`` where the class does not take this configuration."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            return made(copy.deepcopy(config))
+        except Exception:
+            # Whatever a constructor raises for a configuration that is not its own.
+            return None
+
+
+def _count_placed(job: Job, empty: nn.Module) -> int:
+    places = {name for name, _ in empty.named_modules()}
+    return sum(place_of(name) in places for name in job.shapes)
+
+
+def _set_labels(job: Job, empty: Any, config: Any) -> None:
+    """Give the configuration as many labels as the head in the adapter's file has rows."""
+    own = dict(empty.named_parameters())
+    labels = getattr(config, "num_labels", None)
+    for name, shape in job.shapes.items():
+        here = own.get(base_name(name))
+        if here is None or not shape or here.shape == shape or here.shape[0] != labels or here.shape[1:] != shape[1:]:
+            continue
+        if not _is_end(empty, place_of(name)):
+            config.num_labels = shape[0]
+            return
+
+
+def _is_end(model: Any, place: str) -> bool:
+    """Whether a module is the input or output embedding."""
+    return model.get_submodule(place) in _ends(model)
+
+
+def _ends(model: Any) -> list[Any]:
+    found: list[Any] = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            end = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(end, nn.Module):
+            found.append(end)
+    return found
+
+
+def _check_complete(job: Job, model: PreTrainedModel, info: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse a head that loading made at random and the adapter does not bring.
+
+    Raises:
+        MergeError: It names the weights.
+    """
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    brought = {base_name(name) for name in job.shapes}
+    fresh = sorted((set(info["missing_keys"]) | mismatched) - brought)
+    if not fresh:
+        return
+    text = f"{len(fresh)} weights of {type(model).__name__} are in neither base nor adapter, first {fresh[0]}"
+    if mismatched - brought or model.base_model is not model:
+        raise MergeError(
+            f"{text}. In training they had random values that nobody saved, so the trained model can't be put "
+            "together again. Train them with modules_to_save, or name the base that has them with base= (--base)."
+        )
+    yield f"{text}: they are random, as they were in training"
+
+
+def _packed(model: nn.Module) -> bool:
+    return any(not tensor.is_floating_point() for tensor in model.parameters())
+
+
+def _float_twin(job: Job, reason: str) -> str:
+    return (
+        f"The base {job.base} is stored quantized and can't be dequantized here: {reason}. Name the float model that "
+        "it was made from with base= (--base)."
+    )
+
+
+def _rows_needed(job: Job, model: Any) -> int | None:
+    """Return how many rows the embeddings had in training, ``None`` where nothing says that it is another number."""
+    ends = [end for end in _ends(model) if hasattr(end, "weight")]
+    if not ends:
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    for end in ends:
+        stored = [_rows_of(name, shape) for name, shape in job.shapes.items() if place_of(name) == names.get(id(end))]
+        found = next((count for count in stored if count is not None), None)
+        if found is not None and found != end.weight.shape[0]:
+            return found
+    rows = int(ends[0].weight.shape[0])
+    needed = max(job.vocabulary or rows, max(trained_tokens(job), default=-1) + 1)
+    return needed if needed != rows else None
+
+
+def _rows_of(name: str, shape: tuple[int, ...]) -> int | None:
+    if "lora_embedding_A" in name:
+        return shape[1]
+    if "lora_B" in name and name.endswith("weight"):
+        return shape[0]
+    return shape[0] if "lora_" not in name and "trainable_tokens" not in name and len(shape) == 2 else None
+
+
+def trained_tokens(job: Job) -> list[int]:
+    """Return the ids of the tokens whose embeddings were trained alone."""
+    asked = job.config.trainable_token_indices
+    lists = asked.values() if isinstance(asked, dict) else [asked or []]
+    return sorted({int(index) for part in lists for index in part})
+
+
+def _resize(job: Job, model: Any, rows: int) -> Iterator[str]:
+    """Give the embeddings the number of rows that they had in training; what no file has gets the mean of the rows."""
+    before = int(_ends(model)[0].weight.shape[0])
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    known = set(trained_tokens(job))
+    names = {id(module): name for name, module in model.named_modules()}
+    for end in _ends(model):
+        name = names.get(id(end), "")
+        left = [row for row in range(before, rows) if row not in known]
+        if not left or any(place_of(stored) == name and base_name(stored) == f"{name}.weight" for stored in job.shapes):
+            continue
+        weight: torch.Tensor = end.weight
+        with torch.no_grad():
+            weight[left] = weight[:before].float().mean(0).to(weight.dtype)
+        yield f"{len(left)} rows that training added to {name} are in no file and hold the mean of the others"
+
+
+def _from_base(job: Job, load: Callable[[], _T]) -> _T:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        text = one_line(error)
+        raise MergeError(f"The base model {job.base} can't be loaded: {text}") from error
+    except (ImportError, NotImplementedError) as error:
+        text = one_line(error) or type(error).__name__
+        raise MergeError(_float_twin(job, text)) from error

@@ -1,0 +1,34 @@
+"""Names in an adapter's file: the module and the weight that each is about."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["base_name", "place_of"]
+
+
+#: What PEFT puts between the name of a module and the name of an adapter's tensor.
+_ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\b|trainable_tokens_|modules_to_save\b)")
+
+
+def base_name(name: str) -> str:
+    """Return the name in the base model of a tensor that is saved whole.
+
+    ``base_model.model.score.modules_to_save.weight`` is ``score.weight``.
+    """
+    return _plain(name).replace(".modules_to_save.", ".")
+
+
+def place_of(name: str) -> str:
+    """Return the module in the base model that a tensor of an adapter's file is about.
+
+    ``base_model.model.h.0.q_proj.lora_A.weight`` is about ``h.0.q_proj``, ``base_model.model.score.weight`` about
+    ``score``.
+    """
+    plain = _plain(name)
+    part = _ADAPTER_PART.search(plain)
+    return plain[: part.start()] if part else plain.rpartition(".")[0]
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -1,0 +1,98 @@
+"""Write a merged model to a folder: complete, checked, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lora_plugins.adapters.files import ADAPTER_CONFIG
+from lora_plugins.errors import MergeError
+from lora_plugins.merging.job import RECIPE_FILE, Job
+
+__all__ = ["check_output", "partial_folder", "publish", "write"]
+
+
+#: Collects the files until all of them are there and checked.
+_PARTIAL = ".merging"
+
+#: What turns images, sound and chats into a model's inputs; it goes with the model as it is.
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def check_output(target: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds an adapter, or a model that must not be replaced.
+
+    Raises:
+        MergeError: It does.
+    """
+    if (target / ADAPTER_CONFIG).is_file():
+        # transformers would load the merged model and put the adapter on it a second time.
+        raise MergeError(f"{target} holds an adapter. The merged model needs a folder of its own.")
+    if (target / "config.json").is_file() and not overwrite:
+        raise MergeError(
+            f"{target} already holds a model. Choose another folder, or pass overwrite=True (--overwrite)."
+        )
+
+
+@contextlib.contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """Make a folder inside ``target`` for unfinished files; it is gone afterwards, and ``target`` too if it is new."""
+    existed = target.exists()
+    partial = target / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                target.rmdir()
+        raise
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    job: Job,
+    partial: Path,
+    max_shard_size: str,
+) -> None:
+    """Write the model and all that goes with it into an empty folder."""
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    for name in _PROCESSORS:
+        source = cached_file(
+            job.base,
+            name,
+            revision=job.revision or "main",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if source is not None and not (partial / name).exists():
+            shutil.copyfile(source, partial / name)
+    if (job.folder / RECIPE_FILE).is_file():
+        shutil.copy2(job.folder / RECIPE_FILE, partial / RECIPE_FILE)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Move the files to their place, the configuration last: without it nothing loads."""
+    for stale in (target / "config.json", *target.glob("model*.safetensors"), *target.glob("model*.index.json")):
+        stale.unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, target / path.name)
+    partial.rmdir()

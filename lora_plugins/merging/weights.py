@@ -1,0 +1,315 @@
+"""Put an adapter into its base and add it to the weights, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_plugins.adapters.files import adapter_shapes, adapter_state, check_same_tensors
+from lora_plugins.errors import AdapterMismatch, MergeError
+from lora_plugins.merging.job import Job
+from lora_plugins.merging.names import base_name
+from lora_plugins.models.wrapping import adapter_modules, base_of
+from lora_plugins.quantization.request import Quantization, owner_of
+from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.walk import layers_to_quantize
+from lora_plugins.text import one_line
+from registry import put_back
+
+__all__ = ["Wrapped", "adapter_layers", "choose_values", "merge_layers", "round_layers", "unquantized_layers", "wrap"]
+
+
+class Wrapped:
+    """A base model with the adapter in it, and where each tensor of the adapter's file went.
+
+    Attributes:
+        model: The wrapped model.
+        places: Name in the file -> the adapter's tensor that holds its values, ``None`` where that is a tensor of the
+            base itself.
+        dtypes: Dtype of each of the base's own tensors, before the adapter came.
+        quantization: Backend of the base in training, if its values are wanted.
+        unrounded: Layers that do not have these values yet.
+    """
+
+    def __init__(
+        self, model: PeftModel, places: Mapping[str, torch.Tensor | None], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self.model = model
+        self.places = places
+        self.dtypes = dtypes
+        self.quantization: Quantization | None = None
+        self.unrounded: list[Any] = []
+
+
+def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
+    """Put the adapter into the base; every tensor of its file must have a place there and arrive.
+
+    Raises:
+        AdapterMismatch: Names or shapes differ.
+        MergeError: A value did not arrive.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    stored = load_file(str(job.file), device="cpu")
+    try:
+        with warnings.catch_warnings():
+            # What is missing or left over is an error below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, str(job.folder))
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        text = one_line(error)
+        raise AdapterMismatch(
+            f"The adapter {job.file} does not fit the base {job.base}, a {type(model).__name__}: PEFT can't put it in "
+            f"({text})"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    check_same_tensors(shapes, adapter_shapes(wrapped, "default"), job.file)
+    # PEFT loses tensors of some types of models; see registry.put_back.
+    put_back(wrapped, stored, "default")
+    wrapped.eval()
+    own = {base_name(name): tensor for name, tensor in base_of(wrapped).state_dict().items()}
+    own = {name: tensor for name, tensor in own.items() if name in dtypes}
+    return Wrapped(wrapped, _find_places(wrapped, own, stored, job), dtypes)
+
+
+def _find_places(
+    wrapped: PeftModel, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], job: Job
+) -> dict[str, torch.Tensor | None]:
+    """Return where each tensor of the file is; ``own`` are the base's tensors. See `Wrapped`.
+
+    Raises:
+        AdapterMismatch: A tensor has no place.
+        MergeError: The model holds other values there.
+    """
+    live = adapter_state(wrapped, "default")
+    of_base = {tensor.data_ptr() for tensor in own.values()}
+    # The state has copies of the objects, which share their memory.
+    objects = {tensor.data_ptr(): tensor for tensor in wrapped.state_dict(keep_vars=True).values()}
+    places: dict[str, torch.Tensor | None] = {}
+    for name, value in stored.items():
+        here = live[name] if name in live else own.get(base_name(name))
+        if here is None:
+            raise AdapterMismatch(f"The adapter {job.file} has the tensor {name}, which has no place in {job.base}.")
+        if not torch.equal(value.to(here.device, here.dtype), here):
+            raise MergeError(f"The tensor {name} of {job.file} was loaded, and the model holds other values there.")
+        places[name] = None if here.data_ptr() in of_base else objects[here.data_ptr()]
+    return places
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost modules that PEFT put into a model, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not inside:
+            found[name] = module
+    return found
+
+
+def choose_values(wrapped: Wrapped, quantization: Quantization) -> None:
+    """Ask for the values that the layers had in training, when they were quantized.
+
+    They are taken layer by layer in `merge_layers`, or all at once by `round_layers`.
+
+    Raises:
+        QuantizationError: The backend can't be used here.
+    """
+    layers, _ = layers_to_quantize(wrapped.model, quantization, ())
+    wrapped.quantization, wrapped.unrounded = quantization, list(layers.values())
+    if wrapped.unrounded:
+        weight = wrapped.unrounded[0].weight
+        check_usable(quantization, weight.device, weight.dtype)
+
+
+def round_layers(wrapped: Wrapped) -> None:
+    """Give every layer the values that its quantized form stands for, in float32."""
+    with torch.no_grad():
+        while wrapped.unrounded:
+            _round(wrapped.unrounded[-1], wrapped)
+
+
+def _round(layer: Any, wrapped: Wrapped) -> None:
+    """Give one layer the values that its quantized form stands for, in float32, if that is wanted and not yet done."""
+    if wrapped.quantization is not None and any(layer is one for one in wrapped.unrounded):
+        wrapped.unrounded = [one for one in wrapped.unrounded if one is not layer]
+        layer.weight.data = _rounded(layer, wrapped.quantization)
+
+
+def _rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
+    """Return a layer's weight after quantizing and dequantizing it, in float32 and the layer's own orientation."""
+    transposed = not isinstance(layer, nn.Linear)
+    weight = layer.weight.data.T.contiguous() if transposed else layer.weight.data
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    made = quantization.quantizer.quantize_linear(linear, quantization.options)
+    values = quantization.quantizer.dequantize(made).float()
+    return values.T.contiguous() if transposed else values
+
+
+def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
+    """Add the adapter to the weights, one layer at a time, in float32, rounded once.
+
+    Returns:
+        The base model without anything of PEFT in it.
+
+    Raises:
+        MergeError: A tensor of the adapter's file is not in the result.
+    """
+    base: PreTrainedModel = wrapped.model.get_base_model()
+    used = set()
+    with torch.no_grad():
+        for layer in adapter_layers(wrapped.model).values():
+            for part in _parts(layer):
+                used |= _merge_part(part, base, wrapped)
+        for rest in wrapped.unrounded[:]:
+            dtype = rest.weight.dtype
+            _round(rest, wrapped)
+            rest.weight.data = rest.weight.data.to(dtype)
+        merged: PreTrainedModel = wrapped.model.unload()
+        result = {id(tensor) for tensor in merged.state_dict(keep_vars=True).values()}
+        _check_used(wrapped, job, used | result)
+        _check_plain(merged, wrapped)
+        _restore_dtypes(merged, wrapped.dtypes)
+    return _finish(merged)
+
+
+def _parts(layer: nn.Module) -> Iterator[Any]:
+    """Yield the adapter layers in one place: wrappers of expert parameters are nested, others stand alone."""
+    while True:
+        if isinstance(layer, TrainableTokensWrapper):
+            yield layer.token_adapter
+            return
+        if isinstance(layer, BaseTunerLayer):
+            yield layer
+        if not isinstance(layer, ParamWrapper):
+            return
+        layer = layer.base_layer
+
+
+def _merge_part(layer: Any, model: PreTrainedModel, wrapped: Wrapped) -> set[int]:
+    """Merge one adapter layer; return the ids of the adapter's tensors in it."""
+    base = layer.get_base_layer()
+    own = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()}
+    parts = layer.state_dict(keep_vars=True).values()
+    used = {id(tensor) for tensor in parts} - own
+    if not isinstance(layer, ParamWrapper) and not _copies_rows(layer):
+        _untie(base, model)
+    weights = [layer.get_param()] if isinstance(layer, ParamWrapper) else list(base.parameters())
+    dtypes = [weight.dtype for weight in weights]
+    _round(base, wrapped)
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.data = weight.data.float()
+    try:
+        layer.merge()
+    except (NotImplementedError, ValueError) as error:
+        raise MergeError(f"PEFT can't merge a {type(layer).__name__} of this adapter: {error}") from error
+    for weight, dtype in zip(weights, dtypes, strict=True):
+        weight.data = weight.data.to(dtype)
+    return used
+
+
+def _copies_rows(layer: Any) -> bool:
+    # Trained tokens are the same rows at both ends of a tied model.
+    return hasattr(layer, "trainable_tokens_delta")
+
+
+def _check_used(wrapped: Wrapped, job: Job, used: set[int]) -> None:
+    lost = [name for name, tensor in wrapped.places.items() if tensor is not None and id(tensor) not in used]
+    if lost:
+        raise MergeError(
+            f"{len(lost)} of the {len(wrapped.places)} tensors in {job.file} are not in the merged model, first "
+            f"{lost[0]}. Nothing was written; use the adapter on its base."
+        )
+
+
+def _check_plain(merged: PreTrainedModel, wrapped: Wrapped) -> None:
+    left = [name for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer)]
+    names = set(merged.state_dict())
+    left += sorted(set(wrapped.dtypes) - names)
+    # A bias of the adapter's own can come to a layer that had none.
+    left += sorted(name for name in names - set(wrapped.dtypes) if not name.endswith(".bias"))
+    if left:
+        raise MergeError(
+            f"The merged model is not an ordinary {type(merged).__name__}: {left[0]} and {len(left) - 1} others differ"
+        )
+
+
+def _restore_dtypes(merged: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, parameter in merged.named_parameters():
+        wanted = dtypes.get(name, dtypes.get(name.removesuffix("bias") + "weight"))
+        if wanted is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted)
+
+
+def _finish(merged: PreTrainedModel) -> PreTrainedModel:
+    """Freeze the result, and untie the head where training has made it another one."""
+    for parameter in merged.parameters():
+        parameter.requires_grad_(False)
+    head, embedding = _end(merged, "get_output_embeddings"), _end(merged, "get_input_embeddings")
+    if head is not None and embedding is not None and head is not embedding:
+        merged.config.tie_word_embeddings = False
+        text: Any = merged.config.get_text_config()
+        text.tie_word_embeddings = False
+    merged.eval()
+    return merged
+
+
+def _end(model: PreTrainedModel, get: str) -> Any:
+    """Return the weight of the input or output embedding, under what PEFT has put around it."""
+    try:
+        module = getattr(model, get)()
+    except (AttributeError, NotImplementedError):
+        return None
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return getattr(module, "weight", None)
+
+
+def _untie(layer: Any, model: PreTrainedModel) -> None:
+    """Give a head or embeddings that share their weight one of its own: the adapter was trained for this place alone.
+
+    Raises:
+        MergeError: Another layer shares its weight: transformers would tie the two again when it loads the model.
+    """
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return
+    # A wrapper's `weight` is its layer's: only parameters of a module's own count.
+    sharing = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight]
+    if len(sharing) <= 1:
+        return
+    ends = [_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")]
+    if len(sharing) > 2 or not any(weight is end for end in ends):
+        names = " and ".join(name.replace(".base_layer", "") for name in sharing)
+        raise MergeError(
+            f"{names} share one weight and the adapter changes them differently: a merged model can't hold both. Use "
+            "the adapter on its base."
+        )
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def unquantized_layers(model: nn.Module) -> list[str]:
+    """Return the names of a trained model's linear layers that were left in float, as ``skip_modules`` takes them.
+
+    Args:
+        model: A quantized model, wrapped or not.
+    """
+    ours = adapter_modules(model)
+    return [
+        name.replace(".base_layer", "")
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in ours and owner_of(module) is None
+    ]
