@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from registry.base.contract import CheckResult as CheckResult
+    from registry.base.contract import check_contract as check_contract
     from registry.base.restoring import lora_tensors as lora_tensors
     from registry.base.restoring import put_back as put_back
     from registry.catalog.aliases import aliases as aliases
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Adapter": "registry.pulling.adapter",
+    "CheckResult": "registry.base.contract",
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
@@ -53,6 +56,7 @@ _LAZY = {
     "Release": "registry.catalog.index",
     "Verification": "registry.upkeep.verification",
     "aliases": "registry.catalog.aliases",
+    "check_contract": "registry.base.contract",
     "check_push": "registry.publishing.push",
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",

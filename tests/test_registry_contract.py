@@ -224,7 +224,7 @@ def test_a_base_on_a_hub_is_read_in_parts(
 
 def test_something_that_is_no_base(adapter: Adapter) -> None:
     for nothing in (42, None, "https://example.com", "a/b/c"):
-        with pytest.raises(UnknownBase, match="is no base model"):
+        with pytest.raises(UnknownBase, match="is not a base model"):
             adapter.check(nothing)
 
 

@@ -1,21 +1,23 @@
-"""The base model that a check is made against, in whatever form it is given."""
+"""A base model to check against: a model, folder, configuration or id."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.base.contract import CheckResult, check
-from registry.base.files import BaseFiles, LiveTensors
-from registry.base.fingerprint import TensorSource, config_values
+from registry.base.classes import config_of, empty_model, find_classes, with_labels
+from registry.base.files import BaseFiles, LiveTensors, original_vocabulary
+from registry.base.fingerprint import config_values, original_name
+from registry.base.skeleton import skeleton
+from registry.base.stored import StoredAdapter
+from registry.base.target import Base, Candidate, open_base_hub
 from registry.errors import CommitNotFound, UnknownBase
-from registry.formats.adapter_config import AdapterConfig
 from registry.formats.fields import COMMIT
-from registry.formats.manifest import BASE_ID, Manifest
+from registry.formats.manifest import BASE_ID
+from registry.formats.tensors import other_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,28 +25,9 @@ if TYPE_CHECKING:
 
     from registry.hubs.protocol import Hub
 
-__all__ = ["Base", "described", "is_folder"]
+__all__ = ["describe_base", "find_candidates", "is_folder"]
 
-
-@dataclass(frozen=True)
-class Base:
-    """A base model to check against.
-
-    Attributes:
-        title: What messages call it.
-        empty: The model without weights.
-        values: Its configuration, the part that defines the computation.
-        tensors: Where single tensors can be read, if they can.
-    """
-
-    title: str
-    empty: nn.Module
-    values: Mapping[str, object]
-    tensors: TensorSource | None
-
-    def check(self, manifest: Manifest, config: AdapterConfig) -> CheckResult:
-        """See `registry.base.contract.check`."""
-        return check(manifest, config, self.empty, self.values, self.tensors, title=self.title)
+_SNAPSHOTS = "snapshots"
 
 
 def is_folder(base: object) -> bool:
@@ -54,55 +37,68 @@ def is_folder(base: object) -> bool:
     return isinstance(base, os.PathLike)
 
 
-def described(base: Any, manifest: Manifest, hub: Hub | str | None, token: str | bool | None) -> Base:
-    """What has to be known of a base, given as model, folder, configuration or id.
+def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, token: str | bool | None) -> Base:
+    """Find out what has to be known of a base, given as model, folder, configuration or id.
 
     Raises:
         UnknownBase: It is none of these.
-        HubError: The hub doesn't give it.
+        HubError: The hub does not give it.
     """
     from torch import nn
 
     if isinstance(base, nn.Module):
-        return _live(base)
+        return _describe_live(base)
     if is_folder(base):
         folder = Path(os.fspath(base)).expanduser()
         if not folder.is_dir():
             raise UnknownBase(f"There is no folder {folder}")
-        return _files(BaseFiles.in_folder(folder), f"the model in {folder}", manifest)
+        name, commit = _find_snapshot(folder)
+        return _describe_files(BaseFiles.in_folder(folder), f"the model in {folder}", adapter, name, commit)
     if isinstance(base, str):
-        return _on_hub(base, manifest, hub, token)
+        return _describe_on_hub(base, adapter, hub, token)
     if hasattr(base, "to_dict"):
-        return Base(
-            f"a {base.model_type} of this configuration", _empty(copy.deepcopy(base), manifest), _values(base), None
-        )
-    raise UnknownBase(f"{base!r} is no base model: give a model, a folder, a configuration or an id")
+        title = f"a {base.model_type} of this configuration"
+        return Base(title, lambda: find_candidates(base, adapter), _values(base), None, vocabulary=_entries(base))
+    raise UnknownBase(f"{base!r} is not a base model: give a model, a folder, a configuration or an id")
 
 
-def _live(model: nn.Module) -> Base:
-    from registry.base.skeleton import skeleton
-
+def _describe_live(model: nn.Module) -> Base:
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     title = f"this {type(model).__name__}" + (f" ({name})" if name else "")
-    return Base(title, skeleton(model), _values(config), LiveTensors(model))
+    commit = getattr(config, "_commit_hash", None)
+    return Base(
+        title,
+        lambda: iter([Candidate(None, None, lambda: skeleton(model))]),
+        _values(config),
+        LiveTensors(model),
+        vocabulary=original_vocabulary(model),
+        id=name if name and BASE_ID.fullmatch(name) else None,
+        commit=commit if isinstance(commit, str) and COMMIT.fullmatch(commit) else None,
+    )
 
 
-def _on_hub(text: str, manifest: Manifest, hub: Hub | str | None, token: str | bool | None) -> Base:
-    from registry.hubs import open_hub
-    from registry.hubs.huggingface import HuggingFaceHub
+def _find_snapshot(folder: Path) -> tuple[str | None, str | None]:
+    """The id and commit of a folder of huggingface_hub's cache: models--org--name/snapshots/<commit>."""
+    found = folder.resolve()
+    if found.parent.name != _SNAPSHOTS or not COMMIT.fullmatch(found.name):
+        return None, None
+    kind, _, name = found.parent.parent.name.partition("--")
+    return (name.replace("--", "/"), found.name) if kind == "models" else (None, None)
 
+
+def _describe_on_hub(text: str, adapter: StoredAdapter, hub: Hub | str | None, token: str | bool | None) -> Base:
     name, _, revision = text.partition("@")
     if BASE_ID.fullmatch(name) is None:
-        raise UnknownBase(f"{text!r} is no base model: give an id such as org/base, or a folder as path object")
-    # LORA_REGISTRY says where adapters are, not where base models are.
-    where: Hub = HuggingFaceHub(token=token) if hub is None else open_hub(hub, token)
-    recorded = manifest.base.commit if name == manifest.base.id else None
-    commit = _commit(where, name, revision or recorded or "main")
-    return _files(BaseFiles.on_hub(where, name, commit), f"{name} at commit {commit[:12]}", manifest)
+        raise UnknownBase(f"{text!r} is not a base model: give an id such as org/base, or a folder as path object")
+    where = open_base_hub(hub, token)
+    recorded = adapter.base.commit if name == adapter.base.id else None
+    commit = _find_commit(where, name, revision or recorded or "main")
+    files = BaseFiles.on_hub(where, name, commit)
+    return _describe_files(files, f"{name} at commit {commit[:12]}", adapter, name, commit, local=where.local)
 
 
-def _commit(hub: Hub, name: str, revision: str) -> str:
+def _find_commit(hub: Hub, name: str, revision: str) -> str:
     if COMMIT.fullmatch(revision):
         return revision
     refs = hub.refs(name)
@@ -112,20 +108,52 @@ def _commit(hub: Hub, name: str, revision: str) -> str:
     return commit
 
 
-def _files(files: BaseFiles, title: str, manifest: Manifest) -> Base:
+def _describe_files(
+    files: BaseFiles, title: str, adapter: StoredAdapter, name: str | None, commit: str | None, *, local: bool = True
+) -> Base:
     config = files.config()
-    return Base(title, _empty(config, manifest), _values(config), files)
+    return Base(
+        title,
+        lambda: find_candidates(config, adapter),
+        _values(config),
+        files,
+        local=local,
+        vocabulary=_entries(config),
+        id=name,
+        commit=commit,
+    )
 
 
-def _empty(config: PretrainedConfig, manifest: Manifest) -> nn.Module:
-    from registry.base.classes import empty_model
+def find_candidates(config: PretrainedConfig, adapter: StoredAdapter) -> Iterator[Candidate]:
+    """Yield the classes that a base of this configuration may have, each with the adapter's labels and vocabulary."""
+    trained = {original_name(name): adapter.tensors[name].shape for name in other_tensors(adapter.tensors)}
+    own = _entries(config)
+    wanted = adapter.vocabulary if adapter.carries_vocabulary else own
+    for model_class in find_classes(adapter.class_name, adapter.config.task_type, config):
+        fitting = config_of(model_class, config)
+        if trained:
+            fitting = with_labels(fitting, model_class, trained)
+        grown = _with_entries(fitting, max(wanted or 0, adapter.config.trained_tokens)) if wanted else fitting
+        yield Candidate(model_class, fitting, _maker(grown, model_class))
 
-    kind = manifest.architecture
-    task = manifest.config.get("task_type")
-    if kind.num_labels is not None and task in ("SEQ_CLS", "TOKEN_CLS"):
-        # The head comes with the adapter.
-        config.num_labels = kind.num_labels
-    return empty_model(config, kind.class_name, task if isinstance(task, str) else None)
+
+def _maker(config: PretrainedConfig, model_class: Any) -> Callable[[], nn.Module]:
+    return lambda: empty_model(config, model_class)
+
+
+def _with_entries(config: PretrainedConfig, entries: int) -> PretrainedConfig:
+    if entries == _entries(config):
+        return config
+    changed = copy.deepcopy(config)
+    for part in {id(part): part for part in (changed, changed.get_text_config())}.values():
+        if hasattr(part, "vocab_size"):
+            part.vocab_size = entries
+    return changed
+
+
+def _entries(config: Any) -> int | None:
+    size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    return size if isinstance(size, int) else None
 
 
 def _values(config: Any) -> Mapping[str, object]:

@@ -1,7 +1,10 @@
-"""The class of transformers that a base model has, and an instance of it without weights."""
+"""The class of transformers for a base model, and instances without weights."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import BaseMismatch
@@ -10,46 +13,156 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-__all__ = ["empty_model", "model_class"]
+__all__ = ["config_of", "empty_model", "find_classes", "rows_of_embedding", "with_labels"]
 
-#: PEFT's tasks, and the auto classes of transformers that make models for them.
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
+#: PEFT's tasks whose head is not the base's own, and the tables of transformers that know which class has it.
+_HEADS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 }
+#: The other tasks: a base that was saved with its own head says its class itself.
+_WITHOUT_HEADS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+}
+#: A model on the meta device takes time for each module: the largest published models have about 100,000.
+_MOST_MODULES = 200_000
+_MOST_LAYERS = 2_000
+_MOST_LABELS = 10_000_000
+_LAYERS = ("layer", "block", "depth")
 
 
-def model_class(class_name: str | None, task_type: str | None, config: PretrainedConfig) -> Any:
-    """The class to load a base model with: the one it was trained as, else that of its task, else its own.
+def find_classes(class_name: str | None, task_type: str | None, config: PretrainedConfig) -> list[Any]:
+    """Return the classes that a base model may have, the likeliest first.
 
-    A name is looked up among the models of transformers and nowhere else.
+    The class it was trained as comes first; then, for tasks with a head of their own, the task's; then the one that
+    the base's configuration names; then the task's for other tasks; then the model without a head.
+
+    Names are looked up among the models of transformers and nowhere else.
     """
+    found = [
+        _find_by_name(class_name),
+        _find_by_task(_HEADS.get(task_type or ""), config),
+        *(_find_by_name(name) for name in config.architectures or ()),
+        _find_by_task(_WITHOUT_HEADS.get(task_type or ""), config),
+        _find_by_task("MODEL_MAPPING", config),
+    ]
+    return list(dict.fromkeys(cls for cls in found if cls is not None))
+
+
+def _find_by_name(name: str | None) -> Any:
     import transformers
 
-    for name in (class_name, _AUTO.get(task_type or ""), *(config.architectures or ())):
-        found = getattr(transformers, name, None) if name and name.isidentifier() else None
-        if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or name in _AUTO.values()):
-            return found
-    return transformers.AutoModel
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def empty_model(config: PretrainedConfig, class_name: str | None, task_type: str | None) -> nn.Module:
-    """A model of a configuration, on the meta device.
+def _find_by_task(table: str | None, config: PretrainedConfig) -> Any:
+    import transformers
+
+    try:
+        found = getattr(transformers, table)[type(config)] if table else None
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def config_of(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration that a class is made from: the text part of a composite one for a text-only class."""
+    text = config.get_text_config()
+    return text if text is not config and type(text) is model_class.config_class else config
+
+
+def with_labels(config: PretrainedConfig, model_class: Any, shapes: Mapping[str, tuple[int, ...]]) -> PretrainedConfig:
+    """Return a configuration with the number of labels that a trained head has.
+
+    Which axis of which parameter follows the number of labels is seen by making the model with one label more.
+
+    Args:
+        config: Of the base.
+        model_class: The class.
+        shapes: Shapes of the trained parameters, by their names in the model.
+    """
+    more = copy.deepcopy(config)
+    more.num_labels = config.num_labels + 1
+    one, other = _shapes(empty_model(config, model_class)), _shapes(empty_model(more, model_class))
+    found = set()
+    for name in one.keys() & other.keys() & shapes.keys():
+        axes = [axis for axis, (a, b) in enumerate(zip(one[name], other[name], strict=False)) if a != b]
+        if len(axes) == 1 and len(shapes[name]) == len(one[name]):
+            found.add(config.num_labels + shapes[name][axes[0]] - one[name][axes[0]])
+    if len(found) != 1 or not 0 < (labels := found.pop()) <= _MOST_LABELS or labels == config.num_labels:
+        return config
+    changed = copy.deepcopy(config)
+    changed.num_labels = labels
+    return changed
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def empty_model(config: PretrainedConfig, model_class: Any) -> nn.Module:
+    """Make a model of a configuration, on the meta device.
 
     Raises:
-        BaseMismatch: transformers can't make that class from this configuration.
+        BaseMismatch: transformers cannot make that class from this configuration, or it would have too many modules.
     """
     import torch
 
-    made = model_class(class_name, task_type, config)
+    _check_layers(config)
     try:
-        with torch.device("meta"):
-            return made.from_config(config) if hasattr(made, "from_config") else made(config)
+        with torch.device("meta"), _limited_modules():
+            made: nn.Module = model_class(config)
+            return made
     except Exception as error:
         # Whatever a model's constructor raises for a configuration that isn't its own.
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    raise BaseMismatch(f"The base is a {config.model_type}, of which no {made.__name__} can be made: {first}")
+    raise BaseMismatch(
+        f"The base is a model of type {config.model_type!r}, of which transformers cannot make a "
+        f"{model_class.__name__}: {first}"
+    )
+
+
+def _check_layers(config: PretrainedConfig) -> None:
+    """Refuse numbers of layers that no model has before one is built, which would take hours."""
+    values: list[tuple[str, Any]] = list(config.to_dict().items())
+    while values:
+        key, value = values.pop()
+        if isinstance(value, dict):
+            values += [(str(inner), item) for inner, item in value.items()]
+        length = len(value) if isinstance(value, (list, tuple)) else value
+        if type(length) is int and length > _MOST_LAYERS and any(part in key for part in _LAYERS) and "size" not in key:
+            raise BaseMismatch(
+                f"The base's configuration has {key} of {str(length)[:20]}; a model with more than {_MOST_LAYERS:,} "
+                "layers is not checked"
+            )
+
+
+@contextmanager
+def _limited_modules() -> Iterator[None]:
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise OverflowError(f"it has more than {_MOST_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def rows_of_embedding(model: nn.Module) -> int | None:
+    """Return how many rows the input embedding of a model has; ``None`` for a model without one."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(weight.shape[0])

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import HubFileNotFound, UnsafeFile
+from registry.errors import HubFileNotFound, RegistryError, UnsafeFile
+from registry.formats.manifest import BASE_ID
 from registry.formats.strict_json import JsonRefused, parse
 from registry.formats.weights import Header, read_header
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from registry.hubs.protocol import Hub
 
-__all__ = ["BaseFiles", "LiveTensors", "matching_name"]
+__all__ = ["BaseFiles", "LiveTensors", "find_cached_folder", "is_hub_id", "matching_name", "original_vocabulary"]
 
 _SMALL = 32 * 1024 * 1024
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,12 +43,12 @@ class LiveTensors:
 
         self._tensors = {
             original_name(name): tensor
-            for name, tensor in model.named_parameters()
+            for name, tensor in model.named_parameters(remove_duplicate=False)
             if "modules_to_save." not in name and "lora_" not in name
         }
 
     def rows(self, name: str, count: int) -> torch.Tensor | None:
-        """See `registry.base.fingerprint.TensorSource`."""
+        """See `registry.formats.records.TensorSource`."""
         found = matching_name(name, self._tensors)
         return self._tensors[found][:count] if found is not None else None
 
@@ -109,7 +110,7 @@ class BaseFiles:
         raise UnsafeFile(f"The configuration of {self.name} can't be read here: {first}. Pass the loaded model.")
 
     def rows(self, name: str, count: int) -> torch.Tensor | None:
-        """See `registry.base.fingerprint.TensorSource`."""
+        """See `registry.formats.records.TensorSource`."""
         import torch
 
         header, file, found = self._place(name)
@@ -150,3 +151,35 @@ class BaseFiles:
         if not isinstance(values, dict):
             raise UnsafeFile(f"{name} of {self.name} is no object")
         return values
+
+
+def is_hub_id(text: str | None) -> bool:
+    """Whether a base was loaded from a hub by this name, and not from a folder.
+
+    transformers takes a folder of that name first, so where there is one it may have been either.
+    """
+    return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def original_vocabulary(model: nn.Module) -> int | None:
+    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
+    settings: Any = getattr(model, "config", None)
+    name = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if not name:
+        return None
+    folder = find_cached_folder(name, getattr(settings, "_commit_hash", None)) if is_hub_id(name) else Path(name)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        loaded = BaseFiles.in_folder(folder).config()
+    except RegistryError:
+        return None
+    size = getattr(loaded.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def find_cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of huggingface_hub's cache in which a model lies; ``None`` if it is not there."""
+    from registry.hubs.client import cached_folder
+
+    return cached_folder(name, revision or "main")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from registry.formats.records import Fingerprint, TensorPrint
+from registry.formats.records import Fingerprint, TensorPrint, TensorSource
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Comparison", "TensorSource", "compare", "fingerprint", "original_name", "prints", "telling"]
+__all__ = ["Comparison", "compare", "fingerprint", "original_name", "prints", "telling"]
 
 #: Rows of a tensor that count: few enough to be read from a Hub in one request.
 ROWS = 16
@@ -38,13 +38,6 @@ _WRAPPERS = re.compile(
 _DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float64": "F64"}
 
 
-class TensorSource(Protocol):
-    """Where single tensors of a model can be read."""
-
-    def rows(self, name: str, count: int) -> torch.Tensor | None:
-        """The first rows of the tensor called ``name``, or so but for a prefix; ``None`` if there is no one such."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What comparing two fingerprints found.
@@ -53,11 +46,13 @@ class Comparison:
         configuration: Differences of the configuration: key, recorded value, value found.
         tensors: Names of tensors that differ.
         verified: Whether at least one tensor could be compared and none differs.
+        read: Names of the tensors that were compared.
     """
 
     configuration: tuple[tuple[str, object, object], ...]
     tensors: tuple[str, ...]
     verified: bool
+    read: tuple[str, ...] = ()
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -81,8 +76,15 @@ def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             values.update({f"{key}.{inner}": item for inner, item in config_values(value).items()})
         elif value is not None and _is_plain(value):
-            values[str(key)] = json.loads(json.dumps(value))
+            values[str(key)] = _as_json(value)
     return values
+
+
+def _as_json(value: Any) -> Any:
+    """A plain value as JSON has it: lists for tuples, and names for the numbers that JSON does not have."""
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -150,16 +152,16 @@ def compare(recorded: Fingerprint, config: Mapping[str, object], tensors: Tensor
     configuration = tuple(
         (key, value, config[key]) for key, value in recorded.config.items() if key in config and config[key] != value
     )
-    compared, different = 0, []
+    compared, different = [], []
     for name, known in recorded.tensors.items():
         rows = tensors.rows(name, ROWS) if tensors is not None else None
         found = None if rows is None else prints(rows)
         if found is None:
             continue
-        compared += 1
+        compared.append(name)
         if not _same(known, found):
             different.append(name)
-    return Comparison(configuration, tuple(different), compared > 0 and not different)
+    return Comparison(configuration, tuple(different), bool(compared) and not different, tuple(compared))
 
 
 def _same(one: TensorPrint, other: TensorPrint) -> bool:

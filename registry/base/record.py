@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.base.files import BaseFiles
-from registry.base.fingerprint import compare, config_values, fingerprint, prints, telling
+from registry.base.choice import find_candidates
+from registry.base.classes import rows_of_embedding
+from registry.base.files import BaseFiles, find_cached_folder, is_hub_id
+from registry.base.fingerprint import ROWS, compare, config_values, fingerprint, prints, telling
+from registry.base.fitting import choose_candidate
+from registry.base.stored import StoredAdapter
 from registry.errors import BaseMismatch, HubError, RegistryError, RepositoryNotFound, UnknownBase
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
@@ -18,15 +22,7 @@ if TYPE_CHECKING:
     from registry.formats.adapter_config import AdapterConfig
     from registry.hubs.protocol import Hub
 
-__all__ = ["base_of_config", "base_of_model", "is_hub_id", "original_vocabulary", "require_known", "with_given"]
-
-
-def is_hub_id(text: str | None) -> bool:
-    """Whether a base was loaded from a hub by this name, and not from a folder.
-
-    transformers takes a folder of that name first, so where there is one it may have been either.
-    """
-    return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
+__all__ = ["base_of_folder", "base_of_model", "require_known", "with_given"]
 
 
 def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
@@ -38,47 +34,43 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
     known = fingerprint(model)
     if is_hub_id(name) and not _is_commit(commit):
         commit = _cached_commit(name, commit, known)
-    from registry.base.contract import rows_of_embedding
-
     kind = BaseKind(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
     return BaseRecord(name, commit if _is_commit(commit) else None, known), kind
 
 
-def base_of_config(config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
-    """What an adapter folder says of its base, and what is found of that on this machine."""
+def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
+    """Return what an adapter folder says of its base, and what is found of that on this machine."""
+    config = adapter.config
     name, revision = config.base_id, config.fields.get("revision")
     if name is None:
         return BaseRecord(), BaseKind()
     commit = revision
     folder: Path | None = Path(name)
     if is_hub_id(name):
-        folder = _cached_folder(name, revision)
+        folder = find_cached_folder(name, revision)
         commit = revision if _is_commit(revision) else folder.name if folder else None
     record = BaseRecord(name, commit if _is_commit(commit) else None)
     if folder is None or not (folder / "config.json").is_file():
         return record, BaseKind()
-    files = BaseFiles.in_folder(folder)
     try:
-        kind, found = _read(files, config.task_type)
+        kind, found = _read(BaseFiles.in_folder(folder), adapter)
     except RegistryError:
         return record, BaseKind()
     return BaseRecord(name, record.commit, found), kind
 
 
-def _read(files: BaseFiles, task_type: str | None) -> tuple[BaseKind, Fingerprint]:
-    """BaseKind and fingerprint of a base model by its files."""
-    from registry.base.classes import empty_model
-    from registry.base.contract import rows_of_embedding
-
+def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerprint]:
+    """The kind and the fingerprint of a base model, by its files and the adapter's tensors."""
     settings = files.config()
-    model = empty_model(settings, None, task_type)
+    candidate = choose_candidate(adapter, find_candidates(settings, adapter))
+    model = candidate.make_empty()
     found = {}
     for name, _ in telling(model):
-        rows = files.rows(name, 16)
+        rows = files.rows(name, ROWS)
         shown = None if rows is None else prints(rows)
         if shown is not None:
             found[name] = shown
-    kind = BaseKind(settings.model_type, type(model).__name__, rows_of_embedding(model))
+    kind = BaseKind(settings.model_type, candidate.model_class.__name__, rows_of_embedding(model))
     return kind, Fingerprint(config_values(settings.to_dict()), found)
 
 
@@ -151,30 +143,13 @@ def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
     return BaseRecord(None, None, record.fingerprint)
 
 
-def original_vocabulary(model: nn.Module) -> int | None:
-    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
-    settings: Any = getattr(model, "config", None)
-    name = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    if not name:
-        return None
-    folder = _cached_folder(name, getattr(settings, "_commit_hash", None)) if is_hub_id(name) else Path(name)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    try:
-        loaded = BaseFiles.in_folder(folder).config()
-    except RegistryError:
-        return None
-    size = getattr(loaded.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
-
-
 def _is_commit(text: object) -> bool:
     return isinstance(text, str) and COMMIT.fullmatch(text) is not None
 
 
 def _cached_commit(name: str | None, revision: str | None, known: Fingerprint) -> str | None:
     """The commit of a model in the local cache, if it is that model: transformers doesn't say what it has loaded."""
-    folder = _cached_folder(name, revision) if name else None
+    folder = find_cached_folder(name, revision) if name else None
     if folder is None:
         return None
     files = BaseFiles.in_folder(folder)
@@ -183,9 +158,3 @@ def _cached_commit(name: str | None, revision: str | None, known: Fingerprint) -
     except RegistryError:
         return None
     return folder.name if found.verified and not found.configuration else None
-
-
-def _cached_folder(name: str, revision: str | None) -> Path | None:
-    from registry.hubs.client import cached_folder
-
-    return cached_folder(name, revision or "main")

@@ -18,6 +18,11 @@ __all__ = ["MAX_CONFIG", "AdapterConfig"]
 #: Bytes that a configuration may have.
 MAX_CONFIG = 4 * 1024 * 1024
 _MAX_RANK = 65_536
+_DEFAULT_RANK = 8
+_MAX_NAMES = 20_000
+_MAX_LAYERS = 2_000
+_MAX_TOKENS = 1_000_000
+_BIASES = ("none", "all", "lora_only")
 #: Where the classes of base models are imported from; PEFT imports what stands here.
 _LIBRARY = re.compile(r"transformers(\.models(\.\w+)*)?(\.\w+)?", re.ASCII)
 #: Fields that say where things were, not what the adapter computes.
@@ -34,14 +39,22 @@ class AdapterConfig:
     fields: Mapping[str, Any]
 
     @classmethod
-    def parse(cls, data: bytes) -> AdapterConfig:
+    def parse(cls, data: bytes, *, own: bool = False) -> AdapterConfig:
         """Read a configuration.
 
+        Args:
+            data: The file's bytes.
+            own: Whether it lies on this machine and is not from a registry. PEFT then may have written which class of
+                the user's own the base has; that is left out, because nothing needs it and reading it imports code.
+
         Raises:
-            UnsafeFile: It is malformed, no LoRA, names a library to import, or has an expression that takes forever.
+            UnsafeFile: It is malformed, not of a LoRA adapter, names a library to import, or has an expression that
+                takes forever.
         """
         try:
             values = parse(data, MAX_CONFIG)
+            if own and isinstance(values, dict) and not _is_importable(values.get("auto_mapping")):
+                values = {**values, "auto_mapping": None}
             _check(Fields(values), values)
         except JsonRefused as reason:
             raise UnsafeFile(f"{ADAPTER_CONFIG} can't be used: {reason}") from None
@@ -49,8 +62,8 @@ class AdapterConfig:
 
     @property
     def rank(self) -> int:
-        """``r``."""
-        return int(self.fields["r"])
+        """``r``; PEFT takes 8 where a file has none."""
+        return int(self.fields.get("r", _DEFAULT_RANK))
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -61,6 +74,19 @@ class AdapterConfig:
     def task_type(self) -> str | None:
         """PEFT's, such as ``CAUSAL_LM``."""
         return self.fields.get("task_type")
+
+    @property
+    def base_class(self) -> str | None:
+        """The class of the base, in transformers, where PEFT wrote it: for adapters without a task."""
+        mapping = self.fields.get("auto_mapping")
+        return mapping.get("base_model_class") if isinstance(mapping, dict) else None
+
+    @property
+    def trained_tokens(self) -> int:
+        """One more than the largest index of a token that is trained by itself; 0 without such tokens."""
+        tokens = self.fields.get("trainable_token_indices")
+        lists = tokens.values() if isinstance(tokens, dict) else [tokens or ()]
+        return max((index + 1 for indices in lists for index in indices), default=0)
 
     @property
     def base_id(self) -> str | None:
@@ -89,28 +115,70 @@ class AdapterConfig:
 def _check(fields: Fields, values: Mapping[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
         raise fields.refuse("peft_type", "'LORA'")
-    fields.integer("r", _MAX_RANK, least=1)
+    if "lora_parameters" in values:
+        raise JsonRefused("lora_parameters holds its rank and targets: MLX wrote it, convert the adapter to PEFT first")
+    if "r" in values:
+        fields.integer("r", _MAX_RANK, least=1)
+    if values.get("bias", "none") not in _BIASES:
+        raise fields.refuse("bias", f"one of {', '.join(_BIASES)}")
     for key in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
         fields.optional(key, fields.text)
     for key in ("lora_alpha", "lora_dropout"):
         value = values.get(key, 0)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e6:
+        if not _is_number(value) or abs(value) > 1e6:
             raise fields.refuse(key, "a number")
     for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
         if not isinstance(values.get(key, False), bool):
             raise fields.refuse(key, "true or false")
-    ranks = fields.json_table("rank_pattern") if fields.has("rank_pattern") else {}
-    if not all(type(rank) is int and 1 <= rank <= _MAX_RANK for rank in ranks.values()):
-        raise fields.refuse("rank_pattern", "ranks by name")
+    _check_tables(fields)
     for key in ("modules_to_save", "target_parameters"):
         if fields.has(key):
             _names(fields, values, key)
+    _check_numbers(fields, values)
     _check_imports(fields, values)
     for key, pattern in _expressions(fields, values):
         if not is_cheap(pattern):
             raise JsonRefused(
                 f"{key} has the expression {shown(pattern)}, which can take forever; name the modules instead"
             )
+
+
+def _check_tables(fields: Fields) -> None:
+    """Ranks and alphas by the names of modules."""
+    ranks = fields.json_table("rank_pattern") if fields.has("rank_pattern") else {}
+    if len(ranks) > _MAX_NAMES or not all(type(rank) is int and 1 <= rank <= _MAX_RANK for rank in ranks.values()):
+        raise fields.refuse("rank_pattern", f"at most {_MAX_NAMES:,} ranks by name")
+    alphas = fields.json_table("alpha_pattern") if fields.has("alpha_pattern") else {}
+    if len(alphas) > _MAX_NAMES or not all(_is_number(alpha) and abs(alpha) <= 1e6 for alpha in alphas.values()):
+        raise fields.refuse("alpha_pattern", f"at most {_MAX_NAMES:,} numbers by name")
+
+
+def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
+    """Numbers of layers and tokens: PEFT makes one module, or one row, for each."""
+    layers = values.get("layers_to_transform")
+    if layers is not None and not _are_indices(layers if isinstance(layers, list) else [layers], _MAX_LAYERS):
+        raise fields.refuse("layers_to_transform", f"indices of at most {_MAX_LAYERS:,} layers")
+    ranges = values.get("layer_replication")
+    if ranges is not None and not (isinstance(ranges, list) and _replicated(ranges) <= _MAX_LAYERS):
+        raise fields.refuse("layer_replication", f"ranges [start, end] of together at most {_MAX_LAYERS:,} layers")
+    tokens = values.get("trainable_token_indices")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens] if tokens is not None else []
+    if not all(isinstance(indices, list) and _are_indices(indices, _MAX_TOKENS) for indices in lists):
+        raise fields.refuse("trainable_token_indices", "indices of tokens, or such lists by the name of an embedding")
+
+
+def _replicated(ranges: list[Any]) -> int:
+    """How many layers ranges repeat; more than any model has where one is malformed."""
+    pairs = [item for item in ranges if isinstance(item, list) and len(item) == 2 and _are_indices(item, _MAX_LAYERS)]
+    return sum(end - start for start, end in pairs) if len(pairs) == len(ranges) else _MAX_LAYERS + 1
+
+
+def _are_indices(values: list[Any], most: int) -> bool:
+    return len(values) <= most and all(type(index) is int and 0 <= index < 2**31 for index in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
@@ -134,7 +202,8 @@ def _expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[st
         if isinstance(value, str):
             yield key, value
         elif value is not None:
-            yield from ((key, name) for name in _names(fields, values, key) if key == "layers_pattern")
+            names = _names(fields, values, key)
+            yield from ((key, name) for name in names if key == "layers_pattern")
     for key in _TABLES:
         for name in fields.json_table(key) if fields.has(key) else ():
             yield key, name
@@ -142,6 +211,16 @@ def _expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[st
 
 def _names(fields: Fields, values: Mapping[str, Any], key: str) -> list[str]:
     value = values.get(key)
-    if not isinstance(value, list) or not all(isinstance(name, str) and len(name) <= 1000 for name in value):
+    if not isinstance(value, list) or len(value) > _MAX_NAMES:
+        raise fields.refuse(key, f"a list of at most {_MAX_NAMES:,} names")
+    if not all(isinstance(name, str) and len(name) <= 1000 for name in value):
         raise fields.refuse(key, "a list of names")
     return value
+
+
+def _is_importable(mapping: object) -> bool:
+    """Whether PEFT's record of the base's class names a class of transformers, or there is none."""
+    if not isinstance(mapping, dict):
+        return True
+    library = mapping.get("parent_library")
+    return library is None or (isinstance(library, str) and _LIBRARY.fullmatch(library) is not None)

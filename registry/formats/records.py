@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-__all__ = ["BaseKind", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord"]
+__all__ = ["BaseKind", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord", "TensorSource"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,10 @@ class BaseKind:
     class_name: str | None = None
     vocab_size: int | None = None
     num_labels: int | None = None
+
+
+class TensorSource(Protocol):
+    """Where single tensors of a model can be read."""
+
+    def rows(self, name: str, count: int) -> Any:
+        """The first rows of the tensor called ``name``, or so but for a prefix; ``None`` where it cannot be read."""

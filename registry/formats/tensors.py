@@ -22,10 +22,15 @@ __all__ = [
     "labels_of",
     "lora_modules",
     "other_tensors",
+    "vocabulary_of",
 ]
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
 _PREFIX = "base_model.model."
+#: Names of input embeddings and language model heads, whose rows are the entries of a vocabulary.
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
+#: Rows of single trained tokens.
+_DELTA = "trainable_tokens_"
 
 
 @dataclass
@@ -189,9 +194,28 @@ def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int
 
 
 def labels_of(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> int | None:
-    """How many classes the head has that is saved along; ``None`` for other tasks."""
+    """Return the number of classes of the head that is saved with a classifier; ``None`` for other tasks.
+
+    A head may have several layers. Its last one is the one whose rows are not another layer's columns.
+    """
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    heads = [name for name in sorted(other_tensors(tensors)) if re.search(r"score|classifier", name)]
-    rows = [tensors[name].shape[0] for name in heads if len(tensors[name].shape) == 2]
-    return rows[-1] if rows else None
+    heads = [tensors[name].shape for name in other_tensors(tensors) if not _is_vocabulary(name)]
+    layers = [shape for shape in heads if len(shape) == 2]
+    last = {rows for rows, _ in layers if not any(columns == rows for _, columns in layers)}
+    return last.pop() if len(last) == 1 else None
+
+
+def vocabulary_of(tensors: Mapping[str, TensorRecord]) -> int | None:
+    """Return how many entries the vocabulary has by the rows of saved and adapted embeddings and heads."""
+    rows = set()
+    for name, record in tensors.items():
+        if name.endswith(".lora_embedding_A"):
+            rows.add(record.shape[-1])
+        elif len(record.shape) == 2 and _EMBEDDING.search(name) and "lora_" not in name and _DELTA not in name:
+            rows.add(record.shape[0])
+    return max(rows, default=None)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return _EMBEDDING.search(name) is not None or _DELTA in name

@@ -104,6 +104,17 @@ class FolderHub:
         with _errors(name):
             return dict(sorted(folder_files.entries(self._commit(name, commit))))
 
+    def hashes(self, name: str, commit: str) -> Mapping[str, str]:
+        """The files of a commit with their sha256."""
+        found = {}
+        for path in self.files(name, commit):
+            digest = hashlib.sha256()
+            with _errors(name), self._file(name, commit, path) as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+            found[path] = digest.hexdigest()
+        return found
+
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
         """The content of a file of at most ``limit`` bytes."""
         with _errors(name), self._file(name, commit, path) as file:

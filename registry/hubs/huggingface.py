@@ -88,6 +88,12 @@ class HuggingFaceHub:
         with self._errors(name):
             return {path: file.size for path, file in sorted(self._repositories.files(name, commit).items())}
 
+    def hashes(self, name: str, commit: str) -> Mapping[str, str]:
+        """The files of a commit with their sha256, or git's hash for small ones."""
+        with self._errors(name):
+            found = self._repositories.files(name, commit)
+            return {path: file.sha256 or file.git_sha1 for path, file in sorted(found.items())}
+
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
         """The content of a file of at most ``limit`` bytes."""
         with self._errors(name, path):

@@ -86,6 +86,13 @@ class Hub(Protocol):
             CommitNotFound: There is no such commit.
         """
 
+    def hashes(self, name: str, commit: str) -> Mapping[str, str]:
+        """The paths in a commit with a hash of each file's content, unchecked: equal hashes are equal files.
+
+        Raises:
+            CommitNotFound: There is no such commit.
+        """
+
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
         """The content of a file that has no more than ``limit`` bytes; one that has more is not read to its end.
 

@@ -121,12 +121,15 @@ def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
     if model.peft_config[adapter_name].task_type is not None:
         return None
     base = type(model.get_base_model())
+    if not base.__module__.startswith("transformers."):
+        # Nobody else has a class of the user's own, and importing one runs code.
+        return None
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
 def _resized(model: PeftModel) -> bool:
     """Whether the embeddings must be saved along: somebody added tokens, or trains them."""
-    from registry.base.record import original_vocabulary
+    from registry.base.files import original_vocabulary
 
     base = model.get_base_model()
     embedding = getattr(base, "get_input_embeddings", lambda: None)()

@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.base.record import base_of_config, base_of_model, require_known, with_given
+from registry.base.record import base_of_folder, base_of_model, require_known, with_given
+from registry.base.stored import StoredAdapter
 from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, TooLarge
 from registry.formats.adapter_config import AdapterConfig
@@ -160,8 +161,8 @@ def _of_folder(source: Path, folder: Path) -> _Found:
     # The folder itself may be reached through links ("latest"); what is in it may not.
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
-    config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
-    base, architecture = base_of_config(config)
+    AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+    base, architecture = base_of_folder(StoredAdapter.read(folder))
     training = training_facts.of_checkpoint(source)
     files = copy_tokenizer(source, folder)
     hashed = hash_of_file(folder / "tokenizer.json") if "tokenizer.json" in files else None

@@ -56,10 +56,7 @@ class Adapter(os.PathLike[str]):
         return AdapterConfig.parse(Path(self.path, ADAPTER_CONFIG).read_bytes())
 
     def check(self, base: Any, *, base_hub: Hub | str | None = None, token: str | bool | None = None) -> CheckResult:
-        """Compare the adapter with a base model; no weight is loaded.
-
-        Names and shapes of all tensors, rank, targets, vocabulary, configuration, and the tensors by which a base is
-        recognized, where they can be read.
+        """Compare the adapter with a base model; no weight is loaded. See `registry.check_contract`.
 
         Args:
             base: A model in memory, a folder (a path, or a text that begins with ``/``, ``.`` or ``~``), a
@@ -71,9 +68,9 @@ class Adapter(os.PathLike[str]):
         Raises:
             BaseMismatch: It was trained on another base; one error says all that differs.
         """
-        from registry.base.choice import described
+        from registry.base.contract import check_contract
 
-        return described(base, self.manifest, base_hub, token).check(self.manifest, self.config)
+        return check_contract(self, base, base_hub=base_hub, token=token)
 
     def load(
         self,
@@ -121,29 +118,30 @@ class Adapter(os.PathLike[str]):
         return loaded
 
     def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:
-        """The base model from a folder or a hub, at the commit of the manifest, grown to the adapter's vocabulary."""
+        """The base model from a folder or a hub, at the commit of the manifest, with the adapter's vocabulary."""
         from transformers import AutoConfig
 
-        from registry.base.classes import model_class
-        from registry.base.contract import rows_of_embedding
+        from registry.base.choice import find_candidates
+        from registry.base.classes import rows_of_embedding
+        from registry.base.fitting import choose_candidate
+        from registry.base.stored import StoredAdapter
 
         place, revision = self._place(base)
         # trust_remote_code stays the caller's decision: no manifest can make it.
         told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
         told = {key: value for key, value in told.items() if value is not None}
         config = AutoConfig.from_pretrained(place, **told)
-        kind = self.manifest.architecture
-        if kind.num_labels is not None and self.config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            config.num_labels = kind.num_labels
+        stored = StoredAdapter.read(self)
+        chosen = choose_candidate(stored, find_candidates(config, stored))
+        if chosen.config is not None and chosen.config.num_labels != config.num_labels:
             # The head of the base is of no use, and the right one comes with the adapter.
             kwargs = {"ignore_mismatched_sizes": True, **kwargs}
-        model = model_class(kind.class_name, self.config.task_type, config).from_pretrained(
-            place, config=config, **{**told, **kwargs}
-        )
+        model = chosen.model_class.from_pretrained(place, config=chosen.config, **{**told, **kwargs})
         rows = rows_of_embedding(model)
-        if kind.vocab_size is not None and rows is not None and rows < kind.vocab_size:
+        wanted = max(stored.vocabulary or 0, stored.config.trained_tokens)
+        if rows is not None and (rows < wanted or (stored.carries_vocabulary and rows != wanted)):
             # The rows that are added come with the adapter.
-            model.resize_token_embeddings(kind.vocab_size, mean_resizing=False)
+            model.resize_token_embeddings(wanted, mean_resizing=False)
         return model
 
     def _place(self, base: Any) -> tuple[str, str | None]:

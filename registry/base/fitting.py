@@ -1,0 +1,141 @@
+"""Whether an adapter's tensors fit a base, and as which class of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from registry.base.classes import rows_of_embedding
+from registry.base.fingerprint import ROWS
+from registry.base.peft_fields import read_peft_config
+from registry.base.places import place_tensors
+from registry.base.stored import StoredAdapter
+from registry.base.target import Base, Candidate
+from registry.errors import BaseMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Findings", "choose_candidate", "fit_base"]
+
+#: Rows that are compared at a time.
+_CHUNK = 4096
+#: Relative and absolute difference of two values of one model, rounded to different 16-bit formats.
+_TOLERANCE = (2.0**-6, 2.0**-12)
+
+
+@dataclass
+class Findings:
+    """What is wrong with an adapter on one base, and what could not be compared."""
+
+    problems: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
+
+
+def choose_candidate(adapter: StoredAdapter, candidates: Iterator[Candidate]) -> Candidate:
+    """Return the first way to read a base that the adapter's tensors fit; the first of all where none fits.
+
+    Raises:
+        BaseMismatch: transformers can make none of them.
+    """
+    return fit_base(adapter, candidates, None)[0]
+
+
+def fit_base(adapter: StoredAdapter, candidates: Iterator[Candidate], base: Base | None) -> tuple[Candidate, Findings]:
+    """Return the first way to read a base that the adapter's tensors fit, or the first of all with what is wrong.
+
+    Args:
+        adapter: The adapter.
+        candidates: Ways to read the base.
+        base: Where its tensors can be read; ``None`` compares names and shapes only.
+
+    Raises:
+        BaseMismatch: transformers can make none of them.
+    """
+    first: tuple[Candidate, Findings] | None = None
+    failure: BaseMismatch | None = None
+    for candidate in candidates:
+        try:
+            found = candidate, _find_problems(adapter, candidate, base)
+        except BaseMismatch as error:
+            failure = failure or error
+            continue
+        if not found[1].problems:
+            return found
+        first = first or found
+    if first is None:
+        raise failure or BaseMismatch(f"{adapter.title}: transformers has no class for this base. Give it as a model.")
+    return first
+
+
+def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | None) -> Findings:
+    empty = candidate.make_empty()
+    found = Findings(_check_vocabulary(adapter, rows_of_embedding(empty)))
+    config, _ = read_peft_config(adapter)
+    placed = place_tensors(adapter.tensors, config, empty)
+    found.problems += placed.problems
+    if base is not None and placed.copies and not found.problems:
+        for name, inner in placed.copies.items():
+            _check_copy(found, adapter, name, inner, base)
+    return found
+
+
+def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:
+    trained = adapter.vocabulary
+    if here is None:
+        return []
+    if adapter.config.trained_tokens > here:
+        return [
+            f"it trains the token {adapter.config.trained_tokens - 1}, and the vocabulary has {here:,} entries here. "
+            f"Add the tokens here, too: base.resize_token_embeddings({adapter.config.trained_tokens})"
+        ]
+    if trained is None or trained == here:
+        return []
+    return [
+        f"the vocabulary has {here:,} entries here and had {trained:,} in training. If tokens were added, add them "
+        f"here, too: base.resize_token_embeddings({trained})"
+    ]
+
+
+def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, base: Base) -> None:
+    """Check that a whole embedding under a base name holds the base's own rows, and new ones for added tokens.
+
+    PEFT saves the embedding and the head as a whole when the vocabulary has grown, and puts them over the base's when
+    it loads them. Training an adapter leaves the old rows as they were.
+    """
+    stored = adapter.tensors[name].shape[0]
+    count = min(stored, base.vocabulary or stored)
+    rows = base.tensors.rows(inner, count if base.local else ROWS) if base.tensors is not None else None
+    if rows is None or not rows.is_floating_point() or rows.device.type == "meta":
+        if base.vocabulary is not None and base.vocabulary != stored:
+            found.not_compared.append(f"the rows of {inner} that the base has, too (none can be read here)")
+        else:
+            found.problems.append(f"its file would replace {inner} of the base, which its configuration does not train")
+        return
+    same = _count_equal(adapter.rows(name, len(rows)), rows)
+    if same == len(rows):
+        return
+    if base.vocabulary is None and same >= max(1, len(rows) // 2):
+        found.not_compared.append(
+            f"rows {same:,} to {stored - 1:,} of {inner} (the base's own vocabulary is not known)"
+        )
+        return
+    found.problems.append(
+        f"its file would replace {inner} of the base, from row {same:,} on with other values, and its configuration "
+        "does not train them"
+    )
+
+
+def _count_equal(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many rows two tensors agree in, from the first on, as far as 16-bit formats tell."""
+    relative, absolute = _TOLERANCE
+    for start in range(0, len(other), _CHUNK):
+        a, b = (part[start : start + _CHUNK].detach().to("cpu").float() for part in (one, other))
+        if a.shape != b.shape:
+            return 0
+        near = (a - b).abs() <= absolute + relative * b.abs()
+        same = near.flatten(1).all(1) if near.ndim > 1 else near
+        if not bool(same.all()):
+            return start + int(same.logical_not().nonzero()[0])
+    return len(other)

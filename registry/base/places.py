@@ -1,0 +1,192 @@
+"""Where each tensor of an adapter goes in a base model without weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from registry.base.fingerprint import original_name
+from registry.formats.records import TensorRecord
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Placement", "adapter_shapes", "place_tensors", "rename_hint"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class Placement:
+    """What placing the tensors of an adapter found.
+
+    Attributes:
+        problems: Sentences about tensors without a place, places without a tensor, and shapes that differ.
+        copies: Tensors that carry an embedding or head of the base, with the name of that parameter in the base.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+
+
+def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Module) -> Placement:
+    """Compare an adapter's tensors with those that PEFT makes for its configuration on this base.
+
+    Args:
+        stored: The adapter's tensors, by name.
+        config: A ``peft.LoraConfig``.
+        base: The base without weights, on the meta device; PEFT changes it.
+    """
+    given = {name: record.shape for name, record in stored.items()}
+    ends = _ends_of(base)
+    try:
+        wrapped, expected = _wrap(base, config)
+    except Exception as error:
+        # Whatever PEFT, torch or transformers raise for a configuration that a stranger wrote.
+        return Placement([f"PEFT cannot put it into this model ({_first_line(error)})"])
+    found = _compare(given, expected, ends)
+    if found.problems:
+        renamed = _rename_as_peft(given, wrapped, config)
+        if renamed != given:
+            again = _compare(renamed, expected, ends)
+            return again if not again.problems else found
+    return found
+
+
+def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
+    found = Placement()
+    extra = []
+    for name in sorted(set(given) - set(expected)):
+        # PEFT writes trained embeddings of a grown vocabulary twice, and reads the other one.
+        if given[name] == expected.get(name.replace(".modules_to_save.", ".")):
+            continue
+        inner = original_name(name)
+        if "lora_" not in name and inner in ends and given[name][1:] == ends[inner][1:]:
+            found.copies[name] = inner
+        else:
+            extra.append(name)
+    missing = sorted(set(expected) - set(given))
+    shapes = [name for name in sorted(given) if name in expected and given[name] != expected[name]]
+    if extra:
+        found.problems.append(_list_first(extra, f"of {len(given)} tensors have no place in it"))
+    if missing:
+        found.problems.append(_list_first(missing, f"of its {len(expected)} places get no tensor"))
+    if shapes:
+        told = [f"{name} is {given[name]}, has to be {expected[name]} here" for name in shapes]
+        found.problems.append(_list_first(told, "tensors have another shape"))
+    hint = rename_hint(extra, missing, given, expected)
+    found.problems += [hint] if hint else []
+    return found
+
+
+def _list_first(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}, first {names[0]}"
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__
+
+
+def _ends_of(base: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the input embedding's and the output head's own parameters, by name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            end: Any = getattr(base, getter)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        for prefix, module in base.named_modules(remove_duplicate=False):
+            if end is not None and module is end:
+                own = module._parameters.items()
+                found.update({f"{prefix}.{key}": tuple(value.shape) for key, value in own if value is not None})
+    return found
+
+
+def adapter_shapes(base: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that PEFT makes for a configuration on a base without weights.
+
+    Raises:
+        ValueError: PEFT cannot adapt this base that way.
+    """
+    return _wrap(base, config)[1]
+
+
+def _wrap(base: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    # Initialisations need values, and a model without weights has none.
+    config.init_lora_weights = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return model, {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _rename_as_peft(given: Shapes, wrapped: Any, config: Any) -> Shapes:
+    """Return the shapes under the names that PEFT gives an older file's tensors while it loads them."""
+    import torch
+
+    convert = _find_conversion()
+    if convert is None:
+        return given
+    state = {name: torch.empty(shape, device="meta") for name, shape in given.items()}
+    try:
+        converted = convert(wrapped, config, state, "default")
+    except Exception:
+        # Conversions concatenate and split tensors; what does not fit has been reported by its name.
+        return given
+    return {_without_name(name): tuple(tensor.shape) for name, tensor in converted.items()}
+
+
+def _without_name(name: str) -> str:
+    return name.replace(".default.", ".").removesuffix(".default")
+
+
+def _find_conversion() -> Callable[..., dict[str, torch.Tensor]] | None:
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        # Releases of PEFT for transformers 4 rename nothing.
+        return None
+    found: Callable[..., dict[str, torch.Tensor]] = convert_peft_adapter_state_dict_for_transformers
+    return found
+
+
+def rename_hint(
+    extra: Sequence[str],
+    missing: Sequence[str],
+    stored: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+) -> str | None:
+    """Say which prefix to replace so that all stored tensors find a place of their shape; ``None`` if none would.
+
+    Args:
+        extra: Stored tensors without a place.
+        missing: Places without a tensor.
+        stored: Shapes of the stored tensors.
+        expected: Shapes of the places.
+    """
+    if not extra or len(extra) != len(missing):
+        return None
+    candidates = sorted({_prefixes(extra[0], place) for place in missing}, key=lambda pair: len(pair[0] + pair[1]))
+    free = set(missing)
+    for old, new in candidates:
+        renamed = {name: new + name.removeprefix(old) for name in extra if name.startswith(old)}
+        fits = all(expected.get(to) == stored[name] for name, to in renamed.items())
+        if len(renamed) == len(extra) and fits and set(renamed.values()) == free:
+            return f"only a prefix differs: rename {old!r} to {new!r} in its keys and all {len(extra)} find their place"
+    return None
+
+
+def _prefixes(name: str, place: str) -> tuple[str, str]:
+    """What is left of two names without their common end, cut at dots."""
+    one, other = name.split("."), place.split(".")
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    return ".".join(one[: len(one) - same]), ".".join(other[: len(other) - same])
