@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from registry.catalog.listing import versions as versions
     from registry.catalog.withdrawal import unyank as unyank
     from registry.catalog.withdrawal import yank as yank
+    from registry.errors import BaseMismatch as BaseMismatch
     from registry.formats.manifest import Manifest as Manifest
     from registry.formats.references import Reference as Reference
     from registry.hubs import open_hub as open_hub
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Adapter": "registry.pulling.adapter",
+    "BaseMismatch": "registry.errors",
     "CheckResult": "registry.base.contract",
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",

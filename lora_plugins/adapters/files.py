@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 
 from lora_plugins.errors import (
     AdapterMismatch,
@@ -17,14 +18,16 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.randomness import seeded
 from lora_plugins.models.sharding import gathered_state, is_sharded
-from registry import pull_adapter, put_back
+from registry import BaseMismatch, CheckResult, check_contract, pull_adapter, put_back
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
+    "MismatchedBase",
     "adapter_folder",
     "adapter_shapes",
     "adapter_state",
+    "check_base",
     "check_same_tensors",
     "copy_adapter",
     "differing_tensors",
@@ -32,6 +35,10 @@ __all__ = [
     "load_config",
     "load_weights",
 ]
+
+
+class MismatchedBase(AdapterMismatch, BaseMismatch):
+    """A stored adapter does not belong to the base model; both the registry's error and the one of this package."""
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -68,6 +75,24 @@ def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
         hint = f" It has adapters in the subfolders {', '.join(nested)}: name one of them." if nested else ""
         raise PreparationError(f"The folder {folder} has no {ADAPTER_CONFIG}.{hint}")
     return folder
+
+
+def check_base(folder: Path, base: nn.Module) -> CheckResult:
+    """Check that a stored adapter belongs to a base model, by the contract that every way to a model takes.
+
+    Args:
+        folder: The adapter: what a release was pulled to, or any adapter folder.
+        base: The base model, as it is.
+
+    Raises:
+        MismatchedBase: It was trained on another base, or does not fit this one.
+        InvalidAdapter: Its tensors are not those of a LoRA adapter.
+        UnsafeFile: A file is malformed.
+    """
+    try:
+        return check_contract(folder, base, warn=True)
+    except BaseMismatch as error:
+        raise MismatchedBase(str(error)) from None
 
 
 def load_config(folder: Path) -> LoraConfig:

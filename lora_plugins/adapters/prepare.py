@@ -138,11 +138,13 @@ def prepare(
     untagged = untag_dequantized(model)
     arrived = _check_arrived(model, settings.quantization)
     stored = adapters.adapter_folder(settings.adapter) if settings.adapter is not None else None
+    checked = adapters.check_base(stored, model) if stored else None
     config = adapters.load_config(stored) if stored else None
     plan = choose_targets(model, settings, config)
     record = Preparation(settings.adapter_name, plan, arrived or settings.quantization, None, tensor_bytes(model))
     if untagged:
         record.notes.append("the flags of a quantized model were taken off: its weights are float")
+    record.notes += [f"adapter and base are {checked}"] if checked else []
     job = Job(model, settings, record, seed=seed, autocast=autocast, progress=progress, stored=stored)
     job.is_quantized = arrived is not None
     job.config = config or build_config(settings, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ from registry.base.identity import Identity, compare_identity
 from registry.base.peft_fields import read_peft_config
 from registry.base.stored import StoredAdapter
 from registry.base.target import Base
-from registry.errors import BaseMismatch
+from registry.errors import BaseMismatch, IdentityWarning
 from registry.formats.records import BaseRecord
-from registry.formats.strict_json import printable
 
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
@@ -60,6 +60,7 @@ def check_contract(
     *,
     base_hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
+    warn: bool = False,
 ) -> CheckResult:
     """Check that an adapter belongs to a base model, before a weight is loaded.
 
@@ -77,6 +78,7 @@ def check_contract(
             ``/``, ``.`` or ``~``), a configuration of transformers, or an id on a hub, with a revision behind ``@``.
         base_hub: Where base models are; the Hugging Face Hub by default.
         token: For that hub.
+        warn: Whether to warn where the base of a release fits and cannot be told from others of its shape.
 
     Raises:
         BaseMismatch: It was trained on another base, or does not fit this one; one error says all that differs.
@@ -87,7 +89,15 @@ def check_contract(
     """
     adapter = StoredAdapter.read(source)
     hub = os.fspath(base_hub) if isinstance(base_hub, os.PathLike) else base_hub
-    return _check(adapter, describe_base(base, adapter, hub, token), hub, token)
+    result = _check(adapter, describe_base(base, adapter, hub, token), hub, token)
+    if warn and adapter.manifest is not None and result.identity != "verified":
+        warnings.warn(
+            f"{adapter.title} fits this base by names, shapes and configuration; whether it is the one it was trained "
+            f"on ({adapter.base.id or 'known by fingerprint'}) could not be verified: {result.details}",
+            IdentityWarning,
+            stacklevel=3,
+        )
+    return result
 
 
 def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | None) -> CheckResult:
@@ -100,7 +110,7 @@ def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | Non
         problems.append(identity.weights)
     told = [problem for problem in problems if problem]
     if told:
-        raise BaseMismatch(printable(_describe_mismatch(adapter, base, told)))
+        raise BaseMismatch(_describe_mismatch(adapter, base, told))
     return _result(adapter, identity, findings, ignored)
 
 

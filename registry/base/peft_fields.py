@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 from registry.base.stored import StoredAdapter
 from registry.errors import BaseMismatch
-from registry.formats.strict_json import printable, shown
+from registry.formats.strict_json import shown
 
 __all__ = ["describe_lost", "read_peft_config"]
 
@@ -37,10 +37,10 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
     unknown = [key for key in sorted(fields) if key not in known and fields[key] not in (None, {}, [], False)]
     needed = [key for key in unknown if _is_needed(key, adapter, Version(peft.__version__))]
     if needed:
-        raise BaseMismatch(printable(_describe_unknown(adapter, needed)))
+        raise BaseMismatch(_describe_unknown(adapter, needed))
     lost = describe_lost(fields.get("init_lora_weights", True))
     if lost:
-        raise BaseMismatch(printable(f"{adapter.title}: {lost}"))
+        raise BaseMismatch(f"{adapter.title}: {lost}")
     # The values come from the file, and some initialisations read the base's weights.
     values = {key: value for key, value in fields.items() if key in known}
     try:
@@ -52,7 +52,7 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
         text = " ".join(str(error).split())[:300] or type(error).__name__
     else:
         return made, tuple(shown(key) for key in unknown)
-    raise BaseMismatch(printable(f"PEFT cannot use the configuration of {adapter.title}: {text}"))
+    raise BaseMismatch(f"PEFT cannot use the configuration of {adapter.title}: {text}")
 
 
 def _is_needed(key: str, adapter: StoredAdapter, installed: Version) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import IntegrityError, InvalidAdapter, UnsafeFile
-from registry.formats.adapter_config import AdapterConfig
+from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredAdapter"]
 
-_MAX_CONFIG = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,15 @@ class StoredAdapter:
             IntegrityError: The folder has a manifest of another adapter.
         """
         folder = Path(os.fspath(source)).expanduser()
-        config = AdapterConfig.parse(_read_regular(folder / ADAPTER_CONFIG, _MAX_CONFIG), own=True)
+        config = AdapterConfig.parse(_read_regular(folder / ADAPTER_CONFIG, MAX_CONFIG), own=True)
         manifest: Manifest | None = getattr(source, "manifest", None)
         if manifest is not None:
             return cls(f"The adapter {manifest.version}", folder, config, manifest.tensors, manifest)
         weights = folder / ADAPTER_WEIGHTS
         _require_regular(weights)
         header = read_file_header(weights)
-        check_values(weights, header)
+        # Float64 is read like any other; a push refuses it.
+        check_values(weights, header, double=True)
         if (folder / MANIFEST_FILE).exists():
             manifest = Manifest.parse(_read_regular(folder / MANIFEST_FILE, MAX_MANIFEST))
             if dict(manifest.tensors) != dict(header.tensors):

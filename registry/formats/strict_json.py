@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-__all__ = ["JsonRefused", "canonical", "parse", "printable", "shown"]
+__all__ = ["JsonRefused", "canonical", "parse", "shown"]
 
 _MAX_DEPTH = 32
 _MAX_DIGITS = 19
@@ -57,11 +57,6 @@ def shown(text: object, length: int = 80) -> str:
     """A foreign value as it can stand in a message: quoted, without control characters, not longer than that."""
     quoted = ascii(text)
     return quoted if len(quoted) <= length else f"{quoted[: length - 1]}…"
-
-
-def printable(text: str) -> str:
-    """Return a text without control and bidirectional characters: they are written as escapes."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def collect(
     with temporary_folder() as folder:
         found = _copied(source, folder, adapter_name)
         found.training.facts.update(training or {})
-        config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+        # A live model's configuration may name a class of the user's own; that of a folder must not.
+        own = not isinstance(source, (str, os.PathLike))
+        config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=own)
         tensors = _checked(folder, config, allow)
         record = found.base if base_model is None else with_given(found.base, base_model, base_hub)
         base = require_known(record, on_hub=on_hub)
@@ -180,7 +182,7 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
         )
     name = adapter_name or _active(model)
     save_model(model, name, folder)
-    config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+    config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
     facts = {"quantization": training_facts.quantization_of(model), "libraries": training_facts.libraries()}
     return _Found(base, architecture, training_facts.Training({k: v for k, v in facts.items() if v}))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import IdentityWarning, UnknownBase
+from registry.errors import UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -102,6 +102,7 @@ class Adapter(os.PathLike[str]):
         from safetensors.torch import load_file
         from torch import nn
 
+        from registry.base.contract import check_contract
         from registry.base.restoring import put_back
 
         if isinstance(base, nn.Module):
@@ -110,9 +111,7 @@ class Adapter(os.PathLike[str]):
             model = base
         else:
             model = self._load_base(base, base_token, kwargs)
-        result = self.check(model)
-        if result.identity != "verified" and not trust_identity:
-            self._warn(model)
+        check_contract(self, model, token=base_token, warn=not trust_identity)
         loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
         put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
         return loaded
@@ -160,21 +159,6 @@ class Adapter(os.PathLike[str]):
             return str(Path(text).expanduser()), None
         name, _, revision = text.partition("@")
         return name, revision or (recorded.commit if name == recorded.id else None)
-
-    def _warn(self, model: Any) -> None:
-        import warnings
-
-        known = self.manifest.base
-        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-        if known.id is not None and known.commit is not None and commit == known.commit:
-            return
-        warnings.warn(
-            f"{self} fits this base by names, shapes and configuration; whether it is the one it was trained on "
-            f"({known.id or 'known by fingerprint'}) could not be verified, because its manifest has no tensors to "
-            "compare or they can't be read here",
-            IdentityWarning,
-            stacklevel=3,
-        )
 
 
 #: Arguments of ``from_pretrained`` that its configuration is loaded with, too.
