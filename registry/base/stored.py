@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["StoredAdapter"]
 
 
-
 @dataclass(frozen=True)
 class StoredAdapter:
     """An adapter as its files describe it.
