@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from registry.catalog.aliases import remove_alias as remove_alias
     from registry.catalog.aliases import set_alias as set_alias
     from registry.catalog.index import Release as Release
+    from registry.catalog.listing import foreign_tags as foreign_tags
     from registry.catalog.listing import list_adapters as list_adapters
     from registry.catalog.listing import show as show
     from registry.catalog.listing import versions as versions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
     from registry.hubs.protocol import Hub as Hub
     from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
+    from registry.publishing.changes import Changes as Changes
     from registry.publishing.publish import Published as Published
     from registry.publishing.push import check_push as check_push
     from registry.publishing.push import push_adapter as push_adapter
@@ -47,6 +49,7 @@ _LAZY = {
     "Adapter": "registry.pulling.adapter",
     "BaseMismatch": "registry.errors",
     "CheckResult": "registry.base.contract",
+    "Changes": "registry.publishing.changes",
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
@@ -62,6 +65,7 @@ _LAZY = {
     "check_push": "registry.publishing.push",
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",
+    "foreign_tags": "registry.catalog.listing",
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",

@@ -19,6 +19,7 @@
     │   ├── VersionExists
     │   ├── PublishConflict
     │   │   └── AliasMoved
+    │   ├── RepositoryConflict
     │   ├── UnknownBase (ValueError)
     │   ├── InvalidAdapter (ValueError)
     │   └── TooLarge (ValueError)
@@ -123,6 +124,10 @@ class PublishConflict(PublishError):
 
 class AliasMoved(PublishConflict):
     """Somebody else moved an alias at the same time."""
+
+
+class RepositoryConflict(PublishError):
+    """A repository holds a base model, or files of others where a release's have to go."""
 
 
 class UnknownBase(PublishError, ValueError):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from registry.publishing.card import loss_curve, model_card
+from registry.publishing.card import CardFields, loss_curve, model_card
 
 HOSTILE = [
     'x"\nlicense: mit',
@@ -51,7 +51,20 @@ def test_what_a_card_says() -> None:
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["lora", "lora-plugins", "peft", "base_model:adapter:org/base"],
+        "model-index": [
+            {
+                "name": "org/name",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "unknown", "name": "unknown"},
+                        "metrics": [{"type": "accuracy", "value": 0.5}],
+                    }
+                ],
+            }
+        ],
     }
     for line in (
         "# org/name 1.2.0",
@@ -66,6 +79,32 @@ def test_what_a_card_says() -> None:
         assert line in text.split("\n"), line
 
 
+def test_what_a_publisher_says_is_in_the_front_matter() -> None:
+    fields = CardFields(license="apache-2.0", datasets=["org/data"], language=["en", "de"])
+    found = front_matter(card(fields=fields, class_name="WhisperForConditionalGeneration"))
+    assert (found["license"], found["datasets"], found["language"]) == ("apache-2.0", ["org/data"], ["en", "de"])
+    assert found["model-index"][0]["results"][0]["dataset"] == {"type": "org/data", "name": "org/data"}
+    # That class is used for speech, text and images: which of them is not known.
+    assert "pipeline_tag" not in found
+    assert front_matter(card(fields=CardFields(pipeline_tag="translation")))["pipeline_tag"] == "translation"
+
+
+@pytest.mark.parametrize(
+    ("class_name", "task_type", "task"),
+    [
+        ("BertForSequenceClassification", "SEQ_CLS", "text-classification"),
+        ("ViTForImageClassification", None, "image-classification"),
+        ("GPT2LMHeadModel", "CAUSAL_LM", "text-generation"),
+        ("Wav2Vec2ForCTC", None, "automatic-speech-recognition"),
+        ("BertForMaskedLM", None, "fill-mask"),
+        ("MyOwnModel", "SEQ_CLS", None),
+        (None, "TOKEN_CLS", "token-classification"),
+    ],
+)
+def test_the_hubs_task_follows_from_the_class(class_name: str | None, task_type: str | None, task: str | None) -> None:
+    assert front_matter(card(class_name=class_name, task_type=task_type)).get("pipeline_tag") == task
+
+
 def test_base_without_a_name() -> None:
     text = card(base=None, base_commit=None, metrics={}, training={}, picture=False)
     assert "base_model" not in front_matter(text)
@@ -76,9 +115,17 @@ def test_base_without_a_name() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_front_matter_gets_no_key_from_outside(text: str) -> None:
     found = front_matter(card(base=text))
-    assert set(found) == {"base_model", "base_model_relation", "library_name", "tags"}
+    assert set(found) == set(front_matter(card()))
     assert found["base_model"] == text
     assert found["tags"][3:] == [f"base_model:adapter:{text}"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_front_matter_values_stay_in_their_place(text: str) -> None:
+    fields = CardFields(license=text, datasets=[text], language=text, pipeline_tag=text)
+    found = front_matter(card(fields=fields))
+    assert set(found) == set(front_matter(card(fields=CardFields("x", ["x"], "x", "x"))))
+    assert (found["license"], found["datasets"], found["language"], found["pipeline_tag"]) == (text, [text], text, text)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from adapters import saved
 
 from lora_plugins.commands.cli import main, program
 from lora_plugins.plugins.host import plugin_host
-from registry.errors import RegistryError
+from registry.errors import RegistryError, RepositoryConflict
+from registry.hubs.folder import FolderHub
 from registry.testing import LoopbackHub
 
 COMMANDS = ["push", "pull", "versions", "show", "verify", "diff", "yank", "alias", "lock", "mirror", "gc"]
@@ -178,3 +180,38 @@ def test_the_same_on_a_hub(folders: list[Path], loopback_hub: LoopbackHub, monke
     proposed = answer("push", folders[1], "org/name", "--version", "1.1.0", "--base-model", base, "--create-pr")
     assert proposed["url"]
     assert [release["version"] for release in answer("versions", "org/name")] == ["1.0.0"]
+
+
+def test_a_dry_run_lists_the_files_and_publishes_nothing(folders: list[Path], tmp_path: Path) -> None:
+    base = ("--base-model", f"org/base@{'b' * 40}")
+    listed = run("push", folders[0], "org/name", "--version", "1.0.0", "--dry-run", *base)
+    assert "adapter_model.safetensors\twritten\n" in listed
+    assert "Nothing was changed; this would publish org/name@1.0.0" in listed
+    assert not (tmp_path / "registry").exists()
+    push(folders[0], "1.0.0")
+    changes = push(folders[1], "1.1.0", "--dry-run")["changes"]
+    assert changes["replaced"] == sorted(
+        ["README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors"]
+    )
+    assert [each["version"] for each in answer("versions", "org/name")] == ["1.0.0"]
+
+
+def test_a_push_into_a_base_models_repository_needs_force(folders: list[Path], tmp_path: Path) -> None:
+    hub = FolderHub(tmp_path / "registry")
+    hub.create("org/name")
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+    hub.commit("org/name", "main", files, parent=hub.refs("org/name").branches["main"], message="")
+    with pytest.raises(RepositoryConflict, match=r"model\.safetensors.*--force"):
+        push(folders[0], "1.0.0")
+    assert push(folders[0], "1.0.0", "--force")["changes"]["left"] == ["config.json", "model.safetensors"]
+
+
+def test_foreign_tags_are_listed_as_foreign(folders: list[Path], tmp_path: Path) -> None:
+    commit = push(folders[0], "1.0.0", "--license", "mit", "--dataset", "org/data", "--language", "en")["commit"]
+    hub = FolderHub(tmp_path / "registry")
+    hub.create_tag("org/name", "v2.0.0", commit)
+    lines = [line.split("\t") for line in run("versions", "org/name").splitlines()]
+    assert lines == [["1.0.0", commit[:12], "", ""], ["v2.0.0", commit[:12], "", "foreign tag, not a release"]]
+    card = hub.read("org/name", commit, "README.md", 10**6).decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["license"], front["datasets"], front["language"]) == ("mit", ["org/data"], ["en"])

@@ -173,7 +173,7 @@ def test_a_local_base_gets_an_id(folder: Path) -> None:
     assert manifest.base.fingerprint is not None
     config = json.loads(files[CONFIG])
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
-    assert b'base_model: "org/base"' in files["README.md"]
+    assert b"base_model: org/base\n" in files["README.md"]
 
 
 @pytest.mark.parametrize("given", ["/srv/base", "../base", "https://example.com/x", "a/b/c", "", "org/..", "~"])

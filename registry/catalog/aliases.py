@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from registry.catalog.index import Release, index_of, read_index
+from packaging.version import Version
+
+from registry.catalog.index import Index, Manifests, Release, index_of, read_index
 from registry.catalog.state import Move, State, change_state, now, read_state
 from registry.errors import AliasMoved, AliasNotFound, InvalidReference
 from registry.formats.references import Reference, check_alias, check_name, parse_version, version_text
@@ -77,6 +79,7 @@ def aliases(
 def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | None) -> None:
     # What it stands for at the first look is what the caller expects, if nothing was said.
     expected: list[str | None] = [] if expect == ANY else [_normalized(expect)]
+    manifests = Manifests(hub, name)
 
     def change(state: State, refs: Refs) -> State:
         standing = state.version_of(alias)
@@ -91,12 +94,16 @@ def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | No
                 f"{name}@{alias} stands for {standing or 'nothing'}, not for {expected[0] or 'nothing'} as expected: "
                 "somebody else has moved it"
             )
-        if version is not None and parse_version(version) not in index_of(name, refs, state).versions:
+        if version is not None and not _is_there(index_of(name, refs, state, manifests), parse_version(version)):
             raise InvalidReference(f"{name} has no version {version} any more")
         moves = (*state.aliases.get(alias, ()), Move(version, now()))
         return State(state.yanked, {**state.aliases, alias: moves})
 
     change_state(hub, name, change, f"{alias} is {version}" if version else f"Remove {alias}")
+
+
+def _is_there(index: Index, version: Version) -> bool:
+    return version in index.versions and index.is_release(version)
 
 
 def _normalized(expect: str | None) -> str | None:

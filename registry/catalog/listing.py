@@ -13,7 +13,7 @@ from registry.formats.references import Reference, check_name
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 
-__all__ = ["Described", "list_adapters", "show", "versions"]
+__all__ = ["Described", "foreign_tags", "list_adapters", "show", "versions"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,23 @@ class Described:
 def versions(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> list[Release]:
-    """All releases of an adapter, oldest version first, withdrawn ones among them.
+    """All releases of an adapter, oldest version first, withdrawn ones among them, foreign tags not.
 
     Raises:
         RepositoryNotFound: There is no such adapter.
     """
     return read_index(open_hub(hub, token), check_name(name)).releases()
+
+
+def foreign_tags(
+    name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
+) -> dict[str, str]:
+    """Tags of a repository that look like versions and hold no release, with their commits.
+
+    Raises:
+        RepositoryNotFound: There is no such adapter.
+    """
+    return read_index(open_hub(hub, token), check_name(name)).foreign_tags()
 
 
 def show(
@@ -54,8 +65,9 @@ def show(
         VersionNotFound: The reference means no release.
     """
     place, parsed = open_hub(hub, token), Reference.parse(reference)
-    release = read_index(place, parsed.name).resolve(parsed)
-    return Described(release, read_manifest(place, release))
+    index = read_index(place, parsed.name)
+    release = index.resolve(parsed)
+    return Described(release, read_manifest(place, release, index.manifests))
 
 
 def list_adapters(
@@ -74,10 +86,11 @@ def list_adapters(
     place = open_hub(hub, token)
     for name in place.names(base):
         try:
-            release = read_index(place, check_name(name)).newest()
+            index = read_index(place, check_name(name))
+            release = index.newest()
             if release is None:
                 continue
-            manifest = read_manifest(place, release)
+            manifest = read_manifest(place, release, index.manifests)
         except HubUnavailable:
             raise
         except RegistryError:

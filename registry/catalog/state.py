@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from registry.errors import HostileAnswer, HubFileNotFound, InvalidReference, PublishConflict
 from registry.formats.fields import Fields
-from registry.formats.references import check_alias, parse_version, version_text
+from registry.formats.paths import GIT_ATTRIBUTES
+from registry.formats.references import check_alias, parse_version, version_text, versions_in
 from registry.formats.strict_json import JsonRefused, canonical, parse
 from registry.hubs.protocol import MAIN, Conflict, Hub, Refs
 
@@ -110,12 +111,12 @@ class State:
 def read_state(hub: Hub, name: str, refs: Refs) -> State:
     """The state of a repository at the moment of ``refs``."""
     commit = refs.branches.get(STATE_BRANCH)
-    if commit is None:
+    if commit is None or _is_fresh(refs, commit):
         return State()
     try:
         return State.parse(hub.read(name, commit, STATE_FILE, _LIMIT))
     except HubFileNotFound:
-        return State()  # a branch that was just started holds what main held
+        return State()  # started from what main held before
 
 
 def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], message: str) -> State:
@@ -141,7 +142,9 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
             continue  # somebody else may have started it, and gone on
         after = replace(after, serial=before.serial + 1)
         parent = refs.branches[STATE_BRANCH]
-        others = tuple(path for path in hub.files(name, parent) if path not in (STATE_FILE, ".gitattributes"))
+        # A branch that was just started holds copies of what main holds. Anything else in it belongs to others.
+        inherited = hub.files(name, parent) if _is_fresh(refs, parent) else ()
+        others = tuple(path for path in inherited if path not in (STATE_FILE, GIT_ATTRIBUTES))
         try:
             made = hub.commit(
                 name, STATE_BRANCH, {STATE_FILE: after.to_bytes()}, parent=parent, message=message, delete=others
@@ -153,6 +156,12 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
             return after
         time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
     raise PublishConflict(f"{name}: others changed {STATE_FILE} at the same time, {_ATTEMPTS} times; try again")
+
+
+def _is_fresh(refs: Refs, commit: str) -> bool:
+    """Whether the state's branch still stands where it was started."""
+    released = {refs.tags[tag] for tag in versions_in(refs.tags).values()}
+    return commit == refs.branches.get(MAIN) or commit in released
 
 
 def now() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from registry.catalog.index import Release, index_of, read_index
+from registry.catalog.index import Manifests, Release, index_of, read_index
 from registry.catalog.state import State, Yank, change_state, check_reason, now
 from registry.errors import InvalidReference
 from registry.formats.references import Reference
@@ -52,8 +52,10 @@ def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:
     if parsed.range is not None or (parsed.version or parsed.alias or parsed.commit) is None:
         raise InvalidReference(f"{reference!r} may mean several versions: name one, as {parsed.name}@1.2.0")
 
+    manifests = Manifests(hub, parsed.name)
+
     def change(state: State, refs: Refs) -> State:
-        version = index_of(parsed.name, refs, state).resolve(parsed).version
+        version = index_of(parsed.name, refs, state, manifests).resolve(parsed).version
         others = {known: yank for known, yank in state.yanked.items() if known != version}
         if yanked is None:
             return State(others, state.aliases)

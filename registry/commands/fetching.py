@@ -89,10 +89,13 @@ def verify(
         found = look(reference, hub=hub, cache_dir=cache_dir)
     if as_json:
         digest = found.manifest.digest if found.manifest else None
-        print_json({"release": str(found.release), "ok": found.ok, "digest": digest, "problems": found.problems})
+        fields = {"release": str(found.release), "ok": found.ok, "digest": digest, "problems": found.problems}
+        print_json({**fields, "others": found.others})
     else:
         for problem in found.problems:
             say(visible(problem))
+        for path in found.others:
+            say(f"{visible(path)} is in the commit and not in the manifest: not part of the release")
         files = len(found.manifest.files) if found.manifest else 0
         say(f"{found.release}: {f'{files} files, all as published' if found.ok else 'NOT as published'}")
     if not found.ok:

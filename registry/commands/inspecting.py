@@ -19,6 +19,7 @@ from registry.commands.terminal import (
     visible,
     waiting,
 )
+from registry.formats.references import check_name
 
 if TYPE_CHECKING:
     from registry.formats.manifest import Manifest
@@ -33,25 +34,26 @@ def versions(
     as_json: Json = False,
 ) -> None:
     """List the versions of an adapter, oldest first."""
-    from registry.catalog.listing import versions as releases
+    from registry.catalog.index import read_index
+    from registry.hubs import open_hub
 
     with waiting(f"Reading {visible(name)} …"):
-        found = releases(name, hub=hub)
+        index = read_index(open_hub(hub), check_name(name))
+        found, foreign = index.releases(), index.foreign_tags()
     if as_json:
         print_json(found)
         return
-    print_rows(
-        ("version", "commit", "aliases", ""),
+    releases = [
         (
-            (
-                release.version,
-                release.commit[:12],
-                ", ".join(release.aliases),
-                f"withdrawn: {release.yanked}" if release.yanked else "pre-release" if release.prerelease else "",
-            )
-            for release in found
-        ),
-    )
+            release.version,
+            release.commit[:12],
+            ", ".join(release.aliases),
+            f"withdrawn: {release.yanked}" if release.yanked else "pre-release" if release.prerelease else "",
+        )
+        for release in found
+    ]
+    tags = [(tag, commit[:12], "", "foreign tag, not a release") for tag, commit in foreign.items()]
+    print_rows(("version", "commit", "aliases", ""), [*releases, *tags])
 
 
 def show(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from registry.commands.terminal import CacheDir, HubOption, Json, print_json, print_rows, say, visible, waiting
+
+if TYPE_CHECKING:
+    from registry.publishing.changes import Changes
 
 __all__ = ["COMMANDS", "alias", "mirror", "push", "yank"]
 
@@ -27,6 +31,24 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
     message: Annotated[str | None, typer.Option(help="For the history of the repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it instead of publishing it.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Publish into a base model's repository, and over others' files with a release's names."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be written, replaced, deleted and left; change nothing.")
+    ] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="For the card: id of a license, such as apache-2.0.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="For the card: id of a training dataset; can be given again.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="For the card: code of a language, such as en; can be given again.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Publish an adapter as a version that never changes again."""
@@ -44,14 +66,26 @@ def push(
             private=private,
             commit_message=message,
             create_pr=create_pr,
+            force=force,
+            dry_run=dry_run,
+            license=license_,
+            datasets=dataset or (),
+            language=language,
         )
     if as_json:
         fields = {"name": done.name, "version": done.version, "commit": done.commit, "created": done.created}
-        print_json({**fields, "digest": done.manifest.digest, "url": done.url})
+        print_json({**fields, "digest": done.manifest.digest, "url": done.url, "changes": done.changes})
+    elif done.dry_run and done.changes is not None:
+        print_rows(("file", "what happens"), _list_changes(done.changes))
+        say(f"Nothing was changed; this would publish {done}")
     elif done.url:
         say(f"Proposed {done} at {visible(done.url)}")
     else:
         say(f"Published {done} ({done.commit[:12]})" if done.created else f"{done} has this content already")
+
+
+def _list_changes(changes: Changes) -> list[tuple[str, str]]:
+    return [(path, what) for what, paths in asdict(changes).items() for path in paths]
 
 
 def _metrics(given: list[str]) -> dict[str, float]:
@@ -138,6 +172,12 @@ def mirror(
     target: Annotated[str, typer.Argument(help="Registry to copy to: https://… or file:///….")],
     hub: HubOption = None,
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Copy into a base model's repository, and over others' files with a release's names."
+        ),
+    ] = False,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -145,7 +185,7 @@ def mirror(
     from registry.upkeep.mirroring import mirror as copy
 
     with waiting(f"Copying {visible(reference)} …"):
-        done = copy(reference, target, hub=hub, private=private, cache_dir=cache_dir)
+        done = copy(reference, target, hub=hub, private=private, force=force, cache_dir=cache_dir)
     rows = [(str(each), each.manifest.digest, "copied" if each.created else "was there") for each in done]
     if as_json:
         print_json([dict(zip(("release", "digest", "state"), row, strict=True)) for row in rows])

@@ -10,7 +10,15 @@ from typing import Any
 
 from registry.errors import InvalidManifest
 from registry.formats.fields import COMMIT, SHA256, Fields
-from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST_FILE, is_picture, listed_in_manifest
+from registry.formats.paths import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    CARD_BESIDE,
+    MANIFEST_FILE,
+    is_picture,
+    listed_in_manifest,
+)
 from registry.formats.records import BaseKind, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
@@ -114,7 +122,11 @@ class Manifest:
 
         Two pushes of one adapter agree in it although their times, library versions, metrics and cards differ.
         """
-        told = (ADAPTER_CONFIG, CARD)  # the configuration counts by its fields; PEFT adds its version to the file
+        told = (
+            ADAPTER_CONFIG,
+            CARD,
+            CARD_BESIDE,
+        )  # the configuration counts by its fields; PEFT adds its version to the file
         content = {
             "architecture": _plain(self.architecture),
             "base": _plain(self.base),

@@ -11,6 +11,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "CARD",
+    "CARD_BESIDE",
     "GIT_ATTRIBUTES",
     "MANIFEST_FILE",
     "TOKENIZER_FILES",
@@ -25,6 +26,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MANIFEST_FILE = "adapter_manifest.json"
 CARD = "README.md"
+#: The card's name in a repository whose README.md somebody else has written.
+CARD_BESIDE = "ADAPTER_CARD.md"
 #: The Hub puts it into every repository.
 GIT_ATTRIBUTES = ".gitattributes"
 #: Data that transformers' tokenizers are read from; none of it is run.
@@ -43,7 +46,7 @@ TOKENIZER_FILES = frozenset(
         "vocab.txt",
     }
 )
-_OTHERS = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, CARD, GIT_ATTRIBUTES})
+_OTHERS = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, CARD, CARD_BESIDE, GIT_ATTRIBUTES})
 _PICTURE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
 
 

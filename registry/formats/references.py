@@ -17,6 +17,7 @@ __all__ = [
     "bumped",
     "check_alias",
     "check_name",
+    "is_in",
     "newest_in",
     "parse_version",
     "tag_of",
@@ -92,7 +93,7 @@ class Reference:
         if self.commit is not None:
             return commit == self.commit
         if self.range is not None:
-            return _contains(self.range, version)
+            return is_in(self.range, version)
         # An alias may have stood for anything; without any, every release was the newest one once.
         return True
 
@@ -172,7 +173,7 @@ def versions_in(tags: Iterable[str]) -> dict[Version, str]:
 
 def newest_in(range_: SpecifierSet | None, versions: Iterable[Version]) -> Version | None:
     """The newest version in a range (without one: of all); no pre-release, unless the range names one."""
-    allowed = [version for version in versions if _contains(range_, version)]
+    allowed = [version for version in versions if is_in(range_, version)]
     return max(allowed, default=None)
 
 
@@ -236,7 +237,8 @@ def _range(rest: str, text: str) -> SpecifierSet:
     return found
 
 
-def _contains(range_: SpecifierSet | None, version: Version) -> bool:
+def is_in(range_: SpecifierSet | None, version: Version) -> bool:
+    """Whether a range holds a version; without a range, whether it is stable."""
     if range_ is None:
         return not version.is_prerelease
     return range_.contains(version, prereleases=bool(range_.prereleases))

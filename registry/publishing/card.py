@@ -1,4 +1,4 @@
-"""The model card of a release: front matter that the Hub reads, what the adapter is, how it was trained, how to use it.
+"""The model card of a release: front matter, facts, results, usage.
 
 Everything that comes from outside is escaped: a name can add neither a key to the front matter nor HTML to the page.
 """
@@ -10,13 +10,60 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LOSS_CURVE", "loss_curve", "model_card"]
+from registry.publishing.readme import write_readme
+
+__all__ = ["LOSS_CURVE", "CardFields", "loss_curve", "model_card"]
 
 #: The picture that a card shows, next to it.
 LOSS_CURVE = "loss.png"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#!|~$])")
+#: Names of metrics that the Hub's listings get; the table of results has them all.
+_METRIC = re.compile(r"[\w@./ -]{1,100}", re.ASCII)
+#: The Hub's tasks by the end of a class name. ``ForConditionalGeneration`` is left out: it is used for text, speech and
+#: images alike.
+_PIPELINES_BY_CLASS = {
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
+    "ForCausalLM": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForImageTextToText": "image-text-to-text",
+    "ForMaskedLM": "fill-mask",
+    "ForObjectDetection": "object-detection",
+    "ForQuestionAnswering": "question-answering",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForSequenceClassification": "text-classification",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForTokenClassification": "token-classification",
+    "LMHeadModel": "text-generation",
+}
+#: The Hub's tasks by PEFT's, for a base whose class is not known.
+_PIPELINES_BY_TASK = {
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "QUESTION_ANS": "question-answering",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+}
+
+
+@dataclass(frozen=True)
+class CardFields:
+    """What a publisher says about an adapter for the Hub's listings; what is not given is not written.
+
+    Attributes:
+        license: Id of a license, such as ``"apache-2.0"``.
+        datasets: Ids of the training datasets.
+        language: Code of the language, such as ``"en"``, or several.
+        pipeline_tag: The Hub's task; by default the one that follows from the class of the base.
+    """
+
+    license: str | None = None
+    datasets: Sequence[str] = field(default=())
+    language: str | Sequence[str] | None = None
+    pipeline_tag: str | None = None
 
 
 def model_card(
@@ -30,8 +77,10 @@ def model_card(
     metrics: Mapping[str, float],
     picture: bool,
     task_type: str | None = None,
+    class_name: str | None = None,
+    fields: CardFields | None = None,
 ) -> str:
-    """The card as Markdown.
+    """The card as a README: front matter, and Markdown between the markers of `registry.publishing.readme`.
 
     Args:
         name: ``org/name``.
@@ -43,10 +92,11 @@ def model_card(
         metrics: Results by name.
         picture: Whether the loss curve is there.
         task_type: PEFT's, such as ``CAUSAL_LM``.
+        class_name: Class of the base in transformers, if it is known.
+        fields: What the publisher says for the front matter.
     """
     facts = list(_flat(training))
     sections = [
-        _front_matter(base, metrics, name),
         f"# {_text(name)} {_text(version)}",
         _about(base, base_commit),
         _table(("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]),
@@ -55,7 +105,10 @@ def model_card(
         f"![Training loss by step]({LOSS_CURVE})" if picture else "",
         _usage(name, version, base, task_type),
     ]
-    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+    body = "\n\n".join(section.strip() for section in sections if section)
+    told = fields or CardFields()
+    pipeline = told.pipeline_tag or _find_pipeline(class_name, task_type)
+    return write_readme(_front_matter(name, base, metrics, told, pipeline), body)
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -87,14 +140,44 @@ def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, flo
     return [(step, loss) for step, loss in found if isinstance(step, (int, float)) and isinstance(loss, (int, float))]
 
 
-def _front_matter(base: str | None, metrics: Mapping[str, float], name: str) -> str:
-    lines = ["---"]
-    if base is not None:
-        lines += [f"base_model: {_yaml(base)}", "base_model_relation: adapter"]
-    lines += ["library_name: peft", "tags:", "- lora", "- lora-plugins", "- peft"]
-    if base is not None:
-        lines.append(f"- {_yaml(f'base_model:adapter:{base}')}")
-    return "\n".join([*lines, "---"])
+def _find_pipeline(class_name: str | None, task_type: str | None) -> str | None:
+    if class_name is None:
+        return _PIPELINES_BY_TASK.get(task_type or "")
+    return next((task for end, task in _PIPELINES_BY_CLASS.items() if class_name.endswith(end)), None)
+
+
+def _front_matter(
+    name: str, base: str | None, metrics: Mapping[str, float], fields: CardFields, pipeline: str | None
+) -> dict[str, Any]:
+    # huggingface_hub takes long to load.
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = next(iter(fields.datasets), "unknown")
+    results = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if _METRIC.fullmatch(metric)
+    ]
+    tags = ["lora", "lora-plugins", "peft", *([f"base_model:adapter:{base}"] if base is not None else [])]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "adapter",
+        library_name="peft",
+        license=fields.license,
+        datasets=list(fields.datasets) or None,
+        language=fields.language if fields.language is None or isinstance(fields.language, str) else [*fields.language],
+        pipeline_tag=pipeline,
+        tags=tags,
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
+    return dict(data.to_dict())
 
 
 def _about(base: str | None, commit: str | None) -> str:
@@ -150,11 +233,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif value is not None:
             rows.append((f"{prefix}{key}", value))
     return rows
-
-
-def _yaml(text: str) -> str:
-    """A double-quoted YAML scalar; JSON's strings are those."""
-    return json.dumps(text)
 
 
 def _text(text: str) -> str:

@@ -11,14 +11,20 @@ from registry.formats.manifest import Manifest
 from registry.formats.paths import CARD
 from registry.formats.records import FileRecord
 from registry.formats.tensors import counted
-from registry.publishing.card import LOSS_CURVE, model_card
+from registry.publishing.card import LOSS_CURVE, CardFields, model_card
 from registry.publishing.source import Collected
 
 __all__ = ["make_release"]
 
 
 def make_release(
-    collected: Collected, name: str, version: str, parent_version: str | None = None, *, picture: bool = True
+    collected: Collected,
+    name: str,
+    version: str,
+    parent_version: str | None = None,
+    *,
+    picture: bool = True,
+    fields: CardFields | None = None,
 ) -> tuple[Manifest, dict[str, Path | bytes]]:
     """The manifest of a release, and its other files.
 
@@ -28,12 +34,13 @@ def make_release(
         version: Normalized.
         parent_version: The version before it.
         picture: Whether the card shows the loss curve, where there is one.
+        fields: What the publisher says for the card.
     """
     files: dict[str, Path | bytes] = {file: collected.folder / file for file in collected.files}
     curve = collected.training.curve if picture else None
     if curve is not None:
         files[LOSS_CURVE] = curve
-    files[CARD] = _card(collected, name, version, picture=curve is not None).encode()
+    files[CARD] = _card(collected, name, version, fields, picture=curve is not None).encode()
     manifest = Manifest(
         version=version,
         parent_version=parent_version,
@@ -60,7 +67,7 @@ def _records(files: Mapping[str, Path | bytes]) -> dict[str, FileRecord]:
     }
 
 
-def _card(collected: Collected, name: str, version: str, *, picture: bool) -> str:
+def _card(collected: Collected, name: str, version: str, fields: CardFields | None, *, picture: bool) -> str:
     return model_card(
         name=name,
         version=version,
@@ -71,4 +78,6 @@ def _card(collected: Collected, name: str, version: str, *, picture: bool) -> st
         metrics=collected.metrics,
         picture=picture,
         task_type=collected.config.task_type,
+        class_name=collected.architecture.class_name,
+        fields=fields,
     )

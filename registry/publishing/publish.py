@@ -1,6 +1,6 @@
-"""Publishing a release: one commit, then its tag, whoever else does the same at the same time.
+"""Publish a release: one commit, then its tag, whoever else does the same.
 
-The tag decides. A commit without its tag is no release: whoever is asked for that version next takes it over, if it
+The tag decides. A commit without its tag is not a release: whoever is asked for that version next takes it over, if it
 holds the same content, or writes another one over it, if whoever wrote it doesn't set the tag in time.
 """
 
@@ -9,17 +9,27 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from registry.errors import HubFileNotFound, InvalidManifest, PublishConflict, RepositoryNotFound, VersionExists
-from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
-from registry.formats.paths import GIT_ATTRIBUTES
-from registry.formats.references import bumped, newest_in, tag_of, version_text, versions_in
+from registry.catalog.index import Index, Manifests, index_of, line_of
+from registry.catalog.state import State
+from registry.errors import PublishConflict, RepositoryNotFound, VersionExists
+from registry.formats.manifest import MANIFEST_FILE, Manifest
+from registry.formats.references import bumped, is_in, tag_of, version_text
 from registry.hubs.protocol import MAIN, Conflict, Hub, Refs, TagExists
+from registry.publishing.changes import (
+    Changes,
+    Draft,
+    Head,
+    check_repository,
+    manifest_at,
+    plan_changes,
+    read_head,
+)
 
 __all__ = ["Draft", "Published", "manifest_at", "publish"]
 
@@ -30,28 +40,19 @@ _ATTEMPTS = 30
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A release that is not published yet: its manifest, and its other files with their content."""
-
-    manifest: Manifest
-    files: Mapping[str, Path | bytes]
-
-    def all_files(self) -> dict[str, Path | bytes]:
-        """The files with the manifest."""
-        return {**self.files, MANIFEST_FILE: self.manifest.to_bytes()}
-
-
-@dataclass(frozen=True)
 class Published:
-    """What came of a push.
+    """Result of a push.
 
     Attributes:
         name: ``org/name``.
         version: The version.
-        commit: That holds it; for a change request the commit that it starts from.
+        commit: Commit holding the release; for a change request and a dry run the one that it starts from, which is
+            empty where there is no repository yet.
         manifest: Of the release.
-        created: Whether it was published now; otherwise the same content had been before.
+        created: Whether it was published now; otherwise the same content had been before, or it is a dry run.
         url: The change request, if that is what was made.
+        changes: What happened to the files of the repository, or would happen; ``None`` where nothing was published.
+        dry_run: Whether it was only looked at.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Published:
     manifest: Manifest
     created: bool = True
     url: str | None = None
+    changes: Changes | None = None
+    dry_run: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
@@ -72,12 +75,15 @@ class _Task:
     hub: Hub
     name: str
     message: str
+    manifests: Manifests
+    force: bool = False
 
     def attempt(self, refs: Refs, version: Version, draft: Draft) -> Published | None:
         """Publish, as things stand; ``None`` when somebody else has changed them."""
         line = self._line(refs, version)
         if line is None:
             return None
+        self._check_first(refs)
         if line not in refs.branches:
             self.hub.create_branch(self.name, line, refs.branches[MAIN])
             refs = self.hub.refs(self.name)
@@ -88,15 +94,66 @@ class _Task:
                 return self._tag(version, head, held)
             if not self._abandoned(version, line, head):
                 return None
-        others = {path for path in self.hub.files(self.name, head) if path != GIT_ATTRIBUTES}
-        files = draft.all_files()
+        placed, changes = self.plan(refs, head, draft)
         try:
             commit = self.hub.commit(
-                self.name, line, files, parent=head, message=self.message, delete=tuple(sorted(others - set(files)))
+                self.name, line, placed.all_files(), parent=head, message=self.message, delete=changes.deleted
             )
         except Conflict:
             return None
-        return self._tag(version, commit, draft.manifest)
+        return replace(self._tag(version, commit, placed.manifest), changes=changes)
+
+    def plan(self, refs: Refs, head: str, draft: Draft) -> tuple[Draft, Changes]:
+        """The release as it fits into a commit, and what it changes there.
+
+        Raises:
+            RepositoryConflict: Files of others are in its way.
+        """
+        return plan_changes(self.hub, self.name, draft, self._head(refs, head), force=self.force)
+
+    def look(self, refs: Refs, version: Version, draft: Draft) -> Published:
+        """What `attempt` would do, without doing it.
+
+        Raises:
+            RepositoryConflict: It would refuse.
+        """
+        self._check_first(refs)
+        own = line_of(version)
+        line = own if own in refs.branches and self.newer_exists(refs, version) else MAIN
+        placed, changes = self.plan(refs, refs.branches[line], draft)
+        commit = refs.branches[line]
+        return Published(self.name, version_text(version), commit, placed.manifest, False, None, changes, dry_run=True)
+
+    def propose(self, refs: Refs, version: Version, draft: Draft) -> Published:
+        """Open a change request with the files of the release.
+
+        Raises:
+            RepositoryConflict: Accepting it would replace files of others.
+        """
+        self._check_first(refs)
+        head = refs.branches[MAIN]
+        placed, changes = self.plan(refs, head, draft)
+        url = self.hub.propose(self.name, placed.all_files(), parent=head, message=self.message)
+        return Published(self.name, version_text(version), head, placed.manifest, url=url, changes=changes)
+
+    def index(self, refs: Refs) -> Index:
+        """The releases as the tags stand."""
+        return index_of(self.name, refs, State(), self.manifests)
+
+    def newer_exists(self, refs: Refs, version: Version) -> bool:
+        """Whether a version is not the newest stable one."""
+        index = self.index(refs)
+        newer = [v for v in index.versions if v > version and not v.is_prerelease]
+        return version.is_prerelease or index.newest_of(newer) is not None
+
+    def _head(self, refs: Refs, commit: str) -> Head:
+        return read_head(self.hub, self.name, commit, frozenset(refs.tags.values()))
+
+    def _check_first(self, refs: Refs) -> None:
+        """Refuse to publish the first release of a repository into a base model's."""
+        index = self.index(refs)
+        if not self.force and index.newest_of(index.versions) is None:
+            check_repository(self.hub, self.name, self._head(refs, refs.branches[MAIN]))
 
     def existing(self, version: Version, commit: str, content_digest: str) -> Published:
         """The release that stands already, if it has the same content.
@@ -122,13 +179,11 @@ class _Task:
 
         ``None`` when main has moved while it was waited for.
         """
-        own = f"release-{version_text(version)}"
-        published = versions_in(refs.tags)
-        if version.is_prerelease or any(v > version for v in published if not v.is_prerelease):
-            return own
+        if self.newer_exists(refs, version):
+            return line_of(version)
         head = refs.branches[MAIN]
         held = manifest_at(self.hub, self.name, head)
-        if held is None or Version(held.version) <= version or Version(held.version) in published:
+        if held is None or Version(held.version) <= version or tag_of(Version(held.version)) in refs.tags:
             return MAIN
         # Somebody is publishing a newer one, or has died over it.
         return MAIN if self._abandoned(Version(held.version), MAIN, head) else None
@@ -167,34 +222,36 @@ class _Task:
         That happens only where a hub doesn't compare the parent of a commit, or somebody was taken for dead.
         """
         refs = self.hub.refs(self.name)
-        published = versions_in(refs.tags)
-        newest = newest_in(None, published)
+        index = self.index(refs)
+        newest = index.newest_of(v for v in index.versions if is_in(None, v))
         held = manifest_at(self.hub, self.name, refs.branches[MAIN])
         if newest is None or held is None:
             return
-        tag = published.get(Version(held.version))
-        if tag is None:
+        tagged_at = refs.tags.get(tag_of(Version(held.version)))
+        if tagged_at is None:
             return  # somebody is publishing it at this moment
-        tagged = manifest_at(self.hub, self.name, refs.tags[tag])
+        tagged = manifest_at(self.hub, self.name, tagged_at)
         if tagged is not None and tagged.digest == held.digest and Version(held.version) >= newest:
             return
-        self._copy_to_main(refs, refs.tags[published[newest]])
+        self._copy_to_main(refs, index.versions[newest])
 
     def _copy_to_main(self, refs: Refs, commit: str) -> None:
         manifest = manifest_at(self.hub, self.name, commit)
         if manifest is None:
             return
-        head = refs.branches[MAIN]
+        head = self._head(refs, refs.branches[MAIN])
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path | bytes] = {MANIFEST_FILE: manifest.to_bytes()}
             for name, record in manifest.files.items():
+                if name in head.foreign:
+                    continue  # pulls take it from the commit of the release
                 files[name] = Path(folder, name)
                 with open(Path(folder, name), "xb") as sink:
                     self.hub.download(self.name, commit, name, sink, record.size)
-            others = {path for path in self.hub.files(self.name, head) if path != GIT_ATTRIBUTES} - set(files)
             try:
                 message = f"Version {manifest.version} again"
-                self.hub.commit(self.name, MAIN, files, parent=head, message=message, delete=tuple(sorted(others)))
+                gone = tuple(sorted(head.own - set(files)))
+                self.hub.commit(self.name, MAIN, files, parent=head.commit, message=message, delete=gone)
             except Conflict:
                 return  # somebody else is publishing, and will look at it
 
@@ -208,8 +265,12 @@ def publish(
     message: str | None = None,
     private: bool | None = None,
     propose: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
 ) -> Published:
     """Publish a release, or find that it is.
+
+    Files that no release put into the repository stay as they are.
 
     Args:
         hub: Where to.
@@ -220,59 +281,62 @@ def publish(
         message: Of the commit; the version, if there is none.
         private: Whether a new repository is private; ``None`` is what the owner has set.
         propose: Open a change request with the files of the release, instead of publishing it.
+        force: Publish into a repository that holds a base model, and over files of others that have a release's names.
+        dry_run: Change nothing; say what would be changed.
 
     Raises:
+        RepositoryConflict: The repository holds a base model, or files of others where those of a release have to go.
         VersionExists: Other content has been published under this version.
         PublishConflict: Others publish at the same time, again and again.
     """
+    manifests = Manifests(hub, name)
     for attempt in range(_ATTEMPTS):
-        refs = _refs(hub, name, private)
-        published = versions_in(refs.tags)
-        chosen, before = _choose(version, list(published))
+        refs = _read_refs(hub, name) if dry_run else _make_refs(hub, name, private)
+        index = index_of(name, refs, State(), manifests)
+        chosen, before = _choose(version, index)
         made = draft(chosen, before)
-        task = _Task(hub, name, message or f"Version {version_text(chosen)}")
-        if chosen in published:
-            return task.existing(chosen, refs.tags[published[chosen]], made.manifest.content_digest)
+        task = _Task(hub, name, message or f"Version {version_text(chosen)}", manifests, force)
+        if chosen in index.versions:
+            return task.existing(chosen, index.versions[chosen], made.manifest.content_digest)
         if before is not None and isinstance(version, str):
-            newest = refs.tags[published[before]]
-            held = manifest_at(hub, name, newest)
+            newest = index.versions[before]
+            held = manifests.read(newest)
             if held is not None and held.content_digest == made.manifest.content_digest:
-                return Published(name, version_text(before), newest, held, created=False)
-        if propose:
-            head = refs.branches[MAIN]
-            url = hub.propose(name, made.all_files(), parent=head, message=task.message)
-            return Published(name, version_text(chosen), head, made.manifest, url=url)
-        done = task.attempt(refs, chosen, made)
+                return Published(name, version_text(before), newest, held, created=False, dry_run=dry_run)
+        if MAIN not in refs.branches:
+            changes = Changes(written=tuple(sorted(made.all_files())))
+            return Published(name, version_text(chosen), "", made.manifest, False, None, changes, dry_run=True)
+        if dry_run:
+            return task.look(refs, chosen, made)
+        done = task.propose(refs, chosen, made) if propose else task.attempt(refs, chosen, made)
         if done is not None:
             return done
         time.sleep(random.uniform(0, 0.03 * (attempt + 1)))
     raise PublishConflict(f"{name}: others published at the same time, {_ATTEMPTS} times; try again")
 
 
-def manifest_at(hub: Hub, name: str, commit: str) -> Manifest | None:
-    """The manifest in a commit; ``None`` if there is none that can be read."""
+def _read_refs(hub: Hub, name: str) -> Refs:
     try:
-        return Manifest.parse(hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
-    except (HubFileNotFound, InvalidManifest):
-        return None
-
-
-def _refs(hub: Hub, name: str, private: bool | None) -> Refs:
-    try:
-        refs = hub.refs(name)
-        if MAIN in refs.branches:
-            return refs
+        return hub.refs(name)
     except RepositoryNotFound:
-        pass
+        return Refs()
+
+
+def _make_refs(hub: Hub, name: str, private: bool | None) -> Refs:
+    refs = _read_refs(hub, name)
+    if MAIN in refs.branches:
+        return refs
     hub.create(name, private=private)
     return hub.refs(name)
 
 
-def _choose(version: Version | str, published: list[Version]) -> tuple[Version, Version | None]:
-    """The version to publish, and the newest one before it."""
+def _choose(version: Version | str, index: Index) -> tuple[Version, Version | None]:
+    """The version to publish, and the newest release before it."""
     if isinstance(version, str):
-        newest = newest_in(None, published) or max(published, default=None)
-        return bumped(newest, version), newest
-    earlier = [v for v in published if v < version]
-    stable = [v for v in earlier if not v.is_prerelease]
-    return version, max(stable or earlier, default=None)
+        newest = index.newest_of(v for v in index.versions if is_in(None, v)) or index.newest_of(index.versions)
+        chosen = bumped(newest, version)
+        while chosen in index.versions:
+            chosen = bumped(chosen, version)  # a foreign tag
+        return chosen, newest
+    earlier = [v for v in index.versions if v < version]
+    return version, index.newest_of(v for v in earlier if not v.is_prerelease) or index.newest_of(earlier)

@@ -11,6 +11,7 @@ from packaging.version import Version
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
+from registry.publishing.card import CardFields
 from registry.publishing.publish import Draft, Published, publish
 
 __all__ = ["check_push", "push_adapter"]
@@ -33,10 +34,17 @@ def push_adapter(
     allow: Sequence[str] = (),
     commit_message: str | None = None,
     create_pr: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    language: str | Sequence[str] | None = None,
+    pipeline_tag: str | None = None,
 ) -> Published:
     """Publish an adapter as a version that never changes again.
 
-    Everything is checked before anything is uploaded. The same content under the same version again is success.
+    Everything is checked before anything is uploaded. The same content under the same version again is success. Files
+    that no release put into the repository are neither changed nor part of the release.
 
     Args:
         source: A `PeftModel`, a Trainer that holds one, an adapter folder, or a Trainer's checkpoint.
@@ -55,9 +63,18 @@ def push_adapter(
         allow: Names of modules whose tensors may be large although they are not LoRA's, such as ``"lm_head"``.
         commit_message: For the history of the repository.
         create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
+        force: Publish into a repository that holds a base model, and replace files of others that have the names of a
+            release's files.
+        dry_run: Check everything and change nothing: the result's ``changes`` say what would be written, replaced,
+            deleted and left.
+        license: For the model card: id of a license, such as ``"apache-2.0"``.
+        datasets: For the model card: ids of the training datasets.
+        language: For the model card: code of the language, such as ``"en"``, or several.
+        pipeline_tag: For the model card: the Hub's task; by default the one that follows from the base's class.
 
     Raises:
         InvalidReference: The name or the version is malformed.
+        RepositoryConflict: The repository holds a base model, or files of others where those of a release have to go.
         VersionExists: Other content has been published under this version.
         PublishError: The adapter would be of no use, or others publish at the same time, again and again.
         UnsafeFile: A file is not what it should be.
@@ -67,6 +84,7 @@ def push_adapter(
     from registry.publishing.source import collect
 
     check_name(name)
+    fields = CardFields(license, datasets, language, pipeline_tag)
     wanted = version if version in BUMPS else parse_version(version)
     place = open_hub(hub, token)
     bases = None if base_model is None else _bases(place, base_hub, token if base_token is None else base_token)
@@ -83,9 +101,19 @@ def push_adapter(
 
         def draft(chosen: Version, before: Version | None) -> Draft:
             parent = None if before is None else version_text(before)
-            return Draft(*make_release(collected, name, version_text(chosen), parent))
+            return Draft(*make_release(collected, name, version_text(chosen), parent, fields=fields))
 
-        return publish(place, name, wanted, draft, message=commit_message, private=private, propose=create_pr)
+        return publish(
+            place,
+            name,
+            wanted,
+            draft,
+            message=commit_message,
+            private=private,
+            propose=create_pr,
+            force=force,
+            dry_run=dry_run,
+        )
 
 
 def check_push(

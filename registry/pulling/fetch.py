@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from packaging.version import Version
 
-from registry.catalog.index import Index, Release, index_of, read_manifest
+from registry.catalog.index import Index, Manifests, Release, index_of, read_manifest
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
     AdapterWarning,
@@ -116,7 +116,8 @@ class Fetcher:
         refs = self.hub.refs(name)
         self._check_tags(name, refs, seen, _pinned(reference, entry))
         state = self._state(name, refs, seen)
-        index = index_of(name, refs, state)
+        manifests = Manifests(self.hub, name, self._known(name, seen))
+        index = index_of(name, refs, state, manifests)
         if entry is None:
             release: Release | None = index.resolve(reference)
         else:
@@ -126,7 +127,7 @@ class Fetcher:
         if release is None or before.commit not in (None, release.commit):
             raise self._moved(name, before, release)
         identity = self._identity(release, before)
-        fetched = self._files(release, before)
+        fetched = self._files(release, before, manifests)
         self._record(fetched, identity, state, refs)
         return fetched
 
@@ -157,6 +158,11 @@ class Fetcher:
     def _describe_move(self, name: str, version: str, before: str | None, now: str | None) -> str:
         what = f"is commit {now} now" if now else "is not there any more"
         return f"{name}@{version} on {self.hub.location} was commit {before} and {what}"
+
+    def _known(self, name: str, seen: Seen) -> set[str]:
+        """Versions that have been pulled or locked before: they are releases, whatever their tags stand at now."""
+        entry = self.lock.entries().get(name)
+        return {*seen.versions, *([entry.version] if entry is not None else [])}
 
     def _before(self, name: str, version: str, seen: Seen) -> _Before:
         pulled, entry = seen.versions.get(version), self.lock.entries().get(name)
@@ -244,13 +250,13 @@ class Fetcher:
         lock = f" and its entry in {self.lock.path}" if self.lock.path else ""
         return f"Ask its owner. If it is meant to be so, delete {record}{lock}."
 
-    def _files(self, release: Release, before: _Before) -> Fetched:
+    def _files(self, release: Release, before: _Before, manifests: Manifests) -> Fetched:
         """The files of a release: from the cache, if they are there and undamaged."""
         # Whether this hub has what another one had is seen by its manifest only.
         known = before.manifest if before.commit is not None else None
         manifest = self.cache.manifest(known) if known else None
         if manifest is None:
-            manifest = read_manifest(self.hub, release)
+            manifest = read_manifest(self.hub, release, manifests)
             if before.manifest not in (None, manifest.digest):
                 raise self._changed(release, manifest, before.manifest)
         return self._in_cache(release, manifest, download=True)

@@ -29,6 +29,7 @@ def mirror(
     token: str | bool | None = None,
     target_token: str | bool | None = None,
     private: bool | None = None,
+    force: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Published]:
     """Copy releases to another registry, with what was withdrawn and the aliases.
@@ -40,6 +41,7 @@ def mirror(
         token: For where they come from.
         target_token: For where they go.
         private: Whether a new repository is private.
+        force: See `push_adapter`.
         cache_dir: The cache, through which they go.
 
     Returns:
@@ -47,6 +49,7 @@ def mirror(
 
     Raises:
         VersionExists: The target has another release under one of the versions.
+        RepositoryConflict: The target has files of others under the names of a release's.
         UnknownBase: The target is a hub, and an adapter's base model has no id there.
     """
     source, destination, parsed = open_hub(hub, token), open_hub(target, target_token), Reference.parse(reference)
@@ -56,12 +59,12 @@ def mirror(
     copied = []
     for release in wanted:
         fetched = fetcher.fetch(Reference(parsed.name, version=Version(release.version)))
-        copied.append(_copy(fetched, destination, private))
+        copied.append(_copy(fetched, destination, private, force=force))
     _copy_state(destination, parsed.name, index.state)
     return copied
 
 
-def _copy(fetched: Fetched, target: Hub, private: bool | None) -> Published:
+def _copy(fetched: Fetched, target: Hub, private: bool | None, *, force: bool) -> Published:
     release, manifest = fetched.release, fetched.manifest
     if not target.local and manifest.base.id is None:
         raise UnknownBase(
@@ -70,7 +73,8 @@ def _copy(fetched: Fetched, target: Hub, private: bool | None) -> Published:
         )
     files: dict[str, Path | bytes] = {name: fetched.path / name for name in manifest.files}
     version = Version(release.version)
-    done = publish(target, release.name, version, lambda *_: Draft(manifest, files), private=private)
+    draft = Draft(manifest, files, fixed=True)
+    done = publish(target, release.name, version, lambda *_: draft, private=private, force=force)
     if done.manifest.digest != manifest.digest:
         raise VersionExists(
             f"{release} stands on {target.location} with the same weights and another manifest: it was pushed there, "

@@ -15,7 +15,6 @@ from registry.formats.manifest import MANIFEST_FILE, Manifest
 from registry.formats.paths import GIT_ATTRIBUTES
 from registry.formats.records import FileRecord
 from registry.formats.references import Reference
-from registry.formats.strict_json import shown
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache, check_file
@@ -34,11 +33,14 @@ class Verification:
         release: That was looked at.
         manifest: Of it; ``None`` if there is none that can be read.
         problems: What is wrong, one sentence each; nothing, if all is well.
+        others: Files in the commit that the manifest doesn't list. They are not part of the release: no pull takes
+            them. Other programs that read the repository may.
     """
 
     release: Release
     manifest: Manifest | None
     problems: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -73,25 +75,22 @@ def verify(
     fetcher = Fetcher(place, Cache(cache_dir), Lock.choose(lock, frozen=False))
     problems: list[str] = []
     manifest: Manifest | None = None
+    others: tuple[str, ...] = ()
     try:
         manifest = read_manifest(fetcher.hub, release)
         problems += fetcher.compare(release, manifest, refs)
-        problems += _extra(place, release, manifest)
+        others = _others(place, release, manifest)
         problems += _damaged(place, release, manifest)
     except (HubUnavailable, MachineError):
         raise
     except RegistryError as problem:
         problems.append(str(problem))
-    return Verification(release, manifest, tuple(problems))
+    return Verification(release, manifest, tuple(problems), others)
 
 
-def _extra(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
+def _others(hub: Hub, release: Release, manifest: Manifest) -> tuple[str, ...]:
     listed = {*manifest.files, MANIFEST_FILE, GIT_ATTRIBUTES}
-    return [
-        f"{shown(path)} is in the commit and not in the manifest"
-        for path in hub.files(release.name, release.commit)
-        if path not in listed
-    ]
+    return tuple(sorted(path for path in hub.files(release.name, release.commit) if path not in listed))
 
 
 def _damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:

@@ -1,0 +1,115 @@
+"""Releases are told from tags: a tag that somebody else has set is shown as foreign and never chosen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from releases import NAME, release
+
+from registry import aliases, foreign_tags, mirror, pull_adapter, set_alias, show, verify, versions, yank
+from registry.errors import NotAdapter, RegistryError, VersionExists
+from registry.hubs.protocol import MAIN
+from registry.publishing import publish as publishing
+
+TAGS = ["v2.0.0", "v1.5.0", "v0.1.0", "v3.0.0rc1"]
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "folder":
+        return FolderPlace(tmp_path / "registry")
+    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(publishing, "PATIENCE", 0.2)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(params=["at a commit without release", "at another release"])
+def tagged(request: pytest.FixtureRequest, place: Place) -> Place:
+    """A repository with the release 1.0.0 and four foreign tags."""
+    place.hub.create(NAME)
+    commit = place.hub.refs(NAME).branches[MAIN]
+    done = release(place.hub, "1.0.0")
+    if request.param == "at another release":
+        commit = done.commit
+    for tag in TAGS:
+        place.hub.create_tag(NAME, tag, commit)
+    return place
+
+
+@pytest.mark.parametrize("behind", ["", ">=1", ">=0.1rc1", "~=1.0", "@1.0.0"])
+def test_a_foreign_tag_is_never_chosen(tagged: Place, behind: str) -> None:
+    assert pull_adapter(f"{NAME}{behind}", hub=tagged.hub).version == "1.0.0"
+    assert show(f"{NAME}{behind}", hub=tagged.hub).version == "1.0.0"
+    found = verify(f"{NAME}{behind}", hub=tagged.hub)
+    assert (found.release.version, found.ok) == ("1.0.0", True)
+
+
+def test_a_foreign_tag_is_shown_as_foreign(tagged: Place) -> None:
+    assert [each.version for each in versions(NAME, hub=tagged.hub)] == ["1.0.0"]
+    assert set(foreign_tags(NAME, hub=tagged.hub)) == set(TAGS)
+
+
+def test_who_names_a_foreign_tag_is_told(tagged: Place) -> None:
+    for action in (
+        lambda: pull_adapter(f"{NAME}@2.0.0", hub=tagged.hub),
+        lambda: show(f"{NAME}@2.0.0", hub=tagged.hub),
+        lambda: mirror(f"{NAME}@2.0.0", tagged.hub, hub=tagged.hub),
+    ):
+        with pytest.raises(RegistryError, match=r"tag v2\.0\.0 is foreign|its tag is wrong"):
+            action()
+
+
+def test_counting_starts_from_the_newest_release_and_passes_foreign_tags(tagged: Place) -> None:
+    assert release(tagged.hub, "patch", seed=1).version == "1.0.1"
+    assert release(tagged.hub, "minor", seed=2).version == "1.1.0"
+    # 2.0.0 has a tag already.
+    assert release(tagged.hub, "major", seed=3).version == "3.0.0"
+    with pytest.raises(VersionExists):
+        release(tagged.hub, "2.0.0", seed=4)
+
+
+def test_a_release_below_a_foreign_tag_is_on_main(tagged: Place) -> None:
+    done = release(tagged.hub, "1.2.0", seed=1)
+    assert tagged.hub.refs(NAME).branches[MAIN] == done.commit
+
+
+def test_a_copy_takes_releases_only(tagged: Place, tmp_path: Path) -> None:
+    target = FolderPlace(tmp_path / "target")
+    assert [str(each) for each in mirror(NAME, target.hub, hub=tagged.hub)] == [f"{NAME}@1.0.0"]
+    assert set(target.hub.refs(NAME).tags) == {"v1.0.0"}
+
+
+def test_a_repository_with_foreign_tags_only(place: Place) -> None:
+    place.hub.create(NAME)
+    for tag in TAGS:
+        place.hub.create_tag(NAME, tag, place.hub.refs(NAME).branches[MAIN])
+    assert versions(NAME, hub=place.hub) == []
+    with pytest.raises(NotAdapter, match="were not set by this registry"):
+        pull_adapter(NAME, hub=place.hub)
+    assert release(place.hub, "patch").version == "0.0.1"
+
+
+def test_aliases_and_withdrawals_are_for_releases(place: Place) -> None:
+    place.hub.create(NAME)
+    first = place.hub.refs(NAME).branches[MAIN]
+    release(place.hub, "1.0.0")
+    place.hub.create_tag(NAME, "v2.0.0", first)
+    with pytest.raises(NotAdapter):
+        set_alias(f"{NAME}@2.0.0", "champion", hub=place.hub)
+    with pytest.raises(NotAdapter):
+        yank(f"{NAME}@2.0.0", "wrong", hub=place.hub)
+    set_alias(NAME, "champion", hub=place.hub)
+    assert aliases(NAME, hub=place.hub)["champion"][-1].version == "1.0.0"
+
+
+def test_the_commit_of_a_release_with_two_tags_is_that_release(tagged: Place) -> None:
+    commit = tagged.hub.refs(NAME).tags["v1.0.0"]
+    assert pull_adapter(f"{NAME}@{commit}", hub=tagged.hub).version == "1.0.0"
