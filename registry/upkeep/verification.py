@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from registry.catalog.index import Release, index_of, read_manifest
+from registry.catalog.index import Manifests, Release, index_of, read_manifest
 from registry.catalog.state import read_state
 from registry.disk.machine import CheckedSink, temporary_folder
 from registry.errors import HubUnavailable, MachineError, RegistryError
@@ -71,13 +71,14 @@ def verify(
     """
     place, parsed = open_hub(hub, token), Reference.parse(reference)
     refs = place.refs(parsed.name)
-    release = index_of(parsed.name, refs, read_state(place, parsed.name, refs)).resolve(parsed)
+    manifests = Manifests(place, parsed.name)
+    release = index_of(parsed.name, refs, read_state(place, parsed.name, refs), manifests).resolve(parsed)
     fetcher = Fetcher(place, Cache(cache_dir), Lock.choose(lock, frozen=False))
     problems: list[str] = []
     manifest: Manifest | None = None
     others: tuple[str, ...] = ()
     try:
-        manifest = read_manifest(fetcher.hub, release)
+        manifest = read_manifest(fetcher.hub, release, manifests)
         problems += fetcher.compare(release, manifest, refs)
         others = _others(place, release, manifest)
         problems += _damaged(place, release, manifest)
