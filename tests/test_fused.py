@@ -14,10 +14,14 @@ import tiny
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_plugins import LoraCallback, prepare_model
+from lora_plugins import Int8PreparationCallback, LoraCallback, prepare_model
 from lora_plugins.adapters.fused import LoraBranch, draw_mask, fuse_adapters
+from lora_plugins.adapters.report import make_report
+from lora_plugins.errors import PreparationError
+from lora_plugins.quantization.request import owner_of
 
 SHAPE = (3, 5, 16)
 
@@ -371,3 +375,142 @@ def test_prepared_models_are_fused(quantization: str | None) -> None:
     ids = torch.arange(1, 9)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     assert seen == ["LoraBranchBackward"]
+
+
+# -- second derivatives ------------------------------------------------------------------------
+
+
+def penalty_gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a gradient penalty: those of the squared gradients of the first loss."""
+    x = x.detach().clone().requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    loss = layer_of(model)(x).square().mean()
+    first = torch.autograd.grad(loss, [x, *trained], create_graph=True)
+    sum(g.square().sum() for g in first).backward()  # type: ignore[union-attr]
+    return {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "r": 2}, {"lora_dropout": 0.5, "lora_alpha": 64}]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gradient_penalty_has_the_gradients_of_peft(config: dict[str, Any], bias: bool) -> None:
+    model = wrapped(bias=bias, **config)
+    plain = copy.deepcopy(model)
+    drop_the_same(plain)
+    fuse_adapters(model)
+    expected, found = penalty_gradients(plain, rows()), penalty_gradients(model, rows())
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4", "int8-hqq"])
+def test_prepared_models_differentiate_twice(quantization: str | None) -> None:
+    grads = []
+    for fused in (True, False):
+        model = prepare_model(
+            tiny.llama(), quantization=quantization, compute_dtype="float32", fused=fused, lora_dropout=0.0
+        )
+        model.config._attn_implementation = "eager"
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+        embeddings = model.get_input_embeddings()(torch.arange(1, 9)[None]).detach().requires_grad_(True)
+        loss = model.train()(inputs_embeds=embeddings, labels=torch.arange(1, 9)[None]).loss
+        (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+        gradient.square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(bool(gradient.any()) for name, gradient in grads[0].items())
+    for name, gradient in grads[1].items():
+        torch.testing.assert_close(grads[0][name], gradient, rtol=1e-4, atol=1e-8)
+
+
+# -- other methods and classes keep their own forward ------------------------------------------
+
+
+class Doubling(LoraLinear):
+    """A user's LoRA layer whose branch counts twice."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.base_layer(x)
+        return base + 2 * (super().forward(x, *args, **kwargs) - base)
+
+
+class CastingInDouble(LoraLinear):
+    """A user's LoRA layer that inherits the forward pass and changes what it calls."""
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        return super()._cast_input_dtype(x, dtype) * 2
+
+
+@pytest.mark.parametrize("kind", [Doubling, CastingInDouble])
+def test_a_subclass_of_the_lora_layer_keeps_its_own_forward(kind: type[LoraLinear]) -> None:
+    model = wrapped()
+    layer_of(model).__class__ = kind
+    expected = run(copy.deepcopy(model), rows())
+    assert fuse_adapters(model) == 0
+    for name, tensor in run(model, rows()).items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("kind", [Doubling, CastingInDouble])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_subclass_keeps_its_class_when_its_base_is_quantized(kind: type[LoraLinear], quantization: str) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config._register_custom_module({nn.Linear: kind})
+    model: Any = peft.get_peft_model(tiny.llama(), config)
+    prepare_model(model, quantization=quantization)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert {type(m) for m in layers} == {kind}
+    assert not any("forward" in vars(m) for m in layers)
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=10, init_r=4, target_r=2),
+    "vera": lambda: peft.VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
+    "loha": lambda: peft.LoHaConfig(target_modules=["q_proj", "v_proj"], r=4),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj", "v_proj"], r=4),
+}
+#: These read the shape of the base's weight, which four bits pack.
+PACKED = [("loha", "nf4"), ("lokr", "nf4")]
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_a_method_that_fails_over_packed_weights_is_refused_by_name(method: str) -> None:
+    config = METHODS[method]()
+    model: Any = peft.get_peft_model(tiny.llama(), config)
+    with pytest.raises(PreparationError, match=r"of PEFT \(model\.layers\.0\.self_attn\.q_proj\) fails over .*'nf4'"):
+        prepare_model(model, quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [(method, name) for method in METHODS for name in ("int8", "nf4") if (method, name) not in PACKED],
+)
+def test_other_methods_train_over_a_quantized_base(tmp_path: Path, method: str, quantization: str) -> None:
+    config = METHODS[method]()
+    config.task_type = "CAUSAL_LM"
+    model: Any = peft.get_peft_model(tiny.llama(), config)
+    kinds = [type(m) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    trainer = tiny.trainer(tmp_path, model, [Int8PreparationCallback(quantization)], max_steps=2)
+    trainer.train()
+    layers = [m for m in trainer.model.modules() if isinstance(m, BaseTunerLayer)]
+    assert [type(m) for m in layers] == kinds
+    assert not any("forward" in vars(m) for m in layers)
+    assert all(owner_of(m.get_base_layer()) is not None for m in layers)
+
+
+# -- the switch --------------------------------------------------------------------------------
+
+
+def test_the_fused_branch_can_be_switched_off(tmp_path: Path) -> None:
+    for model in (
+        prepare_model(tiny.llama(), fused=False),
+        tiny.trainer(tmp_path, callbacks=[LoraCallback(fused=False, quantization="int8")]).model,
+    ):
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert any("fused=False" in note for note in make_report(model).notes)
+    assert not any("fused" in note for note in make_report(prepare_model(tiny.llama())).notes)

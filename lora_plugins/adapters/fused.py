@@ -9,17 +9,16 @@ value, and the rest is computed again. On a CPU the mask is drawn from a stream 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import types
 from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import bnb
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
+
+from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 
 __all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters"]
 
@@ -34,21 +33,17 @@ def fuse_adapters(model: nn.Module) -> int:
     Returns:
         How many layers were changed.
     """
-    known = _forwards_of_peft()
     count = 0
     for module in model.modules():
-        if isinstance(module, LoraLayer) and type(module).forward in known and "forward" not in vars(module):
+        if type(module) in _PLAIN and "forward" not in vars(module):
             module.forward = types.MethodType(forward, module)
             count += 1
     return count
 
 
-def _forwards_of_peft() -> set[Any]:
-    """The ``forward`` functions whose branch is the one that is written here."""
-    known: set[Any] = {Linear.forward}
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        known |= {getattr(bnb, name).forward for name in ("Linear8bitLt", "Linear4bit") if hasattr(bnb, name)}
-    return known
+#: The LoRA layers whose branch is the one that is written here. Subclasses, layers of other backends and of other PEFT
+#: methods keep their own ``forward``: what they change about it can't be seen from outside.
+_PLAIN = (Linear, QuantizedLoraLinear)
 
 
 # A bound method is pickled as its object and its name, so this must be called what it stands in for.
@@ -156,9 +151,11 @@ class LoraBranch(torch.autograd.Function):
         return total.to(result.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mask, inner, a, b = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody differentiates this pass (a gradient penalty): what was kept of the first one knows no gradient.
+            inner = _dropped(x, mask, ctx.dtype) @ a.to(ctx.dtype).T
         for_result, for_x, for_a, for_b = ctx.needs_input_grad[:4]
         rows = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
         of_x = of_a = of_b = None

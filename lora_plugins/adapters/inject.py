@@ -22,9 +22,11 @@ from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.request import Quantization, unknown_layers
 from lora_plugins.targets.resolution import TargetPlan
+from lora_plugins.text import one_line
 
 __all__ = [
     "build_config",
+    "check_forward",
     "exchange_layers",
     "find_lora_layers",
     "has_adapters",
@@ -164,14 +166,15 @@ def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int
 def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
     """Give LoRA layers over a freshly quantized base the class that fits it, so that merging works.
 
-    The layer object, its weights, names, hooks and trainability stay; only its class changes.
+    The layer object, its weights, names, hooks and trainability stay; only its class changes. Subclasses of the LoRA
+    layer that PEFT has in other methods (AdaLoRA), or that somebody wrote, stay what they are.
 
     Returns:
         How many layers were changed.
     """
     changed = 0
     for module in model.modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or not _is_plain_lora(module):
             continue
         base = module.get_base_layer()
         if not quantization.quantizer.owns(base):
@@ -183,6 +186,35 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
             module.is_target_conv_1d_layer = False
             changed += 1
     return changed
+
+
+def check_forward(model: nn.Module, quantization: Quantization) -> None:
+    """Run one layer of each other PEFT method over a quantized base once: some read its weight as if it were float.
+
+    Raises:
+        PreparationError: Such a layer fails.
+    """
+    tried: set[type] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, QuantizedLoraLinear) or type(module) in tried:
+            continue
+        base: Any = module.get_base_layer()
+        if not quantization.quantizer.owns(base):
+            continue
+        tried.add(type(module))
+        try:
+            with torch.no_grad():
+                module(torch.zeros(1, base.in_features, device=next(base.parameters()).device))
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise PreparationError(
+                f"{type(module).__name__} of PEFT ({plain_path(path)}) fails over layers that are quantized with "
+                f"{quantization.name!r}: {one_line(error)}. Use another backend, LoRA, or leave quantization out."
+            ) from error
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is QuantizedLoraLinear or kind.__module__.startswith("peft.tuners.lora.")
 
 
 def find_lora_layers(

@@ -17,6 +17,7 @@ from lora_plugins.adapters import files as adapters
 from lora_plugins.adapters.fused import fuse_adapters
 from lora_plugins.adapters.inject import (
     build_config,
+    check_forward,
     exchange_layers,
     find_lora_layers,
     has_adapters,
@@ -29,6 +30,7 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.casting import cast_trained, meet_inputs
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.facts import record_facts
 from lora_plugins.quantization.marks import tag_quantized, untag_dequantized
@@ -36,6 +38,7 @@ from lora_plugins.quantization.precision import (
     activation_dtype,
     cast_frozen,
     resolve_compute_dtype,
+    resolve_trainable_dtype,
     slow_products_note,
     upcast_frozen,
 )
@@ -72,6 +75,8 @@ def prepare_model(
     adapter_name: str = "default",
     experts: str = "default",
     strict: bool = True,
+    trainable_dtype: str | torch.dtype | None = "float32",
+    fused: bool = True,
     seed: int = 42,
     **lora: Any,
 ) -> peft.PeftModel:
@@ -94,6 +99,10 @@ def prepare_model(
         experts: What happens to routed experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for
             the architecture's own policy.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
+        trainable_dtype: Dtype of everything that is trained (adapters, heads, saved modules, tokens), whatever the base
+            is held in; ``None`` leaves each tensor in the dtype that it is made in.
+        fused: Whether LoRA layers compute their branch as one function while they are trained: the same numbers with
+            less kept for the backward pass. ``False`` leaves them PEFT's own ``forward``.
         seed: Seed of the adapters' initial values; the caller's random state does not move.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
@@ -115,6 +124,8 @@ def prepare_model(
         adapter_name=adapter_name,
         experts=experts,
         strict=strict,
+        trainable_dtype=trainable_dtype,
+        fused=fused,
         **lora,
     )
     return prepare(model, settings, seed=seed)
@@ -348,6 +359,7 @@ def quantize_base(job: Job) -> None:
         record.quantization.quantizer.after_quantize(job.base, record.quantization.options)
     if record.quantization is not None:
         exchange_layers(model, record.quantization)
+        check_forward(model, record.quantization)
         job.lora_layers = find_lora_layers(model, job.config, record.quantization)
 
 
@@ -387,6 +399,25 @@ def check_adapters(job: Job) -> None:
     job.trained |= _find_trained(job.model)
 
 
+def cast_trainable(job: Job) -> None:
+    """Hold what is trained in its dtype; adapters that came with the model keep the one they were made in."""
+    wanted = resolve_trainable_dtype(job.settings.trainable_dtype)
+    if wanted is None:
+        return
+    kept = cast_trained(job.model, wanted, adapters=job.config is not None)
+    if kept:
+        job.record.notes.append(
+            f"{len(kept)} trained biases beside frozen weights keep the dtype of those, first {kept[0]}"
+        )
+
+
+def let_inputs_in(job: Job) -> None:
+    """Let layers in 16 bits take sound, images and other inputs in float32."""
+    head = getattr(job.base, "get_output_embeddings", lambda: None)()
+    # The head of a language model gets hidden states and never an input; a hook would keep the loss from being chunked.
+    meet_inputs(job.model, keep=head)
+
+
 def load_stored(job: Job) -> None:
     """Load the adapter to continue from."""
     if job.stored is None:
@@ -400,7 +431,10 @@ def load_stored(job: Job) -> None:
 
 def fuse(job: Job) -> None:
     """Let the LoRA layers compute their branch as one function."""
-    fuse_adapters(job.model)
+    if job.settings.fused:
+        fuse_adapters(job.model)
+    elif job.has_adapters:
+        job.record.notes.append("the LoRA layers compute their branch with PEFT's own forward (fused=False)")
 
 
 def check_trained(job: Job) -> None:
@@ -425,7 +459,7 @@ BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
 #: What makes and checks the adapters.
 ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
 #: What needs both.
-LAST_STEPS: tuple[Step, ...] = (load_stored, fuse, check_trained)
+LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, check_trained)
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:

@@ -36,6 +36,8 @@ class LoraSettings:
         adapter_name: Name of the adapter in the model.
         experts: Policy for routed experts, ``"default"`` for the architecture's own.
         strict: Whether problems with targets are errors (else warnings).
+        trainable_dtype: Dtype of everything that is trained, ``None`` to leave it as it is made.
+        fused: Whether LoRA layers compute their branch as one function while they are trained.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +49,8 @@ class LoraSettings:
     adapter_name: str = "default"
     experts: str = "default"
     strict: bool = True
+    trainable_dtype: str | torch.dtype | None = "float32"
+    fused: bool = True
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.sharding import is_part
 from lora_plugins.models.wrapping import adapter_modules
+from lora_plugins.quantization.casting import return_input_dtype
 from lora_plugins.quantization.request import owner_of
 from lora_plugins.text import dtype_name
 
@@ -20,6 +21,7 @@ __all__ = [
     "fast_bfloat16",
     "loading_dtype",
     "resolve_compute_dtype",
+    "resolve_trainable_dtype",
     "slow_dtype",
     "slow_products_note",
     "upcast_frozen",
@@ -107,6 +109,22 @@ def resolve_compute_dtype(
     return getattr(torch, wanted)
 
 
+def resolve_trainable_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of everything that is trained, ``None`` to leave it.
+
+    Raises:
+        PreparationError: ``wanted`` is not a float dtype.
+    """
+    if wanted is None:
+        return None
+    name = dtype_name(wanted)
+    if name not in _DTYPE_NAMES:
+        known = ", ".join(map(repr, _DTYPE_NAMES))
+        raise PreparationError(f"trainable_dtype must be {known}, a torch dtype of these or None, not {wanted!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
     """Return the dtype that the matrix products of a model will mostly see, ``None`` for a model without floats."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -189,7 +207,7 @@ def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
             parameter.data = parameter.data.to(torch.float32)
         changed.append(path)
         if upcast == "norms":
-            _compute_in_float32(module)
+            return_input_dtype(module)
     return changed
 
 
@@ -197,18 +215,3 @@ def _is_norm(module: nn.Module) -> bool:
     """Norm layers have no common base class: they are known by their name and by holding vectors only."""
     parameters = list(module.parameters(recurse=False))
     return "norm" in type(module).__name__.lower() and bool(parameters) and all(p.dim() == 1 for p in parameters)
-
-
-def _compute_in_float32(norm: nn.Module) -> None:
-    # Hooks and not a new forward: they belong to the module and go with it into a copy of the model.
-    norm.register_forward_pre_hook(_to_float32)
-    norm.register_forward_hook(_back_to_input_dtype)
-
-
-def _to_float32(norm: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    norm.input_dtype = inputs[0].dtype
-    return (inputs[0].to(torch.float32), *inputs[1:])
-
-
-def _back_to_input_dtype(norm: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-    return output.to(norm.input_dtype)

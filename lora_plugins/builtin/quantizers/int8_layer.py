@@ -7,7 +7,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch.autograd.function import once_differentiable
 
 __all__ = ["Int8Linear", "dequantized", "quantized"]
 
@@ -34,7 +33,11 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
+            if x.dim() <= 3:
+                return super().forward(x)
+            # bitsandbytes 0.49 takes rows of a matrix or of a batch of matrices and fails on any more dimensions
+            # (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.49.0/bitsandbytes/autograd/_functions.py).
+            return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         if self.weight.CB is not None:
             self.init_8bit_state()
         weight, scale = self.weight.data, self.state.SCB
@@ -66,7 +69,6 @@ class _Int8Product(torch.autograd.Function):
         return torch.nn.functional.linear(x, dequantized(weight, scale, x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         weight, scale = ctx.saved_tensors or ctx.kept
         of_input = of_bias = None

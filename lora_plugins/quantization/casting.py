@@ -1,0 +1,155 @@
+"""Trained tensors in float32, and inputs in the dtype of the layer they reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lora_plugins.models.sharding import is_part
+from lora_plugins.quantization.request import owner_of
+
+__all__ = ["cast_trained", "meet_inputs", "return_input_dtype"]
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+#: Where a layer notes the dtype of the model around it, and that of its last input.
+_AROUND, _CAME_IN = "lora_plugins_dtype_around", "lora_plugins_dtype_that_came_in"
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True) -> list[str]:
+    """Hold every tensor that gets gradients in one dtype, whatever the frozen base is held in.
+
+    A layer whose tensors are trained computes in that dtype and gives back the dtype that came in, or for
+    tokens the dtype of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype.
+
+    Args:
+        model: The prepared model, wrapped or not.
+        dtype: The dtype.
+        adapters: Whether the tensors of adapter layers are cast too; those of saved modules and of the base always are.
+
+    Returns:
+        Names of the trained tensors that keep another dtype.
+    """
+    around = _main_dtype(model)
+    adapter_parts = _find_adapter_parts(model)
+    kept: list[str] = []
+    for path, module in model.named_modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None and p.is_floating_point()}
+        trained = [p for p in own.values() if p.requires_grad and not is_part(p)]
+        if not trained:
+            continue
+        if module in adapter_parts:
+            _cast(trained, dtype if adapters else None)
+        elif owner_of(module) is not None or any(not p.requires_grad and p.dim() > 1 for p in own.values()):
+            kept += [f"{path}.{name}" for name, p in own.items() if p.requires_grad and p.dtype != dtype]
+        else:
+            _cast(own.values(), dtype)
+            if around is not None and around != dtype:
+                return_input_dtype(module, around)
+    return kept
+
+
+def _cast(parameters: Any, dtype: torch.dtype | None) -> None:
+    for parameter in parameters:
+        if dtype is not None and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _find_adapter_parts(model: nn.Module) -> set[nn.Module]:
+    """The adapter layers and what is in them, but for the base layers under them: they cast their inputs themselves."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            found.add(module)
+            found.update(
+                part for name, child in module.named_children() if name != "base_layer" for part in child.modules()
+            )
+    return found
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of most frozen float weights outside of quantized layers."""
+    sizes: dict[torch.dtype, int] = {}
+    for module in model.modules():
+        if owner_of(module) is None:
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and not parameter.requires_grad:
+                    sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def meet_inputs(model: nn.Module, keep: nn.Module | None = None) -> int:
+    """Let layers take inputs of any float dtype: sound and images come in float32, whatever a base is held in.
+
+    torch's own layers and those that own a matrix refuse an input of another dtype than their weight's. Under
+    autocast torch casts for all but norms on a CPU.
+
+    Args:
+        model: The prepared model.
+        keep: A module to leave without a hook.
+
+    Returns:
+        How many layers were changed.
+    """
+    count = 0
+    adapter_parts = _find_adapter_parts(model)
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+        if module is keep or module in adapter_parts or not own or owner_of(module) is not None:
+            continue
+        if type(module).__module__.startswith("torch.nn.") or any(p.dim() > 1 for p in own):
+            module.register_forward_pre_hook(_cast_input)
+            count += 1
+    return count
+
+
+def return_input_dtype(module: nn.Module, around: torch.dtype | None = None) -> None:
+    """Let a layer compute in its own dtype and give back the dtype that came in.
+
+    Args:
+        module: The layer.
+        around: What it gives back where no float comes in, as for tokens.
+    """
+    # Hooks and not a new forward: they belong to the module and go with it into a copy of the model.
+    if _enter not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_enter)
+        module.register_forward_hook(_leave)
+    setattr(module, _AROUND, around)
+
+
+def _enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    first = inputs[0] if inputs else None
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        setattr(module, _CAME_IN, getattr(module, _AROUND))
+        return inputs
+    setattr(module, _CAME_IN, first.dtype)
+    return (first.to(_own_dtype(module)), *inputs[1:])
+
+
+def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    dtype = getattr(module, _CAME_IN)
+    return output if dtype is None or not isinstance(output, torch.Tensor) else output.to(dtype)
+
+
+def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not inputs or not isinstance(inputs[0], torch.Tensor) or not inputs[0].is_floating_point():
+        return None
+    x = inputs[0]
+    dtype = _own_dtype(module)
+    if x.dtype == dtype or (torch.is_autocast_enabled(x.device.type) and not _refuses(module, x)):
+        return None
+    return (x.to(dtype), *inputs[1:])
+
+
+def _refuses(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer under autocast refuses its input: norms in 16 bits on a CPU do, which autocast leaves alone."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return x.device.type == "cpu" and all(p.dim() == 1 and p.dtype in _HALF for p in own)
+
+
+def _own_dtype(module: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
