@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lora_plugins import plan, prepare_model
-from lora_plugins.adapters import prepare as pipeline
-from lora_plugins.adapters.prepare import Job, choose_targets
+from lora_plugins.adapters import steps
+from lora_plugins.adapters.prepare import choose_targets
 from lora_plugins.adapters.settings import LoraSettings
+from lora_plugins.adapters.steps import Job
 from lora_plugins.errors import PreparationError
 from lora_plugins.planning.layers import PlannedLinear
 from lora_plugins.planning.source import without_data
@@ -73,7 +74,7 @@ def test_a_step_that_is_added_appears_in_plan_and_prepare(monkeypatch: pytest.Mo
                 parameter.data = parameter.data.double()
 
     before = plan(tiny.llama(), length=8, quantization="int8").chosen.memory
-    monkeypatch.setattr(pipeline, "LAST_STEPS", (*pipeline.LAST_STEPS, double_precision))
+    monkeypatch.setattr(steps, "LAST_STEPS", (*steps.LAST_STEPS, double_precision))
     model = prepare_model(tiny.llama(), quantization="int8")
     assert seen == ["cpu"]
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float64}

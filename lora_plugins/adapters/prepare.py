@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import peft
@@ -14,54 +12,29 @@ from peft import PeftModel
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
-from lora_plugins.adapters.fused import fuse_adapters
 from lora_plugins.adapters.inject import (
     build_config,
-    check_forward,
-    exchange_layers,
-    find_lora_layers,
     has_adapters,
-    initializes_from_base,
-    inject,
 )
 from lora_plugins.adapters.records import RECORD_ATTRIBUTE, Preparation, preparation_of
-from lora_plugins.adapters.reloading import check_loadable
 from lora_plugins.adapters.settings import LoraSettings
+from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
-from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
-from lora_plugins.quantization.casting import cast_trained, meet_inputs
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.facts import record_facts
-from lora_plugins.quantization.marks import tag_quantized, untag_dequantized
-from lora_plugins.quantization.precision import (
-    activation_dtype,
-    cast_frozen,
-    resolve_compute_dtype,
-    resolve_trainable_dtype,
-    slow_products_note,
-    upcast_frozen,
-)
-from lora_plugins.quantization.request import Quantization, detect_quantization, with_compute_dtype
-from lora_plugins.quantization.selftest import check_arrived
-from lora_plugins.quantization.walk import quantize_in_place
+from lora_plugins.quantization.marks import untag_dequantized
+from lora_plugins.quantization.request import Quantization, detect_quantization
 from lora_plugins.targets.resolution import TargetPlan, resolve_targets, task_heads
 
 __all__ = [
-    "Job",
     "Preparation",
-    "Progress",
     "choose_targets",
-    "find_steps",
     "preparation_of",
     "prepare",
     "prepare_model",
     "prepare_plain",
-    "run_steps",
 ]
-
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 def prepare_model(
@@ -233,233 +206,6 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
         literal=stored is not None,
         strict=settings.strict,
     )
-
-
-# -- the steps ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """One model on its way through the steps.
-
-    Attributes:
-        model: The base model, its `peft.PeftModel` once the adapters are in. On the meta device for `plan`.
-        settings: What was asked for.
-        record: What was done, filled by the steps.
-        quantize: The step that quantizes the base: really, or in `plan` by stand-ins.
-        config: Configuration of the adapters to make, ``None`` where they come from elsewhere.
-        stored: Folder of the adapter to continue from.
-        is_quantized: Whether the base arrived quantized.
-        seed: Seed of the adapters' initial values.
-        autocast: Whether the Trainer runs the model under autocast.
-        device: Where the model will run; by default where it is.
-        progress: Wraps the layers while they are quantized.
-        lora_layers: Classes of LoRA layers over the quantized layers, which ``quantize`` fills.
-        trained: What gets gradients, by name.
-    """
-
-    model: Any
-    settings: LoraSettings
-    record: Preparation
-    quantize: Callable[[Job], None] = field(default_factory=lambda: quantize_base)
-    config: peft.LoraConfig | None = None
-    stored: Path | None = None
-    is_quantized: bool = False
-    seed: int = 42
-    autocast: bool = False
-    device: torch.device | None = None
-    progress: Progress | None = None
-    lora_layers: dict[type, type] = field(default_factory=dict)
-    trained: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    @property
-    def base(self) -> nn.Module:
-        """The base model, under adapters or without."""
-        return base_of(self.model)
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether the adapters are in."""
-        return self.base is not self.model
-
-    @property
-    def asked_quantization(self) -> Quantization | None:
-        """What the base is to be quantized with, ``None`` where it arrived quantized or stays in float."""
-        return None if self.is_quantized else self.settings.quantization
-
-    def never_quantized(self) -> tuple[str, ...]:
-        """Names of modules that stay in float."""
-        plan = self.record.plan
-        return (*(plan.never if plan is not None else ()), *self.record.heads)
-
-
-def run_steps(job: Job) -> Any:
-    """Take a model through every step, for `prepare_model` and `plan` alike; returns the prepared model."""
-    for step in find_steps(job):
-        step(job)
-    return job.model
-
-
-def find_steps(job: Job) -> list[Step]:
-    """Return the steps of a job in their order.
-
-    Adapters that start from the float weights are made before the base is quantized.
-    """
-    adapters_first = not job.has_adapters and job.config is not None and _starts_from_base(job)
-    middle = [*ADAPTER_STEPS, *BASE_STEPS] if adapters_first else [*BASE_STEPS, *ADAPTER_STEPS]
-    return [freeze_base, *middle, *LAST_STEPS]
-
-
-def _starts_from_base(job: Job) -> bool:
-    init = getattr(job.config, "init_lora_weights", True)
-    first = initializes_from_base(init, job.record.quantization, already_quantized=job.is_quantized)
-    if first:
-        job.record.notes.append(f"adapters were initialised from the float base ({init}), then quantized under")
-    return first
-
-
-def freeze_base(job: Job) -> None:
-    """Freeze a base that has no adapters yet; with adapters, they and trained heads keep their trainability."""
-    if not job.has_adapters:
-        job.base.requires_grad_(False)
-    job.trained = _find_trained(job.model)
-
-
-def _find_trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def choose_dtype(job: Job) -> None:
-    """Decide the dtype of the frozen float weights."""
-    job.record.compute_dtype = resolve_compute_dtype(
-        job.settings.compute_dtype,
-        job.base,
-        quantized=job.is_quantized or job.settings.quantization is not None,
-        autocast=job.autocast,
-        device=job.device,
-    )
-
-
-def quantize(job: Job) -> None:
-    """Quantize the base by the job's own step, which names the LoRA layers that go over the quantized ones."""
-    job.quantize(job)
-
-
-def quantize_base(job: Job) -> None:
-    """Quantize the base in place; let a backend finish what was loaded quantized."""
-    record, model, wanted = job.record, job.model, job.asked_quantization
-    if wanted is not None:
-        dtype = record.compute_dtype or activation_dtype(job.base, autocast=job.autocast)
-        wanted = with_compute_dtype(wanted, dtype)
-        record.layers = quantize_in_place(model, wanted, never=job.never_quantized(), progress=job.progress)
-        record.quantization = wanted
-        tag_quantized(job.base, wanted, record.layers)
-    elif record.quantization is not None:
-        check_arrived(job.base, record.quantization)
-        record.quantization.quantizer.after_quantize(job.base, record.quantization.options)
-    if record.quantization is not None:
-        exchange_layers(model, record.quantization)
-        check_forward(model, record.quantization)
-        job.lora_layers = find_lora_layers(model, job.config, record.quantization)
-
-
-def cast_base(job: Job) -> None:
-    """Cast the frozen float weights."""
-    if job.record.compute_dtype is not None:
-        cast_frozen(job.base, job.record.compute_dtype)
-
-
-def upcast_base(job: Job) -> None:
-    """Hold norms, or everything that is not quantized, in float32 where that was asked for."""
-    job.record.upcast = upcast_frozen(job.base, job.settings.upcast)
-    slow = slow_products_note(job.base, autocast=job.autocast)
-    job.record.notes += [slow] if slow else []
-
-
-def inject_adapters(job: Job) -> None:
-    """Put fresh adapters into a base that has none."""
-    config, record = job.config, job.record
-    if config is None:
-        return
-    if job.lora_layers:
-        config._register_custom_module(job.lora_layers)
-    base = job.base
-    job.model, notes = inject(base, config, job.settings.adapter_name, job.seed)
-    record.notes += notes
-    if record.plan is not None and record.plan.input_gradients:
-        base.enable_input_require_grads()  # type: ignore[operator]
-        record.notes.append("the embeddings, which stay frozen, hand a gradient through: the blocks need it")
-
-
-def check_adapters(job: Job) -> None:
-    """Find out whether PEFT will find the adapters in their own file, and what is trained from here on."""
-    if job.has_adapters:
-        lost = check_loadable(job.model, str(job.record.adapter_name), strict=job.settings.strict)
-        job.record.notes += [lost] if lost else []
-    job.trained |= _find_trained(job.model)
-
-
-def cast_trainable(job: Job) -> None:
-    """Hold what is trained in its dtype; adapters that came with the model keep the one they were made in."""
-    wanted = resolve_trainable_dtype(job.settings.trainable_dtype)
-    if wanted is None:
-        return
-    kept = cast_trained(job.model, wanted, adapters=job.config is not None)
-    if kept:
-        job.record.notes.append(
-            f"{len(kept)} trained biases beside frozen weights keep the dtype of those, first {kept[0]}"
-        )
-
-
-def let_inputs_in(job: Job) -> None:
-    """Let layers in 16 bits take sound, images and other inputs in float32."""
-    head = getattr(job.base, "get_output_embeddings", lambda: None)()
-    # The head of a language model gets hidden states and never an input; a hook would keep the loss from being chunked.
-    meet_inputs(job.model, keep=head)
-
-
-def load_stored(job: Job) -> None:
-    """Load the adapter to continue from."""
-    if job.stored is None:
-        return
-    file = adapters.find_adapter_file(job.stored, "default")
-    if file is None:
-        raise PreparationError(f"The folder {job.stored} has no {adapters.ADAPTER_FILE}")
-    adapters.load_weights(job.model, file, job.settings.adapter_name)
-    job.record.notes.append(f"continues from the adapter in {job.stored}")
-
-
-def fuse(job: Job) -> None:
-    """Let the LoRA layers compute their branch as one function."""
-    if job.settings.fused:
-        fuse_adapters(job.model)
-    elif job.has_adapters:
-        job.record.notes.append("the LoRA layers compute their branch with PEFT's own forward (fused=False)")
-
-
-def check_trained(job: Job) -> None:
-    """Hold every step to it that what is trained stays so.
-
-    Raises:
-        PreparationError: A later step froze or replaced a trained tensor.
-    """
-    now = {id(parameter) for parameter in job.model.parameters() if parameter.requires_grad}
-    lost = [name for name, parameter in job.trained.items() if id(parameter) not in now]
-    if lost:
-        raise PreparationError(
-            f"{len(lost)} tensors that are trained would be frozen by preparing the model, first {lost[0]}. Name their "
-            "modules in skip_modules (quantization={'name': …, 'skip_modules': […]}), or freeze them first."
-        )
-
-
-Step = Callable[[Job], None]
-
-#: What is done to the base.
-BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
-#: What makes and checks the adapters.
-ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
-#: What needs both.
-LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, check_trained)
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:

@@ -14,9 +14,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from lora_plugins.adapters.inject import build_config
-from lora_plugins.adapters.prepare import Job, run_steps
 from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.settings import LoraSettings
+from lora_plugins.adapters.steps import Job, run_steps
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.planning.amounts import Memory
