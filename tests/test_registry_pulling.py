@@ -17,6 +17,7 @@ import pytest
 from hubs import KINDS, FolderPlace, LoopbackPlace, Place
 from places import fetch, make_place, pair, publish_weights, snapshot, use_own_folders
 from releases import MODULE, NAME, draft, release
+from safetensors.numpy import save
 
 from registry.catalog.aliases import remove_alias, set_alias
 from registry.catalog.state import STATE_BRANCH
@@ -28,11 +29,13 @@ from registry.errors import (
     InvalidLock,
     MachineError,
     ReleaseMoved,
+    RepositoryNotFound,
     TooLarge,
     UnsafeFile,
     YankedWarning,
 )
 from registry.formats.records import FileRecord
+from registry.publishing.snapshot import copy_adapter
 from registry.pulling.cache import VARIABLE, Cache
 from registry.pulling.content import check_sizes
 from registry.testing import LoopbackHub
@@ -354,6 +357,32 @@ def test_a_cache_that_is_only_read_hands_out_what_it_has(place: Place, monkeypat
     monkeypatch.setattr(os, "utime", refuse)
     with pytest.warns(YankedWarning):
         assert fetch(place, f"{NAME}@1.0.0").path == path
+
+
+def test_a_registry_that_is_not_mounted_is_replaced_by_the_cache_only_offline(tmp_path: Path) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    release(place.hub, "1.0.0")
+    path = fetch(place).path
+    place.root.rename(tmp_path / "elsewhere")
+    with pytest.raises(RepositoryNotFound):
+        fetch(place)
+    assert fetch(place, offline=True).path == path
+
+
+def test_a_sparse_file_of_fifty_gigabytes_is_not_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "adapter_config.json").write_bytes(b"{}")
+    for head in (b"", (100).to_bytes(8, "little"), save(pair())):
+        with open(source / "adapter_model.safetensors", "wb") as file:
+            file.write(head)
+            file.truncate(50 * 1024**3)
+        with pytest.raises(UnsafeFile, match="adapter_model"):
+            copy_adapter(source, target)
+        for each in target.iterdir():
+            assert each.stat().st_size <= 2
+            each.unlink()
 
 
 # -- leftovers -----------------------------------------------------------------------------------------------------

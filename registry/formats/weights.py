@@ -20,7 +20,16 @@ from registry.formats.strict_json import JsonRefused, parse, shown
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["MAX_HEADER", "Header", "bits_of", "check_values", "read_file_header", "read_header", "read_values"]
+__all__ = [
+    "MAX_HEADER",
+    "Header",
+    "bits_of",
+    "check_values",
+    "read_file_header",
+    "read_header",
+    "read_open_header",
+    "read_values",
+]
 
 #: Bytes that a header may have; one with 50,000 tensors has about 7 MB.
 MAX_HEADER = 8 * 1024 * 1024
@@ -73,12 +82,17 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
 def read_file_header(path: Path) -> Header:
     """Read the header of a file; see `read_header`."""
     with open(path, "rb") as file:
+        return read_open_header(file, path.name)
 
-        def read(start: int, length: int) -> bytes:
-            file.seek(start)
-            return file.read(length)
 
-        return read_header(read, os.fstat(file.fileno()).st_size, path.name)
+def read_open_header(file: BinaryIO, name: str) -> Header:
+    """Read the header of an open file; see `read_header`."""
+
+    def read(start: int, length: int) -> bytes:
+        file.seek(start)
+        return file.read(length)
+
+    return read_header(read, os.fstat(file.fileno()).st_size, name)
 
 
 def bits_of(dtype: str) -> int:

@@ -42,6 +42,7 @@ from registry.errors import (
 )
 from registry.formats.fields import COMMIT
 from registry.formats.references import check_name
+from registry.formats.strict_json import JsonRefused, parse
 from registry.hubs.protocol import MAIN, Conflict, Refs, TagExists
 
 __all__ = ["FolderHub"]
@@ -97,7 +98,10 @@ class FolderHub:
         """The id that the repository got when it was made."""
         with _errors(name):
             path = self._repository(name) / _IDENTITY
-            return str(_object(path, folder_files.read_small(path)).get("id"))
+            identity = _object(path, folder_files.read_small(path)).get("id")
+            if not isinstance(identity, str) or not 0 < len(identity) <= 100 or not identity.isprintable():
+                raise _damaged(path, "it does not say which repository this is")
+            return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
         """The files of a commit with their sizes."""
@@ -264,8 +268,9 @@ class FolderHub:
         except InvalidReference as error:
             raise RepositoryNotFound(str(error)) from None
         # Where lower and upper case are the same to the file system, they are not to us.
-        if not (folder / _IDENTITY).is_file() or folder.name not in os.listdir(folder.parent):
+        if not os.path.lexists(folder / _IDENTITY) or folder.name not in os.listdir(folder.parent):
             raise RepositoryNotFound(f"There is no adapter {name} in {self.location}")
+        folder_files.inside(self.root, folder / _IDENTITY)
         return folder
 
     def _refuse_twin(self, folder: Path) -> None:
@@ -283,8 +288,8 @@ class FolderHub:
         path = self._repository(name) / _REFS
         found = _object(path, folder_files.read_small(path, _REFS_LIMIT))
         branches, tags = found.get("branches"), found.get("tags")
-        if not _are_commits(branches) or not _are_commits(tags):
-            raise HostileAnswer(f"{path} is damaged: it does not list branches and tags")
+        if not _are_commits(branches) or not _are_commits(tags) or MAIN not in branches:  # type: ignore[operator]
+            raise _damaged(path, f"it does not list branches, {MAIN} among them, and tags")
         return Refs(branches, tags)  # type: ignore[arg-type]
 
     def _commit(self, name: str, commit: str) -> Path:
@@ -350,7 +355,9 @@ def _errors(name: str) -> Iterator[None]:
     try:
         yield
     except folder_files.PlantedLink as error:
-        raise HostileAnswer(f"{name}: {error}; a registry makes none, so somebody else has put it there") from None
+        raise HostileAnswer(
+            f"{name}: {error}; a registry makes none, so somebody else has put it there. Find out who, and delete it"
+        ) from None
     except LockTimeout as error:
         raise HubUnavailable(f"{name}: {error}") from None
     except RegistryError:
@@ -437,12 +444,18 @@ def _encoded(value: object) -> bytes:
 
 def _object(path: Path, content: bytes) -> dict[str, object]:
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        found = None
+        found = parse(content, _REFS_LIMIT)
+    except JsonRefused as reason:
+        raise _damaged(path, str(reason)) from None
     if not isinstance(found, dict):
-        raise HostileAnswer(f"{path} is damaged: it is not a JSON object")
+        raise _damaged(path, "it is not a JSON object")
     return found
+
+
+def _damaged(path: Path, reason: str) -> HostileAnswer:
+    return HostileAnswer(
+        f"{path} is damaged: {reason}. Restore it, and the folder beside it, from a backup or a mirror of this registry"
+    )
 
 
 def _are_commits(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from registry.errors import InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+from registry.formats.weights import read_open_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,6 +89,10 @@ def _copy(source: Path, target: Path, limit: int) -> None:
             )
         if status.st_size > limit:
             raise TooLarge(f"{source} has {status.st_size:,} bytes; a file of a release may have {limit:,}")
+        if source.name == ADAPTER_WEIGHTS:
+            # A sparse file can say that it has any size; its header says what there is.
+            read_open_header(file, source.name)
+            file.seek(0)
         left = limit
         while chunk := file.read(min(_CHUNK, left + 1)):
             left -= len(chunk)

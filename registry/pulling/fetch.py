@@ -20,6 +20,7 @@ from registry.errors import (
     Offline,
     RegistryError,
     ReleaseMoved,
+    RepositoryNotFound,
     RepositoryReplaced,
     StaleWarning,
     YankedWarning,
@@ -94,8 +95,10 @@ class Fetcher:
             return self._warn(self._from_cache(reference, entry, seen))
         try:
             return self._warn(self._from_hub(reference, entry, seen))
-        except HubUnavailable as error:
-            if self.hub.local:
+        except (HubUnavailable, RepositoryNotFound) as error:
+            if self.offline:
+                return self._warn(self._from_cache(reference, entry, seen))  # the folder is gone, or not mounted
+            if self.hub.local or not isinstance(error, HubUnavailable):
                 raise  # a folder that can't be read is not a network that is down
             return self._warn(self._without_hub(reference, entry, seen, error))
 

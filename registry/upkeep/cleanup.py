@@ -74,7 +74,8 @@ def collect_garbage(
 
 def _unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
     """Find commits by repository; a damaged repository keeps nobody from the others."""
-    return {name: _unreachable_in(hub, name, problems) for name in hub.names()}
+    found = {name: _unreachable_in(hub, name, problems) for name in hub.names()}
+    return {name: paths for name, paths in found.items() if paths}
 
 
 def _unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path]:
