@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from registry.catalog.index import Release, read_index, read_manifest
-from registry.errors import HubUnavailable, RegistryError
+from registry.errors import HubUnavailable, MachineError, RegistryError
 from registry.formats.manifest import Manifest
 from registry.formats.references import Reference, check_name
 from registry.hubs import open_hub
+from registry.hubs.deadline import OPERATION, Deadline, limit_operation
 from registry.hubs.protocol import Hub
 
 __all__ = ["Described", "foreign_tags", "list_adapters", "show", "versions"]
@@ -42,7 +43,9 @@ def versions(
     Raises:
         RepositoryNotFound: There is no such adapter.
     """
-    return read_index(open_hub(hub, token), check_name(name)).releases()
+    place, token = open_hub(hub, token), None
+    with limit_operation():
+        return read_index(place, check_name(name)).releases()
 
 
 def foreign_tags(
@@ -53,7 +56,9 @@ def foreign_tags(
     Raises:
         RepositoryNotFound: There is no such adapter.
     """
-    return read_index(open_hub(hub, token), check_name(name)).foreign_tags()
+    place, token = open_hub(hub, token), None
+    with limit_operation():
+        return read_index(place, check_name(name)).foreign_tags()
 
 
 def show(
@@ -64,10 +69,11 @@ def show(
     Raises:
         VersionNotFound: The reference means no release.
     """
-    place, parsed = open_hub(hub, token), Reference.parse(reference)
-    index = read_index(place, parsed.name)
-    release = index.resolve(parsed)
-    return Described(release, read_manifest(place, release, index.manifests))
+    place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
+    with limit_operation():
+        index = read_index(place, parsed.name)
+        release = index.resolve(parsed)
+        return Described(release, read_manifest(place, release, index.manifests))
 
 
 def list_adapters(
@@ -83,17 +89,26 @@ def list_adapters(
         hub: Which registry.
         token: For the registry.
     """
-    place = open_hub(hub, token)
-    for name in place.names(base):
-        try:
+    place, token = open_hub(hub, token), None
+    with limit_operation():
+        names = list(place.names(base))
+    patience = Deadline(OPERATION)
+    for name in names:
+        found = _newest(place, name)
+        if found is not None and (base is None or found.manifest.base.id == base):
+            yield found
+            patience = Deadline(OPERATION)
+        elif patience.passed:
+            raise HubUnavailable(f"The list of {place.location} has brought no adapter for {OPERATION:.0f} seconds")
+
+
+def _newest(place: Hub, name: str) -> Described | None:
+    try:
+        with limit_operation():
             index = read_index(place, check_name(name))
             release = index.newest()
-            if release is None:
-                continue
-            manifest = read_manifest(place, release, index.manifests)
-        except HubUnavailable:
-            raise
-        except RegistryError:
-            continue  # somebody else's repository, or one that was deleted meanwhile
-        if base is None or manifest.base.id == base:
-            yield Described(release, manifest)
+            return None if release is None else Described(release, read_manifest(place, release, index.manifests))
+    except (HubUnavailable, MachineError):
+        raise
+    except RegistryError:
+        return None  # somebody else's repository, or one that was deleted meanwhile

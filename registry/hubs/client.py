@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,21 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from registry.hubs.deadline import Deadline, call_within
-from registry.hubs.failures import HubFailed, cleaner, failure_of, hostile
+from registry.hubs.failures import HubFailed, cleaner, failure_of, failure_of_network, hostile
+from registry.hubs.limits import limit_answers
 from registry.hubs.reading import Reader
+from registry.hubs.secret import Secret, hide_in_logs
+
+__all__ = [
+    "HUGGINGFACE",
+    "RemoteFile",
+    "Repositories",
+    "Secret",
+    "cached_folder",
+    "configured_endpoint",
+    "implicit_token",
+    "stored_token",
+]
 
 _Result = TypeVar("_Result")
 
@@ -35,33 +50,6 @@ class RemoteFile:
     sha256: str | None
 
 
-class Secret:
-    """A token that is sent, and neither shown nor pickled."""
-
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-
-    def __repr__(self) -> str:
-        return "Secret(***)" if self._token else "Secret(none)"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a token is not pickled; make the hub anew in the other process")
-
-    def reveal(self) -> str | None:
-        """The token."""
-        return self._token
-
-    def values(self) -> list[str]:
-        """The texts that must not be shown."""
-        return [self._token] if self._token else []
-
-    def authorize(self, request: Any) -> Any:
-        """Add the token to a request (httpx calls this for its ``auth=``)."""
-        if self._token:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
 class Repositories:
     """The model repositories at one endpoint, as the owner of one token sees them.
 
@@ -72,8 +60,8 @@ class Repositories:
         self.endpoint = endpoint
         self._token = token
         self._timeout = timeout
-        self._clean = cleaner(token.values)
-        self._reader = Reader(endpoint, timeout, _session, _network_error(), token.authorize, self._clean)
+        self.clean = cleaner(token.values)
+        self._reader = Reader(endpoint, timeout, _session, _network_error(), token, self.clean)
 
     def __repr__(self) -> str:
         return f"Repositories({self.endpoint})"
@@ -114,9 +102,8 @@ class Repositories:
     def names(self, tags: list[str]) -> Iterator[str]:
         """The ids of the models that have all of these tags."""
         query = "&".join(f"filter={_quoted(tag)}" for tag in tags)
-        for page in self._reader.pages(f"/api/models?{query}"):
-            for item in _records(page):
-                yield str(item.get("id", ""))
+        pages = self._reader.pages(f"/api/models?{query}")
+        yield from (str(item.get("id", "")) for page in pages for item in _records(page))
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -209,7 +196,9 @@ class Repositories:
 
         def work() -> tuple[_Result | None, HubFailed | None]:
             try:
-                return action(self._api()), None
+                marker = f"call-{secrets.token_hex(8)}"
+                with limit_answers(_session(), deadline, marker):
+                    return action(self._api(marker)), None
             except Exception as error:
                 return None, self._failure(error)
 
@@ -218,12 +207,18 @@ class Repositories:
         except TimeoutError as error:
             return None, HubFailed(str(error), transient=True)
 
-    def _api(self) -> Any:
+    def _api(self, marker: str) -> Any:
         from huggingface_hub import HfApi
 
         _check_online()
+        hide_in_logs()
         # False, not None: with None the client would look for a token by itself.
-        return HfApi(endpoint=self.endpoint, token=self._token.reveal() or False, library_name="lora-plugins")
+        return HfApi(
+            endpoint=self.endpoint,
+            token=self._token.reveal() or False,
+            library_name="lora-plugins",
+            user_agent={"lora-plugins": marker},
+        )
 
     def _failure(self, error: BaseException) -> HubFailed:
         if isinstance(error, HubFailed):
@@ -232,11 +227,11 @@ class Repositories:
         while chain is not None:
             response = getattr(chain, "response", None)
             if response is not None:
-                return failure_of(response, self._clean)
+                return failure_of(response, self.clean)
             if isinstance(chain, _network_error()):
-                return HubFailed(self._clean(f"{type(chain).__name__}: {chain}"), transient=True)
+                return failure_of_network(chain, self.clean)
             chain = chain.__cause__ or chain.__context__
-        return HubFailed(self._clean(f"{type(error).__name__}: {error}"))
+        return HubFailed(self.clean(f"{type(error).__name__}: {error}"))
 
     def _document(self, path: str) -> dict[str, Any]:
         found = self._reader.document(path)
@@ -256,7 +251,22 @@ def _session() -> Any:
     from huggingface_hub.utils import get_session
 
     _check_online()
+    hide_in_logs()
+    _trust_bundle()
     return get_session()
+
+
+def _trust_bundle() -> None:
+    """Let certificates be checked as requests and curl would.
+
+    OpenSSL, and with it httpx, knows SSL_CERT_FILE and SSL_CERT_DIR only; earlier releases of huggingface_hub used
+    requests, for which people have set the other two.
+    """
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if bundle:
+        os.environ["SSL_CERT_DIR" if os.path.isdir(bundle) else "SSL_CERT_FILE"] = bundle
 
 
 def _check_online() -> None:
@@ -321,10 +331,17 @@ def configured_endpoint() -> str:
 
 
 def stored_token() -> str | None:
-    """The token that the user logged in with, or that is in ``HF_TOKEN``."""
+    """Return the token that the user logged in with, or that is in ``HF_TOKEN``."""
     from huggingface_hub import get_token
 
     return get_token()
+
+
+def implicit_token() -> str | None:
+    """Return the same where nobody asked for it; none, if ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` is set."""
+    from huggingface_hub import constants
+
+    return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else stored_token()
 
 
 def cached_commit(repo: str, revision: str) -> str | None:

@@ -6,16 +6,20 @@ the HTTP client are never kept or chained, because they hold the request and tha
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from registry.disk.machine import lacks_something
 from registry.text import visible
 
-__all__ = ["TRANSIENT", "HubFailed", "cleaner", "failure_of", "hostile"]
+__all__ = ["TRANSIENT", "HubFailed", "cleaner", "failure_of", "failure_of_network", "hostile"]
 
 #: Statuses after which the same request may well succeed.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_TEXT = 300
+#: What a hub may say in X-Error-Code. The other codes are ours: with them a hub could pass for one that is offline.
+_CODES = frozenset({"EntryNotFound", "GatedRepo", "RepoNotFound", "RevisionNotFound"})
 
 
 class HubFailed(Exception):
@@ -49,14 +53,38 @@ def hostile(reason: str) -> HubFailed:
 def failure_of(response: Any, clean: Callable[[str], str]) -> HubFailed:
     """What an answer other than success means (``response`` has httpx's or requests' interface)."""
     status, headers = int(response.status_code), response.headers
-    asked = headers.get("Retry-After", "")
+    asked, code = headers.get("Retry-After", ""), headers.get("X-Error-Code")
     return HubFailed(
         clean(f"HTTP {status} {headers.get('X-Error-Message', '')}"),
         status=status,
-        code=headers.get("X-Error-Code"),
+        code=code if code in _CODES else None,
         transient=status in TRANSIENT,
         wait=float(asked) if asked.isdigit() and len(asked) < 12 else None,
     )
+
+
+def failure_of_network(error: BaseException, clean: Callable[[str], str]) -> HubFailed:
+    """Say what an exception of the HTTP client means: some are not the network's, and don't pass by waiting."""
+    reason = clean(f"{type(error).__name__}: {error}")
+    if _find(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return HubFailed(
+            f"its certificate is not trusted ({reason}). If an authority of your own has signed it, set SSL_CERT_FILE "
+            "to the file with that authority's certificate (REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE are read, too)",
+            code="Certificate",
+        )
+    lacking = lacks_something(error)
+    if lacking is not None:
+        return HubFailed(f"this machine cannot connect: {lacking.strerror}", code="Machine")
+    return HubFailed(reason, transient=True)
+
+
+def _find(error: BaseException, kind: type[BaseException]) -> bool:
+    chain: BaseException | None = error
+    for _ in range(20):
+        if chain is None or isinstance(chain, kind):
+            break
+        chain = chain.__cause__ or chain.__context__
+    return isinstance(chain, kind)
 
 
 def cleaner(secrets: Callable[[], Iterable[str]]) -> Callable[[str], str]:

@@ -18,8 +18,10 @@ from registry.errors import (
     HubRefused,
     HubUnavailable,
     InvalidReference,
+    MachineError,
     Offline,
     PlainTokenWarning,
+    RegistryError,
     RepositoryNotFound,
 )
 from registry.formats.fields import COMMIT
@@ -49,17 +51,26 @@ class HuggingFaceHub:
     """
 
     local = False
+    location = ""
 
     def __init__(self, endpoint: str | None = None, token: str | bool | None = None, timeout: float = TIMEOUT) -> None:
         from registry.hubs import client as huggingface
 
+        given, token = (huggingface.Secret(token), None) if isinstance(token, str) else (None, token)
+        # From here on no frame holds the token itself: printers of tracebacks show local variables.
         own = huggingface.configured_endpoint()
         self.location = _address(own if endpoint is None else endpoint)
-        if token is True or (token is None and self.location == own):
-            token = huggingface.stored_token()
-        if token:
+        if given is not None:
+            secret = given
+        elif token is True:
+            secret = huggingface.Secret(huggingface.stored_token())
+        elif token is None and self.location == own:
+            secret = huggingface.Secret(huggingface.implicit_token())
+        else:
+            secret = huggingface.Secret(None)
+        if secret.values():
             _warn_of_plain(self.location)
-        self._repositories = huggingface.Repositories(self.location, huggingface.Secret(token or None), timeout)
+        self._repositories = huggingface.Repositories(self.location, secret, timeout)
 
     def __repr__(self) -> str:
         return f"HuggingFaceHub({self.location!r})"
@@ -179,10 +190,13 @@ class HuggingFaceHub:
             return
         raise error
 
-    def _error(self, failure: HubFailed, name: str, path: str) -> HubError:
+    def _error(self, failure: HubFailed, name: str, path: str) -> RegistryError:
+        name, path = self._repositories.clean(name), self._repositories.clean(path)
         what = f"{name}: {path[:200]!r} on {self.location}" if path else f"{name} on {self.location}"
         if failure.code == "Offline":
             return Offline(f"{what} can't be asked for: {failure}")
+        if failure.code == "Machine":
+            return MachineError(f"{what}: {failure}")
         if failure.code == "Hostile":
             return HostileAnswer(f"{what}: {failure}")
         if failure.code in _KINDS:

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin
 
 from registry.hubs.deadline import Deadline, call_within
-from registry.hubs.failures import HubFailed, failure_of, hostile
+from registry.hubs.failures import HubFailed, failure_of, failure_of_network, hostile
 from registry.hubs.redirects import RefusedRedirect, next_url, same_origin
+from registry.hubs.secret import Secret
 
 __all__ = ["Reader"]
 
@@ -34,15 +35,15 @@ class Reader:
     """GET requests to one hub.
 
     ``session`` returns the HTTP client (httpx's interface) and ``network_error`` is the base class of its exceptions.
-    ``authorize`` adds the token to a request; it is called for requests to the hub itself and to nobody else. ``clean``
-    makes text that came from outside fit to be shown.
+    ``token`` goes along with requests to the hub itself and to nobody else. ``clean`` makes text that came from outside
+    fit to be shown.
     """
 
     endpoint: str
     timeout: float
     session: Callable[[], Any]
     network_error: type[Exception]
-    authorize: Callable[[Any], Any]
+    token: Secret
     clean: Callable[[str], str]
 
     def __repr__(self) -> str:
@@ -50,22 +51,23 @@ class Reader:
 
     def document(self, path: str) -> object:
         """The JSON document at ``path`` of the hub."""
-        return self._parse(self.content(path, JSON_LIMIT), path)
+        return self._page(path, JSON_LIMIT, Deadline(self.timeout))[0]
 
-    def pages(self, path: str) -> Iterator[object]:
-        """The documents of a listing that comes in pages."""
-        url: str | None = path
+    def pages(self, path: str) -> list[object]:
+        """Return the documents of a listing that comes in pages; all pages together have one limit of time and size."""
+        found: list[object] = []
+        deadline, left, url = Deadline(self.timeout), JSON_LIMIT, path
         for _ in range(_MAX_PAGES):
-            if url is None:
-                return
-            body, links = self._read(url, JSON_LIMIT)
-            yield self._parse(body, url)
-            url = links
+            document, size, following = self._page(url, left, deadline)
+            found.append(document)
+            if following is None:
+                return found
+            left, url = left - size, following
         raise hostile(f"the listing {path} does not end after {_MAX_PAGES} pages")
 
     def content(self, path: str, limit: int) -> bytes:
         """The content at ``path`` of the hub, if it has no more than ``limit`` bytes."""
-        return self._read(path, limit)[0]
+        return self._read(path, limit, Deadline(self.timeout))[0]
 
     def download(self, path: str, sink: BinaryIO, limit: int) -> None:
         """Write the content at ``path`` of the hub to ``sink``, going on where a broken connection left off."""
@@ -105,9 +107,8 @@ class Reader:
 
         return self._insist(deadline, attempt)
 
-    def _read(self, path: str, limit: int) -> tuple[bytes, str | None]:
-        """The content at ``path``, and the address of the next page if there is one."""
-        deadline = Deadline(self.timeout)
+    def _read(self, path: str, limit: int, deadline: Deadline) -> tuple[bytes, str | None]:
+        """Return the content at ``path``, and the address of the next page if there is one."""
 
         def attempt() -> tuple[bytes, str | None]:
             with self._open(path, deadline, {}) as response:
@@ -138,7 +139,7 @@ class Reader:
             except TimeoutError as error:
                 failure = HubFailed(str(error), transient=True)
             except self.network_error as error:
-                failure = HubFailed(self.clean(f"{type(error).__name__}: {error}"), transient=True)
+                failure = failure_of_network(error, self.clean)
             if not failure.transient or not deadline.pause(delay if failure.wait is None else failure.wait):
                 raise failure
             delay = min(2 * delay, 4.0)
@@ -151,24 +152,33 @@ class Reader:
             # No compression: a size limit that counts what was sent is a limit on what is kept, too.
             headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, **extra}
             # The token is added by a function, so that no variable of these frames ever holds it.
-            auth = self.authorize if same_origin(self.endpoint, url) else None
+            auth = self.token.authorize if same_origin(self.endpoint, url) else None
             silence = max(0.1, min(_SILENCE, deadline.remaining))
             options = {"headers": headers, "auth": auth, "timeout": silence, "follow_redirects": False}
             with self.session().stream("GET", url, **options) as response:
+                self._refuse_compressed(response)
                 if response.status_code not in (301, 302, 303, 307, 308):
                     if response.status_code not in (200, 206):
                         raise failure_of(response, self.clean)
                     yield response
                     return
                 location = response.headers.get("Location", "")
+            if self._has_token(location):
+                del location
+                raise hostile("a redirect repeats the token that was sent")
             try:
                 url = next_url(self.endpoint, url, location)
             except RefusedRedirect as reason:
                 refusal = str(reason)
             else:
                 continue
-            raise hostile(refusal)
+            raise hostile(self.clean(refusal))
         raise hostile(f"{path} is redirected more than {_MAX_REDIRECTS} times")
+
+    def _refuse_compressed(self, response: Any) -> None:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding not in ("", "identity"):
+            raise hostile(self.clean(f"an answer is compressed ({encoding}), which was not asked for"))
 
     def _chunks(self, response: Any, deadline: Deadline, limit: int, path: str) -> Iterator[bytes]:
         received = 0
@@ -185,9 +195,31 @@ class Reader:
     def _url(self, path: str) -> str:
         return self.endpoint + path if path.startswith("/") else path
 
-    def _parse(self, body: bytes, path: str) -> object:
+    def _page(self, path: str, limit: int, deadline: Deadline) -> tuple[object, int, str | None]:
+        """Return a document, its size, and the address of the next page."""
+        body, following = self._read(path, limit, deadline)
+        size, found = len(body), self._parse(body)
+        # A hub that repeats the token as a path, a name or an id would have it shown, stored and logged. No variable
+        # of this frame may hold it when the error is raised.
+        echoes = self._has_token(body.decode("utf-8", "replace")) or (
+            b"\\" in body and self._has_token(json.dumps(found, ensure_ascii=False, default=str))
+        )
+        del body
+        if echoes or (following is not None and self._has_token(following)):
+            del found, following
+            raise hostile("an answer repeats the token that was sent")
+        if found is _NO_JSON:
+            raise hostile(f"the answer to {path} is not JSON")
+        return found, size, following
+
+    def _parse(self, body: bytes) -> object:
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            pass
-        raise hostile(f"the answer to {path} is not JSON")
+            return _NO_JSON
+
+    def _has_token(self, text: str) -> bool:
+        return any(value in text for value in self.token.values())
+
+
+_NO_JSON = object()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.formats.references import Reference
 from registry.hubs import open_hub
+from registry.hubs.deadline import limit_operation
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher, Progress
@@ -57,10 +58,11 @@ def pull_adapter(
     """
     from registry.pulling.adapter import Adapter  # loaded when there is one: most commands need none
 
+    place, token = open_hub(hub, token), None
     fetched = fetch_adapter(
         reference,
-        hub=hub,
-        token=token,
+        hub=place,
+        token=None,
         lock=Lock.choose(lock, frozen=frozen),
         offline=offline or local_files_only,
         cache_dir=cache_dir,
@@ -85,8 +87,9 @@ def fetch_adapter(
     progress: Progress | None = None,
 ) -> Fetched:
     """Get the files of a release; see `pull_adapter`."""
-    parsed = Reference.parse(reference)
-    return Fetcher(open_hub(hub, token), Cache(cache_dir), lock, offline, progress).fetch(parsed)
+    parsed, place, token = Reference.parse(reference), open_hub(hub, token), None
+    with limit_operation():
+        return Fetcher(place, Cache(cache_dir), lock, offline, progress).fetch(parsed)
 
 
 def lock_adapters(
@@ -109,8 +112,9 @@ def lock_adapters(
     Returns:
         The entries of the lock file by name.
     """
+    place, token = open_hub(hub, token), None
     chosen, wanted = Lock.choose(lock, frozen=False), list(references)
     use = replace(chosen, renew=bool(wanted))
     for reference in wanted or chosen.entries():
-        fetch_adapter(reference, hub=hub, token=token, lock=use, offline=False, cache_dir=cache_dir)
+        fetch_adapter(reference, hub=place, token=None, lock=use, offline=False, cache_dir=cache_dir)
     return dict(chosen.entries())

@@ -16,6 +16,7 @@ from registry.formats.paths import GIT_ATTRIBUTES
 from registry.formats.records import FileRecord
 from registry.formats.references import Reference
 from registry.hubs import open_hub
+from registry.hubs.deadline import limit_operation
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache, check_file
 from registry.pulling.content import check_content, check_sizes
@@ -69,11 +70,16 @@ def verify(
         VersionNotFound: There is no such release.
         HubError: The hub can't be asked.
     """
-    place, parsed = open_hub(hub, token), Reference.parse(reference)
+    place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
+    with limit_operation():
+        return _verify(place, parsed, Lock.choose(lock, frozen=False), Cache(cache_dir))
+
+
+def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache) -> Verification:
     refs = place.refs(parsed.name)
     manifests = Manifests(place, parsed.name)
     release = index_of(parsed.name, refs, read_state(place, parsed.name, refs), manifests).resolve(parsed)
-    fetcher = Fetcher(place, Cache(cache_dir), Lock.choose(lock, frozen=False))
+    fetcher = Fetcher(place, cache, lock)
     problems: list[str] = []
     manifest: Manifest | None = None
     others: tuple[str, ...] = ()
