@@ -249,8 +249,9 @@ def _rows_needed(job: Job, model: Any) -> int | None:
         if found is not None and found != end.weight.shape[0]:
             return found
     rows = int(ends[0].weight.shape[0])
-    needed = max(job.vocabulary or rows, max(trained_tokens(job), default=-1) + 1)
-    return needed if needed != rows else None
+    last = max(trained_tokens(job), default=-1)
+    # What a manifest says counts only where the adapter brings rows: nobody else could fill them.
+    return max(job.vocabulary or 0, last + 1) if last >= rows else None
 
 
 def _rows_of(name: str, shape: tuple[int, ...]) -> int | None:
