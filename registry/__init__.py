@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from registry.catalog.withdrawal import yank as yank
     from registry.errors import BaseMismatch as BaseMismatch
     from registry.formats.manifest import Manifest as Manifest
+    from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
@@ -66,6 +67,7 @@ _LAZY = {
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",
     "foreign_tags": "registry.catalog.listing",
+    "is_cheap": "registry.formats.patterns",
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",

@@ -471,6 +471,17 @@ def test_a_version_that_was_only_seen_is_missed_too(place: Place) -> None:
         fetch(place)
 
 
+def test_a_tag_of_somebody_else_may_move(place: Place) -> None:
+    release(place.hub, "1.0.0")
+    release(place.hub, "1.1.0", 1)
+    set_alias(f"{NAME}@1.0.0", "champion", hub=place.hub)
+    code = place.hub.refs(NAME).branches[STATE_BRANCH]  # a commit without a manifest
+    place.move_tag(NAME, "v0.1", code)
+    assert fetch(place).release.version == "1.1.0"
+    place.move_tag(NAME, "v0.1", None)
+    assert fetch(place).release.version == "1.1.0"
+
+
 def roll_back(place: Place, commit: str | None) -> None:
     if isinstance(place, LoopbackPlace):
         branches = place.loopback.repo(NAME).branches

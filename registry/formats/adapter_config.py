@@ -10,7 +10,7 @@ from typing import Any
 from registry.errors import UnsafeFile
 from registry.formats.fields import Fields
 from registry.formats.paths import ADAPTER_CONFIG
-from registry.formats.patterns import is_cheap
+from registry.formats.patterns import find_costly
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
 __all__ = ["MAX_CONFIG", "AdapterConfig"]
@@ -27,8 +27,8 @@ _BIASES = ("none", "all", "lora_only")
 _LIBRARY = re.compile(r"transformers(\.models(\.\w+)*)?(\.\w+)?", re.ASCII)
 #: Fields that say where things were, not what the adapter computes.
 _PLACES = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
-#: Fields that PEFT matches against module names as regular expressions; in the last two, it does so with the keys.
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
+#: Fields that PEFT matches against module names as regular expressions; of the tables, it does so with the keys.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 _TABLES = ("rank_pattern", "alpha_pattern")
 
 
@@ -136,11 +136,11 @@ def _check(fields: Fields, values: Mapping[str, Any]) -> None:
             _names(fields, values, key)
     _check_numbers(fields, values)
     _check_imports(fields, values)
-    for key, pattern in _expressions(fields, values):
-        if not is_cheap(pattern):
-            raise JsonRefused(
-                f"{key} has the expression {shown(pattern)}, which can take forever; name the modules instead"
-            )
+    costly = find_costly(_expressions(fields, values))
+    if costly is not None:
+        raise JsonRefused(
+            f"{costly[0]} has the expression {shown(costly[1])}, which can take forever; name the modules instead"
+        )
 
 
 def _check_tables(fields: Fields) -> None:
@@ -198,12 +198,12 @@ def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
 def _expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _PATTERNS:
         value = values.get(key)
-        # In a list, target_modules and exclude_modules are names; layers_pattern is a pattern all the same.
+        # In a list, target_modules and exclude_modules are names; the other two are patterns all the same.
         if isinstance(value, str):
             yield key, value
         elif value is not None:
             names = _names(fields, values, key)
-            yield from ((key, name) for name in names if key == "layers_pattern")
+            yield from ((key, name) for name in names if key in ("layers_pattern", "modules_to_save"))
     for key in _TABLES:
         for name in fields.json_table(key) if fields.has(key) else ():
             yield key, name

@@ -1,8 +1,23 @@
-"""Regular expressions in somebody else's configuration: run by PEFT over every module name, so they must be cheap."""
+"""Regular expressions of strangers: an upper bound on the time they take.
+
+PEFT matches expressions of a configuration, some with text around them, against every module name. Python's matcher
+tries one way after the other, and an expression can have more ways than atoms. The bound counts the ways, from the
+parsed expression alone:
+
+- names have at most 128 characters;
+- a repetition that can stop at several places has that many ways, and each way tries what follows;
+- behind a repetition, a literal text goes on only where it occurs: a word of three letters or more at most 4 times in a
+  name, anything shorter at most 16 times; of alternatives that are words, each once and 8 more in all.
+
+What the bound cannot be computed for (references to groups, repetitions whose inside has several ways) is not vouched
+for. Where the modules are known, such an expression can be resolved in a process that can be stopped.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 try:
@@ -11,59 +26,182 @@ except ImportError:  # Python 3.10
     import sre_constants as _constants
     import sre_parse as _parser
 
-__all__ = ["is_cheap"]
+__all__ = ["find_costly", "is_cheap"]
 
 _MAX_LENGTH = 2000
-#: Unbounded repetitions that one match may go through; each multiplies the worst time by a name's length.
-_MAX_REPEATS = 4
+_NAME = 128
+#: Steps for one name; Python makes some ten million a second.
+_BUDGET = 500_000.0
+#: Steps for one name by all expressions of a configuration together.
+_TOTAL = 10 * _BUDGET
+#: What PEFT makes of the text of a field (peft.utils.get_pattern_key, peft.tuners.tuners_utils).
+_FORMS = {
+    "alpha_pattern": r"(.*\.)?({})$",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+}
+_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, getattr(_constants, "POSSESSIVE_REPEAT", None))
+_ONE_CHARACTER = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN)
+
+
+class _NotVouchedFor(ValueError):
+    """Nothing can be said about an expression, or it takes too long."""
 
 
 def is_cheap(pattern: str) -> bool:
-    """Whether an expression can be matched against module names in little time, whatever the names.
+    """Whether matching an expression against a module name takes little time, whatever the name.
 
-    It must be short, no repetition may stand within another one, and few may follow each other.
+    Args:
+        pattern: As it is given to `re`.
     """
-    if len(pattern) > _MAX_LENGTH:
-        return False
+    return _count_steps(pattern) <= _BUDGET
+
+
+def find_costly(patterns: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return the first expression of a configuration that is not vouched for, with the field that it stands in.
+
+    Args:
+        patterns: Names of fields and what stands there; PEFT's additions are made here.
+    """
+    total = 0.0
+    for field, text in patterns:
+        # Alone as well: a bracket too many could close one of the additions.
+        total += max(_count_steps(text), _count_steps(_FORMS.get(field, "{}").replace("{}", text)))
+        if total > _TOTAL or len(text) > _MAX_LENGTH:
+            return field, text
+    return None
+
+
+def _count_steps(pattern: str) -> float:
+    """Return an upper bound; infinity where an expression is malformed or not vouched for."""
+    if len(pattern) > _MAX_LENGTH + 100:
+        return float("inf")
     try:
-        return _repeats(_parser.parse(pattern)) <= _MAX_REPEATS
-    except (re.error, RecursionError, OverflowError, _Nested):
-        return False
+        bound = _Bound()
+        bound.walk(_parser.parse(pattern))
+    except (re.error, RecursionError, OverflowError, _NotVouchedFor):
+        return float("inf")
+    return bound.steps if bound.steps <= _BUDGET else float("inf")
 
 
-class _Nested(ValueError):
-    """A repetition stands within another one."""
+class _Bound:
+    """The ways in which a matcher can have come to a place in an expression, and the steps that it took.
+
+    Attributes:
+        ways: Ways up to the last repetition.
+        places: Places at which that repetition can have stopped; 1 where none is open.
+        steps: Steps so far.
+    """
+
+    def __init__(self, ways: float = 1.0, places: float = 1.0) -> None:
+        self.ways, self.places, self.steps = ways, places, 0.0
+
+    @property
+    def total(self) -> float:
+        """All ways."""
+        return self.ways * self.places
+
+    def spend(self, each: float) -> None:
+        """Count steps of every way."""
+        self.steps += self.total * each
+        if self.steps > _BUDGET:
+            raise _NotVouchedFor
+
+    def walk(self, tree: Any) -> None:
+        """Go through a sequence."""
+        for operator, argument in _join_literals(tree):
+            if isinstance(operator, str):
+                self._literal(operator)
+            elif operator in _ONE_CHARACTER or operator is _constants.AT:
+                self.spend(1)
+            elif operator in _REPEATS:
+                self._repeat(*argument)
+            elif operator is _constants.BRANCH:
+                self._branch(argument[1])
+            elif operator is _constants.SUBPATTERN:
+                self.walk(argument[-1])
+            elif operator is getattr(_constants, "ATOMIC_GROUP", None):
+                self.walk(argument)
+            elif operator in (_constants.ASSERT, _constants.ASSERT_NOT):
+                self.spend(_inside(argument[1])[1])
+            else:
+                raise _NotVouchedFor
+
+    def _literal(self, text: str) -> None:
+        self.spend(1)
+        if self.places > 1:
+            self.ways, self.places = self.ways * min(self.places, _occurrences(text)), 1.0
+
+    def _repeat(self, least: Any, most: Any, tree: Any) -> None:
+        if len(tree) == 1 and tree[0][0] in _ONE_CHARACTER:
+            ways, steps, width = 1.0, 1.0, 1
+        else:
+            ways, steps = _inside(tree)
+            width = tree.getwidth()[0]
+        # What can be empty is tried as often as it is asked for, and never gets anywhere.
+        longest = int(most) if width == 0 else min(int(most), _NAME // width)
+        shortest = min(int(least), longest)
+        if ways == 1:
+            self.spend(longest * steps)
+            if longest > shortest:
+                self.ways, self.places = self.total, float(longest - shortest + 1)
+            return
+        # Several ways through what is repeated: once more in every way, each time. They may end at the same place.
+        every = sum(ways ** min(times, 64) for times in range(shortest, min(longest, 64) + 1))
+        self.spend(longest * steps * ways ** min(longest - 1, 64))
+        self.ways, self.places = self.total * every, 1.0
+
+    def _branch(self, branches: list[Any]) -> None:
+        words = [_word(branch) for branch in branches]
+        if self.places > 1 and all(words):
+            found = min(sum(map(_occurrences, words)), 8 + len(words))
+            self.spend(len(words))
+            self.ways, self.places = self.ways * min(self.places, found), 1.0
+            return
+        total = 0.0
+        for branch in branches:
+            inner = _Bound(self.ways, self.places)
+            inner.steps = self.steps
+            inner.walk(branch)
+            self.steps, total = inner.steps, total + inner.total
+        if self.places == 1 and all(words) and not _is_prefix(words):
+            total = self.ways  # at one place, no more than one of these can be
+        self.ways, self.places = total, 1.0
 
 
-def _repeats(tree: Any) -> int:
-    """How many unbounded repetitions one match can go through."""
-    return sum(_of(operator, argument) for operator, argument in tree)
+def _inside(tree: Any) -> tuple[float, float]:
+    """Return the ways and the steps of a part by itself."""
+    bound = _Bound()
+    bound.walk(tree)
+    return bound.total, max(1.0, bound.steps)
 
 
-def _of(operator: Any, argument: Any) -> int:
-    if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, getattr(_constants, "POSSESSIVE_REPEAT", None)):
-        _, most, inner = argument
-        within = _repeats(inner)
-        if most <= 1:
-            return within
-        if within or _branches(inner):
-            raise _Nested
-        return 1
-    if operator is _constants.BRANCH:
-        return max(_repeats(branch) for branch in argument[1])
-    inner_trees = [part for part in _flat(argument) if isinstance(part, _parser.SubPattern)]
-    return sum(_repeats(part) for part in inner_trees)
+def _join_literals(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the parts of a sequence, characters that follow each other as one text."""
+    text = ""
+    for operator, argument in tree:
+        if operator is _constants.LITERAL:
+            text += chr(argument)
+            continue
+        if text:
+            yield text, None
+        text = ""
+        yield operator, argument
+    if text:
+        yield text, None
 
 
-def _branches(tree: Any) -> bool:
-    """Whether there are alternatives below, which a repetition can try in every combination."""
-    return any(
-        operator is _constants.BRANCH or any(_branches(p) for p in _flat(argument) if isinstance(p, _parser.SubPattern))
-        for operator, argument in tree
-    )
+def _word(tree: Any) -> str | None:
+    """Return the text that a part is, if it is nothing else."""
+    parts = list(_join_literals(tree))
+    return parts[0][0] if len(parts) == 1 and isinstance(parts[0][0], str) else None
 
 
-def _flat(argument: Any) -> list[Any]:
-    if isinstance(argument, (tuple, list)):
-        return [part for item in argument for part in _flat(item)]
-    return [argument]
+def _is_prefix(words: list[str | None]) -> bool:
+    known = sorted(word for word in words if word is not None)
+    return any(after.startswith(before) for before, after in pairwise(known))
+
+
+def _occurrences(text: str | None) -> float:
+    return 4.0 if text is not None and sum(char.isalpha() for char in text) >= 3 else 16.0

@@ -25,7 +25,7 @@ from registry.errors import (
     StaleWarning,
     YankedWarning,
 )
-from registry.formats.manifest import Manifest
+from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
 from registry.formats.references import Reference, version_text, versions_in
 from registry.hubs.protocol import Hub, Refs
@@ -154,9 +154,21 @@ class Fetcher:
         lost = []
         for tag, now in find_lost_tags(seen, refs.tags).items():
             [version] = versions_in([tag]) or [None]
-            if version is not None and pinned in (None, version, seen.tags[tag]):
+            if version is None or pinned not in (None, version, seen.tags[tag]):
+                continue
+            if version_text(version) in seen.versions or self._held_release(name, seen.tags[tag]):
                 lost.append(self._describe_move(name, version_text(version), seen.tags[tag], now))
         return lost
+
+    def _held_release(self, name: str, commit: str) -> bool:
+        """Whether a tag that has moved stood at a release; somebody else's tags may move as they like."""
+        try:
+            self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST)
+        except HubFileNotFound:
+            return False
+        except RegistryError:
+            pass  # what can't be looked at any more counts as one
+        return True
 
     def _describe_move(self, name: str, version: str, before: str | None, now: str | None) -> str:
         what = f"is commit {now} now" if now else "is not there any more"
