@@ -116,6 +116,8 @@ def gc(
     if as_json:
         print_json(found)
         return
+    for problem in found.problems:
+        say(visible(problem))
     for path in found.paths:
         say(visible(path))
     what = "deleted" if found.deleted else "could be deleted; --delete does it"
