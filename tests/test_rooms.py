@@ -49,6 +49,8 @@ LIGHT = (
     "lora_plugins.builtin",
     "lora_plugins.commands",
     "lora_plugins.recipe.arguments",
+    "lora_plugins.recipe.config_file",
+    "lora_plugins.recipe.files",
     "lora_plugins.recipe.parser",
     "registry",
 )

@@ -454,7 +454,7 @@ def test_resuming_with_other_arguments_is_refused(
 
 
 def test_resuming_from_a_checkpoint_that_is_not_there_is_refused(inside: Callable[..., int]) -> None:
-    with pytest.raises(ResumeError, match=r"nowhere is no complete checkpoint: .*No such file"):
+    with pytest.raises(ResumeError, match=r"nowhere is not a complete checkpoint: .*No such file"):
         inside("none", "--resume_from_checkpoint", "nowhere")
 
 

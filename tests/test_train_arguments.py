@@ -147,11 +147,11 @@ def test_yaml_and_flags_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", "key 'lerning_rate', which is no flag. Did you mean --learning_rate"),
-        ("help: 1", "key 'help', which is no flag"),
-        ("config: other.yaml", "key 'config', which is no flag"),
+        ("lerning_rate: 1", "'lerning_rate' is not a flag. Did you mean --learning_rate"),
+        ("help: 1", "'help' is not a flag"),
+        ("config: other.yaml", "'config' is not a flag"),
         ("r: eight", "invalid int value: 'eight'"),
-        ("r: [8]", "gives r a list, [8]; it takes one value"),
+        ("r: [8]", "r takes one value, not the list [8]"),
         ("- r", "must hold 'name: value' lines, not a list"),
         ("r: [", "can't be read"),
     ],

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["CHAT", "FORMER_NAMES", "TEMPLATE", "TRAINING_DEFAULTS", "RecipeArguments"]
+from lora_plugins.errors import ArgumentsError
+
+__all__ = [
+    "CHAT",
+    "FORMER_NAMES",
+    "TEMPLATE",
+    "TRAINING_DEFAULTS",
+    "RecipeArguments",
+    "extra_lora_fields",
+    "held_out_share",
+    "json_object",
+]
 
 
 #: The prompt of the recipe, in the columns of the samsum data set.
@@ -162,3 +174,52 @@ FORMER_NAMES = MappingProxyType(
         "overwrite_output_dir": "--resume, or another --output_dir",
     }
 )
+
+
+def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
+    """Return what ``--lora`` holds.
+
+    Raises:
+        ArgumentsError: It is not a JSON object, or repeats a flag.
+    """
+    if recipe.lora is None:
+        return {}
+    extra = json_object("--lora", recipe.lora)
+    twice = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in extra]
+    if twice:
+        raise ArgumentsError(f"--lora has {', '.join(twice)}, which has a flag of its own: --{twice[0]}.")
+    return extra
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Read a JSON object, such as a mapping in a YAML file becomes.
+
+    Raises:
+        ArgumentsError: It is not one.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentsError(f"{flag} must be a JSON object, not {_shorten(text)}: {error}") from error
+    if not isinstance(found, dict):
+        raise ArgumentsError(f"{flag} must be a JSON object, not {_shorten(text)}")
+    return found
+
+
+def held_out_share(recipe: RecipeArguments) -> float | None:
+    """The share of the training split that ``--eval_split`` holds out, ``None`` where it names a split."""
+    return _share(recipe.eval_split) if recipe.eval_split else None
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ArgumentsError(f"--eval_split must be the name of a split or a number between 0 and 1, not {text}")
+    return share
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + "…")

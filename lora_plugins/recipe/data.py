@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
 
 from lora_plugins.errors import DataError
-from lora_plugins.recipe.arguments import RecipeArguments
-from lora_plugins.recipe.parser import held_out_share
+from lora_plugins.recipe.arguments import RecipeArguments, held_out_share
+from lora_plugins.recipe.scanning import check_rows
 from lora_plugins.text import one_line
 
 __all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
@@ -112,6 +111,8 @@ def _load_path(path: Path) -> dict[str, Dataset]:
         found = _reading(path, lambda: load_from_disk(str(path)))
         return dict(found) if isinstance(found, dict) else {"train": found}
     files, loader = _data_files(path)
+    for file in [one for part in files.values() for one in part]:
+        check_rows(file)
 
     def load() -> Any:
         return load_dataset(loader, data_files={name: [str(file) for file in part] for name, part in files.items()})
@@ -121,7 +122,7 @@ def _load_path(path: Path) -> dict[str, Dataset]:
 
 def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
     """The files by their split, and what ``datasets`` calls their kind."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
+    files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     loaders = {LOADERS.get(file.suffix) for file in files}
     known = ", ".join(LOADERS)
     if not files:
@@ -132,7 +133,7 @@ def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
     if loaders:
         names = ", ".join(file.name for file in files[:5])
         raise DataError(f"The folder {path} mixes kinds of files ({names}). Name one of them, or use a folder each.")
-    return ({"train": files} if path.is_file() else _by_split(path, files)), loader
+    return (_by_split(path, files) if path.is_dir() else {"train": files}), loader
 
 
 def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -164,6 +165,7 @@ def _reading(source: object, load: Callable[[], Any]) -> Any:
     """Read, and name the source in whatever goes wrong: each loader has its own errors."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = one_line(error.__cause__ or error)
+    except Exception as error:
+        # Each loader has its own errors, StopIteration and RecursionError among them.
+        reason = one_line(error.__cause__ or error) or type(error).__name__
         raise DataError(f"The data set {source} can't be read: {reason}") from error

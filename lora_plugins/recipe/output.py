@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 from lora_plugins.adapters.files import ADAPTER_CONFIG
 from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.recipe.arguments import RecipeArguments
+from lora_plugins.recipe.files import read_json
 from lora_plugins.recipe.resume import checkpoint_folders
 
 __all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
@@ -134,12 +134,13 @@ def check_same_run(output: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ResumeError: They differ, so the result would be of neither.
     """
+    file = output / RUN_FILE
     try:
-        before = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        before = read_json(
+            file, lambda why: ResumeError(f"{file} can't be read: {why}. Start anew in another --output_dir.")
+        )
     except FileNotFoundError:
         return
-    except ValueError as error:
-        raise ResumeError(f"{output / RUN_FILE} can't be read: {error}. Start anew in another --output_dir.") from error
     different = [name for name in record if before.get(name) != record[name]]
     if different:
         text = "; ".join(f"--{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)

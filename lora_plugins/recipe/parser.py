@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_plugins.errors import ArgumentsError
-from lora_plugins.recipe.arguments import FORMER_NAMES, TRAINING_DEFAULTS, RecipeArguments
+from lora_plugins.recipe.arguments import (
+    FORMER_NAMES,
+    TRAINING_DEFAULTS,
+    RecipeArguments,
+    extra_lora_fields,
+    held_out_share,
+)
+from lora_plugins.recipe.config_file import read_flags
 from lora_plugins.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -21,10 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FLAG",
     "PROGRAM",
-    "extra_lora_fields",
     "flag_names",
-    "held_out_share",
-    "json_object",
     "make_parser",
     "parse",
 ]
@@ -170,27 +174,18 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _tokens_of_file(path: Path, parser: HfArgumentParser) -> list[str]:
     """Turn a YAML file into flags, so that its values are checked as those of the command line are."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ArgumentsError(f"{CONFIG_FLAG} {path} can't be read: {error}") from error
-    if content is None:
-        return []
-    if not isinstance(content, Mapping):
-        raise ArgumentsError(f"{CONFIG_FLAG} {path} must hold 'name: value' lines, not a {type(content).__name__}.")
     actions = {action.dest: action for action in parser._actions}
+    names = flag_names(parser)
     tokens: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in flag_names(parser):
-            raise ArgumentsError(f"{path} has the key {key!r}, which is no flag.{_hint(name, flag_names(parser))}")
-        tokens += _tokens(name, value, actions[name], path)
+    for key, (value, line) in read_flags(path).items():
+        name = key.replace("-", "_")
+        if name not in names:
+            raise ArgumentsError(f"{path}, line {line}: {key!r} is not a flag.{_hint(name, names)}")
+        tokens += _tokens(name, value, actions[name], f"{path}, line {line}")
     return tokens
 
 
-def _tokens(name: str, value: Any, action: argparse.Action, path: Path) -> list[str]:
+def _tokens(name: str, value: Any, action: argparse.Action, place: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, bool):
@@ -199,7 +194,7 @@ def _tokens(name: str, value: Any, action: argparse.Action, path: Path) -> list[
         return [f"--{name}={json.dumps(dict(value))}"]
     if isinstance(value, Sequence) and not isinstance(value, str):
         if action.nargs != "+":
-            raise ArgumentsError(f"{path} gives {name} a list, {value!r}; it takes one value.")
+            raise ArgumentsError(f"{place}: {name} takes one value, not the list {value!r}.")
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 
@@ -255,51 +250,6 @@ def _check_steps(given: Mapping[str, Any]) -> None:
         raise ArgumentsError("--max_steps must be above 0, not 0. Leave it out to train for --num_train_epochs.")
     if given["learning_rate"] <= 0:
         raise ArgumentsError(f"--learning_rate must be above 0, not {given['learning_rate']}")
-
-
-def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
-    """Return what ``--lora`` holds.
-
-    Raises:
-        ArgumentsError: It is no JSON object, or repeats a flag.
-    """
-    if recipe.lora is None:
-        return {}
-    extra = json_object("--lora", recipe.lora)
-    twice = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in extra]
-    if twice:
-        raise ArgumentsError(f"--lora has {', '.join(twice)}, which has a flag of its own: --{twice[0]}.")
-    return extra
-
-
-def json_object(flag: str, text: str) -> dict[str, Any]:
-    """Read a JSON object, such as a mapping in a YAML file becomes.
-
-    Raises:
-        ArgumentsError: It is none.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}: {error}") from error
-    if not isinstance(found, dict):
-        raise ArgumentsError(f"{flag} must be a JSON object, not {text!r}")
-    return found
-
-
-def held_out_share(recipe: RecipeArguments) -> float | None:
-    """The share of the training split that ``--eval_split`` holds out, ``None`` where it names a split."""
-    return _share(recipe.eval_split) if recipe.eval_split else None
-
-
-def _share(text: str) -> float | None:
-    try:
-        share = float(text)
-    except ValueError:
-        return None
-    if not 0 < share < 1:
-        raise ArgumentsError(f"--eval_split must be the name of a split or a number between 0 and 1, not {text}")
-    return share
 
 
 def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:

@@ -21,10 +21,9 @@ from transformers import (
 
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import ArgumentsError
-from lora_plugins.recipe.arguments import CHAT, RecipeArguments
+from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fields, json_object
 from lora_plugins.recipe.data import load_examples
 from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
-from lora_plugins.recipe.parser import extra_lora_fields, json_object
 from lora_plugins.recipe.templates import encode, make_template
 from lora_plugins.targets.resolution import SCOPES
 from lora_plugins.text import one_line

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
+from lora_plugins.recipe.files import check_regular, read_json
+from lora_plugins.text import one_line
 
 __all__ = ["Checkpoints", "checkpoint_defect", "checkpoint_folders", "find_checkpoints", "finished_state"]
 
@@ -78,15 +81,17 @@ def _step(folder: Path) -> int:
 
 
 def _defects(folder: Path, processes: int) -> Iterator[str]:
-    """What is wrong with a checkpoint, cheapest test first."""
+    """Yield what is wrong with a checkpoint, cheapest test first."""
     try:
-        step = json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"]
-        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{type(error).__name__}: {error}"
+        for name in (_STATE, ADAPTER_CONFIG):
+            content = read_json(folder / name, ValueError)
+            if name == _STATE and content["global_step"] != _step(folder):
+                yield f"{_STATE} is of step {content['global_step']}"
+        TrainerState.load_from_json(str(folder / _STATE))
+    except Exception as error:
+        # A state of other fields raises whatever its class does with them.
+        yield f"{type(error).__name__}: {one_line(error)}"
         return
-    if step != _step(folder):
-        yield f"{_STATE} is of step {step}"
     yield from _tensor_defects(folder / ADAPTER_FILE)
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in ("optimizer.pt", "scheduler.pt", *random):
@@ -95,20 +100,28 @@ def _defects(folder: Path, processes: int) -> Iterator[str]:
 
 def _tensor_defects(file: Path) -> Iterator[str]:
     try:
+        check_regular(file)
         # The header says how long the file must be, and opening compares.
         with safe_open(str(file), framework="pt"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         yield f"{file.name}: {error}"
 
 
 def _archive_defects(file: Path) -> Iterator[str]:
-    """``torch.save`` writes zip archives, whose checksums show every cut."""
+    """Yield what is wrong with a file of ``torch.save``: a zip archive, whose checksums show every cut."""
     try:
+        check_regular(file)
         with zipfile.ZipFile(file) as archive:
-            member = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        yield f"{file.name}: {error}"
-        return
-    if member is not None:
-        yield f"{file.name}: {member} is damaged"
+            # Nothing in it is compressed; what is compressed could be of any size.
+            odd = [info.filename for info in archive.infolist() if info.compress_type or info.flag_bits & 1]
+            member = None if odd else archive.testzip()
+        if odd or member is not None:
+            yield f"{file.name}: {member or odd[0]} is damaged, or not written by torch.save"
+            return
+        with safe_globals():
+            # Reads the structure; the tensors stay in the file. Code in it is refused, as the Trainer refuses it.
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        # zipfile and the unpickler raise errors of many kinds for damaged files.
+        yield f"{file.name}: {one_line(error)[:300] or type(error).__name__}"

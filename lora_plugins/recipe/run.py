@@ -144,7 +144,7 @@ class TrainingRun:
         if chosen and str(chosen).lower() != "true":
             reason = checkpoint_defect(Path(chosen), self.training.world_size)
             if reason is not None:
-                raise ResumeError(f"--resume_from_checkpoint {chosen} is no complete checkpoint: {reason}")
+                raise ResumeError(f"--resume_from_checkpoint {chosen} is not a complete checkpoint: {reason}")
             return str(chosen)
         found = find_checkpoints(self.folders.output, self.training.world_size)
         for folder, reason in found.broken.items():
