@@ -230,7 +230,7 @@ def test_what_has_no_meaning_is_refused(source: Any, fields: dict[str, Any], mes
 
 def test_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PlanError, match="is no configuration file"):
+    with pytest.raises(PlanError, match="is not a configuration file"):
         plan(tmp_path / "config.json")
 
 

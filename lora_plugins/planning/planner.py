@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
+from torch import nn
 
 from lora_plugins.adapters.prepare import choose_targets
 from lora_plugins.adapters.report import TargetRow, rows_of_adapters, rows_of_hits
@@ -28,7 +29,7 @@ from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
-from lora_plugins.text import dtype_name
+from lora_plugins.text import dtype_name, one_line
 
 __all__ = ["plan"]
 
@@ -122,9 +123,25 @@ def plan(
         devices,
     )
     limit = parse_memory(memory) if memory is not None else present_memory()
-    bench = _workbench(model_or_name, settings, _device(device), task, dtype, revision, trust_remote_code)
-    bench.chunked = chunked_loss and chosen.strategy in ("single", "ddp")
-    return _Planner(bench, chosen, limit).run()
+    with _expecting_anything(model_or_name):
+        bench = _workbench(model_or_name, settings, _device(device), task, dtype, revision, trust_remote_code)
+        bench.chunked = chunked_loss and chosen.strategy in ("single", "ddp")
+        return _Planner(bench, chosen, limit).run()
+
+
+@contextlib.contextmanager
+def _expecting_anything(source: Any) -> Iterator[None]:
+    """Turn any error about a model that only a configuration describes into one of ours: it may be no real model."""
+    try:
+        yield
+    except LoraPluginsError:
+        raise
+    except Exception as error:
+        if isinstance(source, nn.Module):
+            raise
+        raise PlanError(
+            f"The model of this configuration can't be planned: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import standing_in
+from lora_plugins.planning.limits import LimitedBuilding, check_numbers
 from lora_plugins.quantization.request import owner_of
-from lora_plugins.text import did_you_mean
+from lora_plugins.text import did_you_mean, one_line
 
 __all__ = ["TASKS", "meta_model", "read_config", "without_data"]
 
@@ -68,9 +69,10 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     """Return the configuration that a source names.
 
     Raises:
-        PlanError: It can't be read.
+        PlanError: It can't be read, or has numbers that no model has.
     """
     if isinstance(source, PreTrainedConfig):
+        check_numbers(source, "the configuration")
         return source
     if isinstance(source, Mapping):
         return _config_of(dict(source), "the mapping")
@@ -82,22 +84,37 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     if path.is_file():
         try:
             return _config_of(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} is no configuration file: {error}") from None
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"{path} is not a configuration file: {one_line(error)}") from None
     try:
+        values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        check_numbers(values, str(source))
         return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise PlanError(f"No configuration for {str(source)!r}: {' '.join(str(error).split())}") from None
+    except PlanError:
+        raise
+    except Exception as error:
+        # The numbers of a configuration are computed with in the code of each model type, which may raise anything.
+        raise PlanError(f"{str(source)!r} has no configuration that transformers can read: {_brief(error)}") from error
 
 
-def _config_of(values: dict[str, Any], where: str) -> Any:
-    model_type = values.pop("model_type", None)
+def _config_of(values: Any, where: str) -> Any:
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(model_type, str):
-        raise PlanError(f"{where} names no model_type, so it is no configuration of a model.")
+        raise PlanError(f"{where} names no model_type, so it is not the configuration of a model.")
+    check_numbers(values, where)
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"transformers can't read {where}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        # As above.
+        raise PlanError(f"transformers can't read {where}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """An error's class and message on one line; transformers lists all its model types in some."""
+    text = one_line(error)
+    return f"{type(error).__name__}: {text if len(text) < 300 else text[:300] + ' …'}"
 
 
 def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
@@ -116,9 +133,12 @@ def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote
     # The caller's object stays as it is: making a model writes into its configuration.
     config = copy.deepcopy(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), LimitedBuilding():
             model: nn.Module = make(config, dtype=dtype)
-    except (ImportError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+    except PlanError:
+        raise
+    except Exception as error:
+        # As above: a model's own code may raise anything about numbers that don't fit together.
         raise PlanError(
             f"transformers can't make a model from this {config.model_type!r} configuration: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -132,9 +152,9 @@ def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
         hint = did_you_mean(task, TASKS)
         raise PlanError(f"There is no task {task!r}.{hint} Known: {', '.join(TASKS)}.")
     remote = getattr(config, "auto_map", None) or {}
-    named = (getattr(config, "architectures", None) or [None])[0]
-    if task is None and named and hasattr(transformers, named):
-        return getattr(transformers, named)._from_config
+    named = _named_class(config)
+    if task is None and named is not None:
+        return named._from_config
     for name in [TASKS[task]] if task else TASKS.values():
         auto = getattr(transformers, name)
         if name in remote and trust_remote_code:
@@ -146,6 +166,14 @@ def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
         f"transformers has no model{wanted} of type {config.model_type!r}. Known tasks: {', '.join(TASKS)}. "
         "Pass the model itself, or trust_remote_code=True where its code comes with it."
     )
+
+
+def _named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names, ``None`` for anything else that it may hold."""
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, (list, tuple)) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
