@@ -96,7 +96,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
         raise
     except Exception as error:
         # The numbers of a configuration are computed with in the code of each model type, which may raise anything.
-        raise PlanError(f"{str(source)!r} has no configuration that transformers can read: {_brief(error)}") from error
+        raise PlanError(f"No configuration for {str(source)!r}: {_brief(error)}") from error
 
 
 def _config_of(values: Any, where: str) -> Any:
