@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from registry.pulling.adapter import Adapter as Adapter
     from registry.pulling.pull import lock_adapters as lock_adapters
     from registry.pulling.pull import pull_adapter as pull_adapter
+    from registry.signing.keys import SigningKey as SigningKey
     from registry.upkeep.cleanup import Garbage as Garbage
     from registry.upkeep.cleanup import collect_garbage as collect_garbage
     from registry.upkeep.diff import compare_adapters as compare_adapters
@@ -60,6 +61,7 @@ _LAZY = {
     "PushToRegistryCallback": "registry.publishing.callback",
     "Reference": "registry.formats.references",
     "Release": "registry.catalog.index",
+    "SigningKey": "registry.signing.keys",
     "Verification": "registry.upkeep.verification",
     "aliases": "registry.catalog.aliases",
     "check_contract": "registry.base.contract",

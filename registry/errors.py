@@ -28,7 +28,14 @@
     ├── BaseMismatch (ValueError)
     ├── IntegrityError
     │   ├── ReleaseMoved
-    │   └── RepositoryReplaced
+    │   ├── RepositoryReplaced
+    │   └── SignatureError
+    │       ├── SignatureNotFound (LookupError)
+    │       ├── InvalidSignature (ValueError)
+    │       ├── UnknownSigner
+    │       └── SignatureMismatch (ValueError)
+    ├── InvalidKey (ValueError)
+    ├── SigningNotInstalled (ImportError)
     ├── MachineError (OSError)
     │   └── CacheError
     └── LockError
@@ -164,6 +171,34 @@ class ReleaseMoved(IntegrityError):
 
 class RepositoryReplaced(IntegrityError):
     """Under the name of a repository there is another one than before."""
+
+
+class SignatureError(IntegrityError):
+    """A release does not have the signature that was required."""
+
+
+class SignatureNotFound(SignatureError, LookupError):
+    """A release is not signed."""
+
+
+class InvalidSignature(SignatureError, ValueError):
+    """A signature is malformed, or was tampered with."""
+
+
+class UnknownSigner(SignatureError):
+    """A signature was made with another key than those that are trusted."""
+
+
+class SignatureMismatch(SignatureError, ValueError):
+    """A signature is that of another release."""
+
+
+class InvalidKey(RegistryError, ValueError):
+    """A key or certificate cannot be read or used."""
+
+
+class SigningNotInstalled(RegistryError, ImportError):
+    """The package that makes and verifies signatures is not installed."""
 
 
 class MachineError(RegistryError, OSError):

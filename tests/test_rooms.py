@@ -30,7 +30,7 @@ FLOORS = {
         ("formats", "disk"),
         ("hubs",),
         ("catalog",),
-        ("base",),
+        ("base", "signing"),
         ("pulling", "publishing"),
         ("upkeep",),
         ("commands",),

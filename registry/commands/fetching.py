@@ -23,6 +23,14 @@ __all__ = ["COMMANDS", "gc", "lock", "pull", "verify"]
 _LockFile = Annotated[
     str | None, typer.Option("--lock-file", help="Default is adapters.lock in this folder.", show_default=False)
 ]
+_RequireSignature = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require-signature",
+        help="PEM file of a public key or certificate that must have signed; with several, any of them.",
+        show_default=False,
+    ),
+]
 
 
 def pull(
@@ -32,6 +40,7 @@ def pull(
     lock_file: _LockFile = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Pull only what the lock file says.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use the cache only.")] = False,
+    require_signature: _RequireSignature = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -47,6 +56,7 @@ def pull(
             offline=offline,
             cache_dir=cache_dir,
             progress=advance,
+            require_signature=require_signature,
         )
     if as_json:
         fields = {"name": adapter.name, "version": adapter.version, "commit": adapter.commit}
@@ -61,6 +71,7 @@ def lock(
     ] = None,
     hub: HubOption = None,
     lock_file: _LockFile = None,
+    require_signature: _RequireSignature = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +79,13 @@ def lock(
     from registry.pulling.pull import lock_adapters
 
     with waiting("Locking …"):
-        entries = lock_adapters(references or (), hub=hub, lock=lock_file or True, cache_dir=cache_dir)
+        entries = lock_adapters(
+            references or (),
+            hub=hub,
+            lock=lock_file or True,
+            cache_dir=cache_dir,
+            require_signature=require_signature,
+        )
     if as_json:
         print_json(entries)
     else:
@@ -79,6 +96,7 @@ def lock(
 def verify(
     reference: Annotated[str, typer.Argument(help="org/name@version.")],
     hub: HubOption = None,
+    require_signature: _RequireSignature = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +104,7 @@ def verify(
     from registry.upkeep.verification import verify as look
 
     with waiting(f"Checking {visible(reference)} …"):
-        found = look(reference, hub=hub, cache_dir=cache_dir)
+        found = look(reference, hub=hub, cache_dir=cache_dir, require_signature=require_signature)
     if as_json:
         digest = found.manifest.digest if found.manifest else None
         fields = {"release": str(found.release), "ok": found.ok, "digest": digest, "problems": found.problems}

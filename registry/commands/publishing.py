@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,10 @@ import typer
 from registry.commands.terminal import CacheDir, HubOption, Json, print_json, print_rows, say, visible, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from registry.publishing.changes import Changes
+    from registry.signing.keys import SigningKey
 
 __all__ = ["COMMANDS", "alias", "mirror", "push", "yank"]
 
@@ -40,6 +44,15 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be written, replaced, deleted and left; change nothing.")
     ] = False,
+    sign: Annotated[
+        str | None, typer.Option(help="PEM file of the private key to sign with.", show_default=False)
+    ] = None,
+    certificate: Annotated[
+        str | None, typer.Option(help="PEM file of that key's certificate.", show_default=False)
+    ] = None,
+    chain: Annotated[
+        list[str] | None, typer.Option(help="PEM file of a certificate between that and the trusted one.")
+    ] = None,
     license_: Annotated[
         str | None, typer.Option("--license", help="For the card: id of a license, such as apache-2.0.")
     ] = None,
@@ -68,6 +81,7 @@ def push(
             create_pr=create_pr,
             force=force,
             dry_run=dry_run,
+            sign=_signing_key(sign, certificate, chain or ()),
             license=license_,
             datasets=dataset or (),
             language=language,
@@ -82,6 +96,16 @@ def push(
         say(f"Proposed {done} at {visible(done.url)}")
     else:
         say(f"Published {done} ({done.commit[:12]})" if done.created else f"{done} has this content already")
+
+
+def _signing_key(key: str | None, certificate: str | None, chain: Sequence[str]) -> SigningKey | None:
+    if key is None:
+        if certificate or chain:
+            raise typer.BadParameter("a certificate needs the private key: --sign", param_hint="--certificate")
+        return None
+    from registry.signing.keys import PASSWORD_VARIABLE, SigningKey
+
+    return SigningKey(key, certificate, tuple(chain), os.environ.get(PASSWORD_VARIABLE))
 
 
 def _list_changes(changes: Changes) -> list[tuple[str, str]]:

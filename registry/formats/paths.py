@@ -14,6 +14,7 @@ __all__ = [
     "CARD_BESIDE",
     "GIT_ATTRIBUTES",
     "MANIFEST_FILE",
+    "SIGNATURE_FILE",
     "TOKENIZER_FILES",
     "allowed",
     "check_path",
@@ -25,6 +26,8 @@ __all__ = [
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MANIFEST_FILE = "adapter_manifest.json"
+#: The signature of the manifest; beside it, because no file can list its own hash.
+SIGNATURE_FILE = "adapter_manifest.sig"
 CARD = "README.md"
 #: The card's name in a repository whose README.md somebody else has written.
 CARD_BESIDE = "ADAPTER_CARD.md"

@@ -7,14 +7,14 @@ belongs to others and stays as it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from registry.errors import HostileAnswer, HubFileNotFound, InvalidManifest, RepositoryConflict
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
-from registry.formats.paths import ADAPTER_CONFIG, CARD, CARD_BESIDE, GIT_ATTRIBUTES
+from registry.formats.paths import ADAPTER_CONFIG, CARD, CARD_BESIDE, GIT_ATTRIBUTES, SIGNATURE_FILE
 from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, parse, shown
 from registry.hubs.protocol import Hub
@@ -42,15 +42,18 @@ class Draft:
         manifest: Its manifest.
         files: Its other files with their content.
         fixed: Whether its bytes are those of another registry, so that the card can't be put elsewhere.
+        signer: Signs its manifest, as it is when the files are written.
     """
 
     manifest: Manifest
     files: Mapping[str, Path | bytes]
     fixed: bool = False
+    signer: Callable[[Manifest], bytes] | None = None
 
     def all_files(self) -> dict[str, Path | bytes]:
-        """The files with the manifest."""
-        return {**self.files, MANIFEST_FILE: self.manifest.to_bytes()}
+        """The files with the manifest, and its signature if it is signed."""
+        signed = {} if self.signer is None else {SIGNATURE_FILE: self.signer(self.manifest)}
+        return {**self.files, MANIFEST_FILE: self.manifest.to_bytes(), **signed}
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def read_head(hub: Hub, name: str, commit: str, published: Container[str]) -> He
     own = set()
     if manifest is not None:
         listed = {path: record for path, record in manifest.files.items() if path in files}
-        own = {MANIFEST_FILE} | {
+        own = ({MANIFEST_FILE, SIGNATURE_FILE} & set(files)) | {
             path
             for path, record in listed.items()
             if commit in published or (files[path] == record.size and _holds(hub, name, commit, path, record))
@@ -220,7 +223,7 @@ def _place_card(draft: Draft, head: Head) -> Draft:
     files = {**{path: file for path, file in draft.files.items() if path != CARD}, place: content}
     record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
     records = {**{path: known for path, known in draft.manifest.files.items() if path != CARD}, place: record}
-    return Draft(replace(draft.manifest, files=records), files)
+    return replace(draft, manifest=replace(draft.manifest, files=records), files=files)
 
 
 def _is_same(hub: Hub, name: str, head: Head, path: str, content: Path | bytes) -> bool:

@@ -13,6 +13,8 @@ from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 from registry.publishing.card import CardFields
 from registry.publishing.publish import Draft, Published, publish
+from registry.publishing.signer import Signer
+from registry.signing.keys import SigningKey
 
 __all__ = ["check_push", "push_adapter"]
 
@@ -36,6 +38,7 @@ def push_adapter(
     create_pr: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    sign: SigningKey | str | os.PathLike[str] | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
     language: str | Sequence[str] | None = None,
@@ -67,6 +70,8 @@ def push_adapter(
             release's files.
         dry_run: Check everything and change nothing: the result's ``changes`` say what would be written, replaced,
             deleted and left.
+        sign: Sign the release with this private key: the path of its PEM file, or a `SigningKey` that has a
+            certificate or a password. Needs ``pip install 'lora-plugins[signing]'``.
         license: For the model card: id of a license, such as ``"apache-2.0"``.
         datasets: For the model card: ids of the training datasets.
         language: For the model card: code of the language, such as ``"en"``, or several.
@@ -78,6 +83,7 @@ def push_adapter(
         VersionExists: Other content has been published under this version.
         PublishError: The adapter would be of no use, or others publish at the same time, again and again.
         UnsafeFile: A file is not what it should be.
+        InvalidKey: The key cannot sign.
         HubError: The registry didn't do what it was asked for.
     """
     from registry.publishing.draft import make_release
@@ -86,7 +92,7 @@ def push_adapter(
     check_name(name)
     fields = CardFields(license, datasets, language, pipeline_tag)
     wanted = version if version in BUMPS else parse_version(version)
-    place = open_hub(hub, token)
+    place, signer = open_hub(hub, token), Signer.of(name, sign)
     bases = None if base_model is None else _bases(place, base_hub, token if base_token is None else base_token)
     with collect(
         source,
@@ -101,9 +107,10 @@ def push_adapter(
 
         def draft(chosen: Version, before: Version | None) -> Draft:
             parent = None if before is None else version_text(before)
-            return Draft(*make_release(collected, name, version_text(chosen), parent, fields=fields))
+            manifest, files = make_release(collected, name, version_text(chosen), parent, fields=fields)
+            return Draft(manifest, files, signer=signer)
 
-        return publish(
+        done = publish(
             place,
             name,
             wanted,
@@ -114,6 +121,7 @@ def push_adapter(
             force=force,
             dry_run=dry_run,
         )
+    return done if signer is None or dry_run or create_pr else signer.check(place, done)
 
 
 def check_push(

@@ -4,6 +4,7 @@
 
     <cache>/releases/<digest>/…              a release, complete, hashed again at every pull
             checked/<digest>.json            what its content was found to be; its time is that of the last pull
+            signatures/<digest>/…            signatures of the release, one for each repository that it is in
             seen/<hub>/<org>/<name>.json     what was seen of a repository, to notice when it shows less
 """
 
@@ -149,6 +150,7 @@ class Cache:
                     os.rename(folder_files.inside(self.folder, self.path(digest)), aside)
                 self._notes_path(digest).unlink(missing_ok=True)
             delete(aside)
+            delete(folder_files.inside(self.folder, self.folder / "signatures" / digest))
         return True
 
     def is_leased(self, digest: str) -> bool:

@@ -33,6 +33,7 @@ from registry.pulling.cache import Cache
 from registry.pulling.content import check_content, check_sizes
 from registry.pulling.lockfile import Lock, LockEntry
 from registry.pulling.memory import Pulled, Seen, find_lost_state, find_lost_tags
+from registry.pulling.signatures import SignatureRule
 
 __all__ = ["Fetched", "Fetcher", "Progress"]
 
@@ -72,6 +73,7 @@ class Fetcher:
         offline: Use only what is in the cache.
         progress: Told about the bytes that arrive.
         quiet: Don't warn of withdrawn releases.
+        signature: Which signature a release must have, if any.
     """
 
     hub: Hub
@@ -80,6 +82,7 @@ class Fetcher:
     offline: bool = False
     progress: Progress | None = None
     quiet: bool = False
+    signature: SignatureRule | None = None
 
     def fetch(self, reference: Reference) -> Fetched:
         """Get a release.
@@ -278,6 +281,8 @@ class Fetcher:
 
     def _in_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
         """Take the files from the cache if they are there and undamaged, else download them if that is allowed."""
+        if self.signature is not None:
+            self.signature.check(release, manifest, self.hub if download else None)
         path = self.cache.path(manifest.digest)
         try:
             found = self.cache.use(manifest)

@@ -14,6 +14,8 @@ from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher, Progress
 from registry.pulling.lockfile import Lock, LockEntry
+from registry.pulling.signatures import SignatureRule
+from registry.signing.keys import Keys, PathOrPaths
 
 if TYPE_CHECKING:
     from registry.pulling.adapter import Adapter
@@ -32,6 +34,7 @@ def pull_adapter(
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    require_signature: PathOrPaths | None = None,
 ) -> Adapter:
     """Get a release of an adapter, checked, as a read-only folder in the cache.
 
@@ -48,11 +51,15 @@ def pull_adapter(
         local_files_only: The same, as huggingface_hub spells it.
         cache_dir: The cache; by default ``LORA_REGISTRY_CACHE``, else a folder in the user's cache folder.
         progress: Called with the name, the bytes there and all bytes of a file while it is downloaded.
+        require_signature: Hand out only what was signed with this key: the path of a PEM file with a public key or a
+            certificate; with several, any of them will do. Needs ``pip install 'lora-plugins[signing]'``.
 
     Raises:
         InvalidReference: The reference is malformed.
         VersionNotFound: It means no release.
         IntegrityError: The release is not what it was, or not what its manifest says.
+        SignatureError: The required signature is missing, was tampered with, or is another key's or release's.
+        InvalidKey: The file with the key cannot be used.
         LockError: The lock file does not allow it.
         HubError: The registry can't be asked, and the cache has nothing that would do.
     """
@@ -67,6 +74,7 @@ def pull_adapter(
         offline=offline or local_files_only,
         cache_dir=cache_dir,
         progress=progress,
+        require_signature=require_signature,
     )
     return Adapter(
         name=fetched.release.name,
@@ -85,11 +93,14 @@ def fetch_adapter(
     offline: bool,
     cache_dir: str | os.PathLike[str] | None,
     progress: Progress | None = None,
+    require_signature: PathOrPaths | None = None,
 ) -> Fetched:
     """Get the files of a release; see `pull_adapter`."""
     parsed, place, token = Reference.parse(reference), open_hub(hub, token), None
+    keys, cache = Keys.read(require_signature), Cache(cache_dir)
+    rule = None if keys is None else SignatureRule(keys, cache)
     with limit_operation():
-        return Fetcher(place, Cache(cache_dir), lock, offline, progress).fetch(parsed)
+        return Fetcher(place, cache, lock, offline, progress, signature=rule).fetch(parsed)
 
 
 def lock_adapters(
@@ -99,6 +110,7 @@ def lock_adapters(
     token: str | bool | None = None,
     lock: bool | str | os.PathLike[str] = True,
     cache_dir: str | os.PathLike[str] | None = None,
+    require_signature: PathOrPaths | None = None,
 ) -> dict[str, LockEntry]:
     """Write what references mean now to the lock file, in place of what it said about the same adapters.
 
@@ -108,6 +120,7 @@ def lock_adapters(
         token: For the registry.
         lock: The lock file; by default ``adapters.lock`` in the working directory.
         cache_dir: The cache.
+        require_signature: See `pull_adapter`.
 
     Returns:
         The entries of the lock file by name.
@@ -116,5 +129,13 @@ def lock_adapters(
     chosen, wanted = Lock.choose(lock, frozen=False), list(references)
     use = replace(chosen, renew=bool(wanted))
     for reference in wanted or chosen.entries():
-        fetch_adapter(reference, hub=place, token=None, lock=use, offline=False, cache_dir=cache_dir)
+        fetch_adapter(
+            reference,
+            hub=place,
+            token=None,
+            lock=use,
+            offline=False,
+            cache_dir=cache_dir,
+            require_signature=require_signature,
+        )
     return dict(chosen.entries())

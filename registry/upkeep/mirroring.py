@@ -17,6 +17,7 @@ from registry.publishing.publish import Draft, Published, publish
 from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher
 from registry.pulling.lockfile import Lock
+from registry.pulling.signatures import read_signature
 
 __all__ = ["mirror"]
 
@@ -32,7 +33,7 @@ def mirror(
     force: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Published]:
-    """Copy releases to another registry, with what was withdrawn and the aliases.
+    """Copy releases to another registry, with their signatures, what was withdrawn and the aliases.
 
     Args:
         reference: ``org/name`` is all its releases; with a version, a range, an alias or a commit it is one.
@@ -59,12 +60,12 @@ def mirror(
     copied = []
     for release in wanted:
         fetched = fetcher.fetch(Reference(parsed.name, version=Version(release.version)))
-        copied.append(_copy(fetched, destination, private, force=force))
+        copied.append(_copy(fetched, read_signature(source, release), destination, private, force=force))
     _copy_state(destination, parsed.name, index.state)
     return copied
 
 
-def _copy(fetched: Fetched, target: Hub, private: bool | None, *, force: bool) -> Published:
+def _copy(fetched: Fetched, signature: bytes | None, target: Hub, private: bool | None, *, force: bool) -> Published:
     release, manifest = fetched.release, fetched.manifest
     if not target.local and manifest.base.id is None:
         raise UnknownBase(
@@ -73,7 +74,7 @@ def _copy(fetched: Fetched, target: Hub, private: bool | None, *, force: bool) -
         )
     files: dict[str, Path | bytes] = {name: fetched.path / name for name in manifest.files}
     version = Version(release.version)
-    draft = Draft(manifest, files, fixed=True)
+    draft = Draft(manifest, files, fixed=True, signer=None if signature is None else lambda _: signature)
     done = publish(target, release.name, version, lambda *_: draft, private=private, force=force)
     if done.manifest.digest != manifest.digest:
         raise VersionExists(

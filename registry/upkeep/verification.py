@@ -10,9 +10,9 @@ from typing import BinaryIO, cast
 from registry.catalog.index import Manifests, Release, index_of, read_manifest
 from registry.catalog.state import read_state
 from registry.disk.machine import CheckedSink, temporary_folder
-from registry.errors import HubUnavailable, MachineError, RegistryError
+from registry.errors import HubUnavailable, MachineError, RegistryError, SignatureError
 from registry.formats.manifest import MANIFEST_FILE, Manifest
-from registry.formats.paths import GIT_ATTRIBUTES
+from registry.formats.paths import GIT_ATTRIBUTES, SIGNATURE_FILE
 from registry.formats.records import FileRecord
 from registry.formats.references import Reference
 from registry.hubs import open_hub
@@ -22,6 +22,9 @@ from registry.pulling.cache import Cache, check_file
 from registry.pulling.content import check_content, check_sizes
 from registry.pulling.fetch import Fetcher
 from registry.pulling.lockfile import Lock
+from registry.pulling.signatures import read_signature
+from registry.signing.keys import Keys, PathOrPaths
+from registry.signing.signatures import verify_signature
 
 __all__ = ["Verification", "verify"]
 
@@ -56,6 +59,7 @@ def verify(
     token: str | bool | None = None,
     lock: bool | str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    require_signature: PathOrPaths | None = None,
 ) -> Verification:
     """Download a release, whatever is in the cache, and compare it with its manifest, the lock and what was pulled.
 
@@ -65,17 +69,19 @@ def verify(
         token: For a hub on the network.
         lock: The lock file to compare with; by default the one in the working directory, if there is one.
         cache_dir: The cache to compare with.
+        require_signature: See `pull_adapter`; a signature that is missing or wrong is a problem.
 
     Raises:
         VersionNotFound: There is no such release.
         HubError: The hub can't be asked.
     """
     place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
+    keys = Keys.read(require_signature)
     with limit_operation():
-        return _verify(place, parsed, Lock.choose(lock, frozen=False), Cache(cache_dir))
+        return _verify(place, parsed, Lock.choose(lock, frozen=False), Cache(cache_dir), keys)
 
 
-def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache) -> Verification:
+def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys | None) -> Verification:
     refs = place.refs(parsed.name)
     manifests = Manifests(place, parsed.name)
     release = index_of(parsed.name, refs, read_state(place, parsed.name, refs), manifests).resolve(parsed)
@@ -86,6 +92,7 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache) -> Verifica
     try:
         manifest = read_manifest(fetcher.hub, release, manifests)
         problems += fetcher.compare(release, manifest, refs)
+        problems += _signed(place, release, manifest, keys)
         others = _others(place, release, manifest)
         problems += _damaged(place, release, manifest)
     except (HubUnavailable, MachineError):
@@ -95,8 +102,21 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache) -> Verifica
     return Verification(release, manifest, tuple(problems), others)
 
 
+def _signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -> list[str]:
+    if keys is None:
+        return []
+    signature = read_signature(hub, release)
+    if signature is None:
+        return [f"It is not signed, and a signature by {keys} is required"]
+    try:
+        verify_signature(release.name, manifest.to_bytes(), signature, keys)
+    except SignatureError as problem:
+        return [str(problem)]
+    return []
+
+
 def _others(hub: Hub, release: Release, manifest: Manifest) -> tuple[str, ...]:
-    listed = {*manifest.files, MANIFEST_FILE, GIT_ATTRIBUTES}
+    listed = {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE, GIT_ATTRIBUTES}
     return tuple(sorted(path for path in hub.files(release.name, release.commit) if path not in listed))
 
 

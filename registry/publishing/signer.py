@@ -1,0 +1,69 @@
+"""Sign a release while it is published, and make sure afterwards that the signature is there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from registry.errors import HubFileNotFound, SignatureError, VersionExists
+from registry.formats.manifest import Manifest
+from registry.formats.paths import SIGNATURE_FILE
+from registry.hubs.protocol import Hub
+from registry.publishing.publish import Published
+from registry.signing.keys import SigningKey
+from registry.signing.signatures import MAX_SIGNATURE, check_own_signature, sign_manifest
+
+__all__ = ["Signer"]
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Signs the manifests of one repository; each once, because two signatures of one thing differ."""
+
+    name: str
+    key: SigningKey
+    _made: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, name: str, key: SigningKey | str | os.PathLike[str] | None) -> Signer | None:
+        """Return what signs with this key, which is tried at once; `None` without a key.
+
+        Raises:
+            InvalidKey: It cannot be used.
+            SigningNotInstalled: The library is not there.
+        """
+        if key is None:
+            return None
+        signer = cls(name, SigningKey.of(key))
+        signer.key.configure()
+        return signer
+
+    def __call__(self, manifest: Manifest) -> bytes:
+        """Return the signature of a manifest."""
+        if manifest.digest not in self._made:
+            self._made[manifest.digest] = sign_manifest(self.name, manifest.to_bytes(), self.key)
+        return self._made[manifest.digest]
+
+    def check(self, hub: Hub, done: Published) -> Published:
+        """Return a release if it stands on its hub with a signature of this key.
+
+        Raises:
+            VersionExists: It was published before without one, or with another.
+        """
+        try:
+            found = hub.read(self.name, done.commit, SIGNATURE_FILE, MAX_SIGNATURE)
+        except HubFileNotFound:
+            found = b""
+        if found and found == self._made.get(done.manifest.digest):
+            return done
+        try:
+            if found:
+                check_own_signature(self.name, done.manifest.to_bytes(), found, self.key)
+                return done
+            reason = "without a signature"
+        except SignatureError as error:
+            reason = f"with another signature ({error})"
+        raise VersionExists(
+            f"{done} is published with this content {reason}, and stays as it is. To have it signed, publish it as "
+            'another version, for example version="patch"'
+        )

@@ -1,0 +1,94 @@
+"""Signatures of releases: read from a hub, verified, and kept in the cache for use without a network."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.catalog.index import Release
+from registry.disk import files as folder_files
+from registry.errors import CommitNotFound, HubFileNotFound, SignatureError, SignatureNotFound
+from registry.formats.manifest import Manifest
+from registry.formats.paths import SIGNATURE_FILE
+from registry.hubs.protocol import Hub
+from registry.pulling.cache import Cache
+from registry.signing.keys import Keys
+from registry.signing.signatures import MAX_SIGNATURE, verify_signature
+
+__all__ = ["SignatureRule", "read_signature"]
+
+
+@dataclass(frozen=True)
+class SignatureRule:
+    """Only releases that one of these keys has signed are handed out.
+
+    Attributes:
+        keys: The keys.
+        cache: Where signatures are kept.
+    """
+
+    keys: Keys
+    cache: Cache
+
+    def check(self, release: Release, manifest: Manifest, hub: Hub | None) -> None:
+        """Verify the signature of a release, before any of its files is downloaded or handed out.
+
+        Args:
+            release: The release.
+            manifest: Its manifest; the hashes in it cover all its files.
+            hub: Where its signature is read if the cache has none that is valid; `None` without a network.
+
+        Raises:
+            SignatureError: It is missing, malformed, tampered with, made with another key, or another release's.
+        """
+        kept = self._read(release.name, manifest)
+        if kept is not None:
+            try:
+                return self._verify(release, manifest, kept)
+            except SignatureError:
+                if hub is None:
+                    raise
+        if hub is None:
+            raise SignatureNotFound(
+                f"The signature of {release} is not in the cache {self.cache.folder}, and the network is off. Pull it "
+                "once with a network and the required key"
+            )
+        found = read_signature(hub, release)
+        if found is None:
+            raise SignatureNotFound(
+                f"{release} on {hub.location} is not signed, and a signature by {self.keys} is required. A "
+                "published release stays as it is: its owner can publish a new version with push --sign"
+            )
+        self._verify(release, manifest, found)
+        self._keep(release.name, manifest, found)
+        return None
+
+    def _verify(self, release: Release, manifest: Manifest, signature: bytes) -> None:
+        verify_signature(release.name, manifest.to_bytes(), signature, self.keys)
+
+    def _path(self, name: str, manifest: Manifest) -> Path:
+        file = f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.sig"
+        return folder_files.inside(self.cache.folder, self.cache.folder / "signatures" / manifest.digest / file)
+
+    def _read(self, name: str, manifest: Manifest) -> bytes | None:
+        try:
+            return folder_files.read_small(self._path(name, manifest), MAX_SIGNATURE + 1)
+        except OSError:
+            return None
+
+    def _keep(self, name: str, manifest: Manifest, signature: bytes) -> None:
+        try:
+            path = self._path(name, manifest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder_files.replace_file(path, signature)
+        except OSError:
+            return  # a cache that is only read: it is asked for again
+
+
+def read_signature(hub: Hub, release: Release) -> bytes | None:
+    """Read the signature in the commit of a release; `None` if it has none."""
+    try:
+        return hub.read(release.name, release.commit, SIGNATURE_FILE, MAX_SIGNATURE)
+    except (HubFileNotFound, CommitNotFound):
+        return None

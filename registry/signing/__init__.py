@@ -1,0 +1,1 @@
+"""Signatures of releases: made and verified offline, with keys or certificates."""

@@ -1,0 +1,209 @@
+"""Keys and certificates in PEM files: whose signatures are made or taken."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import InvalidKey, SigningNotInstalled
+
+if TYPE_CHECKING:
+    from model_signing import signing, verifying
+
+__all__ = ["PASSWORD_VARIABLE", "Keys", "PathOrPaths", "SigningKey", "TrustedKey", "load_library"]
+
+PathOrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+#: Where the commands find the password of an encrypted key.
+PASSWORD_VARIABLE = "LORA_REGISTRY_KEY_PASSWORD"
+_MAX_PEM = 1024 * 1024
+_KINDS = "an ECDSA key on the curve P-256, P-384 or P-521"
+
+
+def load_library() -> None:
+    """Import OpenSSF's model-signing, which comes with an extra.
+
+    Raises:
+        SigningNotInstalled: It is not there.
+    """
+    try:
+        import model_signing.signing
+        import model_signing.verifying  # noqa: F401
+    except ImportError as error:
+        raise SigningNotInstalled(
+            f"Signatures need the package model-signing ({error}): pip install 'lora-plugins[signing]'"
+        ) from None
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key to sign with, and the certificate that says whose it is, if there is one.
+
+    Attributes:
+        private_key: PEM file with an ECDSA key on P-256, P-384 or P-521.
+        certificate: PEM file with the certificate of the key; without one, users verify with the public key.
+        chain: PEM files with the certificates between that one and the one that users trust.
+        password: For an encrypted key; not with a certificate.
+    """
+
+    private_key: str | os.PathLike[str]
+    certificate: str | os.PathLike[str] | None = None
+    chain: tuple[str | os.PathLike[str], ...] = ()
+    password: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, key: SigningKey | str | os.PathLike[str]) -> SigningKey:
+        """Return a key that is given as one, or as the path of its file."""
+        return key if isinstance(key, SigningKey) else cls(key)
+
+    def configure(self) -> signing.Config:
+        """Load the key into the library's configuration.
+
+        Raises:
+            InvalidKey: A file cannot be read, or is not what it should be, or they do not belong together.
+            SigningNotInstalled: The library is not there.
+        """
+        load_library()
+        from model_signing import signing
+
+        for path in (self.private_key, self.certificate, *self.chain):
+            if path is not None:
+                read_pem(path)
+        config = signing.Config()
+        try:
+            if self.certificate is None:
+                # Declared as text (1.1.1), and handed on to cryptography, which takes bytes.
+                password: Any = None if self.password is None else self.password.encode()
+                return config.use_elliptic_key_signer(private_key=self.private_key, password=password)
+            # An empty chain is refused (1.1.1), so that of a certificate right below the root is itself.
+            chain = self.chain or (self.certificate,)
+            return config.use_certificate_signer(
+                private_key=self.private_key, signing_certificate=self.certificate, certificate_chain=chain
+            )
+        except Exception as error:  # of cryptography, OpenSSL or the library; what each raises is not documented
+            raise InvalidKey(
+                f"{os.fspath(self.private_key)!r} cannot sign: {_reason(error)}. It must be {_KINDS}, in PEM, and the "
+                "certificate, if there is one, that of this key"
+            ) from None
+
+    def public_pem(self) -> bytes:
+        """Return the public key as PEM."""
+        from cryptography.hazmat.primitives import serialization
+
+        password = None if self.password is None else self.password.encode()
+        public = serialization.load_pem_private_key(read_pem(self.private_key), password).public_key()
+        return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+    def certificate_text(self) -> str:
+        """Return the certificate as signatures hold it."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import Encoding
+
+        certificate = x509.load_pem_x509_certificate(read_pem(self.certificate or ""))
+        return base64.b64encode(certificate.public_bytes(Encoding.DER)).decode("ascii")
+
+
+@dataclass(frozen=True)
+class TrustedKey:
+    """A public key, or a root certificate, whose signatures are taken.
+
+    Attributes:
+        path: The PEM file.
+        certificate: Whether it holds certificates; then every key that they certify, directly or not, is trusted.
+    """
+
+    path: Path
+    certificate: bool
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> TrustedKey:
+        """Read what a PEM file holds.
+
+        Raises:
+            InvalidKey: Neither a public key nor a certificate, or one that cannot be used.
+        """
+        data = read_pem(path)
+        if b"PRIVATE KEY-----" in data:
+            raise InvalidKey(
+                f"{os.fspath(path)!r} holds a private key. Who verifies needs the public one: "
+                "openssl pkey -in KEY -pubout"
+            )
+        certificate = b"-----BEGIN CERTIFICATE-----" in data
+        if not certificate and b"-----BEGIN PUBLIC KEY-----" not in data:
+            raise InvalidKey(f"{os.fspath(path)!r} must hold a public key or a certificate in PEM")
+        found = cls(Path(path), certificate)
+        found.configure()
+        return found
+
+    def configure(self) -> verifying.Config:
+        """Load it into the library's configuration.
+
+        Raises:
+            InvalidKey: It cannot be used.
+            SigningNotInstalled: The library is not there.
+        """
+        load_library()
+        from model_signing import verifying
+
+        config = verifying.Config()
+        try:
+            if self.certificate:
+                return config.use_certificate_verifier(certificate_chain=[self.path])
+            return config.use_elliptic_key_verifier(public_key=self.path)
+        except Exception as error:
+            raise InvalidKey(f"{str(self.path)!r} cannot verify: {_reason(error)}. It must be {_KINDS}") from None
+
+    def fingerprint(self) -> str:
+        """Return the sha256 by which a signature names its public key."""
+        from cryptography.hazmat.primitives import serialization
+
+        key = serialization.load_pem_public_key(read_pem(self.path))
+        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return hashlib.sha256(pem).hexdigest()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys and certificates of which one has to have signed."""
+
+    trusted: tuple[TrustedKey, ...]
+
+    @classmethod
+    def read(cls, paths: PathOrPaths | None) -> Keys | None:
+        """Read the files that a caller names; `None` where no signature is required.
+
+        Raises:
+            InvalidKey: There is none, or one cannot be used.
+        """
+        if paths is None:
+            return None
+        named: Iterable[str | os.PathLike[str]] = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        trusted = tuple(TrustedKey.read(path) for path in named)
+        if not trusted:
+            raise InvalidKey("A signature is required and no key is given whose signature would do")
+        return cls(trusted)
+
+    def __str__(self) -> str:
+        return " or ".join(str(key.path) for key in self.trusted)
+
+
+def read_pem(path: str | os.PathLike[str]) -> bytes:
+    """Read a key or certificate file.
+
+    Raises:
+        InvalidKey: It cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAX_PEM)
+    except OSError as error:
+        raise InvalidKey(f"{os.fspath(path)!r} cannot be read: {error.strerror or error}") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

@@ -1,0 +1,204 @@
+"""Sign the manifest of a release, and verify such a signature.
+
+What is signed is a folder with one file, ``<org>/<name>/adapter_manifest.json``. The manifest has the version and the
+sha256 of every other file, and the path has the name of the repository, so the signature of one release fits no other.
+The file is a Sigstore bundle as OpenSSF's model-signing writes it, and its own command verifies it, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.disk.machine import temporary_folder
+from registry.errors import (
+    InvalidKey,
+    InvalidSignature,
+    RegistryError,
+    SignatureError,
+    SignatureMismatch,
+    UnknownSigner,
+)
+from registry.formats.paths import MANIFEST_FILE
+from registry.formats.references import check_name
+from registry.formats.strict_json import JsonRefused, parse
+from registry.signing.keys import Keys, SigningKey, TrustedKey, load_library
+
+if TYPE_CHECKING:
+    from model_signing import hashing
+
+__all__ = ["MAX_SIGNATURE", "check_own_signature", "sign_manifest", "verify_signature"]
+
+#: Bytes that a signature may have; one with a chain of certificates has about 10 KB.
+MAX_SIGNATURE = 256 * 1024
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://model_signing/signature/v1.0"
+_ENVELOPE = "application/vnd.in-toto+json"
+
+
+def sign_manifest(name: str, manifest: bytes, key: SigningKey) -> bytes:
+    """Return the signature of a release.
+
+    Args:
+        name: ``org/name``.
+        manifest: The bytes of its manifest.
+        key: Who signs.
+
+    Raises:
+        InvalidKey: The key cannot be used.
+        SigningNotInstalled: The library is not there.
+    """
+    config = key.configure().set_hashing_config(_hashing())
+    with _staged(name, manifest) as (folder, signature):
+        try:
+            config.sign(folder, signature)
+        except RegistryError:
+            raise
+        except Exception as error:
+            raise InvalidKey(f"{key.private_key!r} cannot sign: {type(error).__name__}: {error}") from None
+        return signature.read_bytes()
+
+
+def verify_signature(name: str, manifest: bytes, signature: bytes, keys: Keys) -> None:
+    """Make sure that one of these keys has signed this manifest for this repository.
+
+    Args:
+        name: ``org/name``.
+        manifest: The bytes of the manifest.
+        signature: The signature.
+        keys: Whose signature is taken.
+
+    Raises:
+        InvalidSignature: It is malformed, or was tampered with.
+        UnknownSigner: It was made with another key.
+        SignatureMismatch: It is the signature of another release.
+        SigningNotInstalled: The library is not there.
+    """
+    load_library()
+    bundle = _read_bundle(signature)
+    problems: list[SignatureError] = []
+    for key in keys.trusted:
+        problem = _find_problem(name, manifest, signature, bundle, key)
+        if problem is None:
+            return
+        problems.append(problem)
+    # With several keys, what the one that signed says is worth more than what the others do.
+    raise next((each for each in problems if not isinstance(each, UnknownSigner)), problems[0])
+
+
+def check_own_signature(name: str, manifest: bytes, signature: bytes, key: SigningKey) -> None:
+    """Make sure that a signature is one that this key has made before for this release.
+
+    Who has a certificate need not have the one that users trust, so that of the key itself is compared.
+
+    Raises:
+        SignatureError: It is another one.
+    """
+    if key.certificate is None:
+        with temporary_folder() as folder:
+            public = folder / "public.pem"
+            public.write_bytes(key.public_pem())
+            verify_signature(name, manifest, signature, Keys((TrustedKey(public, certificate=False),)))
+        return
+    bundle = _read_bundle(signature)
+    certificates = bundle["verificationMaterial"].get("x509CertificateChain", {}).get("certificates") or [{}]
+    if certificates[0].get("rawBytes") != key.certificate_text():
+        raise UnknownSigner(f"The signature of {name} was made with another key than {key.private_key}")
+    if not _states(bundle, name, manifest):
+        raise SignatureMismatch(_describe_other(name, bundle))
+
+
+def _find_problem(
+    name: str, manifest: bytes, signature: bytes, bundle: dict[str, Any], key: TrustedKey
+) -> SignatureError | None:
+    from cryptography.exceptions import InvalidSignature as NotSigned
+    from OpenSSL.crypto import X509StoreContextError
+
+    what = f"The signature of {name}"
+    stranger = UnknownSigner(f"{what} was made with another key than {key.path}")
+    material = bundle["verificationMaterial"]
+    if key.certificate != ("x509CertificateChain" in material):
+        return stranger
+    if not key.certificate and material["publicKey"]["hint"] != key.fingerprint():
+        return stranger
+    try:
+        with _staged(name, manifest) as (folder, file):
+            file.write_bytes(signature)
+            key.configure().set_hashing_config(_hashing()).verify(folder, file)
+    except RegistryError:
+        raise
+    except NotSigned:
+        return InvalidSignature(f"{what} was tampered with: it is not what {key.path} signed")
+    except X509StoreContextError as error:
+        return UnknownSigner(f"{what} was made with a certificate that {key.path} does not certify: {error}")
+    except Exception as error:
+        if not _states(bundle, name, manifest):
+            return SignatureMismatch(_describe_other(name, bundle))
+        return InvalidSignature(f"{what} cannot be verified: {type(error).__name__}: {str(error)[:300]}")
+    # The library takes a statement that leaves paths out, or names other algorithms; this one has to say all.
+    return None if _states(bundle, name, manifest) else SignatureMismatch(_describe_other(name, bundle))
+
+
+def _read_bundle(signature: bytes) -> dict[str, Any]:
+    """Read a signature without believing it: the library reads whatever stands there."""
+    try:
+        bundle: dict[str, Any] = parse(signature, MAX_SIGNATURE)
+        envelope, material = bundle["dsseEnvelope"], bundle["verificationMaterial"]
+        if bundle["mediaType"] != _BUNDLE or envelope["payloadType"] != _ENVELOPE:
+            raise JsonRefused("it is of a kind that is not known")
+        if len(envelope["signatures"]) != 1 or not isinstance(envelope["signatures"][0]["sig"], str):
+            raise JsonRefused("it must hold one signature")
+        if "x509CertificateChain" not in material and not isinstance(material["publicKey"]["hint"], str):
+            raise JsonRefused("it does not say which key made it")
+        bundle["statement"] = parse(base64.b64decode(envelope["payload"], validate=True), MAX_SIGNATURE)
+        bundle["statement"]["predicate"]["resources"][0]["name"].strip()
+    except JsonRefused as reason:
+        raise InvalidSignature(f"The signature is malformed: {reason}") from None
+    except (KeyError, IndexError, TypeError, AttributeError, binascii.Error, ValueError) as error:
+        raise InvalidSignature(f"The signature is malformed ({type(error).__name__})") from None
+    return bundle
+
+
+def _states(bundle: dict[str, Any], name: str, manifest: bytes) -> bool:
+    """Whether a statement is about this manifest of this repository, and nothing else."""
+    statement = bundle["statement"]
+    resource = {
+        "name": f"{name}/{MANIFEST_FILE}",
+        "algorithm": "sha256",
+        "digest": hashlib.sha256(manifest).hexdigest(),
+    }
+    return (
+        statement.get("_type") == _STATEMENT
+        and statement.get("predicateType") == _PREDICATE
+        and statement["predicate"]["resources"] == [resource]
+    )
+
+
+def _describe_other(name: str, bundle: dict[str, Any]) -> str:
+    named = str(bundle["statement"]["predicate"]["resources"][0]["name"]).removesuffix(f"/{MANIFEST_FILE}")
+    other = "another release of it" if named == name else f"{named[:200]!a}"
+    return f"The signature that lies beside the manifest of {name} is not this release's: it is that of {other}"
+
+
+@contextmanager
+def _staged(name: str, manifest: bytes) -> Iterator[tuple[Path, Path]]:
+    """A folder with the manifest as it is signed, and a place for the signature beside it."""
+    with temporary_folder() as parent:
+        folder = parent / "release"
+        place = folder.joinpath(*check_name(name).split("/"))
+        place.mkdir(parents=True)
+        (place / MANIFEST_FILE).write_bytes(manifest)
+        yield folder, parent / "signature"
+
+
+def _hashing() -> hashing.Config:
+    from model_signing import hashing
+
+    config = hashing.Config().use_file_serialization(hashing_algorithm="sha256", max_workers=1)
+    return config.set_ignored_paths(paths=(), ignore_git_paths=False)
