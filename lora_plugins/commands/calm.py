@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 
+from lora_plugins.plugins.host import plugin_host
+
 __all__ = ["calm", "quiet"]
 
-#: Libraries that log about optional kernels and their own future while they are imported.
-_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+#: Logs about its own future while torch is imported.
+_TALKATIVE = "torch.utils._pytree"
 
 
 def calm() -> None:
@@ -18,7 +20,8 @@ def calm() -> None:
 
     Call it before the libraries are imported.
     """
-    for name in _TALKATIVE:
+    backends = {name for quantizer in plugin_host().quantizers() for name in quantizer.loggers}
+    for name in (_TALKATIVE, *backends):
         logging.getLogger(name).setLevel(logging.ERROR)
     # PEFT 0.21 calls a method of transformers by its former name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

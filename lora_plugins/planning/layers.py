@@ -14,7 +14,6 @@ from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.quantization.walk import as_linear
-from lora_plugins.trainer.engines import keeps_copy
 
 __all__ = ["PlannedLinear", "keeps_input", "parameter_bytes", "planned", "standing_in", "stored_bytes", "weight_bytes"]
 
@@ -112,7 +111,7 @@ def standing_in(module: Any, owner: Quantizer) -> PlannedLinear:
     size = tensor_bytes(module).total
     dtype = bias.dtype if bias is not None else torch.bfloat16
     held = keeps_input(owner, device)
-    own, again = _packed_bytes(module), keeps_copy(module)
+    own, again = _packed_bytes(module), owner.copies_weight
     return PlannedLinear(module.in_features, module.out_features, bias, held, dtype, size, own, again)
 
 
@@ -206,5 +205,5 @@ def _sample(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_S
         linear = nn.Linear(in_features, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
         with torch.no_grad():
             layer = backend.quantizer.quantize_linear(linear, backend.options)
-        samples.append(_Sample(tensor_bytes(layer).total, _packed_bytes(layer), keeps_copy(layer)))
+        samples.append(_Sample(tensor_bytes(layer).total, _packed_bytes(layer), backend.quantizer.copies_weight))
     return samples[0], samples[1]

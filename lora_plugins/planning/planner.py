@@ -34,10 +34,6 @@ from lora_plugins.text import dtype_name, one_line
 __all__ = ["plan"]
 
 
-#: Backends that come before others of the same size, in the tables and as advice.
-_FIRST = ("int8", "nf4")
-
-
 def plan(
     model_or_name: Any,
     *,
@@ -243,12 +239,9 @@ class _Planner:
         if self.bench.arrived:
             # Its layers can't be quantized again.
             return found
-        host = plugin_host()
-        for name in host.quantizer_names():
-            # Two plugins that claim one name must not hide the others.
-            with contextlib.suppress(LoraPluginsError):
-                found.setdefault(name, Quantization(host.quantizer(name), self._common_options()))
-        return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, item[0] not in _FIRST)))
+        for quantizer in plugin_host().quantizers():
+            found.setdefault(quantizer.name, Quantization(quantizer, self._common_options()))
+        return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, -item[1].quantizer.priority)))
 
     def _common_options(self) -> dict[str, Any]:
         asked = self.bench.settings.quantization

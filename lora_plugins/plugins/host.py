@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -196,6 +197,14 @@ class PluginHost:
     def quantizer_names(self) -> list[str]:
         """Every registered backend name, sorted."""
         return self._quantizers.names()
+
+    def quantizers(self) -> list[Quantizer]:
+        """Every backend; a name that two plugins claim is left out, and reported when it is asked for."""
+        found = []
+        for name in self.quantizer_names():
+            with contextlib.suppress(QuantizerConflict):
+                found.append(self.quantizer(name))
+        return found
 
     def quantizer(self, name: str) -> Quantizer:
         """Return a quantization backend.

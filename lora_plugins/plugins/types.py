@@ -112,6 +112,7 @@ class Quantizer(ABC):
         copies_weight: Whether a layer holds its weight a second time outside of its parameters, which an engine that
             divides parameters then leaves whole on every process.
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
+        priority: Which of several backends with the same bits comes first in tables and advice; higher is earlier.
         loggers: Names of the loggers of its libraries that speak of their own kernels and optional parts; commands
             and the self-test silence them below an error.
     """
@@ -125,6 +126,7 @@ class Quantizer(ABC):
     keeps_input: bool = False
     copies_weight: bool = False
     engines: tuple[str, ...] = ("ddp", "fsdp2", "deepspeed")
+    priority: int = 0
     loggers: tuple[str, ...] = ()
 
     @abstractmethod

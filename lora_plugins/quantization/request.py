@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +176,7 @@ def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, ho
 
 def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | None:
     """Return the backend that made a module, ``None`` for a module in float."""
-    for quantizer in _all_quantizers(host or plugin_host()):
+    for quantizer in (host or plugin_host()).quantizers():
         if quantizer.owns(module):
             return quantizer
     return None
@@ -236,13 +235,6 @@ def quantization_of(module: nn.Module) -> Quantization | None:
         return known
     owner = owner_of(module)
     return None if owner is None else Quantization(owner, {"skip_modules": []})
-
-
-def _all_quantizers(host: PluginHost) -> Iterator[Quantizer]:
-    for name in host.quantizer_names():
-        # A clash over one name must not hide the others; it is reported when that name is asked for.
-        with contextlib.suppress(Exception):
-            yield host.quantizer(name)
 
 
 def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Quantization | None:

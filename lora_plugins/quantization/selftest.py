@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def _tested(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None
         upstream = torch.randn(4, 7, _OUT, dtype=dtype)
     original = linear.weight.detach().float().clone()
     linear, inputs, upstream = linear.to(device), inputs.to(device), upstream.to(device)
-    with _quiet():
+    with _silence(case.quantizer.loggers):
         try:
             with torch.no_grad():
                 layer = case.quantizer.quantize_linear(linear, {**case.options, "skip_modules": []})
@@ -136,17 +136,18 @@ def _check_gradient(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the warnings that backends give about their own kernels while they are only being tested."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _silence(names: Iterable[str]) -> Iterator[None]:
+    """Hide what a backend's libraries say of their own kernels while they are only being tested."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def check_arrived(model: nn.Module, quantization: Quantization) -> None:

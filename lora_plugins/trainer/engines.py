@@ -24,6 +24,7 @@ from lora_plugins.errors import (
     UnsupportedTraining,
 )
 from lora_plugins.models.sharding import is_sharded, write_adapters
+from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.trainer.seam import shadow_method
 
@@ -34,7 +35,6 @@ __all__ = [
     "guard",
     "hides_gradients",
     "keep_quantized_whole",
-    "keeps_copy",
     "meet",
     "raising_together",
 ]
@@ -110,7 +110,7 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
 
     FSDP2 exchanges each parameter for a part of it, and a quantized weight is more than its parameter. What
     a backend keeps beside the parameters (scales) must not get into the engine's checkpoints either: FSDP2
-    looks every name up among the parameters, and bitsandbytes refuses to load a scale that it has moved.
+    looks every name up among the parameters, and a backend may refuse to load a scale that it has moved.
 
     Args:
         trainer: The Trainer.
@@ -127,7 +127,7 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
     if plugin is not None:
         plugin.ignored_modules = [*_ignored(plugin.ignored_modules, model), *quantized]
     if plugin is not None or _zero_stage(trainer) == 3:
-        _say_undivided(trainer, [module for module in quantized if plugin is not None or keeps_copy(module)])
+        _say_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
 
 
 def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
@@ -142,28 +142,35 @@ def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
     )
 
 
+def _keeps_copy(module: nn.Module) -> bool:
+    owner = owner_of(module)
+    return owner is not None and owner.copies_weight
+
+
 def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
     """Refuse layers that an engine would fail on with an error that names neither of them."""
+    first = quantized[0]
+    owner = owner_of(first)
+    engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp2"
+    if owner is None or (engine in owner.engines and not _fails_under(engine, first)):
+        return
+    others = [quantizer.name for quantizer in plugin_host().quantizers() if engine in quantizer.engines]
+    ways = "DDP or FSDP2" if engine == "deepspeed" else "DDP or DeepSpeed"
+    raise UnsupportedTraining(
+        f"Layers of the backend {owner.name!r} can't be trained under {_engine(trainer)}. Backends that can: "
+        f"{', '.join(others)}. Use one of them, or train with {ways}."
+    )
+
+
+def _fails_under(engine: str, layer: nn.Module) -> bool:
+    """Whether an engine can't handle a layer, whatever its backend says."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    first: Any = quantized[0]
-    owner = owner_of(first)
-    name = owner.name if owner is not None else type(first).__name__
-    if trainer.is_deepspeed_enabled and any(is_traceable_wrapper_subclass(p) for p in first.parameters()):
-        raise UnsupportedTraining(
-            f"DeepSpeed exchanges the data of every parameter, and the weights of {name} layers are tensors of a class "
-            "of their own. Use int8, nf4 or fp4 under DeepSpeed, or train with DDP or FSDP2."
-        )
-    if trainer.is_fsdp_enabled and type(first).state_dict is not nn.Module.state_dict:
-        raise UnsupportedTraining(
-            f"Layers of {name} write a state dict of their own form, which FSDP2 can't put into a checkpoint. "
-            "Use another backend under FSDP2, or train with DDP or DeepSpeed."
-        )
-
-
-def keeps_copy(module: Any) -> bool:
-    """Whether a layer holds its weight a second time outside of its parameters, as LLM.int8() does."""
-    return hasattr(getattr(module, "state", None), "CB")
+    if engine == "deepspeed":
+        # It exchanges the data of every parameter, and can't for tensors of a class of their own.
+        return any(is_traceable_wrapper_subclass(parameter) for parameter in layer.parameters())
+    # It looks every tensor up by its name, which a state dict of the layer's own form does not have.
+    return type(layer).state_dict is not nn.Module.state_dict
 
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -47,6 +47,7 @@ class Int8(Quantizer):
     keeps_input = True
     # ``state.CB`` beside the parameter.
     copies_weight = True
+    priority = 1
     loggers = _LOGGERS
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -236,6 +237,7 @@ class Nf4(FourBit):
     """
 
     name = kind = "nf4"
+    priority = 1
 
 
 class Fp4(FourBit):
