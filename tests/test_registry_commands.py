@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_in_one_line(
         (["pull", "org/missing"], "org/missing"),
         (["pull", "nonsense"], "has to be org/name"),
         (["push", "/nowhere", "org/name"], "/nowhere is no folder"),
-        (["versions", "org/name", "--hub", "somewhere"], "is no registry"),
+        (["versions", "org/name", "--hub", "somewhere"], "is not a registry"),
     ]:
         with pytest.raises(SystemExit) as caught:
             main(arguments)

@@ -76,7 +76,7 @@ HOSTILE: dict[str, bytes] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files_are_refused(case: str) -> None:
     with pytest.raises(
-        UnsafeFile, match=r"^adapter_model\.safetensors is no safetensors file that can be read"
+        UnsafeFile, match=r"^adapter_model\.safetensors is not a safetensors file that can be read"
     ) as caught:
         header_of(HOSTILE[case])
     assert len(str(caught.value)) < 400

@@ -1,4 +1,4 @@
-"""``lora-plugins pull``, ``lock``, ``verify``, ``gc``: what brings releases here, and what is kept of them."""
+"""``lora-plugins pull``, ``lock``, ``verify`` and ``gc``."""
 
 from __future__ import annotations
 

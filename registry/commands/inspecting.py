@@ -1,4 +1,4 @@
-"""``lora-plugins versions``, ``show``, ``diff``: what a registry holds."""
+"""``lora-plugins versions``, ``show`` and ``diff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, tables, progress, and text from outside that can't move the cursor."""
+"""What the registry's commands share: options, tables, progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a folder registry: written completely or not at all, never through a symbolic link."""
+"""Write files atomically and read them without following links."""
 
 from __future__ import annotations
 

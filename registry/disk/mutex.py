@@ -1,4 +1,4 @@
-"""A lock in a folder, for processes of this host and of others that share the file system.
+"""A lock file in a folder, for processes of several hosts.
 
 The lock is a small file that says who holds it. Creating it is atomic even where ``flock`` is not passed on to other
 hosts. An owner that died is recognised: on this host because its process is gone, elsewhere by the age of the file.

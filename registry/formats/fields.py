@@ -1,4 +1,4 @@
-"""Typed fields of a JSON object that a stranger wrote, each refused with its path when it is not what it should be."""
+"""Read typed fields of a JSON object that a stranger wrote."""
 
 from __future__ import annotations
 

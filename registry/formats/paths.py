@@ -1,4 +1,4 @@
-"""Which files a release may hold: a short list of names, so that no other name needs to be understood."""
+"""The names that files of a release may have."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_path(name: str) -> str:
     """
     if not allowed(name):
         raise UnsafeFile(
-            f"A release holds no file named {shown(name)}: only {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}, {MANIFEST_FILE}, "
-            f"{CARD} with its pictures (*.png) and tokenizer files."
+            f"A release cannot hold a file named {shown(name)}: only {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}, "
+            f"{MANIFEST_FILE}, {CARD} with its pictures (*.png) and tokenizer files."
         )
     return name

@@ -1,4 +1,4 @@
-"""Regular expressions of strangers: an upper bound on the time they take.
+"""Bound the time that regular expressions of strangers take.
 
 PEFT matches expressions of a configuration, some with text around them, against every module name. Python's matcher
 tries one way after the other, and an expression can have more ways than atoms. The bound counts the ways, from the

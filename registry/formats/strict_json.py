@@ -1,4 +1,4 @@
-"""JSON from strangers: limited in size and depth, each key once, finite numbers, text that is text."""
+"""Parse JSON from strangers within limits of size and depth."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
     except RecursionError:
         raise JsonRefused("it is nested too deeply") from None
     except ValueError as error:
-        raise JsonRefused(f"it is no JSON in UTF-8 ({type(error).__name__})") from None
+        raise JsonRefused(f"it is not JSON in UTF-8 ({type(error).__name__})") from None
     _check_depth(value, depth)
     # UTF-8 holds no lone surrogates; only an escape can bring one in.
     if b"\\u" in data:
@@ -116,4 +116,4 @@ def _encodable(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise JsonRefused(f"it has text that can't be encoded: {shown(text)}") from None
+        raise JsonRefused(f"it has text that cannot be encoded: {shown(text)}") from None

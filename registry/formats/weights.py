@@ -1,4 +1,4 @@
-"""Reading safetensors files from strangers: the header before any library parses it, and the values.
+"""Read safetensors files from strangers: header and values.
 
 The library accepts a million empty tensors, a name given twice and values that are not finite; this module does not.
 """
@@ -66,7 +66,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
         name: The file's name, for messages.
 
     Raises:
-        UnsafeFile: The file is no safetensors file, or one that was made to do harm.
+        UnsafeFile: The file is not a safetensors file, or one that was made to do harm.
     """
     try:
         length = int.from_bytes(read(0, 8), "little")
@@ -76,7 +76,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
             raise JsonRefused(f"its header has {length:,} bytes, and may have {MAX_HEADER:,}")
         return _header(parse(read(8, length), MAX_HEADER, depth=4), 8 + length, size)
     except JsonRefused as reason:
-        raise UnsafeFile(f"{name} is no safetensors file that can be read safely: {reason}") from None
+        raise UnsafeFile(f"{name} is not a safetensors file that can be read safely: {reason}") from None
 
 
 def read_file_header(path: Path) -> Header:
@@ -108,7 +108,7 @@ def bits_of(dtype: str) -> int:
 
 def _header(document: object, start: int, size: int) -> Header:
     if not isinstance(document, dict):
-        raise JsonRefused("its header is no object")
+        raise JsonRefused("its header is not an object")
     metadata = _metadata(document.pop("__metadata__", {}))
     if len(document) > MAX_TENSORS:
         raise JsonRefused(f"it has {len(document):,} tensors, and may have {MAX_TENSORS:,}")
@@ -116,7 +116,7 @@ def _header(document: object, start: int, size: int) -> Header:
     offsets: dict[str, tuple[int, int]] = {}
     for name, entry in document.items():
         if not is_tensor_name(name):
-            raise JsonRefused(f"{shown(name)} is no name of a tensor")
+            raise JsonRefused(f"{shown(name)} is not the name of a tensor")
         tensors[name], begin, end = _entry(name, entry)
         offsets[name] = (start + begin, start + end)
     position = start
@@ -152,7 +152,7 @@ def _sizes(value: object) -> bool:
 
 def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise JsonRefused("its metadata are not texts")
+        raise JsonRefused("its metadata is not text")
     if sum(len(key) + len(text) for key, text in value.items()) > _MAX_METADATA:
         raise JsonRefused(f"its metadata have more than {_MAX_METADATA:,} characters")
     return value

@@ -1,4 +1,4 @@
-"""The places that keep adapters, and the one rule that says which of them is meant."""
+"""Hubs that store adapters, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         from registry.errors import InvalidReference
 
         raise InvalidReference(
-            f"{meant[:200]!r} is no registry: give https://… or file:///… (a pathlib.Path is a folder, too), "
+            f"{meant[:200]!r} is not a registry: give https://… or file:///… (a pathlib.Path is a folder, too), "
             f"as hub= or in {VARIABLE}"
         )
     return meant

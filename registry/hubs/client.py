@@ -1,4 +1,4 @@
-"""A registry on the Hugging Face Hub, or on a hub that speaks its protocol.
+"""Requests to the Hugging Face Hub through huggingface_hub.
 
 The only module that imports huggingface_hub. Reading goes through that package's HTTP client, writing through its
 ``HfApi``; both within a time limit, because by itself the client waits without end or tries again for half a minute.

@@ -1,4 +1,4 @@
-"""What went wrong at a hub, told without anything that must not be shown.
+"""Hub errors with tokens and control characters removed.
 
 Every text that comes from outside is cleaned first: tokens are blotted out, control characters removed. Exceptions of
 the HTTP client are never kept or chained, because they hold the request and that holds the token.

@@ -1,4 +1,4 @@
-"""A registry in a plain folder, on one machine or on a file system that several share.
+"""A registry in a plain folder, on a local or shared file system.
 
 ::
 
@@ -280,8 +280,8 @@ class FolderHub:
             twins = [name for name in beside if name != path.name and name.lower() == path.name.lower()]
             if twins:
                 raise HubRefused(
-                    f"{path.name} can't be made in {self.location}: {twins[0]} is there, and on many systems both are "
-                    "one"
+                    f"{path.name} cannot be created in {self.location}: {twins[0]} is there, and on many systems "
+                    "both are one"
                 )
 
     def _refs(self, name: str) -> Refs:
@@ -342,7 +342,7 @@ def _root(root: str | os.PathLike[str]) -> Path:
         return Path(root).expanduser().absolute()
     parts = urlsplit(root)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise InvalidReference(f"{root[:200]!r} is no folder of this machine: give it as file:///srv/adapters")
+        raise InvalidReference(f"{root[:200]!r} is not a folder of this machine: give it as file:///srv/adapters")
     path = Path(url2pathname(parts.path) if os.name == "nt" else unquote(parts.path))
     if not path.is_absolute() or "\0" in str(path):
         raise InvalidReference(f"{root[:200]!r} is not the whole path of a folder: give it as file:///srv/adapters")
@@ -424,14 +424,14 @@ def _commit_id(written: Mapping[str, _Copy], context: str) -> str:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path or not path.isprintable():
-        raise InvalidReference(f"{path[:200]!r} is no path of a file in a repository")
+        raise InvalidReference(f"{path[:200]!r} is not the path of a file in a repository")
     if PurePosixPath(path).is_absolute() or any(len(part.encode()) > 255 for part in parts):
-        raise InvalidReference(f"{path[:200]!r} is no path of a file in a repository")
+        raise InvalidReference(f"{path[:200]!r} is not the path of a file in a repository")
 
 
 def _check_ref(ref: str) -> None:
     if not 0 < len(ref) <= 255 or not ref.isprintable() or " " in ref:
-        raise InvalidReference(f"{ref[:200]!r} is no name of a branch or tag")
+        raise InvalidReference(f"{ref[:200]!r} is not the name of a branch or tag")
 
 
 def _refs_file(refs: Refs) -> bytes:

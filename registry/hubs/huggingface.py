@@ -1,4 +1,4 @@
-"""A registry on the Hugging Face Hub, or on a hub that speaks its protocol, as the registry's ``Hub``."""
+"""The Hugging Face Hub, or a hub with its protocol, as a ``Hub``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class HuggingFaceHub:
         with self._errors(name):
             branches, tags = self._repositories.refs(name)
             if any(COMMIT.fullmatch(commit) is None for commit in (*branches.values(), *tags.values())):
-                raise hostile("a tag or branch stands at something which is no commit")
+                raise hostile("a tag or branch does not point to a commit")
             return Refs(branches, tags)
 
     def identity(self, name: str) -> str:
@@ -91,7 +91,7 @@ class HuggingFaceHub:
             found = self._repositories.info(name, "main")
             identity = str(found.get("_id") or found.get("createdAt") or "")
             if len(identity) > 100 or not identity.isprintable():
-                raise hostile("the id of the repository is none")
+                raise hostile("the repository has an invalid id")
             return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
@@ -194,7 +194,7 @@ class HuggingFaceHub:
         name, path = self._repositories.clean(name), self._repositories.clean(path)
         what = f"{name}: {path[:200]!r} on {self.location}" if path else f"{name} on {self.location}"
         if failure.code == "Offline":
-            return Offline(f"{what} can't be asked for: {failure}")
+            return Offline(f"{what} cannot be reached: {failure}")
         if failure.code == "Machine":
             return MachineError(f"{what}: {failure}")
         if failure.code == "Hostile":
@@ -221,11 +221,11 @@ def _address(endpoint: str) -> str:
         parts = urlsplit(endpoint)
         port = parts.port
     except ValueError:
-        raise InvalidReference(f"{endpoint[:200]!r} is no address of a hub") from None
+        raise InvalidReference(f"{endpoint[:200]!r} is not the address of a hub") from None
     if parts.username or parts.password:
         raise InvalidReference("The address of a hub must not hold a password; pass token= instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise InvalidReference(f"{endpoint[:200]!r} is no address of a hub: give one like https://hub.example")
+        raise InvalidReference(f"{endpoint[:200]!r} is not the address of a hub: give one like https://hub.example")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 

@@ -1,4 +1,4 @@
-"""What the registry needs of a place that keeps repositories: a small, git-like store with compare-and-swap.
+"""The interface of a hub: a git-like store with compare-and-swap.
 
 The registry is written against this protocol only. A folder, the Hugging Face Hub and hubs that speak its language
 implement it; one suite of tests runs on all of them.

@@ -1,4 +1,4 @@
-"""Reading from a hub over HTTP: one way to ask, with a time limit, a size limit and care about where redirects lead.
+"""Read from a hub over HTTP within limits of time and size.
 
 The HTTP client is handed in (it is the one of huggingface_hub, with its proxies, certificates and offline switch).
 """

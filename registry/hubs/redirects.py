@@ -1,4 +1,4 @@
-"""Where a hub may send a download on to, and whether the token may go along."""
+"""Decide where a hub may redirect a download to."""
 
 from __future__ import annotations
 

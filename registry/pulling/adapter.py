@@ -1,4 +1,4 @@
-"""A pulled adapter: a folder wherever one is expected, checked against a base model before it is loaded."""
+"""A pulled adapter, checked against a base model before it is loaded."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Adapter(os.PathLike[str]):
         if base is None:
             if recorded.id is None:
                 raise UnknownBase(
-                    f"{self} was trained on a model that is known by its fingerprint only, so it can't be loaded from "
+                    f"{self} was trained on a model that is known by its fingerprint only, so it cannot be loaded from "
                     "anywhere: give it, adapter.load(model) or adapter.load('/folder/of/the/base')"
                 )
             return recorded.id, recorded.commit

@@ -302,7 +302,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     except folder_files.PlantedLink as error:
         raise IntegrityError(f"{error}, where a release has files only") from None
     except OSError as error:
-        raise IntegrityError(f"{folder} can't be read: {error.strerror or error}") from error
+        raise IntegrityError(f"{folder} cannot be read: {error.strerror or error}") from error
     extra = set(there) - {*manifest.files, MANIFEST_FILE}
     if extra:
         raise IntegrityError(f"{folder} holds {min(extra)!a}, which is not in the manifest")

@@ -1,4 +1,4 @@
-"""What is in the files of a release: nothing that does harm, or is of no use, gets into the cache."""
+"""Examine the files of a release before they enter the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``adapters.lock``: which release of each adapter a project uses, down to the bytes."""
+"""``adapters.lock``: the exact release of each adapter of a project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulling: from a reference to an adapter whose every byte has been checked."""
+"""Pull an adapter: from a reference to a checked folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users import in their own tests: a Hugging Face Hub on loopback, with faults on demand.
+"""A Hugging Face Hub on loopback for tests, with faults on demand.
 
 Names are loaded when first used: pytest imports this package in every run, for the sake of its fixture.
 """

@@ -1,4 +1,4 @@
-"""Faults that a loopback Hub can be told to have: what goes wrong, on which route, how many times.
+"""Faults that a loopback Hub can be told to have.
 
 Everything here is off until asked for, and ``clear()`` switches it off again. The names of the routes are the keys of
 ``registry.testing.routes.ROUTES``: ``"commit"``, ``"tag"``, ``"refs"``, ``"tree"``, ``"resolve"``, ``"storage"``, …

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback, for tests: ``with LoopbackHub() as hub: ...``.
+"""A small Hugging Face Hub on loopback, for tests.
 
 It speaks the part of the Hub's protocol by which model repositories are created, written, listed, tagged and read, as
 the stock clients use it, and can be told to misbehave (``hub.faults``). It listens on 127.0.0.1 only and keeps

@@ -1,4 +1,4 @@
-"""The pytest plugin that comes with the distribution: the fixture ``loopback_hub``.
+"""The pytest fixture ``loopback_hub``.
 
 pytest loads this module in every run of an environment that has the distribution, so it imports nothing but pytest.
 """

@@ -1,4 +1,4 @@
-"""The loopback Hub's table of routes, and the one function that every request goes through."""
+"""The loopback Hub's table of routes, and their one entrance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes of the loopback Hub share: its content, its faults and its two addresses."""
+"""What the routes of the loopback Hub share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loopback Hub's content: blobs, commits, branches, tags and users, all in memory."""
+"""The loopback Hub's content, in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find and delete what nobody can reach, in a folder registry and in the cache."""
+"""Delete what nobody can reach, in folder registries and the cache."""
 
 from __future__ import annotations
 

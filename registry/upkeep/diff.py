@@ -1,4 +1,4 @@
-"""What changed from one release of an adapter to another: configuration, metrics, and how far each layer moved."""
+"""Compare two releases: configuration, metrics and layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying releases from one registry to another: the same bytes, under the same versions."""
+"""Copy releases from one registry to another, byte by byte."""
 
 from __future__ import annotations
 
