@@ -187,7 +187,7 @@ def test_layers_that_share_a_weight_are_not_merged() -> None:
     first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
     second.weight = first.weight
     with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj and model\.layers\.1.* share one weight"):
-        weights._untie(second, model)
+        weights._untie(second, model, weights._shared_weights(model))
 
 
 # -- files -------------------------------------------------------------------------------------

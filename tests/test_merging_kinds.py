@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lora_plugins.errors import AdapterMismatch, MergeError
+from lora_plugins.merging import probe, weights
+from lora_plugins.merging.job import AS_TRAINED, read_job
 from lora_plugins.merging.merge import MergeResult, merge_and_save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -78,7 +85,7 @@ KINDS = {
 }
 TARGETS = {
     "mamba": ["in_proj", "x_proj"],
-    "convolutions": ["dwconv", "pwconv1"],
+    "convolutions": ["patch_embeddings", "pwconv1"],
     "bert classifier": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "tokens": ["query", "value"],
@@ -100,3 +107,251 @@ def test_merged_model_gives_the_outputs_of_base_and_adapter(kind: str, tmp_path:
     assert result.class_name == case.class_name
     assert result.error is not None
     assert result.error < 1e-3
+
+
+# -- kinds of adapters -------------------------------------------------------------------------
+
+ATTENTION = ["q_proj", "v_proj"]
+WORDS = {"input_ids": torch.arange(3, 40)[None]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_alpha": 32},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 8}},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"layer_replication": [(0, 2), (1, 2)]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_kinds_of_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny.llama(attention_bias=True)
+    config = LoraConfig(**{"target_modules": ATTENTION, "task_type": "CAUSAL_LM", **SMALL, **fields})
+    check(tmp_path, train(tmp_path, base, config), WORDS)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens", [[40, 7, 95], {"embed_tokens": [1, 2]}], ids=["list", "named"])
+def test_trained_tokens_are_merged_and_measured(tokens: Any, tied: bool, tmp_path: Path) -> None:
+    base = tiny.llama(tie_word_embeddings=tied)
+    trained = train(tmp_path, base, LoraConfig(target_modules=ATTENTION, trainable_token_indices=tokens, **SMALL))
+    ids = tokens if isinstance(tokens, list) else tokens["embed_tokens"]
+    check(tmp_path, trained, {"input_ids": torch.tensor([ids * 4])})
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings == tied
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rows = next(value for name, value in saved.items() if "trainable_tokens" in name)
+    assert torch.equal(merged.get_input_embeddings().weight[ids], rows)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [96, 97, 98, 99]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {},
+    ],
+    ids=["saved", "trained tokens", "adapted embedding", "embedding saved along"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_vocabularies_that_grew(fields: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    base = tiny.llama(tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100)
+    unsaved = "embed_tokens" in fields.get("target_modules", ()) and not tied
+    if unsaved:
+        # Rows that nobody trains or saves: the mean, here as in the merge.
+        base.lm_head.weight.data[96:] = base.lm_head.weight.data[:96].mean(0)
+    config = LoraConfig(**{"target_modules": ATTENTION, "task_type": "CAUSAL_LM", **SMALL, **fields})
+    trained = train(tmp_path, base, config, store=False)
+    result = check(tmp_path, trained, {"input_ids": torch.tensor([[3, 96, 4, 99, 98, 97]])})
+    assert bool(result.notes) == unsaved
+
+
+def test_added_tokens_whose_embedding_was_not_saved_along(tmp_path: Path) -> None:
+    """PEFT leaves it out where it can't ask the Hub for the base's vocabulary."""
+    base = tiny.llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(98)
+    config = LoraConfig(target_modules=ATTENTION, trainable_token_indices=[96, 97], **SMALL)
+    trained = train(tmp_path, base, config, store=False)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    result = check(tmp_path, trained, {"input_ids": torch.tensor([[3, 96, 4, 97]])})
+    assert result.notes == ()
+
+
+def test_experts_as_one_stack(tmp_path: Path) -> None:
+    base: Any = small_models.build(Case("", "mixtral", "MixtralForCausalLM"), "cpu", small_only=True).eval()
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(target_modules=ATTENTION, target_parameters=stacks, task_type="CAUSAL_LM", **SMALL)
+    check(tmp_path, train(tmp_path, base, config), WORDS)
+
+
+def test_head_with_more_classes_than_the_base(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    trained = train(tmp_path, base, LoraConfig(target_modules=ATTENTION, task_type="SEQ_CLS", **SMALL), store=False)
+    result = check(tmp_path, trained, {"input_ids": torch.arange(3, 20)[None]})
+    assert result.class_name == "LlamaForSequenceClassification"
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").num_labels == 5
+    assert "tokens" not in result.line() or result.distance.tokens == 1
+
+
+def test_score_of_one_value_is_compared_as_it_is(tmp_path: Path) -> None:
+    """Centred, as predictions are, it would be zero in every model."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    trained = train(tmp_path, base, LoraConfig(target_modules=ATTENTION, task_type="SEQ_CLS", **SMALL), store=False)
+    result = check(tmp_path, trained, {"input_ids": torch.arange(3, 20)[None]})
+    assert result.effect is not None
+    assert result.effect > 0.01
+    assert "outputs differ by 0.00%" in result.line()
+
+
+def test_random_head_that_nobody_saved_is_refused(tmp_path: Path) -> None:
+    bert: Any = transformers.BertForMaskedLM(tiny.bert_classifier().config)
+    bert.save_pretrained(tmp_path / "base")
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    train(tmp_path, base, LoraConfig(target_modules=["query"], task_type="SEQ_CLS", **SMALL), store=False)
+    with pytest.raises(MergeError, match=r"are in neither base nor adapter, first bert\.pooler\.dense"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+# -- bases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=["int8", "nf4"]
+)
+@pytest.mark.parametrize("dtype", ["fp16", "same"])
+def test_base_whose_files_are_quantized_is_dequantized(options: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    tiny.llama(hidden_size=64).save_pretrained(tmp_path / "float")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=BitsAndBytesConfig(**options)
+    )
+    loaded.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    trained = train(tmp_path, base, LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **SMALL), store=False)
+    result = merge_and_save(tmp_path / "adapter", tmp_path / "merged", dtype)
+    assert result.as_trained
+    assert "dequantized weights" in result.line()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert getattr(merged.config, "quantization_config", None) is None
+    # In training the activations are not quantized.
+    distance = probe.compare_logits(outputs(trained.train(), WORDS)[0], outputs(merged, WORDS)[0])
+    assert distance.relative < 0.03
+
+
+def test_unknown_quantizer_names_the_float_twin(tmp_path: Path) -> None:
+    base = tiny.llama()
+    train(tmp_path, base, LoraConfig(target_modules=ATTENTION, **SMALL))
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(MergeError, match=r"stored quantized and can't be dequantized here.*--base"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_base_without_a_tokenizer_is_measured_on_token_ids(tmp_path: Path) -> None:
+    trained = train(tmp_path, tiny.llama(), LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **SMALL))
+    result = check(tmp_path, trained, WORDS)
+    assert result.distance is not None
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+# -- what is not right is not written ----------------------------------------------------------
+
+
+def lose_scaling(layer: Any) -> None:
+    layer.scaling["default"] *= 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "spoil"),
+    [({}, lose_scaling), ({"trainable_token_indices": [5, 6]}, lambda layer: layer.merged_adapters.append("default"))],
+    ids=["half of the update", "trained tokens"],
+)
+def test_merge_that_is_out_of_line_fails_and_leaves_nothing(
+    fields: dict[str, Any], spoil: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **SMALL, **fields)
+    train(tmp_path, tiny.llama(), config)
+    real = weights._merge_part
+    spoilt = []
+
+    def merge_part(layer: Any, *rest: Any) -> Any:
+        if not spoilt and ("trainable_token_indices" not in fields or hasattr(layer, "trainable_tokens_delta")):
+            spoilt.append(layer)
+            spoil(layer)
+        return real(layer, *rest)
+
+    monkeypatch.setattr(weights, "_merge_part", merge_part)
+    with pytest.raises(MergeError, match="is not base and adapter: on text"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
+    assert spoilt
+    assert not (tmp_path / "merged").exists()
+
+
+def test_tensor_that_is_not_in_the_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, tiny.llama(), LoraConfig(target_modules=ATTENTION, trainable_token_indices=[5, 6], **SMALL))
+    real = weights._parts
+    monkeypatch.setattr(
+        weights, "_parts", lambda layer: (part for part in real(layer) if not weights._copies_rows(part))
+    )
+    with pytest.raises(MergeError, match=r"1 of the 9 tensors .* not in the merged model, first .*trainable_tokens"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none", probe=None)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, tiny.llama(), LoraConfig(target_modules=ATTENTION, **SMALL))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.v_head.weight": torch.ones(1, 32)}, file)
+    with pytest.raises(AdapterMismatch, match=r"v_head\.weight"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_probe_says_what_it_can_not_see(tmp_path: Path) -> None:
+    case = Case("", "llava", "LlavaForConditionalGeneration")
+    base: Any = small_models.build(case, "cpu", small_only=True).eval()
+    targets = r".*vision_tower.*q_proj"
+    model = train(tmp_path, base, LoraConfig(target_modules=targets, **SMALL))
+    for parameter in model.parameters():
+        parameter.data *= 1 - parameter.requires_grad
+    model.save_pretrained(tmp_path / "adapter")
+    result = merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
+    assert "can't tell whether the adapter is in" in result.line()
+
+
+@pytest.mark.parametrize(
+    ("record", "known"),
+    [
+        ("bitsandbytes 8-bit", "int8"),
+        ("bitsandbytes 4-bit", None),
+        ("a plugin's own", None),
+        ({"name": "int8", "options": {"threshold": 5.0}}, "int8"),
+        ({"name": "int8", "options": {}, "known": False}, None),
+        ({"name": "nf4", "double_quant": True}, "nf4"),
+        (None, "float"),
+    ],
+)
+def test_record_of_the_quantization_is_known_or_not(record: Any, known: str | None, tmp_path: Path) -> None:
+    train(tmp_path, tiny.llama(), LoraConfig(target_modules=ATTENTION, **SMALL))
+    manifest = tmp_path / "adapter" / "adapter_manifest.json"
+    manifest.write_text(json.dumps({"training": {"quantization": record}}))
+    job = read_job(tmp_path / "adapter", None, None, AS_TRAINED)
+    assert job.as_trained == (known is not None)
+    assert (job.quantization.name if job.quantization else "float") == (known or "float")
+    if known is None:
+        with pytest.raises(MergeError, match=r"not the name of a backend here.*--quantization"):
+            merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.recipe.arguments import json_object
 
 __all__ = ["Dtype", "merge"]
 
@@ -33,7 +34,8 @@ def merge(
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="Backend it was trained on, or 'none'; default is what recipe.json says.")
+        str | None,
+        typer.Option(help="Backend it was trained on, with options as JSON, or 'none'; default: as recorded."),
     ] = None,
     probe: Annotated[bool, typer.Option(help="Measure the distance to the trained model.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
@@ -51,8 +53,14 @@ def merge(
         dtype.value,
         base=base,
         revision=revision,
-        quantization=AS_TRAINED if quantization is None else quantization,
+        quantization=_read_quantization(quantization, AS_TRAINED),
         probe=PROBE_TEXT if probe else None,
         overwrite=overwrite,
     )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.line())
+
+
+def _read_quantization(text: str | None, default: str) -> Any:
+    if text is None:
+        return default
+    return json_object("--quantization", text) if "{" in text else text

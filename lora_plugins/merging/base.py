@@ -249,8 +249,9 @@ def _rows_needed(job: Job, model: Any) -> int | None:
         if found is not None and found != end.weight.shape[0]:
             return found
     rows = int(ends[0].weight.shape[0])
-    needed = max(job.vocabulary or rows, max(trained_tokens(job), default=-1) + 1)
-    return needed if needed != rows else None
+    last = max(trained_tokens(job), default=-1)
+    # What a manifest says counts only where the adapter brings rows: nobody else could fill them.
+    return max(job.vocabulary or 0, last + 1) if last >= rows else None
 
 
 def _rows_of(name: str, shape: tuple[int, ...]) -> int | None:
@@ -273,16 +274,17 @@ def _resize(job: Job, model: Any, rows: int) -> Iterator[str]:
     before = int(_ends(model)[0].weight.shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
     known = set(trained_tokens(job))
+    left = [row for row in range(before, rows) if row not in known]
     names = {id(module): name for name, module in model.named_modules()}
+    stored = {base_name(name) for name in job.shapes}
+    saved = [end.weight for end in _ends(model) if f"{names[id(end)]}.weight" in stored]
     for end in _ends(model):
-        name = names.get(id(end), "")
-        left = [row for row in range(before, rows) if row not in known]
-        if not left or any(place_of(stored) == name and base_name(stored) == f"{name}.weight" for stored in job.shapes):
+        if not left or any(end.weight is weight for weight in saved):
             continue
-        weight: torch.Tensor = end.weight
         with torch.no_grad():
-            weight[left] = weight[:before].float().mean(0).to(weight.dtype)
-        yield f"{len(left)} rows that training added to {name} are in no file and hold the mean of the others"
+            end.weight[left] = end.weight[:before].float().mean(0).to(end.weight.dtype)
+        saved.append(end.weight)
+        yield f"{len(left)} rows that training added to {names[id(end)]} are in no file and hold the mean of the others"
 
 
 def _from_base(job: Job, load: Callable[[], _T]) -> _T:

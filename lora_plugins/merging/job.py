@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from lora_plugins.adapters import files as adapters
-from lora_plugins.errors import MergeError, UnknownQuantizer
+from lora_plugins.errors import MergeError, QuantizationError
 from lora_plugins.quantization.request import Quantization, parse_quantization
 
 __all__ = ["AS_TRAINED", "RECIPE_FILE", "Job", "MergeDtype", "read_job"]
@@ -31,6 +31,13 @@ MANIFEST_FILE = "adapter_manifest.json"
 
 #: Marks "as it was trained", which ``None`` (in float) is not.
 AS_TRAINED = "as trained"
+
+
+#: Written by the first release of the registry, from the class of the layers. "bitsandbytes 4-bit" may be nf4 or fp4.
+_FORMER = {"bitsandbytes 8-bit": "int8"}
+
+#: Keys of a record that are not options of the backend.
+_NO_OPTIONS = ("name", "known", "options")
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,6 @@ class Job:
     recorded: str | None = None
     class_name: str | None = None
     vocabulary: int | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def read_job(
@@ -125,11 +131,17 @@ def _read_quantization(
     if source is None:
         return None, False, None
     value = source["quantization"]
+    value = _FORMER.get(value, value) if isinstance(value, str) else value
+    name = value.get("name") if isinstance(value, dict) else value
+    known = [one.get("known", True) for one in (source, value) if isinstance(one, dict)]
+    if False in known:
+        return None, False, str(name)
+    if isinstance(value, dict):
+        value = {"name": name, **(value.get("options") or {k: v for k, v in value.items() if k not in _NO_OPTIONS})}
     try:
         return parse_quantization(None if value == "none" else value), True, None
-    except UnknownQuantizer:
-        # A base that was quantized elsewhere, or by a plugin that is not installed here.
-        name = value.get("name") if isinstance(value, dict) else value
+    except QuantizationError:
+        # A base that was quantized elsewhere, or by a plugin or a release that is not installed here.
         return None, False, str(name)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_plugins.adapters.files import check_base
 from lora_plugins.adapters.prepare import prepare_model
 from lora_plugins.errors import MergeError
 from lora_plugins.merging.base import is_quantized, load_base, read_config, trained_tokens
@@ -129,7 +130,7 @@ def merge_and_save(
         MergeError: ``dtype`` is unknown, the base can't be told or loaded, the output is taken or holds an
             adapter, weights overflow the dtype, or the files that were written are further from base and adapter than
             rounding explains. Nothing is left in ``output`` then.
-        AdapterMismatch: The adapter does not fit the base.
+        AdapterMismatch: The adapter was trained on another base, or does not fit this one.
         QuantizationError: The backend is unknown or can't be used here.
     """
     if dtype not in get_args(MergeDtype):
@@ -162,6 +163,7 @@ class _Merge:
         tokenizer = load_tokenizer(job)
         loaded = load_base(job, self.dtype)
         self.notes += loaded.notes
+        check_base(job.folder, loaded.model)
         wrapped = wrap(loaded.model, job)
         if self.same and job.quantization is not None and not self.stored_quantized:
             choose_values(wrapped, job.quantization)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["base_name", "place_of"]
+__all__ = ["base_name", "is_replaced", "place_of"]
 
 
 #: What PEFT puts between the name of a module and the name of an adapter's tensor.
-_ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\b|trainable_tokens_|modules_to_save\b)")
+_ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\b|trainable_tokens_|modules_to_save\b|original_module\b)")
 
 
 def base_name(name: str) -> str:
     """Return the name in the base model of a tensor that is saved whole.
 
-    ``base_model.model.score.modules_to_save.weight`` is ``score.weight``.
+    ``base_model.model.score.modules_to_save.weight`` is ``score.weight``, and so is
+    ``base_model.model.score.token_adapter.base_layer.weight``.
     """
-    return _plain(name).replace(".modules_to_save.", ".")
+    return _plain(name).replace(".modules_to_save.", ".").replace(".token_adapter.", ".")
+
+
+def is_replaced(name: str) -> bool:
+    """Return whether a tensor is the untrained original of a module that is saved whole: nothing reads it."""
+    return ".original_module." in name
 
 
 def place_of(name: str) -> str:

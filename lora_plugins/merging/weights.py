@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_plugins.adapters.files import adapter_shapes, adapter_state, check_same_tensors
 from lora_plugins.errors import AdapterMismatch, MergeError
 from lora_plugins.merging.job import Job
-from lora_plugins.merging.names import base_name
+from lora_plugins.merging.names import base_name, is_replaced
 from lora_plugins.models.wrapping import adapter_modules, base_of
 from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.quantization.selftest import check_usable
@@ -38,16 +39,22 @@ class Wrapped:
         places: Name in the file -> the adapter's tensor that holds its values, ``None`` where that is a tensor of the
             base itself.
         dtypes: Dtype of each of the base's own tensors, before the adapter came.
+        tied: Ids of the weights that several modules of the base share, before the adapter came.
         quantization: Backend of the base in training, if its values are wanted.
         unrounded: Layers that do not have these values yet.
     """
 
     def __init__(
-        self, model: PeftModel, places: Mapping[str, torch.Tensor | None], dtypes: Mapping[str, torch.dtype]
+        self,
+        model: PeftModel,
+        places: Mapping[str, torch.Tensor | None],
+        dtypes: Mapping[str, torch.dtype],
+        tied: frozenset[int],
     ) -> None:
         self.model = model
         self.places = places
         self.dtypes = dtypes
+        self.tied = tied
         self.quantization: Quantization | None = None
         self.unrounded: list[Any] = []
 
@@ -60,6 +67,7 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
         MergeError: A value did not arrive.
     """
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    tied = _shared_weights(model)
     stored = load_file(str(job.file), device="cpu")
     try:
         with warnings.catch_warnings():
@@ -72,14 +80,30 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
             f"The adapter {job.file} does not fit the base {job.base}, a {type(model).__name__}: PEFT can't put it in "
             f"({text})"
         ) from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    check_same_tensors(shapes, adapter_shapes(wrapped, "default"), job.file)
+    # A grown vocabulary is saved along in several forms; `_find_places` looks at whatever else is in the file.
+    live = adapter_shapes(wrapped, "default")
+    check_same_tensors({name: shape for name, shape in job.shapes.items() if name in live}, live, job.file)
     # PEFT loses tensors of some types of models; see registry.put_back.
     put_back(wrapped, stored, "default")
     wrapped.eval()
     own = {base_name(name): tensor for name, tensor in base_of(wrapped).state_dict().items()}
     own = {name: tensor for name, tensor in own.items() if name in dtypes}
-    return Wrapped(wrapped, _find_places(wrapped, own, stored, job), dtypes)
+    return Wrapped(wrapped, _find_places(wrapped, own, stored, job), dtypes, tied)
+
+
+def _shared_weights(model: nn.Module) -> frozenset[int]:
+    held = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return frozenset(one for one, count in held.items() if count > 1)
+
+
+def _separate(model: nn.Module, tied: Collection[int]) -> None:
+    """Give layers that PEFT replicated weights of their own, as their checkpoint has."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen and id(parameter) not in tied:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            seen.add(id(parameter))
 
 
 def _find_places(
@@ -92,18 +116,26 @@ def _find_places(
         MergeError: The model holds other values there.
     """
     live = adapter_state(wrapped, "default")
+    # With a grown vocabulary PEFT saves all that stands at the embeddings, under the names that it has there.
+    whole = {name.replace(".default", ""): tensor for name, tensor in wrapped.state_dict().items()}
     of_base = {tensor.data_ptr() for tensor in own.values()}
     # The state has copies of the objects, which share their memory.
     objects = {tensor.data_ptr(): tensor for tensor in wrapped.state_dict(keep_vars=True).values()}
     places: dict[str, torch.Tensor | None] = {}
     for name, value in stored.items():
-        here = live[name] if name in live else own.get(base_name(name))
+        if is_replaced(name):
+            continue
+        here = _first((live, name), (whole, name), (own, base_name(name)))
         if here is None:
             raise AdapterMismatch(f"The adapter {job.file} has the tensor {name}, which has no place in {job.base}.")
         if not torch.equal(value.to(here.device, here.dtype), here):
             raise MergeError(f"The tensor {name} of {job.file} was loaded, and the model holds other values there.")
         places[name] = None if here.data_ptr() in of_base else objects[here.data_ptr()]
     return places
+
+
+def _first(*places: tuple[Mapping[str, torch.Tensor], str]) -> torch.Tensor | None:
+    return next((state[name] for state, name in places if name in state), None)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,8 +210,10 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
         merged: PreTrainedModel = wrapped.model.unload()
         result = {id(tensor) for tensor in merged.state_dict(keep_vars=True).values()}
         _check_used(wrapped, job, used | result)
-        _check_plain(merged, wrapped)
+        _check_plain(merged, wrapped, job)
         _restore_dtypes(merged, wrapped.dtypes)
+        if job.config.layer_replication:
+            _separate(merged, wrapped.tied)
     return _finish(merged)
 
 
@@ -203,7 +237,7 @@ def _merge_part(layer: Any, model: PreTrainedModel, wrapped: Wrapped) -> set[int
     parts = layer.state_dict(keep_vars=True).values()
     used = {id(tensor) for tensor in parts} - own
     if not isinstance(layer, ParamWrapper) and not _copies_rows(layer):
-        _untie(base, model)
+        _untie(base, model, wrapped.tied)
     weights = [layer.get_param()] if isinstance(layer, ParamWrapper) else list(base.parameters())
     dtypes = [weight.dtype for weight in weights]
     _round(base, wrapped)
@@ -233,12 +267,12 @@ def _check_used(wrapped: Wrapped, job: Job, used: set[int]) -> None:
         )
 
 
-def _check_plain(merged: PreTrainedModel, wrapped: Wrapped) -> None:
+def _check_plain(merged: PreTrainedModel, wrapped: Wrapped, job: Job) -> None:
     left = [name for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer)]
     names = set(merged.state_dict())
     left += sorted(set(wrapped.dtypes) - names)
-    # A bias of the adapter's own can come to a layer that had none.
-    left += sorted(name for name in names - set(wrapped.dtypes) if not name.endswith(".bias"))
+    if not job.config.layer_replication:
+        left += sorted(names - set(wrapped.dtypes))
     if left:
         raise MergeError(
             f"The merged model is not an ordinary {type(merged).__name__}: {left[0]} and {len(left) - 1} others differ"
@@ -278,7 +312,7 @@ def _end(model: PreTrainedModel, get: str) -> Any:
     return getattr(module, "weight", None)
 
 
-def _untie(layer: Any, model: PreTrainedModel) -> None:
+def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
     """Give a head or embeddings that share their weight one of its own: the adapter was trained for this place alone.
 
     Raises:
@@ -292,7 +326,8 @@ def _untie(layer: Any, model: PreTrainedModel) -> None:
     if len(sharing) <= 1:
         return
     ends = [_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")]
-    if len(sharing) > 2 or not any(weight is end for end in ends):
+    # PEFT's replicated layers share weights, too; no model ties them again.
+    if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
         names = " and ".join(name.replace(".base_layer", "") for name in sharing)
         raise MergeError(
             f"{names} share one weight and the adapter changes them differently: a merged model can't hold both. Use "

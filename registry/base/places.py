@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Placement", "adapter_shapes", "place_tensors", "rename_hint"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+_TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass
@@ -63,6 +64,8 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
         # PEFT writes trained embeddings of a grown vocabulary twice, and reads the other one.
         if given[name] == expected.get(name.replace(".modules_to_save.", ".")):
             continue
+        if _is_tied_twin(name, given[name], expected, ends):
+            continue
         inner = original_name(name)
         if "lora_" not in name and inner in ends and given[name][1:] == ends[inner][1:]:
             found.copies[name] = inner
@@ -80,6 +83,13 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
     hint = rename_hint(extra, missing, given, expected)
     found.problems += [hint] if hint else []
     return found
+
+
+def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Shapes) -> bool:
+    """Return whether PEFT wrote these trained tokens a second time, for the other end of a tied model."""
+    place, found, _ = name.removeprefix("base_model.model.").partition(_TRAINED_TOKENS)
+    alike = [other for other in expected if other.endswith(_TRAINED_TOKENS) and expected[other] == shape]
+    return bool(found and alike) and f"{place}.weight" in ends
 
 
 def _list_first(names: Sequence[str], what: str) -> str:

@@ -1,0 +1,113 @@
+"""From a training run over the registry to a merged model, by the command line; the wrong base is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_plugins import prepare_model
+from lora_plugins.commands.cli import program
+from lora_plugins.errors import AdapterMismatch
+from lora_plugins.merging.job import AS_TRAINED, read_job
+from lora_plugins.merging.merge import merge_and_save
+from registry import pull_adapter, push_adapter
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def _registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_REGISTRY", f"file://{tmp_path / 'registry'}")
+    monkeypatch.chdir(tmp_path)
+    tiny.llama(hidden_size=64).save_pretrained(tmp_path / "base")
+
+
+def run_command(*words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        program(list(words))
+    assert not end.value.code
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 40)[None]).logits.float()
+
+
+@pytest.mark.parametrize("way", ["loaded quantized", "peft_config of another trainer"])
+def test_what_was_quantized_elsewhere_is_known_or_there_is_a_way_out(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained("base", quantization_config=config)
+    if way == "loaded quantized":
+        trained: Any = prepare_model(loaded, compute_dtype="float32", **LORA)
+    else:
+        trained = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    push_adapter(trained, "org/name", version="1.0.0")
+    job = read_job("org/name@1.0.0", "base", None, AS_TRAINED)
+    if job.as_trained:
+        assert job.quantization is not None
+        assert job.quantization.name == "nf4"
+    capsys.readouterr()
+    words = ["merge", "org/name@1.0.0", "merged", "--dtype", "same", "--base", "./base", "--json"]
+    run_command(*words, "--quantization", '{"name": "nf4", "double_quant": false}')
+    assert json.loads(capsys.readouterr().out)["distance"]["relative"] < 1e-3
+
+
+def make_release(base: Any) -> None:
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    push_adapter(model, "org/name", version="1.0.0")
+
+
+def other_values() -> Any:
+    return tiny.llama(seed=5, hidden_size=64)
+
+
+def other_computation() -> Any:
+    return tiny.llama(hidden_size=64, rms_norm_eps=1e-3)
+
+
+def other_size() -> Any:
+    return tiny.llama(hidden_size=32)
+
+
+def other_vocabulary() -> Any:
+    model = tiny.llama(hidden_size=64)
+    model.resize_token_embeddings(80)
+    return model
+
+
+@pytest.mark.parametrize("make_base", [other_values, other_computation, other_size, other_vocabulary])
+def test_another_base_is_refused_and_nothing_is_written(make_base: Any, tmp_path: Path) -> None:
+    make_release(AutoModelForCausalLM.from_pretrained("base"))
+    make_base().save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterMismatch, match=r"was trained on .* and does not fit"):
+        merge_and_save("org/name@1.0.0", "merged", base="./other", quantization="none")
+    assert not Path("merged").exists()
+    merge_and_save("org/name@1.0.0", "merged", base="./base", quantization="none", probe=None)
+
+
+def test_unknown_field_of_the_configuration_is_refused(tmp_path: Path) -> None:
+    make_release(AutoModelForCausalLM.from_pretrained("base"))
+    shutil.copytree(pull_adapter("org/name").path, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.chmod(0o644)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_quantum": True, "peft_version": "99.0"}))
+    with pytest.raises((AdapterMismatch, ValueError), match="use_quantum"):
+        merge_and_save("./adapter", "merged", base="./base", quantization="none")
+    assert not Path("merged").exists()
