@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import PeftModel
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
@@ -22,6 +23,7 @@ from lora_plugins.adapters.inject import (
 )
 from lora_plugins.adapters.records import Preparation
 from lora_plugins.adapters.reloading import check_loadable
+from lora_plugins.adapters.saving import save_offline
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
@@ -244,6 +246,12 @@ def fuse(job: Job) -> None:
         job.record.notes.append("the LoRA layers compute their branch with PEFT's own forward (fused=False)")
 
 
+def keep_saving_offline(job: Job) -> None:
+    """Let the adapters be saved without a network."""
+    if isinstance(job.model, PeftModel):
+        save_offline(job.model)
+
+
 def check_trained(job: Job) -> None:
     """Hold every step to it that what is trained stays so.
 
@@ -266,4 +274,4 @@ BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
 #: What makes and checks the adapters.
 ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
 #: What needs both.
-LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, check_trained)
+LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, keep_saving_offline, check_trained)
