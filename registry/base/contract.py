@@ -14,6 +14,7 @@ from registry.base.peft_fields import read_peft_config
 from registry.base.stored import StoredAdapter
 from registry.base.target import Base
 from registry.errors import BaseMismatch, IdentityWarning
+from registry.formats.agreement import check_agreement
 from registry.formats.records import BaseRecord
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def check_contract(
     Raises:
         BaseMismatch: It was trained on another base, or does not fit this one; one error says all that differs.
         InvalidAdapter: Its tensors are not those of a LoRA adapter.
+        IntegrityError: Manifest and configuration of a release do not agree.
         UnsafeFile: A file is malformed.
         UnknownBase: ``base`` is not a base model.
         HubError: The hub does not give the base.
@@ -101,6 +103,8 @@ def check_contract(
 
 
 def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | None) -> CheckResult:
+    if adapter.manifest is not None:
+        check_agreement(adapter.manifest, adapter.config)
     _, ignored = read_peft_config(adapter)
     identity = compare_identity(adapter.base, base, hub, token)
     _, findings = fit_base(adapter, base.candidates(), base)

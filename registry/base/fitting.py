@@ -75,7 +75,8 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
     config, _ = read_peft_config(adapter)
     placed = place_tensors(adapter.tensors, config, empty)
     found.problems += placed.problems
-    if base is not None and placed.copies and not found.problems:
+    if base is not None and not found.problems:
+        found.problems += _check_added_rows(adapter, placed.left_out, base)
         for name, inner in placed.copies.items():
             _check_copy(found, adapter, name, inner, base)
     return found
@@ -95,6 +96,19 @@ def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:
     return [
         f"the vocabulary has {here:,} entries here and had {trained:,} in training. If tokens were added, add them "
         f"here, too: base.resize_token_embeddings({trained})"
+    ]
+
+
+def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base) -> list[str]:
+    """Rows for added tokens must come with the adapter: nobody else has their values."""
+    own, trained = base.vocabulary, adapter.vocabulary
+    if own is None or trained is None or trained <= own or not left_out:
+        return []
+    if set(range(own, trained)) <= adapter.config.token_indices:
+        return []
+    return [
+        f"{trained - own:,} entries were added to the vocabulary of {own:,} in training, and its file does not hold "
+        f"their rows of {left_out[0]}. Save it again with save_embedding_layers=True, or push the model itself"
     ]
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Placement", "adapter_shapes", "place_tensors", "rename_hint"]
+__all__ = ["Placement", "adapter_shapes", "ends_of", "place_tensors", "rename_hint"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -27,10 +27,12 @@ class Placement:
     Attributes:
         problems: Sentences about tensors without a place, places without a tensor, and shapes that differ.
         copies: Tensors that carry an embedding or head of the base, with the name of that parameter in the base.
+        left_out: Weights of embedding and head that the adapter's file does not hold as a whole.
     """
 
     problems: list[str] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Module) -> Placement:
@@ -42,18 +44,21 @@ def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Modu
         base: The base without weights, on the meta device; PEFT changes it.
     """
     given = {name: record.shape for name, record in stored.items()}
-    ends = _ends_of(base)
+    ends = _parameters_of_ends(base)
     try:
         wrapped, expected = _wrap(base, config)
     except Exception as error:
         # Whatever PEFT, torch or transformers raise for a configuration that a stranger wrote.
         return Placement([f"PEFT cannot put it into this model ({_first_line(error)})"])
-    found = _compare(given, expected, ends)
+    shapes = {name: tuple(parameter.shape) for name, parameter in ends.items()}
+    found = _compare(given, expected, shapes)
     if found.problems:
         renamed = _rename_as_peft(given, wrapped, config)
-        if renamed != given:
-            again = _compare(renamed, expected, ends)
-            return again if not again.problems else found
+        again = _compare(renamed, expected, shapes) if renamed != given else found
+        found = found if again.problems else again
+    there = {original_name(name) for name in given} | set(found.copies.values())
+    held = {id(ends[name]) for name in there if name in ends}
+    found.left_out = [name for name, end in ends.items() if name.endswith("weight") and id(end) not in held]
     return found
 
 
@@ -101,18 +106,24 @@ def _first_line(error: Exception) -> str:
     return text[:300] if text else type(error).__name__
 
 
-def _ends_of(base: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the input embedding's and the output head's own parameters, by name."""
-    found: dict[str, tuple[int, ...]] = {}
+def ends_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the input embedding and the output head of a model, by every name that they have in it."""
+    found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            end: Any = getattr(base, getter)()
+            end: Any = getattr(model, getter)()
         except (AttributeError, NotImplementedError, TypeError):
             continue
-        for prefix, module in base.named_modules(remove_duplicate=False):
-            if end is not None and module is end:
-                own = module._parameters.items()
-                found.update({f"{prefix}.{key}": tuple(value.shape) for key, value in own if value is not None})
+        if end is not None:
+            found |= {name: end for name, module in model.named_modules(remove_duplicate=False) if module is end}
+    return found
+
+
+def _parameters_of_ends(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of embedding and head themselves, by name."""
+    found: dict[str, nn.Parameter] = {}
+    for name, end in ends_of(base).items():
+        found |= {f"{name}.{key}": value for key, value in end._parameters.items() if value is not None}
     return found
 
 

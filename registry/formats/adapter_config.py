@@ -22,6 +22,8 @@ _DEFAULT_RANK = 8
 _MAX_NAMES = 20_000
 _MAX_LAYERS = 2_000
 _MAX_TOKENS = 1_000_000
+#: Switches by which transformers runs code of a repository.
+_CODE = ("trust_remote_code", "auto_map", "custom_pipelines")
 _BIASES = ("none", "all", "lora_only")
 #: Where the classes of base models are imported from; PEFT imports what stands here.
 _LIBRARY = re.compile(r"transformers(\.models(\.\w+)*)?(\.\w+)?", re.ASCII)
@@ -82,11 +84,16 @@ class AdapterConfig:
         return mapping.get("base_model_class") if isinstance(mapping, dict) else None
 
     @property
-    def trained_tokens(self) -> int:
-        """One more than the largest index of a token that is trained by itself; 0 without such tokens."""
+    def token_indices(self) -> frozenset[int]:
+        """The tokens whose rows are trained by themselves."""
         tokens = self.fields.get("trainable_token_indices")
         lists = tokens.values() if isinstance(tokens, dict) else [tokens or ()]
-        return max((index + 1 for indices in lists for index in indices), default=0)
+        return frozenset(index for indices in lists for index in indices)
+
+    @property
+    def trained_tokens(self) -> int:
+        """One more than the largest index of a token that is trained by itself; 0 without such tokens."""
+        return max(self.token_indices, default=-1) + 1
 
     @property
     def base_id(self) -> str | None:
@@ -185,6 +192,9 @@ def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
     """PEFT imports modules by the names that stand in two fields."""
     if values.get("megatron_core", "megatron.core") not in (None, "megatron.core") or values.get("megatron_config"):
         raise fields.refuse("megatron_core", "its default; it names a library to import")
+    for key in _CODE:
+        if values.get(key):
+            raise fields.refuse(key, "nothing: a configuration cannot decide that code is run")
     mapping = values.get("auto_mapping")
     if mapping is None:
         return

@@ -32,6 +32,7 @@ MAX_TENSORS = 50_000
 #: Bytes that a file of a release may have.
 MAX_FILE = 100 * 1024**3
 _MAX_FILES = 64
+_MAX_ALIASES = 16
 
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
@@ -129,7 +130,7 @@ class Manifest:
         )  # the configuration counts by its fields; PEFT adds its version to the file
         content = {
             "architecture": _plain(self.architecture),
-            "base": _plain(self.base),
+            "base": {key: value for key, value in _plain(self.base).items() if key != "aliases"},
             "config": dict(self.config),
             "files": {n: _plain(f) for n, f in self.files.items() if n not in told and not is_picture(n)},
             "tensors": {name: _plain(tensor) for name, tensor in self.tensors.items()},
@@ -155,7 +156,15 @@ def _base(fields: Fields) -> BaseRecord:
         id=fields.optional("id", lambda key: fields.text(key, BASE_ID, "the id of a model, such as org/name")),
         commit=fields.optional("commit", lambda key: fields.text(key, COMMIT, "a commit")),
         fingerprint=_fingerprint(fields.inner("fingerprint")) if fields.has("fingerprint") else None,
+        aliases=fields.optional("aliases", lambda key: _aliases(fields, key)),
     )
+
+
+def _aliases(fields: Fields, key: str) -> tuple[str, ...]:
+    found = fields.texts(key)
+    if len(found) > _MAX_ALIASES or not all(BASE_ID.fullmatch(name) for name in found):
+        raise fields.refuse(key, f"at most {_MAX_ALIASES} ids of models, such as org/name")
+    return found
 
 
 def _fingerprint(fields: Fields) -> Fingerprint:

@@ -56,11 +56,20 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """A base model: its id and commit on a Hub, as far as it has any, and its fingerprint, as far as it is known."""
+    """A base model.
+
+    Attributes:
+        id: What it is called on a hub, if it is on one.
+        commit: Its commit there.
+        fingerprint: By what it is recognized, as far as that is known.
+        aliases: Other ids under which it may be found, should the first one be gone; ``None`` without any. They count
+            only where the fingerprint matches.
+    """
 
     id: str | None = None
     commit: str | None = None
     fingerprint: Fingerprint | None = None
+    aliases: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,8 @@ def labels_of(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> int
     heads = [tensors[name].shape for name in other_tensors(tensors) if not _is_vocabulary(name)]
     layers = [shape for shape in heads if len(shape) == 2]
     last = {rows for rows, _ in layers if not any(columns == rows for _, columns in layers)}
+    # As many classes as the head is wide.
+    last = last or {rows for rows, _ in layers}
     return last.pop() if len(last) == 1 else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FI
 from registry.formats.weights import read_open_header
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 __all__ = ["copy_adapter", "copy_tokenizer", "save_model"]
@@ -113,12 +114,24 @@ def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
     import peft
 
     # By itself, PEFT asks the Hub how large the base's vocabulary was.
-    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=_resized(model))
+    resized = _resized(model)
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=resized)
+    if resized:
+        state = {**_find_ends_left_out(model, state), **state}
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     model.peft_config[adapter_name].save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
+
+
+def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding or head of a grown vocabulary that PEFT does not save, because the other one has an adapter."""
+    from registry.base.places import ends_of
+
+    saved = {tensor.data_ptr() for tensor in state.values()}
+    weights = {f"{name}.weight": end._parameters.get("weight") for name, end in ends_of(model).items()}
+    return {name: w for name, w in weights.items() if w is not None and w.data_ptr() not in saved}
 
 
 def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
@@ -135,9 +148,10 @@ def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
 def _resized(model: PeftModel) -> bool:
     """Whether the embeddings must be saved along: somebody added tokens, or trains them."""
     from registry.base.files import original_vocabulary
+    from registry.base.places import ends_of
 
     base = model.get_base_model()
-    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    embedding = next(iter(ends_of(base).values()), None)
     weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
     before = original_vocabulary(base)
     config = model.active_peft_config

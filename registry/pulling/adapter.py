@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import UnknownBase
+from registry.errors import BaseMismatch, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -111,25 +112,20 @@ class Adapter(os.PathLike[str]):
             model = base
         else:
             model = self._load_base(base, base_token, kwargs)
-        check_contract(self, model, token=base_token, warn=not trust_identity)
+        result = check_contract(self, model, token=base_token, warn=not trust_identity)
+        self._check_alias(base, model, result)
         loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
         put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
         return loaded
 
     def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:
         """The base model from a folder or a hub, at the commit of the manifest, with the adapter's vocabulary."""
-        from transformers import AutoConfig
-
         from registry.base.choice import find_candidates
         from registry.base.classes import rows_of_embedding
         from registry.base.fitting import choose_candidate
         from registry.base.stored import StoredAdapter
 
-        place, revision = self._place(base)
-        # trust_remote_code stays the caller's decision: no manifest can make it.
-        told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
-        told = {key: value for key, value in told.items() if value is not None}
-        config = AutoConfig.from_pretrained(place, **told)
+        place, config, told = self._find_config(base, token, kwargs)
         stored = StoredAdapter.read(self)
         chosen = choose_candidate(stored, find_candidates(config, stored))
         if chosen.config is not None and chosen.config.num_labels != config.num_labels:
@@ -142,6 +138,48 @@ class Adapter(os.PathLike[str]):
             # The rows that are added come with the adapter.
             model.resize_token_embeddings(wanted, mean_resizing=False)
         return model
+
+    def _check_alias(self, base: Any, model: Any, result: CheckResult) -> None:
+        """A base that was found under another id than the recorded one must be recognized.
+
+        Raises:
+            BaseMismatch: It cannot be.
+        """
+        found = getattr(getattr(model, "config", None), "_name_or_path", None)
+        if base is None and found != self.manifest.base.id and result.identity != "verified":
+            raise BaseMismatch(
+                f"The base {self.manifest.base.id} of {self} is gone, and whether {found} is the same cannot be "
+                f"verified ({result.details}). Give it, if you trust it: adapter.load({found!r})"
+            )
+
+    def _find_config(
+        self, base: Any, token: str | bool | None, kwargs: Mapping[str, Any]
+    ) -> tuple[str, Any, dict[str, Any]]:
+        """Where the base is, its configuration, and the arguments that it was loaded with.
+
+        Raises:
+            UnknownBase: It is neither there nor under one of the ids that the manifest gives besides.
+        """
+        from transformers import AutoConfig
+
+        reason = ""
+        for place, revision in self._places(base):
+            # trust_remote_code stays the caller's decision: no manifest can make it.
+            told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
+            told = {key: value for key, value in told.items() if value is not None}
+            try:
+                return place, AutoConfig.from_pretrained(place, **told), told
+            except (OSError, ValueError) as error:
+                reason = reason or f"{place}: {' '.join(str(error).split())[:300]}"
+        raise UnknownBase(
+            f"The base model of {self} cannot be loaded ({reason}). If it was moved or renamed, say where it is now: "
+            'adapter.load("org/name"), or a folder; its configuration and weights are compared with those recorded.'
+        )
+
+    def _places(self, base: Any) -> list[tuple[str, str | None]]:
+        """Where to look for the base: where the caller or the manifest says, and under the manifest's other ids."""
+        others = self.manifest.base.aliases or () if base is None else ()
+        return [self._place(base), *((name, None) for name in others)]
 
     def _place(self, base: Any) -> tuple[str, str | None]:
         recorded = self.manifest.base

@@ -8,6 +8,7 @@ from pathlib import Path
 from registry.disk.files import read_small
 from registry.errors import IntegrityError, TooLarge, UnsafeFile
 from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
+from registry.formats.agreement import check_agreement
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, max_size
 from registry.formats.tensors import check_weights
@@ -41,10 +42,11 @@ def check_content(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     Raises:
         UnsafeFile: Something would do harm.
         InvalidAdapter: The weights are of no use.
-        IntegrityError: The tensors are not those of the manifest.
+        IntegrityError: The tensors are not those of the manifest, or the configuration is not.
     """
     config = AdapterConfig.parse(read_small(folder / ADAPTER_CONFIG, MAX_CONFIG + 1))
     header = read_file_header(folder / ADAPTER_WEIGHTS)
     if dict(header.tensors) != dict(manifest.tensors):
         raise IntegrityError(f"The tensors in {ADAPTER_WEIGHTS} are not those of the manifest")
+    check_agreement(manifest, config)
     return check_weights(folder / ADAPTER_WEIGHTS, config).warnings

@@ -1,0 +1,479 @@
+"""What fits a base and what does not: heads, vocabularies, classes, fields, and files that would change the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from adapters import adapted, pulled
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    ElectraConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lora_plugins import prepare_model
+from registry import check_contract
+from registry.errors import BaseMismatch, IntegrityError, InvalidAdapter, RegistryError, UnknownBase, UnsafeFile
+from registry.formats.agreement import check_agreement
+from registry.pulling.adapter import Adapter
+from registry.testing import LoopbackHub
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import small_models
+
+IDS = torch.arange(1, 9)[None]
+GROWN = torch.tensor([[1, 97, 99, 5]])
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**(inputs or {"input_ids": IDS})).logits
+    return found
+
+
+def randomise(model: Any) -> Any:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def plain(folder: Path, target: Path, change: Callable[[dict[str, Any]], None] | None = None, **config: Any) -> Path:
+    """A copy of an adapter folder with other tensors or fields."""
+    target.mkdir()
+    fields = {**json.loads((folder / "adapter_config.json").read_text()), **config}
+    (target / "adapter_config.json").write_text(json.dumps(fields))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "adapter"
+    adapted(tiny.llama()).save_pretrained(path)
+    return path
+
+
+# -- nothing in the file changes the base ------------------------------------------------------------------------
+
+BASE_WEIGHTS = {
+    "model.norm.weight": (32,),
+    "model.layers.0.self_attn.o_proj.weight": (32, 32),
+    "model.layers.0.self_attn.q_proj.base_layer.weight": (32, 32),
+    "lm_head.weight": (96, 32),
+    "model.embed_tokens.weight": (96, 32),
+    "model.layers.0.mlp.down_proj.weight": (32, 64),
+    "model.layers.1.input_layernorm.weight": (32,),
+}
+
+
+@pytest.mark.parametrize("name", BASE_WEIGHTS)
+def test_an_adapter_that_would_overwrite_the_base_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    planted = plain(
+        folder, tmp_path / "a", lambda t: t.update({f"base_model.model.{name}": torch.ones(BASE_WEIGHTS[name])})
+    )
+    model = tiny.llama()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for go in (lambda: check_contract(planted, model), lambda: prepare_model(model, adapter=planted)):
+        with pytest.raises(BaseMismatch, match=re.escape(name)):
+            go()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_biases_that_the_configuration_does_not_train_are_refused(tmp_path: Path) -> None:
+    adapted(tiny.gpt2(), target_modules=["c_attn"], fan_in_fan_out=True).save_pretrained(tmp_path / "g")
+    name = "base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"
+    planted = plain(tmp_path / "g", tmp_path / "a", lambda t: t.update({name: torch.ones(96)}))
+    with pytest.raises(BaseMismatch, match="have no place in it"):
+        check_contract(planted, tiny.gpt2())
+    adapted(tiny.gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, bias="lora_only").save_pretrained(
+        tmp_path / "b"
+    )
+    assert check_contract(tmp_path / "b", tiny.gpt2()).tensors == 6
+
+
+def test_an_embedding_saved_along_unchanged_is_taken(tmp_path: Path) -> None:
+    """``save_embedding_layers=True`` writes the base's own rows: they change nothing."""
+    adapted(tiny.llama()).save_pretrained(tmp_path, save_embedding_layers=True)
+    result = check_contract(tmp_path, tiny.llama())
+    assert result.tensors == 10
+
+
+# -- grown vocabularies ------------------------------------------------------------------------------------------
+
+GROWN_KINDS: dict[str, dict[str, Any]] = {
+    "only grown": {},
+    "embedding and head saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "added tokens trained": {"trainable_token_indices": [96, 97, 98, 99]},
+    "added and old tokens trained": {"trainable_token_indices": [3, 97]},
+    "embedding adapted": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head adapted": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", GROWN_KINDS)
+def test_a_grown_vocabulary_comes_back(kind: str, tied: bool, tmp_path: Path) -> None:
+    tiny.llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100)
+    model = randomise(adapted(model, **GROWN_KINDS[kind]))
+    expected = logits(model, input_ids=GROWN)
+    model.save_pretrained(tmp_path / "folder")
+    options = {"allow": ["embed_tokens", "lm_head"]}
+    sources = [(model, "live"), (tmp_path / "folder", "files")]
+    if not tied and len(GROWN_KINDS[kind].get("target_modules", [])) == 2:
+        # PEFT saves the end that has an adapter, and loses the new rows of the other one.
+        with pytest.raises(BaseMismatch, match="4 entries were added"):
+            check_contract(sources.pop()[0], tmp_path / "base")
+    for source, name in sources:
+        adapter = pulled(source, tmp_path / name, **options)
+        assert adapter.manifest.architecture.vocab_size == 100
+        assert adapter.check(tmp_path / "base").tensors == len(adapter.manifest.tensors)
+        grown = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        grown.resize_token_embeddings(100)
+        assert adapter.check(grown).tensors == len(adapter.manifest.tensors)
+        assert torch.equal(logits(adapter.load(tmp_path / "base"), input_ids=GROWN), expected)
+        assert torch.equal(logits(adapter.load(grown), input_ids=GROWN), expected)
+
+
+def test_a_grown_vocabulary_whose_old_rows_differ_is_refused(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100)
+    adapted(model).save_pretrained(tmp_path / "folder")
+    name = "base_model.model.model.embed_tokens.weight"
+    planted = plain(tmp_path / "folder", tmp_path / "a", lambda t: t[name][40].add_(1))
+    with pytest.raises(BaseMismatch, match=r"replace model\.embed_tokens\.weight of the base, from row 40 on"):
+        check_contract(planted, tmp_path / "base")
+
+
+def test_a_trained_token_beyond_the_vocabulary_is_an_error_of_ours(folder: Path, tmp_path: Path) -> None:
+    planted = plain(folder, tmp_path / "a", trainable_token_indices=[200])
+    with pytest.raises(BaseMismatch, match=r"trains the token 200, and the vocabulary has 96 entries"):
+        check_contract(planted, tiny.llama())
+
+
+# -- heads -------------------------------------------------------------------------------------------------------
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+HEADS: dict[str, tuple[PretrainedConfig, list[str]]] = {
+    "distilbert": (DistilBertConfig(vocab_size=96, dim=32, hidden_dim=64, n_layers=2, n_heads=4), ["q_lin"]),
+    "roberta": (RobertaConfig(vocab_size=96, max_position_embeddings=64, **WIDTHS), ["query"]),
+    "electra": (ElectraConfig(vocab_size=96, embedding_size=32, **WIDTHS), ["query"]),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("labels", [1, 5, 32])
+def test_the_number_of_labels_is_the_last_layer_s(kind: str, labels: int, tmp_path: Path) -> None:
+    config, targets = HEADS[kind]
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True
+    )
+    model = randomise(adapted(model, task_type="SEQ_CLS", target_modules=targets))
+    model.save_pretrained(tmp_path / "folder")
+    for source, name in ((model, "live"), (tmp_path / "folder", "files")):
+        adapter = pulled(source, tmp_path / name)
+        assert adapter.manifest.architecture.num_labels == labels
+        adapter.check(tmp_path / "base")
+        assert torch.equal(logits(adapter.load(tmp_path / "base")), logits(model))
+
+
+def test_a_head_without_a_task_gets_its_labels(tmp_path: Path) -> None:
+    config = ViTConfig(**WIDTHS, image_size=32, patch_size=16)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=7, ignore_mismatched_sizes=True)
+    fields = {"task_type": None, "target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    model = randomise(adapted(model, **fields))
+    pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    adapter = pulled(model, tmp_path / "release")
+    adapter.check(tmp_path / "base")
+    assert torch.equal(logits(adapter.load(tmp_path / "base"), **pixels), logits(model, **pixels))
+
+
+# -- classes -----------------------------------------------------------------------------------------------------
+
+
+class Ranker(PreTrainedModel):
+    """A class of the user's own, around a transformer."""
+
+    config_class = type(tiny.llama().config)
+    _supports_sdpa = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = LlamaForCausalLM(config)
+        self.ranker = nn.Linear(config.vocab_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids: Any = None, **_: Any) -> Any:
+        return self.ranker(self.model(input_ids=input_ids).logits)
+
+
+def test_a_class_of_one_s_own_without_a_task_is_published_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Ranker(tiny.llama().config)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["ranker"]))
+    randomise(wrapped)
+    adapter = pulled(wrapped, tmp_path / "release")
+    assert json.loads(Path(adapter.path, "adapter_config.json").read_text())["auto_mapping"] is None
+    again = Ranker(tiny.llama().config)
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(adapter.load(again).eval()(IDS), wrapped.eval()(IDS))
+    # PEFT's own folder names the class; as a folder to go on from it is the user's.
+    wrapped.save_pretrained(tmp_path / "folder")
+    again = Ranker(tiny.llama().config)
+    again.load_state_dict(state)
+    assert check_contract(tmp_path / "folder", again).tensors == len(adapter.manifest.tensors)
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "falcon_mamba", "bamba"])
+def test_infinite_values_in_a_configuration_are_published(model_type: str, tmp_path: Path) -> None:
+    case = next(case for case in small_models.cases() if case.model_type == model_type)
+    model = small_models.build(case, "cpu", small_only=True)
+    model.config.time_step_limit = (0.0, float("inf"))
+    targets = ["in_proj"]
+    adapter = pulled(adapted(model, target_modules=targets), tmp_path / "release")
+    assert adapter.manifest.base.fingerprint is not None
+    again = small_models.build(case, "cpu", small_only=True)
+    again.config.time_step_limit = (0.0, float("inf"))
+    assert adapter.check(again).identity == "verified"
+    again.config.time_step_limit = (0.0, 1.0)
+    with pytest.raises(BaseMismatch, match="time_step_limit"):
+        adapter.check(again)
+
+
+def test_a_base_is_read_as_the_class_that_the_tensors_fit(tmp_path: Path) -> None:
+    """An adapter of the bare model, or of the one with a head, whatever task its configuration names."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    bare = LlamaForCausalLM.from_pretrained(tmp_path / "base").model
+    for task in ("FEATURE_EXTRACTION", None):
+        fields = {"r": 4, "target_modules": ["q_proj"], "task_type": task}
+        randomise(get_peft_model(bare, LoraConfig(**fields))).save_pretrained(tmp_path / f"bare-{task}")
+        assert check_contract(tmp_path / f"bare-{task}", tmp_path / "base").tensors == 4
+    for task in ("FEATURE_EXTRACTION", "CAUSAL_LM", None):
+        adapted(tiny.llama(), task_type=task).save_pretrained(tmp_path / f"head-{task}")
+        assert check_contract(tmp_path / f"head-{task}", tmp_path / "base").tensors == 8
+
+
+# -- fields of the configuration ---------------------------------------------------------------------------------
+
+
+def test_fields_of_other_trainers_are_named_and_ignored(folder: Path, tmp_path: Path) -> None:
+    fields = {"lorap_emb_lr": 1e-6, "trainer": {"name": "x"}, "merge_weights": True, "scheduler": "cosine"}
+    found = check_contract(plain(folder, tmp_path / "a", **fields), tiny.llama())
+    assert found.ignored == tuple(repr(key) for key in sorted(fields))
+    without = plain(tmp_path / "a", tmp_path / "b", peft_version=None)
+    assert check_contract(without, tiny.llama()).ignored == found.ignored
+
+
+def test_a_newer_field_at_its_default_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    adapter = pulled(adapted(tiny.llama()), tmp_path / "release")
+    file = Path(adapter.path, "adapter_config.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "peft_version": "99.0", "use_magic": "auto"}))
+    manifest = dataclasses.replace(adapter.manifest, peft_version="99.0")
+    newer = dataclasses.replace(adapter, manifest=manifest)
+    assert newer.check(tiny.llama()).ignored == ("'use_magic'",)
+    named = dataclasses.replace(manifest, config={**manifest.config, "use_magic": "auto"})
+    with pytest.raises(BaseMismatch, match="use_magic='auto'"):
+        dataclasses.replace(adapter, manifest=named).check(tiny.llama())
+
+
+def test_a_field_of_an_old_peft_that_changed_the_computation_is_refused(folder: Path, tmp_path: Path) -> None:
+    planted = plain(folder, tmp_path / "a", enable_lora=[True, False, True])
+    with pytest.raises(BaseMismatch, match="enable_lora"):
+        check_contract(planted, tiny.llama())
+    assert check_contract(plain(folder, tmp_path / "b", enable_lora=None), tiny.llama()).tensors == 8
+
+
+RAW: dict[str, dict[str, Any]] = {
+    "bias": {"bias": "some"},
+    "layers that are not there": {"layer_replication": [[0, 99]]},
+    "a negative layer": {"layers_to_transform": [-1]},
+    "many replicated layers": {"layer_replication": [[0, 2]] * 200_000},
+    "many targets": {"target_modules": [f"t{n}" for n in range(300_000)]},
+    "a text as tokens": {"trainable_token_indices": "abc"},
+    "alpha of a module is a text": {"alpha_pattern": {"q_proj": "x"}},
+    "a sub-configuration": {"eva_config": {"nonsense": 1}},
+    "group size zero": {"use_qalora": True, "qalora_group_size": 0},
+    "both regex and layers": {"target_modules": "q_proj", "layers_to_transform": [0]},
+    "no such initialisation": {"init_lora_weights": "magic"},
+    "code": {"trust_remote_code": True},
+    "deep": {"loftq_config": json.loads("[" * 20 + "]" * 20)},
+}
+
+
+#: What PEFT ignores, too.
+HARMLESS = ("a sub-configuration", "deep", "group size zero")
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_a_strange_configuration_gives_an_error_of_ours_at_once(folder: Path, tmp_path: Path, case: str) -> None:
+    planted = plain(folder, tmp_path / "a", **RAW[case])
+    start = time.monotonic()
+    if case in HARMLESS:
+        assert check_contract(planted, tiny.llama()).tensors == 8
+    else:
+        for go in (check_contract, lambda adapter, model: prepare_model(model, adapter=adapter)):
+            with pytest.raises(RegistryError):
+                go(planted, tiny.llama())
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff", b'{"peft_type": "LORA"}', b"null"])
+def test_a_damaged_configuration_is_one_error_for_adapter(folder: Path, tmp_path: Path, content: bytes) -> None:
+    planted = plain(folder, tmp_path / "a")
+    (planted / "adapter_config.json").write_bytes(content)
+    with pytest.raises(RegistryError):
+        prepare_model(tiny.llama(), adapter=planted)
+
+
+def test_damaged_weights_are_one_error_for_adapter(folder: Path, tmp_path: Path) -> None:
+    planted = plain(folder, tmp_path / "a")
+    weights = planted / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for content in (b"", whole[:100], whole[:-4], b"\xff" * 64):
+        weights.write_bytes(content)
+        with pytest.raises(UnsafeFile):
+            prepare_model(tiny.llama(), adapter=planted)
+    weights.unlink()
+    with pytest.raises(InvalidAdapter, match=r"has no adapter_model\.safetensors"):
+        prepare_model(tiny.llama(), adapter=planted)
+    weights.mkdir()
+    with pytest.raises(UnsafeFile, match="not a regular file"):
+        prepare_model(tiny.llama(), adapter=planted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_values_that_are_not_finite_are_refused_for_a_folder(folder: Path, tmp_path: Path, value: float) -> None:
+    def plant(tensors: dict[str, Any]) -> None:
+        next(iter(tensors.values()))[0, 0] = value
+
+    with pytest.raises(InvalidAdapter):
+        check_contract(plain(folder, tmp_path / "a", plant), tiny.llama())
+
+
+def test_a_base_of_a_million_layers_is_refused_at_once(folder: Path) -> None:
+    for config in ({"num_hidden_layers": 10**6}, {"num_hidden_layers": 10**400}, {"num_attention_heads": 0}):
+        changed = tiny.llama().config
+        for key, value in config.items():
+            setattr(changed, key, value)
+        start = time.monotonic()
+        with pytest.raises(BaseMismatch):
+            check_contract(folder, changed)
+        assert time.monotonic() - start < 10
+
+
+def test_an_error_shows_no_control_characters(folder: Path, tmp_path: Path) -> None:
+    planted = plain(folder, tmp_path / "a", peft_version="99.0", **{"use\x1b[31m\u202emagic": True})
+    with pytest.raises(BaseMismatch) as caught:
+        check_contract(planted, tiny.llama())
+    assert "\x1b" not in str(caught.value)
+    assert "\u202e" not in str(caught.value)
+
+
+# -- manifest and configuration ----------------------------------------------------------------------------------
+
+CONTRADICTIONS: dict[str, dict[str, Any]] = {
+    "base": {"base_model_name_or_path": "evil/remote-code"},
+    "base folder": {"base_model_name_or_path": "/etc"},
+    "no base": {"base_model_name_or_path": None},
+    "revision": {"revision": "d" * 40},
+    "rank": {"r": 8},
+    "targets": {"target_modules": ["q_proj"]},
+    "task": {"task_type": "SEQ_CLS"},
+    "scale": {"use_rslora": True},
+    "rank of a module": {"rank_pattern": {"q_proj": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_configuration_that_contradicts_its_manifest_is_refused(case: str, tmp_path: Path) -> None:
+    adapter = pulled(adapted(tiny.llama()), tmp_path / "release", base_model=f"org/base@{'c' * 40}")
+    check_agreement(adapter.manifest, adapter.config)
+    file = Path(adapter.path, "adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **CONTRADICTIONS[case]}))
+    for go in (adapter.check, adapter.load, lambda model: prepare_model(model, adapter=adapter)):
+        with pytest.raises(IntegrityError, match="do not agree"):
+            go(tiny.llama())
+
+
+# -- bases that moved --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+    """A release whose base is gone; the same base is at org/new and another one at org/wrong."""
+    monkeypatch.setattr(constants, "ENDPOINT", loopback_hub.endpoint)
+    for name, seed in (("new", 0), ("wrong", 1)):
+        tiny.llama(seed=seed).save_pretrained(tmp_path / name)
+    return pulled(adapted(tiny.llama()), tmp_path / "release", base_model=f"org/gone@{'c' * 40}")
+
+
+def with_aliases(adapter: Adapter, *aliases: str) -> Adapter:
+    record = dataclasses.replace(adapter.manifest.base, aliases=aliases)
+    return dataclasses.replace(adapter, manifest=dataclasses.replace(adapter.manifest, base=record))
+
+
+def test_a_base_that_is_gone_is_an_error_that_says_what_to_do(moved: Adapter) -> None:
+    with pytest.raises(UnknownBase, match=r"org/gone.*adapter\.load\(\"org/name\"\)"):
+        moved.load()
+
+
+def test_a_moved_base_is_found_where_the_caller_says(moved: Adapter, tmp_path: Path) -> None:
+    assert torch.equal(logits(moved.load(tmp_path / "new")), logits(adapted(tiny.llama())))
+    with pytest.raises(BaseMismatch, match="same shapes and other weights"):
+        moved.load(tmp_path / "wrong")
+
+
+def test_aliases_are_written_and_read(moved: Adapter) -> None:
+    named = with_aliases(moved, "org/new")
+    assert type(named.manifest).parse(named.manifest.to_bytes()).base.aliases == ("org/new",)
+    assert named.manifest.content_digest == moved.manifest.content_digest
+
+
+def test_peft_still_overwrites_the_base_by_itself(folder: Path, tmp_path: Path) -> None:
+    """Once this fails, PEFT refuses such tensors and the check of the contract is doubled."""
+    name = "base_model.model.model.norm.weight"
+    planted = plain(folder, tmp_path / "a", lambda t: t.update({name: torch.full((32,), 3.0)}))
+    loaded = PeftModel.from_pretrained(tiny.llama(), planted)
+    assert float(loaded.get_base_model().model.norm.weight[0]) == 3.0

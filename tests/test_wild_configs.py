@@ -1,0 +1,157 @@
+"""Configurations of adapters as people publish them: pushed, pulled, checked and loaded, or refused for a reason."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from adapters import pulled
+from peft import LoraConfig, get_peft_model
+
+from registry import check_contract
+from registry.errors import BaseMismatch, UnsafeFile
+from registry.testing import LoopbackHub
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import small_models
+from small_models import Case
+
+CONFIGS = json.loads((Path(__file__).parent / "data" / "wild-configs.json").read_text())
+
+#: Architecture as the list names it -> type and class in transformers.
+CLASSES = {
+    "bertcls": ("bert", "BertForSequenceClassification"),
+    "distilcls": ("distilbert", "DistilBertForSequenceClassification"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3", "Gemma3ForConditionalGeneration"),
+    "gemma4": ("gemma4", "Gemma4ForConditionalGeneration"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel"),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "llamamodel": ("llama", "LlamaModel"),
+    "llava": ("llava", "LlavaForConditionalGeneration"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "nemotronh": ("nemotron_h", "NemotronHForCausalLM"),
+    "neox": ("gpt_neox", "GPTNeoXForCausalLM"),
+    "phi": ("phi", "PhiForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen25vl": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen35": ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    "qwen3vl": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+    "roberta": ("roberta", "RobertaForSequenceClassification"),
+    "smolvlm": ("smolvlm", "SmolVLMForConditionalGeneration"),
+    "t5": ("t5", "T5ForConditionalGeneration"),
+    "vit": ("vit", "ViTForImageClassification"),
+    "whisper": ("whisper", "WhisperForConditionalGeneration"),
+}
+#: Architectures that transformers has no class for.
+FOREIGN = ("custom-glm", "custom-baichuan", "diffusers")
+#: Written by another trainer, in a form of its own.
+OF_OTHERS = (22,)
+#: PEFT itself can't make these adapters any more, and why.
+REFUSED_BY_PEFT = {29: "No modules were targeted", 44: "incompatible with Mamba-based models"}
+#: One of each kind: PEFT's record of the class, VLMs under a text task, heads, regex targets, embeddings as targets.
+FAST = (3, 2, 11, 16, 17, 36, 43)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@functools.cache
+def base_folder(architecture: str) -> Path:
+    model_type, name = CLASSES[architecture]
+    folder = Path(tempfile.mkdtemp(prefix=f"base-{architecture}-"))
+    small_models.build(Case("any", model_type, name), "cpu").save_pretrained(folder)
+    return folder
+
+
+def base_of(architecture: str) -> Any:
+    name = CLASSES[architecture][1]
+    return getattr(transformers, name).from_pretrained(base_folder(architecture)).eval()
+
+
+def trained(architecture: str, config: dict[str, Any]) -> Any:
+    """A model with adapters of this configuration, as PEFT makes them, that change something."""
+    known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+    torch.manual_seed(3)
+    model = get_peft_model(base_of(architecture), LoraConfig(**{**known, "auto_mapping": None}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def output(model: Any) -> torch.Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        found = model(**small_models.inputs(base))
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def parameters() -> Iterator[Any]:
+    for number, entry in enumerate(CONFIGS):
+        if entry["architecture"] not in FOREIGN and number not in (*OF_OTHERS, *REFUSED_BY_PEFT):
+            marks = () if number in FAST else pytest.mark.slow
+            yield pytest.param(number, marks=marks, id=f"{number}-{entry['architecture']}")
+
+
+@pytest.mark.parametrize("number", list(parameters()))
+def test_published_checked_and_loaded_with_the_logits_of_peft(
+    number: int, loopback_hub: LoopbackHub, tmp_path: Path
+) -> None:
+    architecture, config = CONFIGS[number]["architecture"], CONFIGS[number]["config"]
+    model = trained(architecture, config)
+    expected = output(model)
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "adapter_config.json").write_text(json.dumps(config))
+    folder = base_folder(architecture)
+    name = f"org/{architecture}"
+    loopback_hub.create_repo(name)
+    loopback_hub.commit(name, {file.name: file.read_bytes() for file in folder.iterdir()})
+    at = {"base_hub": loopback_hub.endpoint, "token": loopback_hub.token}
+    options = {"base_model": name, "allow": ["embed_tokens", "lm_head"]}
+    for source, kind in ((model, "live"), (tmp_path / "folder", "files")):
+        adapter = pulled(source, tmp_path / kind, **options)
+        assert adapter.check(base_of(architecture)).tensors == len(adapter.manifest.tensors)
+        assert adapter.check(folder).tensors == len(adapter.manifest.tensors)
+        assert adapter.check(name, **at).tensors == len(adapter.manifest.tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = adapter.load(folder, trust_identity=True).eval()
+        assert torch.equal(output(loaded), expected)
+
+
+def test_a_configuration_of_another_trainer_is_refused_by_name(tmp_path: Path) -> None:
+    config = CONFIGS[OF_OTHERS[0]]["config"]
+    model = trained("llama", {"r": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsafeFile, match="MLX wrote it"):
+        pulled(tmp_path / "folder", tmp_path / "release", base_model="org/base")
+
+
+@pytest.mark.parametrize("number", REFUSED_BY_PEFT)
+def test_what_peft_cannot_make_is_refused_with_its_reason(number: int, tmp_path: Path) -> None:
+    architecture, config = CONFIGS[number]["architecture"], CONFIGS[number]["config"]
+    target = "q_proj" if architecture == "vit" else "up_proj"
+    model = trained(architecture, {**config, "target_modules": [target]})
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseMismatch, match=REFUSED_BY_PEFT[number]):
+        check_contract(tmp_path / "folder", base_of(architecture))
+
+
+def test_every_configuration_has_its_test() -> None:
+    assert {entry["architecture"] for entry in CONFIGS} == {*CLASSES, *FOREIGN}
+    assert len(CONFIGS) == 54
