@@ -416,7 +416,6 @@ def test_an_error_shows_no_control_characters(folder: Path, tmp_path: Path) -> N
 CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "base": {"base_model_name_or_path": "evil/remote-code"},
     "base folder": {"base_model_name_or_path": "/etc"},
-    "no base": {"base_model_name_or_path": None},
     "revision": {"revision": "d" * 40},
     "rank": {"r": 8},
     "targets": {"target_modules": ["q_proj"]},

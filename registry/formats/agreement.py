@@ -42,7 +42,7 @@ def check_agreement(manifest: Manifest, config: AdapterConfig) -> None:
 def _compare(manifest: Manifest, config: AdapterConfig) -> Iterator[tuple[str, object, object]]:
     base = manifest.base
     # A base that is known by its fingerprint only may be named by whoever uses the adapter.
-    if base.id is not None and config.base_id != base.id:
+    if base.id is not None and config.base_id not in (None, base.id):
         yield "base_model_name_or_path", config.base_id, base.id
     revision = config.fields.get("revision")
     if base.commit is not None and revision is not None and revision != base.commit:
