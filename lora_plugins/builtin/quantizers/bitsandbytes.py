@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["FourBit", "Fp4", "Int8", "Nf4", "register_quantizers"]
 
 
-_REQUIRES = ("bitsandbytes>=0.49",)
+_REQUIRES = ("bitsandbytes>=0.50",)
 _LOGGERS = ("bitsandbytes",)
 
 
