@@ -26,8 +26,8 @@ from releases import NAME, release
 from registry.catalog.listing import list_adapters, show, versions
 from registry.errors import HubError, HubUnavailable, RegistryError, StaleWarning
 from registry.hubs.client import Repositories, Secret
-from registry.hubs.deadline import Deadline, limit_operation
-from registry.hubs.failures import HubFailed
+from registry.hubs.http.deadline import Deadline, limit_operation
+from registry.hubs.http.failures import HubFailed
 from registry.hubs.huggingface import HuggingFaceHub
 from registry.pulling.pull import pull_adapter
 from registry.testing import LoopbackHub

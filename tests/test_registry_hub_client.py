@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from registry.hubs.client import Repositories, Secret
-from registry.hubs.deadline import Deadline, call_within
-from registry.hubs.failures import HubFailed, cleaner
-from registry.hubs.redirects import RefusedRedirect, next_url, same_origin
+from registry.hubs.http.deadline import Deadline, call_within
+from registry.hubs.http.failures import HubFailed, cleaner
+from registry.hubs.http.redirects import RefusedRedirect, next_url, same_origin
 from registry.testing import LoopbackHub
 
 WEIGHTS = os.urandom(200_000)
@@ -107,7 +107,7 @@ def test_answers_that_make_no_sense(client: Repositories, loopback_hub: Loopback
 
 
 def test_endless_listing_ends(client: Repositories, loopback_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.hubs.reading._MAX_PAGES", 10)
+    monkeypatch.setattr("registry.hubs.http.reading._MAX_PAGES", 10)
     link = f'<{loopback_hub.endpoint}/api/models/org/a/tree/main>; rel="next"'
     loopback_hub.faults.answer("tree", b"[]", times=None, Link=link)
     assert "does not end" in str(failure(lambda: client.files("org/a", "main")))

@@ -11,7 +11,7 @@ from registry.errors import HubUnavailable, MachineError, RegistryError
 from registry.formats.manifest import Manifest
 from registry.formats.references import Reference, check_name
 from registry.hubs import open_hub
-from registry.hubs.deadline import OPERATION, Deadline, limit_operation
+from registry.hubs.http.deadline import OPERATION, Deadline, limit_operation
 from registry.hubs.protocol import Hub
 
 __all__ = ["Described", "foreign_tags", "list_adapters", "show", "versions"]

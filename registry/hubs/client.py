@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
-from registry.hubs.deadline import Deadline, call_within
-from registry.hubs.failures import HubFailed, cleaner, failure_of, failure_of_network, hostile
-from registry.hubs.limits import limit_answers
-from registry.hubs.reading import Reader
-from registry.hubs.secret import Secret, hide_in_logs
+from registry.hubs.http.deadline import Deadline, call_within
+from registry.hubs.http.failures import HubFailed, cleaner, failure_of, failure_of_network, hostile
+from registry.hubs.http.limits import limit_answers
+from registry.hubs.http.reading import Reader
+from registry.hubs.http.secret import Secret, hide_in_logs
 
 __all__ = [
     "HUGGINGFACE",

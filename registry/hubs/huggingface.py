@@ -25,7 +25,7 @@ from registry.errors import (
     RepositoryNotFound,
 )
 from registry.formats.fields import COMMIT
-from registry.hubs.failures import HubFailed, hostile
+from registry.hubs.http.failures import HubFailed, hostile
 from registry.hubs.protocol import Conflict, Refs, TagExists
 
 __all__ = ["HuggingFaceHub"]

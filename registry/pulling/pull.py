@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from registry.formats.references import Reference
 from registry.hubs import open_hub
-from registry.hubs.deadline import limit_operation
+from registry.hubs.http.deadline import limit_operation
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher, Progress

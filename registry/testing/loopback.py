@@ -17,7 +17,7 @@ from types import TracebackType
 
 from registry.testing.faults import Faults
 from registry.testing.routes import answer
-from registry.testing.site import Site
+from registry.testing.routes.site import Site
 from registry.testing.store import Repo, User
 from registry.testing.wire import Request, Response, Server
 

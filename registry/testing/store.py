@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 
+from registry.testing.wire import HubFailure, User
+
 __all__ = ["Commit", "Entry", "HubFailure", "Repo", "Store", "User"]
 
 #: What huggingface.co puts into the first commit of every model repository, shortened to what adapters meet.
@@ -26,36 +28,6 @@ _SHORT_COMMIT_PATTERN = re.compile(r"[0-9a-f]{7,40}")
 _REPO_PATTERN = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 # A ref may contain slashes; what git itself forbids is forbidden here too.
 _REF_PATTERN = re.compile(r"(?!.*(?:\.\.|//|@\{))[^\s~^:?*\[\\\x00-\x1f/][^\s~^:?*\[\\\x00-\x1f]*(?<![/.])")
-
-
-class HubFailure(Exception):
-    """An answer other than success: the status, and the headers by which clients recognise the error."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, extra: Mapping[str, object] | None = None):
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.extra = dict(extra or {})
-        self.headers: dict[str, str] = {}
-
-
-@dataclass(frozen=True)
-class User:
-    """An account: its token, the organizations it may write to, and whether its token may write at all."""
-
-    name: str
-    token: str
-    orgs: tuple[str, ...] = ()
-    role: str = "write"
-
-    def may_write(self, namespace: str) -> bool:
-        """Whether this user's token can change repositories of ``namespace``."""
-        return self.role == "write" and self.belongs_to(namespace)
-
-    def belongs_to(self, namespace: str) -> bool:
-        """Whether ``namespace`` is the user itself or one of its organizations."""
-        return namespace == self.name or namespace in self.orgs
 
 
 @dataclass(frozen=True)

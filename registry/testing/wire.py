@@ -5,18 +5,46 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from registry.testing.store import HubFailure, User
-
-__all__ = ["Application", "Request", "Response", "Server", "failure"]
+__all__ = ["Application", "HubFailure", "Request", "Response", "Server", "User", "failure"]
 
 #: What answers a request; the name of the server that got it is in ``Request.server``.
 Application = Callable[["Request"], "Response"]
+
+
+class HubFailure(Exception):
+    """An answer other than success: the status, and the headers by which clients recognise the error."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, extra: Mapping[str, object] | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.extra = dict(extra or {})
+        self.headers: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class User:
+    """An account: its token, the organizations it may write to, and whether its token may write at all."""
+
+    name: str
+    token: str
+    orgs: tuple[str, ...] = ()
+    role: str = "write"
+
+    def may_write(self, namespace: str) -> bool:
+        """Whether this user's token can change repositories of ``namespace``."""
+        return self.role == "write" and self.belongs_to(namespace)
+
+    def belongs_to(self, namespace: str) -> bool:
+        """Whether ``namespace`` is the user itself or one of its organizations."""
+        return namespace == self.name or namespace in self.orgs
 
 
 @dataclass

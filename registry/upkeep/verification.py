@@ -16,7 +16,7 @@ from registry.formats.paths import GIT_ATTRIBUTES, SIGNATURE_FILE
 from registry.formats.records import FileRecord
 from registry.formats.references import Reference
 from registry.hubs import open_hub
-from registry.hubs.deadline import limit_operation
+from registry.hubs.http.deadline import limit_operation
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache, check_file
 from registry.pulling.content import check_content, check_sizes

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from urllib.parse import parse_qs, urlencode
 
-from registry.testing.site import Site
+from registry.testing.routes.site import Site
 from registry.testing.store import Commit, Entry, HubFailure, Repo, User
 from registry.testing.wire import Request, Response
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from registry.testing import routes_files, routes_repos, routes_upload
-from registry.testing.site import Site
+from registry.testing.routes import files, repos, upload
+from registry.testing.routes.site import Site
 from registry.testing.store import HubFailure
 from registry.testing.wire import Request, Response, failure
 
@@ -45,35 +45,35 @@ _API = f"/api/models/{_REPO}"
 
 #: Names for ``Faults`` and for the request log.
 ROUTES = {
-    "whoami": Route("GET", "/api/whoami-v2", routes_repos.whoami),
-    "create_repo": Route("POST", "/api/repos/create", routes_repos.create_repo),
-    "delete_repo": Route("DELETE", "/api/repos/delete", routes_repos.delete_repo),
-    "validate_yaml": Route("POST", "/api/validate-yaml", routes_upload.validate_yaml),
-    "list_models": Route("GET", "/api/models", routes_repos.list_models),
-    "settings": Route("PUT", f"{_API}/settings", routes_repos.settings),
-    "info": Route("GET HEAD", f"{_API}(?:/revision/{_REV})?", routes_repos.info),
-    "refs": Route("GET", f"{_API}/refs", routes_repos.refs),
-    "tree": Route("GET", f"{_API}/tree/{_REV}(?:/{_PATH})?/?", routes_repos.tree),
-    "paths_info": Route("POST", f"{_API}/paths-info/{_REV}", routes_repos.paths_info),
-    "commits": Route("GET", f"{_API}/commits/{_REV}", routes_repos.commits),
-    "tag": Route("POST", f"{_API}/tag/{_REV}", routes_repos.tag),
-    "delete_tag": Route("DELETE", f"{_API}/tag/{_REV}", routes_repos.delete_tag),
-    "branch": Route("POST", f"{_API}/branch/{_REV}", routes_repos.branch),
-    "delete_branch": Route("DELETE", f"{_API}/branch/{_REV}", routes_repos.delete_branch),
-    "super_squash": Route("POST", f"{_API}/super-squash/{_REV}", routes_repos.super_squash),
-    "preupload": Route("POST", f"{_API}/preupload/{_REV}", routes_upload.preupload),
-    "commit": Route("POST", f"{_API}/commit/{_REV}", routes_upload.commit),
-    "xet_write_token": Route("GET", f"{_API}/xet-write-token/{_REV}", routes_upload.xet_token),
-    "xet_read_token": Route("GET", f"{_API}/xet-read-token/{_REV}", routes_upload.xet_token),
-    "lfs_batch": Route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", routes_upload.lfs_batch),
-    "lfs_complete": Route("POST", f"/lfs/{_SHA256}/complete", routes_upload.lfs_complete),
-    "lfs_verify": Route("POST", "/lfs/verify", routes_upload.lfs_verify),
-    "resolve": Route("GET HEAD", f"/{_REPO}/resolve/{_REV}/{_PATH}", routes_files.resolve),
-    "resolve_cache": Route("GET HEAD", f"/api/resolve-cache/models/{_REPO}/{_REV}/{_PATH}", routes_files.resolve_cache),
-    "raw": Route("GET HEAD", f"/{_REPO}/raw/{_REV}/{_PATH}", routes_files.raw),
-    "storage": Route("GET HEAD", f"/storage/{_SHA256}", routes_files.storage, "storage"),
-    "lfs_upload": Route("PUT", f"/storage/{_SHA256}", routes_upload.lfs_upload, "storage"),
-    "lfs_part": Route("PUT", rf"/storage/{_SHA256}/(?P<number>\d+)", routes_upload.lfs_part, "storage"),
+    "whoami": Route("GET", "/api/whoami-v2", repos.whoami),
+    "create_repo": Route("POST", "/api/repos/create", repos.create_repo),
+    "delete_repo": Route("DELETE", "/api/repos/delete", repos.delete_repo),
+    "validate_yaml": Route("POST", "/api/validate-yaml", upload.validate_yaml),
+    "list_models": Route("GET", "/api/models", repos.list_models),
+    "settings": Route("PUT", f"{_API}/settings", repos.settings),
+    "info": Route("GET HEAD", f"{_API}(?:/revision/{_REV})?", repos.info),
+    "refs": Route("GET", f"{_API}/refs", repos.refs),
+    "tree": Route("GET", f"{_API}/tree/{_REV}(?:/{_PATH})?/?", repos.tree),
+    "paths_info": Route("POST", f"{_API}/paths-info/{_REV}", repos.paths_info),
+    "commits": Route("GET", f"{_API}/commits/{_REV}", repos.commits),
+    "tag": Route("POST", f"{_API}/tag/{_REV}", repos.tag),
+    "delete_tag": Route("DELETE", f"{_API}/tag/{_REV}", repos.delete_tag),
+    "branch": Route("POST", f"{_API}/branch/{_REV}", repos.branch),
+    "delete_branch": Route("DELETE", f"{_API}/branch/{_REV}", repos.delete_branch),
+    "super_squash": Route("POST", f"{_API}/super-squash/{_REV}", repos.super_squash),
+    "preupload": Route("POST", f"{_API}/preupload/{_REV}", upload.preupload),
+    "commit": Route("POST", f"{_API}/commit/{_REV}", upload.commit),
+    "xet_write_token": Route("GET", f"{_API}/xet-write-token/{_REV}", upload.xet_token),
+    "xet_read_token": Route("GET", f"{_API}/xet-read-token/{_REV}", upload.xet_token),
+    "lfs_batch": Route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", upload.lfs_batch),
+    "lfs_complete": Route("POST", f"/lfs/{_SHA256}/complete", upload.lfs_complete),
+    "lfs_verify": Route("POST", "/lfs/verify", upload.lfs_verify),
+    "resolve": Route("GET HEAD", f"/{_REPO}/resolve/{_REV}/{_PATH}", files.resolve),
+    "resolve_cache": Route("GET HEAD", f"/api/resolve-cache/models/{_REPO}/{_REV}/{_PATH}", files.resolve_cache),
+    "raw": Route("GET HEAD", f"/{_REPO}/raw/{_REV}/{_PATH}", files.raw),
+    "storage": Route("GET HEAD", f"/storage/{_SHA256}", files.storage, "storage"),
+    "lfs_upload": Route("PUT", f"/storage/{_SHA256}", upload.lfs_upload, "storage"),
+    "lfs_part": Route("PUT", rf"/storage/{_SHA256}/(?P<number>\d+)", upload.lfs_part, "storage"),
 }
 
 

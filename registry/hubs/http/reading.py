@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin
 
-from registry.hubs.deadline import Deadline, call_within
-from registry.hubs.failures import HubFailed, failure_of, failure_of_network, hostile
-from registry.hubs.redirects import RefusedRedirect, next_url, same_origin
-from registry.hubs.secret import Secret
+from registry.hubs.http.deadline import Deadline, call_within
+from registry.hubs.http.failures import HubFailed, failure_of, failure_of_network, hostile
+from registry.hubs.http.redirects import RefusedRedirect, next_url, same_origin
+from registry.hubs.http.secret import Secret
 
 __all__ = ["Reader"]
 

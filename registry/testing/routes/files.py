@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
-from registry.testing.site import Site
+from registry.testing.routes.site import Site
 from registry.testing.store import Commit, Entry, HubFailure
 from registry.testing.wire import Request, Response
 

@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 
-from registry.testing.site import Site
+from registry.testing.routes.site import Site
 from registry.testing.store import Entry, HubFailure
 from registry.testing.wire import Request, Response
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from registry.hubs.deadline import Deadline
-from registry.hubs.failures import HubFailed, hostile
+from registry.hubs.http.deadline import Deadline
+from registry.hubs.http.failures import HubFailed, hostile
 
 __all__ = ["ANSWER_LIMIT", "limit_answers"]
 

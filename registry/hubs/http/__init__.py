@@ -1,0 +1,1 @@
+"""HTTP as the registry speaks it: deadlines, limits, redirects and secrets."""
