@@ -76,22 +76,22 @@ def test_forms(text: str, shown: str) -> None:
         ("org/name@1.2.3+build", "local part"),
         ("org/name@1.2@3", "neither version"),
         ("org/name@1.2,<2", "neither version"),
-        ("org/name@1.x", "is no version"),
-        ("org/name@" + "9" * 100, "is no version"),
+        ("org/name@1.x", "is not a valid version"),
+        ("org/name@" + "9" * 100, "is not a valid version"),
         ("org/name@abcdef1", "part of a commit"),
         ("org/name@latest", "the newest release is org/name"),
         ("org/name@main", "reserved"),
         ("org/name@HEAD", "reserved"),
         ("org/name@refs/pr/1", "neither version"),
         ("org/name@a b", "neither version"),
-        ("org/name@-x", "is no alias"),
-        ("org/name@a..b", "is no alias"),
+        ("org/name@-x", "is not a valid alias"),
+        ("org/name@a..b", "is not a valid alias"),
         ("org/name@\x1b[31m", "neither version"),
-        ("org/name>=", "no range"),
-        ("org/name=1.2", "no range"),
-        ("org/name>=1.2 <2", "no range"),
+        ("org/name>=", "not a valid range"),
+        ("org/name=1.2", "not a valid range"),
+        ("org/name>=1.2 <2", "not a valid range"),
         ("org/name===1.2", "compares texts"),
-        ("org/name>=1.2@x", "no range"),
+        ("org/name>=1.2@x", "not a valid range"),
         ("org/name^1.2", "letters, digits"),
     ],
 )
@@ -193,3 +193,52 @@ def test_what_a_reference_allows() -> None:
         assert Reference.parse(text).allows(version, COMMIT)
     for text in ("org/name@1.2.1", f"org/name@{'0' * 40}", "org/name>=2"):
         assert not Reference.parse(text).allows(version, COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("9" * 62, "more than 18 digits"),
+        ("0" * 40, "more than 18 digits"),
+        ("01.2.3", "leading zeros: write 1.2.3"),
+        ("1.2.3rc01", "leading zeros: write 1.2.3rc1"),
+        ("2024.01.31", "leading zeros: write 2024.1.31"),
+        ("00!1.0", "leading zeros"),
+        ("1!" + "1" * 18 + "rc" + "2" * 18 + ".post" + "3" * 17, "more than 64 characters when it is written in full"),
+        ("1." + "2" * 19, "more than 18 digits"),
+        ("1.2.3-1", "later than 1.2.3 to PEP 440 and earlier to semver: write 1.2.3.post1"),
+        ("\uff11.2.3", "not a valid version"),
+        ("1.\u0662.3", "not a valid version"),
+        ("1.2.3po\u017ft1", "not a valid version"),
+        ("1.0 ", "not a valid version"),
+        ("", "not a valid version"),
+    ],
+)
+def test_versions_that_others_would_read_differently_are_refused(text: str, says: str) -> None:
+    with pytest.raises(InvalidReference, match=says):
+        parse_version(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["org/name>=1.\u0662", "org/name>=" + "9" * 62, "org/name==1.0+local", "org/name<1.0-1"]
+)
+def test_a_range_holds_versions_that_can_exist(text: str) -> None:
+    with pytest.raises(InvalidReference):
+        Reference.parse(text)
+
+
+@given(st.text(alphabet="0123456789.abcrpostdev!-_+v \u0661", max_size=70))
+def test_every_version_that_is_taken_is_found_again(text: str) -> None:
+    try:
+        version = parse_version(text)
+    except InvalidReference:
+        return
+    assert versions_in([tag_of(version)]) == {version: tag_of(version)}
+    assert parse_version(version_text(version)) == version
+
+
+@pytest.mark.parametrize("part", ["patch", "minor", "major"])
+def test_counting_stops_where_no_version_is_left(part: str) -> None:
+    most = "9" * 18
+    with pytest.raises(InvalidReference, match="more than 18 digits"):
+        bumped(Version(f"{most}.{most}.{most}"), part)

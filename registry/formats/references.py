@@ -35,6 +35,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOOKS_LIKE_COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _OPERATORS = "<>=!~"
 _LONGEST_VERSION = 64
+# Two texts that look different must not be one version, and every reader must be able to hold its numbers.
+_LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
+_LONG_NUMBER = re.compile(r"[0-9]{19}")
+_IMPLICIT_POST = re.compile(r"[0-9]-[0-9]")
 _LONGEST_REFERENCE = 512
 #: Names that mean something else to people who know git, other registries or ``version=``.
 _RESERVED = frozenset({"head", "latest", "main", "master", "refs", "registry", *BUMPS})
@@ -106,35 +110,56 @@ def check_name(name: str) -> str:
     """
     parts = name.split("/")
     if len(parts) != 2:
-        raise InvalidReference(f"{name[:200]!r} is no name of an adapter: it has to be org/name ({_FORMS})")
+        raise InvalidReference(f"{name[:200]!r} is not a valid adapter name: it has to be org/name ({_FORMS})")
     for part in parts:
         if _PART.fullmatch(part) is None or ".." in part or "--" in part or part.endswith((".git", ".ipynb")):
             raise InvalidReference(
-                f"{name[:200]!r} is no name of an adapter: {part[:100]!r} has to be 1 to 96 letters, digits, '.', '_' "
-                "and '-', with '.' and '-' neither at an end nor doubled"
+                f"{name[:200]!r} is not a valid adapter name: {part[:100]!r} has to be 1 to 96 letters, digits, '.', "
+                "'_' and '-', with '.' and '-' neither at an end nor doubled"
             )
         if _DEVICES.fullmatch(part):
-            raise InvalidReference(f"{name!r} is no name of an adapter: {part!r} is a device on some systems")
+            raise InvalidReference(f"{name!r} is not a valid adapter name: {part!r} is a device on some systems")
     return name
 
 
 def parse_version(text: str) -> Version:
     """Read a version as PEP 440 has it; semver's ``1.2.3-rc.1`` is read as ``1.2.3rc1``.
 
+    Whatever it returns has a tag that is read as the same version, on every hub and by every reader.
+
     Raises:
-        InvalidReference: It is none, or has a local part (``+build``), which no two registries order alike.
+        InvalidReference: It is not a version; or it is one that others read differently: with a local part
+            (``+build``), numbers with leading zeros or of more than 18 digits, or semver's ``1.2.3-1``, which PEP 440
+            takes for a later version and semver for an earlier one.
     """
+    version = _read_version(text)
+    if _LEADING_ZERO.search(text):
+        raise InvalidReference(f"{text!r} has a number with leading zeros: write {version_text(version)}")
+    return version
+
+
+def _read_version(text: str) -> Version:
+    """A version as people write it when they ask for one: leading zeros do no harm there."""
     try:
         if len(text) > _LONGEST_VERSION or not text.isascii() or text != text.strip():
             raise InvalidVersion(text)
         version = Version(text)
     except InvalidVersion:
         raise InvalidReference(
-            f"{text[:100]!r} is no version: give one like 1.2.0 or 2.0.0rc1 (PEP 440, at most {_LONGEST_VERSION} "
-            "characters)"
+            f"{text[:100]!r} is not a valid version: give one like 1.2.0 or 2.0.0rc1 (PEP 440, at most "
+            f"{_LONGEST_VERSION} characters)"
         ) from None
     if version.local is not None:
-        raise InvalidReference(f"{text!r} has the local part '+{version.local}', which released versions don't have")
+        raise InvalidReference(f"{text!r} has the local part '+{version.local}', which released versions can't have")
+    if _LONG_NUMBER.search(text):
+        raise InvalidReference(f"{text!r} has a number of more than 18 digits, which a version must not have")
+    if _IMPLICIT_POST.search(text):
+        raise InvalidReference(
+            f"{text!r} is later than {version.base_version} to PEP 440 and earlier to semver: write "
+            f"{version_text(version)}, or {version.base_version}rc1"
+        )
+    if len(version_text(version)) > _LONGEST_VERSION:
+        raise InvalidReference(f"{text!r} has more than {_LONGEST_VERSION} characters when it is written in full")
     return version
 
 
@@ -163,10 +188,10 @@ def versions_in(tags: Iterable[str]) -> dict[Version, str]:
         if not tag.startswith("v") or len(tag) > _LONGEST_VERSION + 1:
             continue
         try:
-            version = Version(tag[1:])
-        except InvalidVersion:
+            version = parse_version(tag[1:])
+        except InvalidReference:
             continue
-        if version.local is None and tag_of(version) == tag:
+        if tag_of(version) == tag:
             found[version] = tag
     return found
 
@@ -180,12 +205,15 @@ def newest_in(range_: SpecifierSet | None, versions: Iterable[Version]) -> Versi
 def bumped(newest: Version | None, part: str) -> Version:
     """The version after ``newest`` with its ``"patch"``, ``"minor"`` or ``"major"`` part counted up; the first is
     0.0.1, 0.1.0 or 1.0.0.
+
+    Raises:
+        InvalidReference: The number can't be counted up any more.
     """
     numbers = [0, 0, 0] if newest is None else [newest.major, newest.minor, newest.micro]
     index = {"major": 0, "minor": 1, "patch": 2}[part]
     numbers = [*numbers[:index], numbers[index] + 1, *([0] * (2 - index))]
     epoch = f"{newest.epoch}!" if newest is not None and newest.epoch else ""
-    return Version(epoch + ".".join(map(str, numbers)))
+    return parse_version(epoch + ".".join(map(str, numbers)))
 
 
 def check_alias(alias: str) -> str:
@@ -195,13 +223,13 @@ def check_alias(alias: str) -> str:
         InvalidReference: It can.
     """
     if _is_version(alias) or _LOOKS_LIKE_COMMIT.fullmatch(alias):
-        raise InvalidReference(f"{alias[:100]!r} is no alias: it looks like a version or a commit")
+        raise InvalidReference(f"{alias[:100]!r} is not a valid alias: it looks like a version or a commit")
     if alias.lower() in _RESERVED:
         hint = "; the newest release is org/name without anything behind it" if alias.lower() == "latest" else ""
-        raise InvalidReference(f"{alias!r} is no alias: that name is reserved{hint}")
+        raise InvalidReference(f"{alias!r} is not a valid alias: that name is reserved{hint}")
     if _ALIAS.fullmatch(alias) is None or ".." in alias or alias.endswith("."):
         raise InvalidReference(
-            f"{alias[:100]!r} is no alias: it has to be a letter and up to 63 letters, digits, '.', '_' and '-'"
+            f"{alias[:100]!r} is not a valid alias: it must be a letter and up to 63 letters, digits, '.', '_' and '-'"
         )
     return alias
 
@@ -214,13 +242,13 @@ def _pinned(name: str, pin: str, text: str) -> Reference:
     if _COMMIT.fullmatch(pin):
         return Reference(name, commit=pin)
     if _is_version(pin):
-        return Reference(name, version=parse_version(pin))
+        return Reference(name, version=_read_version(pin))
     if _LOOKS_LIKE_COMMIT.fullmatch(pin):
         raise InvalidReference(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
     if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
         raise InvalidReference(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
     if pin[0].isdigit():
-        parse_version(pin)  # says why it is none
+        _read_version(pin)  # says why it is not a version
     return Reference(name, alias=check_alias(pin))
 
 
@@ -229,11 +257,13 @@ def _range(rest: str, text: str) -> SpecifierSet:
         found = SpecifierSet(rest)
     except InvalidSpecifier:
         raise InvalidReference(
-            f"{text!r}: {rest[:100]!r} is no range of versions: give one like >=1.2,<2 or ~=1.2 or ==1.* (PEP 440)"
+            f"{text!r}: {rest[:100]!r} is not a valid range of versions: give one like >=1.2,<2 or ~=1.2 or ==1.* "
+            "(PEP 440)"
         ) from None
     for part in found:
         if part.operator == "===":
             raise InvalidReference(f"{text!r}: '===' compares texts, not versions; write @{part.version}")
+        _read_version(part.version.removesuffix(".*"))
     return found
 
 
