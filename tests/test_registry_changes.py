@@ -355,3 +355,37 @@ def test_a_dry_run_refuses_what_a_push_refuses(place: Place, folder: Path, tmp_p
     push_adapter(folder, NAME, version="1.0.0", hub=place.hub, force=True)
     with pytest.raises(VersionExists):
         push_adapter(adapter(tmp_path / "other", 1), NAME, version="1.0.0", hub=place.hub, dry_run=True)
+
+
+# -- folders that lost their empty folders -------------------------------------------------------------------------
+
+
+def drop_empty_folders(root: Path) -> int:
+    """What git does to a folder that is checked in and cloned."""
+    empty = [path for path in root.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    for path in empty:
+        path.rmdir()
+    return len(empty)
+
+
+@pytest.mark.parametrize("first", ["1.0.0", "1.0.0rc1"])
+def test_a_cloned_folder_registry_takes_releases(folder: Path, tmp_path: Path, first: str) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    if first == "1.0.0":
+        place.hub.create(NAME)
+    else:
+        release(place.hub, first)
+    assert drop_empty_folders(place.root)
+    push_adapter(folder, NAME, version="1.0.0", hub=place.hub)
+    yank(f"{NAME}@1.0.0", "wrong", hub=place.hub)
+    set_alias(f"{NAME}@1.0.0", "champion", hub=place.hub)
+    assert pull_adapter(f"{NAME}@champion", hub=place.hub).version == "1.0.0"
+
+
+def test_a_cloned_folder_registry_takes_aliases_for_a_pre_release(tmp_path: Path) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    release(place.hub, "1.0.0rc1")
+    assert drop_empty_folders(place.root)
+    set_alias(f"{NAME}@1.0.0rc1", "next", hub=place.hub)
+    yank(f"{NAME}@1.0.0rc1", "wrong", hub=place.hub)
+    assert versions(NAME, hub=place.hub)[0].yanked == "wrong"

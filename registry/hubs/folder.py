@@ -294,9 +294,18 @@ class FolderHub:
 
     def _commit(self, name: str, commit: str) -> Path:
         folder = self._repository(name) / _COMMITS / commit
+        if commit.isalnum() and not folder_files.inside(self.root, folder).is_dir():
+            self._restore_empty(name, folder)
         if not commit.isalnum() or not folder_files.inside(self.root, folder).is_dir():
             raise CommitNotFound(f"{name} in {self.location} has no commit {commit[:80]!r}")
         return folder
+
+    def _restore_empty(self, name: str, folder: Path) -> None:
+        """Make the folder of a repository's first commit again: it is empty, and git and some archives keep no such."""
+        refs = self._refs(name)
+        if folder.name in refs.branches.values() and folder.name not in refs.tags.values():
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True)
 
     @contextmanager
     def _file(self, name: str, commit: str, path: str) -> Iterator[BinaryIO]:
