@@ -252,7 +252,7 @@ class IdentityWarning(RegistryWarning):
 
 
 class AdapterWarning(RegistryWarning):
-    """An adapter was pulled that changes nothing or is larger than it has to be; the message has the cure."""
+    """An adapter changes nothing, is larger than it has to be, or is not all that was trained; see its message."""
 
 
 class PlainTokenWarning(RegistryWarning):

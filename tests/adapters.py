@@ -39,7 +39,7 @@ def pulled(source: Any, folder: Path, version: str = "1.0.0", **options: Any) ->
     """An adapter as pull hands it over, without any hub in between."""
     folder.mkdir(parents=True)
     with collect(source, on_hub=False, **options) as collected:
-        manifest, files = make_release(collected, "org/name", version, picture=False)
+        manifest, files = make_release(collected, "org/name", version)
         for name, content in files.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)

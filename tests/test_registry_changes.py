@@ -26,10 +26,10 @@ from registry import (
     yank,
 )
 from registry.errors import RepositoryConflict, VersionExists
+from registry.formats.readme import BEGIN
 from registry.hubs.protocol import MAIN
 from registry.publishing import publish as publishing
 from registry.publishing.publish import publish
-from registry.publishing.readme import BEGIN
 
 #: Ten files that no release put there.
 FOREIGN = {

@@ -119,7 +119,7 @@ def test_a_trainer_gives_facts_metrics_and_a_loss_curve(tmp_path: Path) -> None:
     manifest, files = collected(trainer)
     assert manifest.training["steps"] == 3
     assert manifest.training["arguments"]["learning_rate"] == 0.01
-    assert manifest.training["quantization"] == "bitsandbytes 8-bit"
+    assert manifest.training["quantization"]["name"] == "int8"
     assert manifest.training["libraries"]["peft"]
     assert manifest.metrics["eval_loss"] > 0
     assert manifest.tokenizer_hash is not None
@@ -248,7 +248,7 @@ def test_a_rank_that_is_not_the_configured_one_is_refused(folder: Path, tmp_path
 def test_large_tensors_that_are_not_the_adapters_have_to_be_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.publishing.source.LARGE", 10_000)
+    monkeypatch.setattr("registry.publishing.checks.LARGE", 10_000)
     model = adapted(tiny.llama(), modules_to_save=["lm_head"])
     with pytest.raises(TooLarge, match=r"lm_head\.weight \(0\.0 MB\).*allow=\['lm_head'\]"):
         collected(model, base_model="org/base")

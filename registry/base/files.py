@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from registry.hubs.protocol import Hub
 
-__all__ = ["BaseFiles", "LiveTensors", "find_cached_folder", "is_hub_id", "matching_name", "original_vocabulary"]
+__all__ = [
+    "BaseFiles",
+    "LiveTensors",
+    "find_cached_folder",
+    "find_cached_snapshots",
+    "is_hub_id",
+    "matching_name",
+    "original_vocabulary",
+]
 
 _SMALL = 32 * 1024 * 1024
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -183,3 +191,10 @@ def find_cached_folder(name: str, revision: str | None) -> Path | None:
     from registry.hubs.client import cached_folder
 
     return cached_folder(name, revision or "main")
+
+
+def find_cached_snapshots(name: str) -> list[Path]:
+    """Return the folders of all commits of a model in huggingface_hub's cache."""
+    from registry.hubs.client import cached_snapshots
+
+    return cached_snapshots(name)

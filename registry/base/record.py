@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.base.choice import find_candidates
 from registry.base.classes import rows_of_embedding
-from registry.base.files import BaseFiles, find_cached_folder, is_hub_id
+from registry.base.files import BaseFiles, find_cached_folder, find_cached_snapshots, is_hub_id
 from registry.base.fingerprint import ROWS, compare, config_values, fingerprint, prints, telling
 from registry.base.fitting import choose_candidate
 from registry.base.stored import StoredAdapter
@@ -33,7 +33,7 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
     commit = getattr(settings, "_commit_hash", None) or config.fields.get("revision")
     known = fingerprint(model)
     if is_hub_id(name) and not _is_commit(commit):
-        commit = _cached_commit(name, commit, known)
+        commit = _find_commit(str(name), commit, known)
     kind = BaseKind(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))
     return BaseRecord(name, commit if _is_commit(commit) else None, known), kind
 
@@ -44,19 +44,17 @@ def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
     name, revision = config.base_id, config.fields.get("revision")
     if name is None:
         return BaseRecord(), BaseKind()
-    commit = revision
-    folder: Path | None = Path(name)
-    if is_hub_id(name):
-        folder = find_cached_folder(name, revision)
-        commit = revision if _is_commit(revision) else folder.name if folder else None
-    record = BaseRecord(name, commit if _is_commit(commit) else None)
+    pinned = _is_commit(revision)
+    folder = find_cached_folder(name, revision) if is_hub_id(name) else Path(name)
+    record = BaseRecord(name, revision if pinned else None)
     if folder is None or not (folder / "config.json").is_file():
         return record, BaseKind()
     try:
         kind, found = _read(BaseFiles.in_folder(folder), adapter)
     except RegistryError:
         return record, BaseKind()
-    return BaseRecord(name, record.commit, found), kind
+    # What the cache holds of a branch now need not be what the adapter was trained on.
+    return (record if is_hub_id(name) and not pinned else BaseRecord(name, record.commit, found)), kind
 
 
 def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerprint]:
@@ -77,10 +75,10 @@ def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerpri
 def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
     """The base that the caller names, as ``org/base`` or ``org/base@revision``, compared with what was trained on.
 
-    Where the hub can't be reached, a commit is taken on trust, and a branch or none is not resolved.
+    Where the hub can't be reached, a commit is taken on trust; without a revision, none is recorded.
 
     Raises:
-        UnknownBase: It is no id, or the hub has no such model or revision.
+        UnknownBase: It is not an id, the hub has no such model or revision, or a branch can't be resolved.
         BaseMismatch: The model under that id is another one.
     """
     name, _, revision = given.partition("@")
@@ -89,7 +87,9 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
     commit = revision if _is_commit(revision) else None
     if hub is None:
         if commit is None and record.fingerprint is not None:
-            commit = _cached_commit(name, revision, record.fingerprint)
+            commit = _find_commit(name, revision, record.fingerprint)
+        if revision and commit is None:
+            raise _unresolved(name, revision, "no hub is asked for bases, and the local cache doesn't tell")
         return BaseRecord(name, commit, record.fingerprint)
     try:
         if commit is None:
@@ -98,9 +98,18 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
             _compare(record.fingerprint, BaseFiles.on_hub(hub, name, commit))
     except RepositoryNotFound:
         raise UnknownBase(f"base_model={given!r}: {hub.location} shows no such model to this token") from None
-    except HubError:
-        pass  # not reachable now
+    except HubError as error:
+        if revision and commit is None:
+            raise _unresolved(name, revision, str(error)) from None
+        # Not reachable now.
     return BaseRecord(name, commit, record.fingerprint)
+
+
+def _unresolved(name: str, revision: str, reason: str) -> UnknownBase:
+    return UnknownBase(
+        f"{revision!r} of {name} is a branch or a tag, and which commit it stands for can't be found out ({reason}). "
+        f'Say the commit: base_model="{name}@<40 hex digits>"'
+    )
 
 
 def _resolved(hub: Hub, name: str, revision: str) -> str:
@@ -147,14 +156,30 @@ def _is_commit(text: object) -> bool:
     return isinstance(text, str) and COMMIT.fullmatch(text) is not None
 
 
-def _cached_commit(name: str | None, revision: str | None, known: Fingerprint) -> str | None:
-    """The commit of a model in the local cache, if it is that model: transformers doesn't say what it has loaded."""
-    folder = find_cached_folder(name, revision) if name else None
-    if folder is None:
+def _find_commit(name: str, revision: str | None, known: Fingerprint) -> str | None:
+    """The commit that a model was loaded from, by its tensors: transformers doesn't say it.
+
+    Compared are the commits in the local cache: that of the revision, if one is named, else all, for nobody says that
+    it was ``main``. ``None`` where none has these tensors, or several that differ in other files.
+    """
+    named = find_cached_folder(name, revision) if revision else None
+    folders = [named] if named is not None else [] if revision else find_cached_snapshots(name)
+    matches = [folder for folder in folders if _is_loaded_from(folder, known)]
+    if len({_weights_of(folder) for folder in matches}) != 1:
         return None
+    main = find_cached_folder(name, None)
+    return (main if main in matches else matches[-1]).name if matches else None
+
+
+def _is_loaded_from(folder: Path, known: Fingerprint) -> bool:
     files = BaseFiles.in_folder(folder)
     try:
         found = compare(known, config_values(files.config().to_dict()), files)
     except RegistryError:
-        return None
-    return folder.name if found.verified and not found.configuration else None
+        return False
+    return found.verified and not found.configuration
+
+
+def _weights_of(folder: Path) -> tuple[tuple[str, str], ...]:
+    """The weight files of a commit in the cache, each with the content that it leads to."""
+    return tuple(sorted((path.name, str(path.resolve())) for path in folder.glob("*.safetensors")))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from registry.formats.strict_json import JsonRefused, shown
 
-__all__ = ["COMMIT", "SHA256", "Fields"]
+__all__ = ["COMMIT", "SHA256", "Fields", "is_finite"]
 
 _Value = TypeVar("_Value")
 
@@ -108,6 +109,11 @@ class Fields:
 
     def _path(self, key: str) -> str:
         return f"{self._where}.{key}" if self._where else key
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number that JSON has."""
+    return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:

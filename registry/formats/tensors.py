@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
     return modules
 
 
-def other_tensors(tensors: Mapping[str, TensorRecord]) -> list[str]:
+def other_tensors(tensors: Iterable[str]) -> list[str]:
     """Tensors that are not LoRA's: trained heads, embeddings, biases of the base, tokens added."""
     return [name for name in tensors if _LORA.fullmatch(name) is None]
 

@@ -344,12 +344,6 @@ def implicit_token() -> str | None:
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else stored_token()
 
 
-def cached_commit(repo: str, revision: str) -> str | None:
-    """The commit that a branch or tag of a model stood for when transformers last loaded it on this machine."""
-    folder = cached_folder(repo, revision)
-    return folder.name if folder is not None else None
-
-
 def cached_folder(repo: str, revision: str) -> Path | None:
     """The folder in which a revision of a model is in the local cache, with as many of its files as were needed."""
     from huggingface_hub import try_to_load_from_cache
@@ -359,6 +353,15 @@ def cached_folder(repo: str, revision: str) -> Path | None:
     except ValueError:
         return None  # not a name that a repository can have
     return Path(found).parent if isinstance(found, str) else None
+
+
+def cached_snapshots(repo: str) -> list[Path]:
+    """The folders of all commits of a model in the local cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _size(files: Mapping[str, Path | bytes]) -> int:

@@ -15,16 +15,18 @@ from registry.errors import InvalidAdapter, RegistryError
 from registry.formats.paths import ADAPTER_CONFIG
 from registry.formats.references import BUMPS, check_name, parse_version
 from registry.hubs.protocol import Hub
+from registry.publishing.collected import Run
 from registry.publishing.publish import Published
 from registry.publishing.push import check_push, push_adapter
-from registry.publishing.source import Run
-from registry.publishing.training_facts import finite
+from registry.publishing.training_facts import metrics_in
 
 __all__ = ["PushToRegistryCallback"]
 
 _log = logging.getLogger(__name__)
 #: Where an adapter is kept that could not be published, below the output folder.
 UNPUBLISHED = "unpublished-adapter"
+#: Options of `push_adapter` that decide whether something can be published, known before the training.
+_CHECKED = ("adapter_name", "allow", "base_model", "token")
 
 
 class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
@@ -77,7 +79,9 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
             raise InvalidAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
         if not state.is_world_process_zero:
             return
-        told = {key: self.options[key] for key in ("token", "base_model") if key in self.options}
+        told = {
+            key: self.options[key] for key in ("token", "base_model", "adapter_name", "allow") if key in self.options
+        }
         check_push(_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
 
     def on_train_end(
@@ -149,11 +153,5 @@ def _best_metrics(state: TrainerState) -> dict[str, float] | None:
     """What the evaluation of the best checkpoint found."""
     step = getattr(state, "best_global_step", None)
     entries: Sequence[Mapping[str, Any]] = [entry for entry in state.log_history if entry.get("step") == step]
-    told = ("_runtime", "_per_second")
-    found = {
-        key: float(value)
-        for entry in entries
-        for key, value in entry.items()
-        if key.startswith("eval_") and not key.endswith(told) and finite(value)
-    }
+    found = {key: value for entry in entries for key, value in metrics_in(entry).items()}
     return found or None

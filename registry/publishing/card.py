@@ -6,14 +6,18 @@ Everything that comes from outside is escaped: a name can add neither a key to t
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from registry.publishing.readme import write_readme
+from packaging.version import Version
+
+from registry.formats.readme import write_readme
 
 __all__ = ["LOSS_CURVE", "CardFields", "loss_curve", "model_card"]
 
@@ -80,7 +84,7 @@ def model_card(
     class_name: str | None = None,
     fields: CardFields | None = None,
 ) -> str:
-    """The card as a README: front matter, and Markdown between the markers of `registry.publishing.readme`.
+    """The card as a README: front matter, and Markdown between the markers of `registry.formats.readme`.
 
     Args:
         name: ``org/name``.
@@ -116,15 +120,20 @@ def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
     curves = {label: _points(log, key) for label, key in (("training", "loss"), ("evaluation", "eval_loss"))}
     if not any(len(points) > 1 for points in curves.values()):
         return None
-    import io
+    return _draw(tuple(curves.items()))
 
+
+@lru_cache(maxsize=4)
+def _draw(curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]) -> bytes:
+    """The picture; drawn once, however often a push is tried."""
+    # matplotlib takes long to load.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Without pyplot: that keeps global state and may want a display.
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for label, points in curves.items():
+    for label, points in curves:
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "", label=label)
     axes.legend(frameon=False)
@@ -135,9 +144,11 @@ def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
     return picture.getvalue()
 
 
-def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def _points(log: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
     found = [(entry.get("step"), entry.get(key)) for entry in log if isinstance(entry, Mapping)]
-    return [(step, loss) for step, loss in found if isinstance(step, (int, float)) and isinstance(loss, (int, float))]
+    return tuple(
+        (step, loss) for step, loss in found if isinstance(step, (int, float)) and isinstance(loss, (int, float))
+    )
 
 
 def _find_pipeline(class_name: str | None, task_type: str | None) -> str | None:
@@ -188,8 +199,6 @@ def _about(base: str | None, commit: str | None) -> str:
 
 
 def _usage(name: str, version: str, base: str | None, task_type: str | None) -> str:
-    from packaging.version import Version
-
     tag = f"v{Version(version)}"
     auto = {
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

@@ -15,10 +15,10 @@ from typing import BinaryIO, cast
 from registry.errors import HostileAnswer, HubFileNotFound, InvalidManifest, RepositoryConflict
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import ADAPTER_CONFIG, CARD, CARD_BESIDE, GIT_ATTRIBUTES, SIGNATURE_FILE
+from registry.formats.readme import merge_readme
 from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, parse, shown
 from registry.hubs.protocol import Hub
-from registry.publishing.readme import merge_readme
 
 __all__ = ["Changes", "Draft", "Head", "check_repository", "manifest_at", "plan_changes", "read_head"]
 

@@ -1,4 +1,4 @@
-"""A release made of a collected adapter: its card, its picture and its manifest, for one version."""
+"""Make a release of a collected adapter: card, picture, manifest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from registry.formats.manifest import Manifest
 from registry.formats.paths import CARD
 from registry.formats.records import FileRecord
 from registry.formats.tensors import counted
-from registry.publishing.card import LOSS_CURVE, CardFields, model_card
-from registry.publishing.source import Collected
+from registry.publishing.card import LOSS_CURVE, CardFields, loss_curve, model_card
+from registry.publishing.collected import Collected
 
 __all__ = ["make_release"]
 
@@ -23,7 +23,6 @@ def make_release(
     version: str,
     parent_version: str | None = None,
     *,
-    picture: bool = True,
     fields: CardFields | None = None,
 ) -> tuple[Manifest, dict[str, Path | bytes]]:
     """The manifest of a release, and its other files.
@@ -33,11 +32,10 @@ def make_release(
         name: ``org/name``.
         version: Normalized.
         parent_version: The version before it.
-        picture: Whether the card shows the loss curve, where there is one.
         fields: What the publisher says for the card.
     """
     files: dict[str, Path | bytes] = {file: collected.folder / file for file in collected.files}
-    curve = collected.training.curve if picture else None
+    curve = loss_curve(collected.training.log)
     if curve is not None:
         files[LOSS_CURVE] = curve
     files[CARD] = _card(collected, name, version, fields, picture=curve is not None).encode()

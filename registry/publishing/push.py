@@ -8,13 +8,19 @@ from typing import Any
 
 from packaging.version import Version
 
+from registry.base.record import base_of_model, require_known, with_given
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
+from registry.formats.tensors import other_tensors
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 from registry.publishing.card import CardFields
+from registry.publishing.checks import check_size, check_use
+from registry.publishing.draft import make_release
 from registry.publishing.publish import Draft, Published, publish
 from registry.publishing.signer import Signer
 from registry.signing.keys import SigningKey
+from registry.publishing.snapshot import read_config, read_state
+from registry.publishing.source import collect, find_adapter_name
 
 __all__ = ["check_push", "push_adapter"]
 
@@ -86,14 +92,11 @@ def push_adapter(
         InvalidKey: The key cannot sign.
         HubError: The registry didn't do what it was asked for.
     """
-    from registry.publishing.draft import make_release
-    from registry.publishing.source import collect
-
     check_name(name)
     fields = CardFields(license, datasets, language, pipeline_tag)
     wanted = version if version in BUMPS else parse_version(version)
     place, signer = open_hub(hub, token), Signer.of(name, sign)
-    bases = None if base_model is None else _bases(place, base_hub, token if base_token is None else base_token)
+    bases = _bases(place, base_hub, token if base_token is None else base_token)
     with collect(
         source,
         on_hub=not place.local,
@@ -132,8 +135,12 @@ def check_push(
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     base_model: str | None = None,
+    adapter_name: str | None = None,
+    allow: Sequence[str] = (),
 ) -> None:
     """Refuse before a training what `push_adapter` would refuse after it; no hub is asked.
+
+    What only the training decides is not checked: whether values are finite, and what others publish meanwhile.
 
     Args:
         model: The `PeftModel` that will be trained.
@@ -142,21 +149,29 @@ def check_push(
         hub: Which registry.
         token: For the registry.
         base_model: See `push_adapter`.
+        adapter_name: See `push_adapter`.
+        allow: See `push_adapter`.
 
     Raises:
         InvalidReference: The name, the version or the registry is malformed.
         UnknownBase: Nobody could find the base model.
+        UnsafeFile: The configuration can't be published, for example because it has an expression that takes forever.
+        InvalidAdapter: With this configuration the adapter would change nothing.
+        TooLarge: It would hold large tensors that are not LoRA's.
     """
-    from registry.base.record import base_of_model, require_known, with_given
-    from registry.formats.adapter_config import AdapterConfig
-
     check_name(name)
     if version not in BUMPS:
         parse_version(version)
     place = open_hub(hub, token)
-    base, _ = base_of_model(model.get_base_model(), AdapterConfig(model.active_peft_config.to_dict()))
+    adapter = adapter_name or find_adapter_name(model)
+    state = read_state(model, adapter)
+    config = read_config(model, adapter)
+    check_use(config)
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in state.items()}
+    check_size({key: sizes[key] for key in other_tensors(sizes)}, allow, sum(sizes.values()))
+    base, _ = base_of_model(model.get_base_model(), config)
     if base_model is not None:
-        base = with_given(base, base_model, None)
+        base = with_given(base, base_model.partition("@")[0], None)
     require_known(base, on_hub=not place.local)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.errors import InvalidAdapter, TooLarge, UnsafeFile
+from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 from registry.formats.weights import read_open_header
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-__all__ = ["copy_adapter", "copy_tokenizer", "save_model"]
+__all__ = ["copy_adapter", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
 #: Bytes of a tokenizer file; the largest have 30 MB.
 _MAX_TOKENIZER = 256 * 1024 * 1024
@@ -108,18 +110,9 @@ def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
     Raises:
         InvalidAdapter: The model has no adapter of that name.
     """
-    if adapter_name not in model.peft_config:
-        known = ", ".join(model.peft_config)
-        raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
-    import peft
-
-    # By itself, PEFT asks the Hub how large the base's vocabulary was.
-    resized = _resized(model)
-    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=resized)
-    if resized:
-        state = {**_find_ends_left_out(model, state), **state}
     from safetensors.torch import save_file
 
+    state = read_state(model, adapter_name)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     model.peft_config[adapter_name].save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
@@ -132,6 +125,36 @@ def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> 
     saved = {tensor.data_ptr() for tensor in state.values()}
     weights = {f"{name}.weight": end._parameters.get("weight") for name, end in ends_of(model).items()}
     return {name: w for name, w in weights.items() if w is not None and w.data_ptr() not in saved}
+
+
+def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter of a model, under the names of its file.
+
+    Raises:
+        InvalidAdapter: The model has no adapter of that name.
+    """
+    import peft
+
+    if adapter_name not in model.peft_config:
+        known = ", ".join(model.peft_config)
+        raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
+    # By itself, PEFT asks the Hub how large the base's vocabulary was.
+    resized = _resized(model)
+    found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=resized
+    )
+    return {**_find_ends_left_out(model, found), **found} if resized else found
+
+
+def read_config(model: PeftModel, adapter_name: str) -> AdapterConfig:
+    """The configuration of one adapter of a model, as its file will be read.
+
+    Raises:
+        UnsafeFile: It can't be published.
+    """
+    values = model.peft_config[adapter_name].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return AdapterConfig.parse(json.dumps(plain, default=str).encode(), own=True)
 
 
 def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:

@@ -1,83 +1,44 @@
-"""Collecting what is published: from a `PeftModel`, a Trainer, an adapter folder or a Trainer's checkpoint."""
+"""Collect what is published, from a model, a Trainer or a folder."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.base.contract import check_contract
+from registry.base.files import find_cached_snapshots, is_hub_id
 from registry.base.record import base_of_folder, base_of_model, require_known, with_given
 from registry.base.stored import StoredAdapter
 from registry.disk.machine import temporary_folder
-from registry.errors import InvalidAdapter, TooLarge
+from registry.errors import IdentityWarning, InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.records import BaseKind, BaseRecord, FileRecord, TensorRecord
-from registry.formats.tensors import check_weights, labels_of, other_tensors
+from registry.formats.records import BaseKind, BaseRecord
+from registry.formats.tensors import labels_of, other_tensors
 from registry.publishing import training_facts
+from registry.publishing.checks import (
+    check_metrics,
+    check_tensors,
+    check_tokenizer,
+    check_use,
+    record_file,
+    warn_of_rest,
+)
+from registry.publishing.collected import Collected, Run, Training
 from registry.publishing.snapshot import copy_adapter, copy_tokenizer, save_model
 from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
 
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
 
-__all__ = ["LARGE", "Collected", "Run", "collect"]
+__all__ = ["Collected", "Run", "collect", "find_adapter_name"]
 
-#: Bytes that tensors other than LoRA's may have together, unless they are allowed by name.
-LARGE = 32 * 1024 * 1024
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _VOCABULARY = ("embed", "lm_head", "wte", "trainable_tokens", "shared")
-
-
-@dataclass(frozen=True)
-class Collected:
-    """An adapter that can be published: checked, and copied to a folder of its own.
-
-    Attributes:
-        folder: Where the copies are, for as long as the context manager is open.
-        files: The files to publish; the card and the manifest are added with the version.
-        config: Its configuration.
-        non_default: The fields of the configuration that are not at their default.
-        base: The base model.
-        architecture: Kind of base model.
-        tensors: Of the weights.
-        tokenizer_hash: sha256 over the tokenizer, if one was at hand.
-        training: Facts about the training, and its log.
-        metrics: Results.
-    """
-
-    folder: Path
-    files: Mapping[str, FileRecord]
-    config: AdapterConfig
-    non_default: Mapping[str, Any]
-    base: BaseRecord
-    architecture: BaseKind
-    tensors: Mapping[str, TensorRecord]
-    tokenizer_hash: str | None
-    training: training_facts.Training
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a Trainer's callbacks see of it, as a source.
-
-    Attributes:
-        model: The `PeftModel`, not wrapped.
-        args: The Trainer's arguments.
-        state: The Trainer's state.
-        processing_class: Its tokenizer or processor, if it has one.
-    """
-
-    model: Any
-    args: Any
-    state: Any
-    processing_class: Any = None
 
 
 @dataclass
@@ -86,9 +47,10 @@ class _Found:
 
     base: BaseRecord
     architecture: BaseKind
-    training: training_facts.Training
+    training: Training
     tokenizer_hash: str | None = None
     tokenizer_files: Sequence[str] = ()
+    live: Any = None
 
 
 @contextmanager
@@ -118,7 +80,7 @@ def collect(
     Raises:
         InvalidAdapter: It would be of no use.
         UnknownBase: Nobody could find its base model.
-        BaseMismatch: ``base_model`` is another model.
+        BaseMismatch: ``base_model`` is another model, or the adapter does not fit the model that it is in.
         TooLarge: It holds large tensors that are not LoRA's.
         UnsafeFile: A file is not what it should be.
     """
@@ -128,16 +90,23 @@ def collect(
         # A live model's configuration may name a class of the user's own; that of a folder must not.
         own = not isinstance(source, (str, os.PathLike))
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=own)
-        tensors = _checked(folder, config, allow)
-        record = found.base if base_model is None else with_given(found.base, base_model, base_hub)
+        check_use(config)
+        tensors = check_tensors(folder / ADAPTER_WEIGHTS, config, allow)
+        given = base_model or _find_branch(found.base, config)
+        record = found.base if given is None else with_given(found.base, given, base_hub)
         base = require_known(record, on_hub=on_hub)
+        if given is None:
+            _warn_of_unseen(base)
+        if found.live is not None:
+            check_contract(folder, found.live)
         (folder / ADAPTER_CONFIG).write_bytes(config.published(base.id, base.commit))
         names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
         if any(part in tensor for tensor in other_tensors(tensors) for part in _VOCABULARY):
             names += found.tokenizer_files
+        check_tokenizer(folder, names)
         yield Collected(
             folder,
-            {file: _record(folder / file) for file in names},
+            {file: record_file(folder / file) for file in names},
             config,
             config.non_default(_defaults()),
             base,
@@ -145,7 +114,24 @@ def collect(
             tensors,
             found.tokenizer_hash,
             found.training,
-            _metrics(found.training.metrics if metrics is None else metrics),
+            check_metrics(found.training.metrics if metrics is None else metrics),
+        )
+
+
+def _find_branch(base: BaseRecord, config: AdapterConfig) -> str | None:
+    """The base with the branch or tag that the configuration names, where it is not known which commit that was."""
+    revision = config.fields.get("revision")
+    return f"{base.id}@{revision}" if revision and base.commit is None and is_hub_id(base.id) else None
+
+
+def _warn_of_unseen(base: BaseRecord) -> None:
+    if base.id is not None and base.commit is None and not find_cached_snapshots(base.id):
+        warnings.warn(
+            f"The base {base.id!r} is recorded as it is called: it is neither a folder here nor a model in the local "
+            "cache, so its commit is not known. If it is a folder, or to record the commit, say "
+            'base_model="org/base@<commit>"',
+            IdentityWarning,
+            stacklevel=5,
         )
 
 
@@ -163,12 +149,24 @@ def _of_folder(source: Path, folder: Path) -> _Found:
     # The folder itself may be reached through links ("latest"); what is in it may not.
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
-    AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+    config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+    meant = _find_folder(source, config.base_id)
+    if meant is not None:
+        (folder / ADAPTER_CONFIG).write_bytes(config.published(str(meant), None))
     base, architecture = base_of_folder(StoredAdapter.read(folder))
-    training = training_facts.of_checkpoint(source)
+    facts, log = training_facts.of_checkpoint(source)
+    training = Training(facts, log, training_facts.last_evaluation(log))
+    warn_of_rest(source)
     files = copy_tokenizer(source, folder)
     hashed = hash_of_file(folder / "tokenizer.json") if "tokenizer.json" in files else None
     return _Found(base, architecture, training, hashed, files)
+
+
+def _find_folder(source: Path, name: str | None) -> Path | None:
+    """The folder that a relative name of a base meant in training: trainings write below the folder they run in."""
+    if name is None or not is_hub_id(name):
+        return None
+    return next((parent / name for parent in (source, *source.parents) if (parent / name).is_dir()), None)
 
 
 def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
@@ -180,12 +178,12 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
             f"A {type(model).__name__} is nothing to publish: give a PeftModel, a Trainer that holds one, or a folder "
             "that save_pretrained wrote"
         )
-    name = adapter_name or _active(model)
+    name = adapter_name or find_adapter_name(model)
     save_model(model, name, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
-    facts = {"quantization": training_facts.quantization_of(model), "libraries": training_facts.libraries()}
-    return _Found(base, architecture, training_facts.Training({k: v for k, v in facts.items() if v}))
+    facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
+    return _Found(base, architecture, Training(facts), live=model.get_base_model())
 
 
 def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
@@ -201,9 +199,8 @@ def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
 
 def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
     found = _of_model(run.model, folder, adapter_name)
-    training = training_facts.of_run(run.args, run.state)
-    training.facts.update(found.training.facts)
-    found.training = training
+    facts, log = training_facts.of_run(run.args, run.state)
+    found.training = Training({**facts, **found.training.facts}, log, training_facts.last_evaluation(log))
     tokenizer = run.processing_class
     if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
         with temporary_folder() as saved:
@@ -213,7 +210,12 @@ def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
     return found
 
 
-def _active(model: Any) -> str:
+def find_adapter_name(model: Any) -> str:
+    """The name of the one active adapter of a model.
+
+    Raises:
+        InvalidAdapter: Several are active.
+    """
     active = model.active_adapter
     if not isinstance(active, str):
         raise InvalidAdapter(
@@ -222,50 +224,8 @@ def _active(model: Any) -> str:
     return active
 
 
-def _checked(folder: Path, config: AdapterConfig, allow: Sequence[str]) -> Mapping[str, TensorRecord]:
-    file = folder / ADAPTER_WEIGHTS
-    checked = check_weights(file, config)
-    if checked.warnings:
-        raise InvalidAdapter(checked.warnings[0])
-    header = checked.header
-    sizes = {name: _size(header.tensors[name]) for name in other_tensors(header.tensors)}
-    refused = {name: size for name, size in sizes.items() if not _allowed(name, allow)}
-    if sum(refused.values()) > LARGE:
-        total = file.stat().st_size
-        largest = sorted(refused, key=lambda name: -refused[name])[:5]
-        listed = ", ".join(f"{name} ({refused[name] / 1e6:,.1f} MB)" for name in largest)
-        modules = sorted({name.split(".")[-2] for name in largest})
-        raise TooLarge(
-            f"{sum(refused.values()) / 1e6:,.1f} of {total / 1e6:,.1f} MB are tensors that are not LoRA's: {listed}. "
-            f"If they were trained and have to be published, say so: push_adapter(…, allow={modules!r})"
-        )
-    return header.tensors
-
-
-def _allowed(name: str, allow: Sequence[str]) -> bool:
-    return any(f".{part}." in f".{name}" for part in allow)
-
-
-def _size(record: TensorRecord) -> int:
-    return prod(record.shape) * _BYTES.get(record.dtype, 8)
-
-
-def _record(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(4 * 1024 * 1024):
-            digest.update(chunk)
-    return FileRecord(path.stat().st_size, digest.hexdigest())
-
-
 def _defaults() -> dict[str, Any]:
+    # PEFT loads torch.
     import peft
 
     return peft.LoraConfig().to_dict()
-
-
-def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    for name, value in metrics.items():
-        if not isinstance(name, str) or not training_facts.finite(value):
-            raise InvalidAdapter(f"The metric {name!r} is {value!r}; metrics are finite numbers by name")
-    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,161 @@
+"""What a push refuses of an adapter's files, before anything is uploaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
+from pathlib import Path, PurePath
+
+from registry.errors import AdapterWarning, InvalidAdapter, TooLarge, UnsafeFile
+from registry.formats.adapter_config import AdapterConfig
+from registry.formats.fields import is_finite
+from registry.formats.paths import ADAPTER_WEIGHTS
+from registry.formats.records import FileRecord, TensorRecord
+from registry.formats.tensors import check_weights, other_tensors
+
+__all__ = [
+    "LARGE",
+    "check_metrics",
+    "check_size",
+    "check_tensors",
+    "check_tokenizer",
+    "check_use",
+    "record_file",
+    "warn_of_rest",
+]
+
+#: Bytes that tensors other than LoRA's may have together, unless they are allowed by name.
+LARGE = 32 * 1024 * 1024
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_CHUNK = 4 * 1024 * 1024
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+#: Kinds of files that hold tensors.
+_TENSORS = frozenset({".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"})
+#: What a Trainer leaves to go on from, the first words of the names: nothing of it is part of the result.
+_TO_GO_ON = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")
+#: Switches by which transformers runs code that comes with a tokenizer.
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+
+
+def check_tensors(file: Path, config: AdapterConfig, allow: Sequence[str]) -> Mapping[str, TensorRecord]:
+    """Check the weights of an adapter.
+
+    Args:
+        file: The safetensors.
+        config: The adapter's configuration.
+        allow: Names of modules whose tensors may be large although they are not LoRA's.
+
+    Raises:
+        InvalidAdapter: They would be of no use.
+        UnsafeFile: The file is malformed.
+        TooLarge: Tensors that are not LoRA's are large.
+    """
+    checked = check_weights(file, config)
+    if checked.warnings:
+        raise InvalidAdapter(checked.warnings[0])
+    tensors = checked.header.tensors
+    check_size({name: _size(tensors[name]) for name in other_tensors(tensors)}, allow, file.stat().st_size)
+    return tensors
+
+
+def check_size(sizes: Mapping[str, int], allow: Sequence[str], total: int) -> None:
+    """Refuse large tensors that are not LoRA's.
+
+    Args:
+        sizes: Their names and bytes.
+        allow: Names of modules whose tensors may be large.
+        total: Bytes of all tensors.
+
+    Raises:
+        TooLarge: Those that are not allowed have more than 32 MB together.
+    """
+    refused = {name: size for name, size in sizes.items() if not any(f".{part}." in f".{name}" for part in allow)}
+    if sum(refused.values()) <= LARGE:
+        return
+    largest = sorted(refused, key=lambda name: -refused[name])[:5]
+    listed = ", ".join(f"{name} ({refused[name] / 1e6:,.1f} MB)" for name in largest)
+    modules = sorted({name.split(".")[-2] for name in largest})
+    raise TooLarge(
+        f"{sum(refused.values()) / 1e6:,.1f} of {total / 1e6:,.1f} MB are tensors that are not LoRA's: {listed}. "
+        f"If they were trained and have to be published, say so: push_adapter(…, allow={modules!r})"
+    )
+
+
+def check_use(config: AdapterConfig) -> None:
+    """Refuse a configuration with which the adapter changes nothing.
+
+    Raises:
+        InvalidAdapter: ``lora_alpha`` is zero: PEFT multiplies every update by it.
+    """
+    patterns = config.fields.get("alpha_pattern") or {}
+    if config.fields.get("lora_alpha", 8) == 0 and not any(patterns.values()):
+        raise InvalidAdapter(
+            "lora_alpha is 0, by which every update is multiplied: the adapter changes nothing. Set it to what the "
+            "adapter was trained with; PEFT's default is 8"
+        )
+
+
+def check_tokenizer(folder: Path, names: Collection[str]) -> None:
+    """Refuse a tokenizer by which transformers would run code: only one of its files decides that.
+
+    Raises:
+        UnsafeFile: It has ``auto_map`` or ``trust_remote_code``, or is malformed.
+    """
+    if _TOKENIZER_CONFIG not in names:
+        return
+    try:
+        values = json.loads((folder / _TOKENIZER_CONFIG).read_bytes())
+    except (ValueError, RecursionError):
+        raise UnsafeFile(f"{_TOKENIZER_CONFIG} is not valid JSON, so it can't be published") from None
+    found = [key for key in _CODE if isinstance(values, dict) and values.get(key)]
+    if found:
+        raise UnsafeFile(
+            f"{_TOKENIZER_CONFIG} sets {found[0]}, by which code is run where the tokenizer is loaded; a release holds "
+            "no code. Save the tokenizer with a class of transformers, such as PreTrainedTokenizerFast"
+        )
+
+
+def warn_of_rest(source: Path) -> None:
+    """Name files with tensors that lie beside an adapter and are not published with it."""
+    names = sorted(name for name in os.listdir(source) if _is_left_behind(name))
+    if names:
+        warnings.warn(
+            f"{source} holds {', '.join(names)}, which a release does not: only what PEFT loads, {ADAPTER_WEIGHTS}, is "
+            "published. If these were trained, the published adapter is not what was trained: have PEFT save them "
+            "(modules_to_save, trainable_token_indices), or publish them elsewhere",
+            AdapterWarning,
+            stacklevel=6,
+        )
+
+
+def _is_left_behind(name: str) -> bool:
+    return PurePath(name).suffix in _TENSORS and name != ADAPTER_WEIGHTS and not name.startswith(_TO_GO_ON)
+
+
+def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics as floats.
+
+    Raises:
+        InvalidAdapter: One is not a finite number.
+    """
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not is_finite(value):
+            raise InvalidAdapter(f"The metric {name!r} is {value!r}; metrics must be finite numbers by name")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def record_file(path: Path) -> FileRecord:
+    """The size and the hash of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return FileRecord(path.stat().st_size, digest.hexdigest())
+
+
+def _size(record: TensorRecord) -> int:
+    return prod(record.shape) * _BYTES.get(record.dtype, 8)

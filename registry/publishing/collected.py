@@ -1,0 +1,79 @@
+"""Records of what is published: a training, a run, a checked adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registry.formats.adapter_config import AdapterConfig
+from registry.formats.records import BaseKind, BaseRecord, FileRecord, TensorRecord
+
+__all__ = ["Collected", "Run", "Training"]
+
+
+class Training:
+    """Facts about a training, and its log.
+
+    Attributes:
+        facts: What the manifest gets, JSON values by name.
+        log: The Trainer's log history, for the loss curve.
+        metrics: Those of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[str, Any] | None = None,
+        log: Sequence[Mapping[str, Any]] = (),
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        self.facts = dict(facts or {})
+        self.log = [dict(entry) for entry in log if isinstance(entry, Mapping)]
+        self.metrics = dict(metrics or {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a Trainer's callbacks see of it, as a source.
+
+    Attributes:
+        model: The `PeftModel`, not wrapped.
+        args: The Trainer's arguments.
+        state: The Trainer's state.
+        processing_class: Its tokenizer or processor, if it has one.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+    processing_class: Any = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """An adapter that can be published: checked, and copied to a folder of its own.
+
+    Attributes:
+        folder: Where the copies are, for as long as the context manager is open.
+        files: The files to publish; the card and the manifest are added with the version.
+        config: Its configuration.
+        non_default: The fields of the configuration that are not at their default.
+        base: The base model.
+        architecture: Kind of base model.
+        tensors: Of the weights.
+        tokenizer_hash: sha256 over the tokenizer, if one was at hand.
+        training: Facts about the training, and its log.
+        metrics: Results.
+    """
+
+    folder: Path
+    files: Mapping[str, FileRecord]
+    config: AdapterConfig
+    non_default: Mapping[str, Any]
+    base: BaseRecord
+    architecture: BaseKind
+    tensors: Mapping[str, TensorRecord]
+    tokenizer_hash: str | None
+    training: Training
+    metrics: Mapping[str, float]
