@@ -92,7 +92,7 @@ def collect(
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=own)
         check_use(config)
         tensors = check_tensors(folder / ADAPTER_WEIGHTS, config, allow)
-        given = base_model or _find_branch(found.base, config)
+        given = _find_branch(found.base, config) if base_model is None else base_model
         record = found.base if given is None else with_given(found.base, given, base_hub)
         base = require_known(record, on_hub=on_hub)
         if given is None:
