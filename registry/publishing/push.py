@@ -18,9 +18,9 @@ from registry.publishing.checks import check_size, check_use
 from registry.publishing.draft import make_release
 from registry.publishing.publish import Draft, Published, publish
 from registry.publishing.signer import Signer
-from registry.signing.keys import SigningKey
 from registry.publishing.snapshot import read_config, read_state
 from registry.publishing.source import collect, find_adapter_name
+from registry.signing.keys import SigningKey
 
 __all__ = ["check_push", "push_adapter"]
 
