@@ -49,7 +49,7 @@ def test_saving_asks_nobody_about_a_base_of_the_hub(cached: str, tmp_path: Path)
     model = prepare_model(LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached))
     assert not embeddings(save(model, tmp_path / "same"))
     elsewhere = tiny.llama()
-    elsewhere.config.name_or_path = "org/never-seen"
+    elsewhere.name_or_path = elsewhere.config.name_or_path = "org/never-seen"
     assert not embeddings(save(prepare_model(elsewhere), tmp_path / "unknown"))
 
 

@@ -110,10 +110,10 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
     """
     dropout = config.lora_dropout
     notes = []
-    # PEFT would draw random numbers for adapters of a model without data on the CPU before it moves them there.
+    # PEFT 0.21 draws random numbers for adapters of a model without data on the CPU before it moves them there.
     meta = all(parameter.is_meta for parameter in model.parameters())
     if config.target_parameters and dropout:
-        # PEFT refuses dropout on expert parameters, for all modules at once. What plain PEFT can load is
+        # PEFT 0.21 refuses dropout on expert parameters, for all modules at once. What plain PEFT can load is
         # saved; the modules that can have dropout get it here.
         config.lora_dropout = 0.0
     with seeded(model, seed), torch.device("meta") if meta else contextlib.nullcontext():
@@ -132,14 +132,14 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     try:
         return get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
-        # PEFT has LoRA layers for some ways of quantizing that no backend here reads, and refuses the rest.
+        # PEFT 0.21 has LoRA layers for some ways of quantizing that no backend here reads, and refuses the rest.
         if not unknown or "is not supported" not in str(error):
             raise
         raise _unknown_layer(model, unknown) from error
 
 
 def _unknown_layer(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer:
-    # PEFT fails at the first target that it can't wrap; the layers before it have their adapters by now.
+    # PEFT 0.21 fails at the first target that it can't wrap; the layers before it have their adapters by now.
     wrapped = {plain_path(path) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     path = next((path for path in unknown if path not in wrapped), next(iter(unknown)))
     alike = sum(kind == unknown[path] for kind in unknown.values())

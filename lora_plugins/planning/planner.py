@@ -62,7 +62,9 @@ def plan(
 
     The model is built on the meta device, prepared as `prepare_model` does, and takes one training step there,
     in which the bytes of everything alive are counted. Counts, weights, gradients, optimizer state and the adapter's
-    file are exact; activations are those of the step.
+    file are exact; activations are those of the step. While it runs, ``scaled_dot_product_attention``,
+    ``torch.autocast`` and ``torch.is_autocast_enabled`` are exchanged for the whole process; what they do for tensors
+    on other devices than the meta device stays the same.
 
     Args:
         model_or_name: A live model (which stays as it is), a configuration, a mapping, a ``config.json``, a folder, or

@@ -39,10 +39,12 @@ class _Autocast(torch.autocast):
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Let the meta device do what devices do, for all of the process and for that device only.
+    """Let the meta device do what devices do, by exchanging three functions of torch for the whole process.
 
-    Attention keeps its inputs and one number for each query, as fused kernels do; torch would otherwise choose the
-    way that keeps the whole matrix of weights. A mode would not do: none is active where blocks are computed again.
+    Tensors on other devices go to the functions that were there, in other threads too. Attention keeps its inputs and
+    one number for each query, as fused kernels do; torch 2.13 would otherwise choose the way that keeps the whole
+    matrix of weights. A dispatch mode cannot do this: none is active where gradient checkpointing computes blocks again.
+    ``tests/test_canaries.py`` says when torch can do it by itself.
     """
     original, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
     enabled: Any = torch.is_autocast_enabled
@@ -245,7 +247,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _grouped_mm(first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Products of experts, which on the meta device are known for bfloat16 only."""
+    """Products of experts, which torch 2.13 knows on the meta device for bfloat16 only."""
     half = torch.ops.aten._grouped_mm.default(first.to(torch.bfloat16), second.to(torch.bfloat16), *args, **kwargs)
     output: torch.Tensor = half.to(first.dtype)
     return output

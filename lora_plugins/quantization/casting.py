@@ -23,6 +23,9 @@ _AROUND, _CAME_IN = "lora_plugins_dtype_around", "lora_plugins_dtype_that_came_i
 def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True) -> list[str]:
     """Hold every tensor that gets gradients in one dtype, whatever the frozen base is held in.
 
+    PEFT 0.21 makes adapters in float32 and copies saved modules in the base's dtype
+    (https://github.com/huggingface/peft/pull/2433).
+
     A layer whose tensors are trained computes in that dtype and gives back the dtype that came in, or for
     tokens the dtype of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype.
 
@@ -86,7 +89,8 @@ def meet_inputs(model: nn.Module, keep: nn.Module | None = None) -> int:
     """Let layers take inputs of any float dtype: sound and images come in float32, whatever a base is held in.
 
     torch's own layers and those that own a matrix refuse an input of another dtype than their weight's. Under
-    autocast torch casts for all but norms on a CPU.
+    autocast torch 2.13 casts for all but norms on a CPU
+    (https://github.com/intel/intel-extension-for-pytorch/issues/731).
 
     Args:
         model: The prepared model.

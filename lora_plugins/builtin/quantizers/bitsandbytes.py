@@ -192,7 +192,8 @@ class FourBit(Quantizer):
             load_in_4bit=True,
             bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=options.get("double_quant", False),
-            # transformers' default would compute every layer in float32, whatever the model's dtype.
+            # The default of transformers 5 computes every layer in float32, whatever the model's dtype
+            # (https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2077).
             bnb_4bit_compute_dtype=options.get("compute_dtype") or loading_dtype(),
             llm_int8_skip_modules=options.get("skip_modules"),
         )
@@ -252,8 +253,9 @@ class Fp4(FourBit):
 def _keep_trainable(layer: Any) -> None:
     """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
 
-    The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation
-    the adapters would get no gradient, without a word.
+    The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation the adapters
+    would get no gradient, without a word: bitsandbytes 0.50, since
+    https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804.
     """
     layer.support_avx512bf16_for_cpu = False
 

@@ -18,9 +18,9 @@ _BLOCK = 1 << 20
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """``Linear8bitLt`` that keeps its scale and trains on a CPU without waste.
 
-    PEFT reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
-    ``weight.to("cpu")``. That makes a parameter with a fresh ``CB`` and without scale, from which
-    bitsandbytes would take over the missing scale, and the next forward pass fails.
+    PEFT 0.21 reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
+    ``weight.to("cpu")``. In bitsandbytes 0.50 that makes a parameter with a fresh ``CB`` and without scale, and the
+    next forward pass fails on the missing scale (``tests/test_canaries.py`` says when that ends).
 
     In training mode on a CPU the products are those of bitsandbytes, with the same rounding; nothing but the int8
     weight is kept for the backward pass, where bitsandbytes keeps the input of every layer.
@@ -35,8 +35,8 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             if x.dim() <= 3:
                 return super().forward(x)
-            # bitsandbytes 0.49 takes rows of a matrix or of a batch of matrices and fails on any more dimensions
-            # (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.49.0/bitsandbytes/autograd/_functions.py).
+            # On a CPU bitsandbytes 0.50 fails on inputs of more dimensions
+            # (https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2062).
             return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         if self.weight.CB is not None:
             self.init_8bit_state()
