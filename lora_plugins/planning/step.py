@@ -43,7 +43,7 @@ def as_on_a_device() -> Iterator[None]:
 
     Tensors on other devices go to the functions that were there, in other threads too. Attention keeps its inputs and
     one number for each query, as fused kernels do; torch 2.13 would otherwise choose the way that keeps the whole
-    matrix of weights. A dispatch mode cannot do this: none is active where gradient checkpointing computes blocks again.
+    matrix of weights. A dispatch mode cannot do this: none is active where checkpointing computes blocks again.
     ``tests/test_canaries.py`` says when torch can do it by itself.
     """
     original, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
