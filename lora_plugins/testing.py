@@ -131,10 +131,10 @@ def _check_training(
     make_model: Callable[[], nn.Module], base: Any, inputs: dict[str, Any], lora: dict[str, Any], plan: TargetPlan
 ) -> None:
     model: Any = prepare_model(base, **{"r": 2, "lora_dropout": 0.0, **lora})
-    dead = _without_gradient(model, inputs, "lora_B", plan.vision)
+    dead = _without_gradient(model, inputs, "lora_B", plan.unreached)
     assert not dead, f"no gradient reaches {', '.join(dead[:3])}: the model does not call these layers"
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    dead = _without_gradient(model, inputs, "lora_A", plan.vision)
+    dead = _without_gradient(model, inputs, "lora_A", plan.unreached)
     assert not dead, f"no gradient reaches {', '.join(dead[:3])} after a step"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

@@ -91,9 +91,9 @@ def train_and_reload(case: Case, folder: Path) -> None:
     assert record.plan is not None
     assert "registered" in record.plan.source, record.plan.source
     modes = {name: module.training for name, module in model.named_modules()}
-    assert dead(model, batch, "lora_B", record.plan.vision) == []
+    assert dead(model, batch, "lora_B", record.plan.unreached) == []
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    assert dead(model, batch, "lora_A", record.plan.vision) == []
+    assert dead(model, batch, "lora_A", record.plan.unreached) == []
     model.save_pretrained(folder)
     # Trainable as the first one: torch multiplies by a frozen matrix in another order.
     again: Any = PeftModel.from_pretrained(fresh(case), folder, is_trainable=True)
@@ -173,7 +173,7 @@ def test_liveness_knows_what_no_batch_reaches(model_type: str) -> None:
     assert record is not None
     assert record.plan is not None
     assert dead(model, batch, "lora_B", ()) != []
-    watch = MovementWatch.over(model, record.plan.vision)
+    watch = MovementWatch.over(model, record.plan.unreached)
     watch.before_step(0.1)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     watch.after_step(skipped=False)

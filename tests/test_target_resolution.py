@@ -107,7 +107,7 @@ def test_scope_that_is_none_suggests_one() -> None:
         resolve_targets(tiny.llama(), "atention")
     with pytest.raises(UnknownScope, match=r"For a module name write \['q_proj'\]"):
         resolve_targets(tiny.llama(), "q_proj")
-    with pytest.raises(TargetError, match="no regular expression"):
+    with pytest.raises(TargetError, match="not a valid regular expression"):
         resolve_targets(tiny.llama(), "*q_proj")
     with pytest.raises(TargetError, match="experts must be"):
         resolve_targets(tiny.llama(), experts="all")

@@ -173,8 +173,8 @@ def test_scope_of_a_record() -> None:
 
 
 def test_decoder_that_stands_alone_may_pass_its_cross_attention_by() -> None:
-    assert resolve_targets(small("bart", "causal LM")).vision == ("encoder_attn",)
-    assert resolve_targets(small("bart", "seq2seq LM")).vision == ()
+    assert resolve_targets(small("bart", "causal LM")).unreached == ("encoder_attn",)
+    assert resolve_targets(small("bart", "seq2seq LM")).unreached == ()
 
 
 def test_heads_kept_in_a_list_are_named_one_by_one() -> None:

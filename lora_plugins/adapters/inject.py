@@ -32,6 +32,7 @@ __all__ = [
     "has_adapters",
     "initializes_from_base",
     "inject",
+    "set_fields",
 ]
 
 
@@ -74,7 +75,7 @@ def initializes_from_base(init: Any, quantization: Quantization | None, *, alrea
 
 
 def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
-    """Make the configuration that PEFT gets: explicit targets, never ``None``.
+    """Make the configuration that PEFT gets: never without targets, and as it was written where that says the same.
 
     The caller's ``peft_config=`` is copied, never changed.
     """
@@ -82,21 +83,21 @@ def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
         config = copy.deepcopy(settings.peft_config)
     else:
         config = LoraConfig(**{**DEFAULTS, **settings.lora})
-    config.target_modules = set(plan.target_modules)
-    if plan.target_parameters:
-        config.target_parameters = list(plan.target_parameters)
-        for name, factor in plan.rank_factors.items():
-            # Scaling is alpha / r: both grow, so that each half is scaled as any other adapter.
-            pattern = rf".*\.{re.escape(name)}"
-            config.rank_pattern.setdefault(pattern, config.r * factor)
-            config.alpha_pattern.setdefault(pattern, config.lora_alpha * factor)
-    config.task_type = config.task_type or plan.task_type
-    heads = [*(config.modules_to_save or []), *plan.modules_to_save]
-    config.modules_to_save = list(dict.fromkeys(heads)) or None
-    config.exclude_modules = None
-    config.layers_to_transform = None
-    config.layers_pattern = None
+    set_fields(config, plan)
+    for name, factor in plan.rank_factors.items():
+        # Scaling is alpha / r: both grow, so that each half is scaled as any other adapter.
+        pattern = rf".*\.{re.escape(name)}"
+        config.rank_pattern.setdefault(pattern, config.r * factor)
+        config.alpha_pattern.setdefault(pattern, config.lora_alpha * factor)
+    if "task_type" not in settings.lora:
+        config.task_type = config.task_type or plan.task_type
     return config
+
+
+def set_fields(config: LoraConfig, plan: TargetPlan) -> None:
+    """Write a plan's fields into a configuration."""
+    for name, value in plan.fields.items():
+        setattr(config, name, copy.copy(value))
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -> tuple[PeftModel, list[str]]:
@@ -118,6 +119,10 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
         config.lora_dropout = 0.0
     with seeded(model, seed), torch.device("meta") if meta else contextlib.nullcontext():
         wrapped = _wrap(model, config, adapter_name)
+    held = wrapped.peft_config[adapter_name]
+    if held.modules_to_save:
+        # PEFT adds the heads of a task without looking whether they are there.
+        held.modules_to_save = list(dict.fromkeys(held.modules_to_save))
     if config.target_parameters and dropout:
         count = _set_dropout(wrapped, adapter_name, dropout)
         notes.append(

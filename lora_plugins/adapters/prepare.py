@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
@@ -15,17 +15,19 @@ from lora_plugins.adapters import files as adapters
 from lora_plugins.adapters.inject import (
     build_config,
     has_adapters,
+    set_fields,
 )
 from lora_plugins.adapters.records import RECORD_ATTRIBUTE, Preparation, preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.facts import record_facts
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import Quantization, detect_quantization
-from lora_plugins.targets.resolution import TargetPlan, resolve_targets, task_heads
+from lora_plugins.targets.resolution import TargetPlan, check_names, find_required, resolve_targets, task_heads
 
 __all__ = [
     "Preparation",
@@ -50,6 +52,7 @@ def prepare_model(
     strict: bool = True,
     trainable_dtype: str | torch.dtype | None = "float32",
     fused: bool = True,
+    frozen: Sequence[str] = (),
     seed: int = 42,
     **lora: Any,
 ) -> peft.PeftModel:
@@ -76,6 +79,7 @@ def prepare_model(
             is held in; ``None`` leaves each tensor in the dtype that it is made in.
         fused: Whether LoRA layers compute their branch as one function while they are trained: the same numbers with
             less kept for the backward pass. ``False`` leaves them PEFT's own ``forward``.
+        frozen: Names of newly initialized parts, such as a head, that stay as they are on purpose.
         seed: Seed of the adapters' initial values; the caller's random state does not move.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
@@ -99,6 +103,7 @@ def prepare_model(
         strict=strict,
         trainable_dtype=trainable_dtype,
         fused=fused,
+        frozen=frozen,
         **lora,
     )
     return prepare(model, settings, seed=seed)
@@ -131,7 +136,10 @@ def prepare(
     record.notes += [f"adapter and base are {checked}"] if checked else []
     job = Job(model, settings, record, seed=seed, autocast=autocast, progress=progress, stored=stored)
     job.is_quantized = arrived is not None
+    if config is not None:
+        set_fields(config, plan)
     job.config = config or build_config(settings, plan)
+    record.required = plan.required
     record.heads = tuple(job.config.modules_to_save or ())
     return _finish(run_steps(job), record)
 
@@ -155,6 +163,7 @@ def prepare_plain(
     arrived = _check_arrived(model, settings.quantization)
     record = Preparation(None, None, arrived or settings.quantization, None, tensor_bytes(model))
     record.heads = tuple(task_heads(model))
+    record.required = find_required(model, settings.frozen)
     job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
     return _finish(run_steps(job), record)
 
@@ -164,6 +173,7 @@ def _prepare_wrapped(
 ) -> peft.PeftModel:
     """Recognise a model that has its adapters: nothing is wrapped twice, its base is quantized if asked."""
     name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters[0]
+    check_names(model, model.peft_config[name], strict=settings.strict)
     _check_same_config(model.peft_config[name], settings, name)
     known = preparation_of(model)
     if known is not None and (settings.quantization is None or known.quantization is not None):
@@ -173,6 +183,7 @@ def _prepare_wrapped(
     plan = known.plan if known else None
     record = Preparation(name, plan, arrived or settings.quantization, None, tensor_bytes(model))
     record.heads = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
+    record.required = find_required(base_of(model), settings.frozen)
     record.notes.append("the model came with its adapters; they were left as they are")
     job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
     return _finish(run_steps(job), record)
@@ -191,18 +202,11 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
     Raises:
         TargetError: Targets match nothing, or cover the blocks unevenly.
     """
-    source = stored or settings.peft_config
-
-    def asked(name: str) -> Any:
-        return getattr(source, name) if source is not None else settings.lora.get(name)
-
     return resolve_targets(
         model,
-        asked("target_modules"),
+        **settings.asked(stored),
         experts=settings.experts,
-        exclude_modules=asked("exclude_modules"),
-        layers_to_transform=asked("layers_to_transform"),
-        target_parameters=asked("target_parameters"),
+        frozen=settings.frozen,
         literal=stored is not None,
         strict=settings.strict,
     )

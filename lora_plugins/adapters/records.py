@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_plugins.quantization.counting import TensorBytes
 from lora_plugins.quantization.request import Quantization, QuantizedLayers
-from lora_plugins.targets.records import TargetPlan
+from lora_plugins.targets.resolution import Required, TargetPlan
 
 __all__ = ["RECORD_ATTRIBUTE", "Preparation", "preparation_of"]
 
@@ -31,7 +31,8 @@ class Preparation:
         after: Bytes when everything was done.
         compute_dtype: Dtype that the frozen float weights were cast to, ``None`` when they were left.
         upcast: Names of the modules held in float32 on purpose.
-        heads: Names of the heads that must be trained.
+        heads: Names of the modules that are trained and saved whole.
+        required: What is newly initialized in the base, which a run must train and save.
         notes: Sentences for the report.
     """
 
@@ -44,6 +45,7 @@ class Preparation:
     compute_dtype: torch.dtype | None = None
     upcast: list[str] = field(default_factory=list)
     heads: tuple[str, ...] = ()
+    required: Required = field(default_factory=Required)
     notes: list[str] = field(default_factory=list)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +38,7 @@ class LoraSettings:
         strict: Whether problems with targets are errors (else warnings).
         trainable_dtype: Dtype of everything that is trained, ``None`` to leave it as it is made.
         fused: Whether LoRA layers compute their branch as one function while they are trained.
+        frozen: Names of newly initialized parts that stay as they are on purpose.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class LoraSettings:
     strict: bool = True
     trainable_dtype: str | torch.dtype | None = "float32"
     fused: bool = True
+    frozen: Sequence[str] = ()
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
@@ -69,6 +71,17 @@ class LoraSettings:
         settings._check_sources()
         return settings
 
+    def asked(self, stored: LoraConfig | None = None) -> dict[str, Any]:
+        """Return the fields of ``peft.LoraConfig`` that were given, one by one or in a configuration.
+
+        Args:
+            stored: The configuration of the adapter that is continued.
+        """
+        source = stored or self.peft_config
+        if source is None:
+            return dict(self.lora)
+        return {item.name: getattr(source, item.name) for item in fields(LoraConfig) if item.init}
+
     def _check_sources(self) -> None:
         given = [
             name
@@ -85,6 +98,8 @@ class LoraSettings:
             )
         if self.peft_config is not None:
             _check_lora_config(self.peft_config)
+        if isinstance(self.frozen, str):
+            raise UnknownArgument(f"frozen must be a list of names; write frozen=[{self.frozen!r}]")
         name = self.adapter_name
         if not isinstance(name, str) or not name or "." in name or "/" in name:
             raise PreparationError(f"adapter_name must be a non-empty string without '.' and '/', not {name!r}")

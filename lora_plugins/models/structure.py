@@ -143,12 +143,14 @@ class Structure:
     @cached_property
     def output_heads(self) -> frozenset[str]:
         """Paths of the output embedding: never part of a scope, often tied to the input embedding."""
-        getter = getattr(self.model, "get_output_embeddings", None)
-        try:
-            head = getter() if getter is not None else None
-        except NotImplementedError:
-            head = None
+        head = self._embedding("get_output_embeddings")
         return frozenset(path for path, module in self.modules.items() if head is not None and module is head)
+
+    def _embedding(self, getter: str) -> object | None:
+        try:
+            return getattr(self.model, getter)()
+        except (AttributeError, NotImplementedError):
+            return None
 
     def inside_block(self, path: str) -> str:
         """Return the part of a path inside its block; the whole path outside of blocks."""
@@ -162,15 +164,24 @@ class Structure:
     def task_heads(self, known: Iterable[str] = ()) -> list[str]:
         """Paths of the modules with weights that a task class adds to the base model.
 
+        A language model adds none: the head over its vocabulary was pretrained.
+
         Args:
             known: Paths of modules that are heads in any case.
         """
         prefix = getattr(self.model, "base_model_prefix", "")
-        beside = [name for name, _ in self.model.named_children() if name != prefix] if prefix in self.modules else []
+        stands_beside = prefix in self.modules and not self._is_language_model()
+        beside = [name for name, _ in self.model.named_children() if name != prefix] if stands_beside else []
+        beside = [name for name in beside if name in self.modules]
         # A normalisation beside the base model is pretrained, and PEFT would take every module whose name ends alike.
         added = [name for name in beside if "Norm" not in type(self.modules[name]).__name__]
         heads = [name for name in dict.fromkeys([*added, *known]) if name in self.modules]
         return [path for name in heads for path in self._trainable_parts(name)]
+
+    def _is_language_model(self) -> bool:
+        # A head over classes or characters is called lm_head too, in a model that embeds no vocabulary.
+        vocabulary = isinstance(self._embedding("get_input_embeddings"), torch.nn.Embedding)
+        return vocabulary and bool(self.output_heads)
 
     def _trainable_parts(self, path: str) -> list[str]:
         """The module, or what is in it where it is a list, which PEFT can't wrap; nothing without weights."""
@@ -187,10 +198,6 @@ class Structure:
         sizes = {path: int(getattr(value, "ds_numel", 0) or value.numel()) for path, value in self.parameters.items()}
         total = sum(sizes.values())
         return sum(sizes[path] for path in self.expert_parameters) / total if total else 0.0
-
-    def stack_size(self, stack: str) -> int:
-        """Number of blocks, of every kind, in one stack."""
-        return sum(count for kind, count in self.kinds.items() if kind.stack == stack)
 
     # -- reading the tree ----------------------------------------------------------------------
 

@@ -29,7 +29,10 @@ def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def plain_path(path: str) -> str:
     """The name that a module has in the base model, without what PEFT puts around it."""
-    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+    path = path.removeprefix("base_model.model.")
+    for part in (".base_layer", ".original_module", ".token_adapter"):
+        path = path.replace(part, "")
+    return path
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:

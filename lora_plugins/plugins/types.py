@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -38,13 +39,14 @@ class Architecture:
             ``"vision"`` is asked for.
         never: Names that must not get an adapter in any scope: routers, weights read as raw tensors, …
         heads: Names of the heads made new for a task; trained and saved whole.
-        optional: Names of parts that an ordinary batch may not reach, such as cross-attention to images; they
-            may get adapters, and nobody is alarmed when those do not move.
+        optional: Former name of ``unreached``.
         inner: Attributes of the configuration that hold the configurations of inner models, such as
             ``"text_config"``. Where an inner model's type is registered, its record names the targets,
             scopes and experts; ``targets`` is for inner models that nobody registered.
         input_gradients: Whether the input of the blocks has to ask for a gradient: reversible blocks compute
             those of their own weights only then. The model needs transformers' ``enable_input_require_grads``.
+        unreached: Names of parts that an ordinary batch may not reach, such as cross-attention to images; they
+            may get adapters, and nobody is alarmed when those do not move.
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class Architecture:
     optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
     input_gradients: bool = False
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_type, str) or not self.model_type:
@@ -69,7 +72,11 @@ class Architecture:
                 continue
             object.__setattr__(self, item.name, _names(f"Architecture.{item.name}", value))
         if not self.targets:
-            raise ValueError(f"Architecture({self.model_type!r}) names no targets")
+            raise ValueError(f"Architecture({self.model_type!r}) must name targets")
+        if set(self.optional) - set(self.unreached):
+            warnings.warn("Architecture.optional is called unreached", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "unreached", tuple(dict.fromkeys((*self.unreached, *self.optional))))
+        object.__setattr__(self, "optional", self.unreached)
         if self.expert_policy not in ("none", "routed", "shared"):
             raise ValueError(
                 f"Architecture.expert_policy must be 'none', 'routed' or 'shared', not {self.expert_policy!r}"

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.errors import TargetError
 from lora_plugins.models.structure import Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.plugins.types import Architecture
+from lora_plugins.targets.patterns import match_paths
 
 __all__ = ["Candidates", "find_record"]
 
@@ -58,7 +58,7 @@ def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
             (part.expert_policy for part in known if part.expert_policy != "none"), record.expert_policy
         ),
         never=_union([record.never, *(part.never for part in known)]),
-        optional=_union([record.optional, *(part.optional for part in known)]),
+        unreached=_union([record.unreached, *(part.unreached for part in known)]),
         input_gradients=record.input_gradients or any(part.input_gradients for part in known),
     )
 
@@ -94,7 +94,7 @@ class Candidates:
         self.structure = structure
         self.record = record
         self.heads = heads
-        self.exclude = exclude
+        self.exclude = exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)
         self.layers = layers
         self.never = tuple(record.never) if record else ()
 
@@ -103,7 +103,7 @@ class Candidates:
     @cached_property
     def adaptable(self) -> list[str]:
         """Paths of everything that PEFT can wrap, but for heads that are trained whole."""
-        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
         return [
             path
             for path, module in self.structure.modules.items()
@@ -129,11 +129,7 @@ class Candidates:
 
     def by_regex(self, pattern: str) -> list[str]:
         """Paths that match a pattern as a whole, wherever they are."""
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise TargetError(f"target_modules={pattern!r} is no regular expression: {error}") from None
-        return [path for path in self.adaptable if compiled.fullmatch(path)]
+        return match_paths(pattern, self.adaptable)
 
     # -- by role -------------------------------------------------------------------------------
 
@@ -141,16 +137,23 @@ class Candidates:
     def linear(self) -> list[str]:
         """Linear layers in blocks that a scope may take: no routers, heads, encoders, routed experts."""
         return [
-            path
-            for path, linear in self.structure.linears.items()
-            if linear.block is not None
-            and path not in self.structure.output_heads
-            and not is_under(path, self.heads)
-            and not self.is_forbidden(path)
-            and not _ROUTER.search(self.structure.inside_block(path))
-            and not _ROUTED.search(self.structure.inside_block(path))
-            and not self.is_encoder(path)
+            path for path, linear in self.structure.linears.items() if linear.block is not None and self._in_scope(path)
         ]
+
+    def outside_blocks(self) -> list[str]:
+        """Linear layers that a scope may take in a model whose layers repeat nowhere."""
+        return [path for path in self.structure.linears if self._in_scope(path)]
+
+    def _in_scope(self, path: str) -> bool:
+        inside = self.structure.inside_block(path)
+        return not (
+            path in self.structure.output_heads
+            or is_under(path, self.heads)
+            or self.is_forbidden(path)
+            or _ROUTER.search(inside)
+            or _ROUTED.search(inside)
+            or self.is_encoder(path)
+        )
 
     def is_attention(self, path: str) -> bool:
         """Whether a layer belongs to attention or what stands in its place, by the names around it."""
@@ -186,8 +189,8 @@ class Candidates:
         return [path for path in found if any(matches(path, name) for name in names)] or found
 
     def unreached(self) -> tuple[str, ...]:
-        """Names of parts that a batch may pass by: encoders, and cross-attention in a decoder that stands alone."""
-        named = (*self.record.vision, *self.record.optional) if self.record else ()
+        """Names of parts that a batch may not reach: encoders, and cross-attention in a decoder that stands alone."""
+        named = (*self.record.vision, *self.record.unreached) if self.record else ()
         config = getattr(self.structure.model, "config", None)
         alone = not getattr(config, "is_encoder_decoder", False)
         paths = self.structure.modules if alone else ()
@@ -224,5 +227,10 @@ class Candidates:
             if block is None or int(re.findall(r"\d+", block.path)[-1]) not in self.layers:
                 return True
         if isinstance(self.exclude, str):
-            return re.fullmatch(self.exclude, path) is not None
+            return path in self._excluded
         return any(matches(path, name) for name in self.exclude or ())
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        paths = [*self.structure.modules, *self.structure.parameters]
+        return frozenset(match_paths(str(self.exclude), paths, "exclude_modules"))

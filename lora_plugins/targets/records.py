@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
+
+from lora_plugins.targets.heads import Required
 
 __all__ = ["TargetHit", "TargetPlan"]
 
@@ -31,15 +35,17 @@ class TargetPlan:
         target_parameters: Names of stacked expert parameters.
         rank_factors: By how much the rank of such a parameter is multiplied: two projections that are
             stored as one get a decomposition each.
-        modules_to_save: Names of new heads, trained and saved whole.
+        modules_to_save: Names of heads, trained and saved whole.
         task_type: The task in PEFT's words, ``None`` where it has no word for it.
         source: Who named the targets.
         hits: The hit table.
         bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
         coverage: For each kind of block, how many have an adapter and how many there are.
         never: Names that stay untouched, by quantization as well.
-        vision: Parts of paths that a batch may pass by: encoders, cross-attention without an encoder.
+        unreached: Parts of paths that a batch may not reach: encoders, cross-attention without an encoder.
         input_gradients: Whether the embeddings' output has to ask for a gradient.
+        fields: Fields of ``peft.LoraConfig`` as PEFT gets them: as their user wrote them, where that means the same.
+        required: What is newly initialized, which a run must train and save.
         notes: Sentences for the report.
     """
 
@@ -53,6 +59,14 @@ class TargetPlan:
     bare: dict[str, int] = field(default_factory=dict)
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
-    vision: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     input_gradients: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+    required: Required = field(default_factory=Required)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def vision(self) -> tuple[str, ...]:
+        """Former name of ``unreached``."""
+        warnings.warn("TargetPlan.vision is called unreached", DeprecationWarning, stacklevel=2)
+        return self.unreached

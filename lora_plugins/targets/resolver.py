@@ -6,7 +6,8 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,12 +20,15 @@ from lora_plugins.errors import (
     UnknownScope,
     UnmatchedTargets,
 )
-from lora_plugins.models.structure import BlockKind, Structure, matches
+from lora_plugins.models.structure import BlockKind, Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.targets.candidates import Candidates, find_record
+from lora_plugins.targets.check import check_fields
+from lora_plugins.targets.heads import choose_heads, choose_tokens
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
-from lora_plugins.targets.tasks import task_heads, task_type
+from lora_plugins.targets.tasks import PEFT_HEADS, task_type
+from lora_plugins.targets.written import keep_written, resolve_tables
 from lora_plugins.text import did_you_mean
 
 __all__ = ["SCOPES", "Resolver"]
@@ -35,6 +39,9 @@ SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
 
 #: Share of the weights from which it matters that routed experts get no adapter.
 _MANY_EXPERTS = 0.1
+
+#: Where targets come from that the user wrote.
+_NAMES, _PATTERN = "the names given", "the pattern given"
 
 
 def _paths(hits: Iterable[TargetHit]) -> list[str]:
@@ -47,32 +54,40 @@ class Resolver:
     def __init__(
         self,
         model: nn.Module,
+        asked: Mapping[str, Any],
         experts: str,
-        exclude: str | Sequence[str] | None,
-        layers: int | Sequence[int] | None,
+        frozen: Sequence[str],
         strict: bool,
         host: PluginHost,
     ) -> None:
         if experts not in ("default", "none", "routed", "shared"):
             raise TargetError(f"experts must be 'default', 'none', 'routed' or 'shared', not {experts!r}")
         self.model = model
+        self.asked = asked
+        self.frozen = tuple(frozen)
         self.structure = Structure(model)
         self.record = find_record(model, host)
-        self.heads = task_heads(model, host)
+        self.heads = choose_heads(self.structure, self.record, self.frozen)
+        layers, exclude = asked.get("layers_to_transform"), asked.get("exclude_modules")
         chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-        self.candidates = Candidates(self.structure, self.record, self.heads, exclude, chosen_layers)
+        self.candidates = Candidates(self.structure, self.record, self.heads.modules, exclude, chosen_layers)
         self.partial = exclude is not None or layers is not None
         self.asked_experts = experts
         self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
         self.strict = strict
-        self.notes: list[str] = []
+        self.notes: list[str] = [self.heads.required.note]
 
-    def run(self, wanted: str | Sequence[str] | None, wanted_parameters: Sequence[str]) -> TargetPlan:
+    def run(self) -> TargetPlan:
+        """Choose the modules, check the choice, and write down what PEFT is told."""
+        wanted = self.asked.get("target_modules")
+        wanted = wanted if wanted is None or isinstance(wanted, str) else list(wanted)
         hits, source = self._hits(wanted)
         expert_layers, expert_parameters = self._expert_hits(wanted)
         module_hits = [*hits, *expert_layers]
-        parameter_hits = [*expert_parameters, *self._parameter_hits(wanted_parameters)]
+        named_parameters = self._parameter_hits(self.asked.get("target_parameters") or ())
+        parameter_hits = [*expert_parameters, *named_parameters]
         modules, parameters = _paths(module_hits), _paths(parameter_hits)
+        self._check_fields([*modules, *parameters] or self.candidates.adaptable)
         if not modules and not parameters:
             raise NoTargets(
                 f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
@@ -83,21 +98,68 @@ class Resolver:
         self._check_experts(wanted, [*modules, *parameters])
         self._note_heads()
         names, as_parameters = self._names_for_peft(modules)
-        fused = shortest_names(parameters, self.structure.parameters, parts=2)
-        by_policy = shortest_names(_paths(expert_parameters), self.structure.parameters, parts=2)
-        doubled = {name: 2 for name in by_policy if name.rpartition(".")[2] == "gate_up_proj"}
-        return self._plan(names, [*fused, *as_parameters], doubled, source, module_hits, parameter_hits)
+        by_policy = [path for path in _paths(expert_parameters) if path not in _paths(named_parameters)]
+        fused = shortest_names(by_policy, self.structure.parameters, parts=2)
+        doubled = {name: 2 for name in fused if name.rpartition(".")[2] == "gate_up_proj"}
+        # What its user wrote is what is saved.
+        told = [*(hit.name for hit in named_parameters), *fused, *as_parameters]
+        plan = self._plan(names, told, doubled, source, module_hits, parameter_hits)
+        as_written = source in (_NAMES, _PATTERN) and not (expert_layers or as_parameters)
+        plan.fields.update(self._fields(plan, modules, as_written=as_written))
+        return plan
 
-    def read(self, names: str | Sequence[str], parameters: Sequence[str]) -> TargetPlan:
+    def read(self) -> TargetPlan:
         """Return the plan of a stored adapter: what PEFT will find by these names, unchanged."""
+        names, parameters = self.asked.get("target_modules") or (), self.asked.get("target_parameters") or ()
         found: dict[str, list[str]] = {}
         for name in [names] if isinstance(names, str) else names:
             by_name = [path for path in self.candidates.adaptable if matches(path, name)]
             found[name] = self.candidates.by_regex(name) if isinstance(names, str) else by_name
         self._check_missing(found)
-        hits = self._kept(found)
+        hits = self._keep_asked(found)
         stored = [names] if isinstance(names, str) else list(names)
-        return self._plan(stored, list(parameters), {}, "the stored adapter", hits, self._parameter_hits(parameters))
+        parameter_hits = self._parameter_hits(parameters)
+        adapted = [*_paths(hits), *_paths(parameter_hits)]
+        self._check_fields(adapted)
+        plan = self._plan(stored, list(parameters), {}, "the stored adapter", hits, parameter_hits)
+        if keep_written(self.asked, (), list(self.structure.modules), ()) is None and isinstance(names, str):
+            explicit = shortest_names(_paths(hits), self.structure.modules)
+            plan.fields.update(target_modules=set(explicit), exclude_modules=None)
+        plan.fields.update(resolve_tables(self.asked, adapted))
+        return plan
+
+    def _fields(self, plan: TargetPlan, modules: list[str], *, as_written: bool) -> dict[str, Any]:
+        """Fields of the configuration that PEFT gets, as they were written where PEFT reads the same in them."""
+        saved = list(dict.fromkeys([*(self.asked.get("modules_to_save") or ()), *plan.modules_to_save]))
+        paths = list(self.structure.modules)
+        written = keep_written(self.asked, modules, paths, saved) if as_written else None
+        explicit = {
+            "target_modules": set(plan.target_modules),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+        fields = {**(written or explicit), **resolve_tables(self.asked, [*modules, *self.structure.parameters])}
+        fields["modules_to_save"] = saved or None
+        if plan.target_parameters:
+            fields["target_parameters"] = list(plan.target_parameters)
+        tokens = choose_tokens(self.structure, self.heads.found.grown, self.asked, modules, self.frozen)
+        if tokens is not None:
+            fields["trainable_token_indices"] = tokens
+            self.notes.append(
+                "the vocabulary has grown since the checkpoint: the new rows are trained and saved ("
+                + ", ".join(f"{name}: {len(rows)}" for name, rows in tokens.items())
+                + ")"
+            )
+        return fields
+
+    def _check_fields(self, adapted: Sequence[str]) -> None:
+        """Check the fields that say nothing about which modules are chosen, or only leave some out."""
+        asked = {k: v for k, v in self.asked.items() if k not in ("target_modules", "target_parameters")}
+        try:
+            check_fields(self.model, asked, adapted)
+        except UnmatchedTargets as error:
+            self._problem(UnmatchedTargets, str(error))
 
     def _plan(
         self,
@@ -114,17 +176,30 @@ class Resolver:
             target_modules=names,
             target_parameters=parameters,
             rank_factors=rank_factors,
-            modules_to_save=self.heads,
-            task_type=task_type(self.model),
+            modules_to_save=self._saved_heads(),
+            task_type=self._task_type(),
             source=source,
             hits=[*module_hits, *parameter_hits],
             bare=self._bare(set(_paths(module_hits))),
             coverage=self._coverage(_paths([*module_hits, *parameter_hits])),
             never=(*self.candidates.never, *float_only),
-            vision=self.candidates.unreached(),
+            unreached=self.candidates.unreached(),
             input_gradients=self.record is not None and self.record.input_gradients,
+            required=self.heads.required,
             notes=self.notes,
         )
+
+    def _saved_heads(self) -> list[str]:
+        """Names of the heads but for those that the user's own names hold."""
+        asked = self.asked.get("modules_to_save") or ()
+        left = [path for path in self.heads.modules if not is_under(path, asked)]
+        return [name for name in self.heads.names if any(path.endswith(name) for path in left)]
+
+    def _task_type(self) -> str | None:
+        """The task in PEFT's words, unless PEFT's wrapper for it would train a head that stays frozen."""
+        task = task_type(self.model)
+        frozen = [name for name in PEFT_HEADS.get(task or "", ()) if is_under(name, self.frozen)]
+        return None if any(name in self.structure.modules for name in frozen) else task
 
     # -- what was asked for --------------------------------------------------------------------
 
@@ -135,8 +210,8 @@ class Resolver:
             names = self._scope(wanted)
             if names is not None:
                 return names, f"scope {wanted!r}"
-            return self._by_pattern(wanted), "the pattern given"
-        return self._by_names(list(dict.fromkeys(wanted))), "the names given"
+            return self._by_pattern(wanted), _PATTERN
+        return self._by_names(list(dict.fromkeys(wanted))), _NAMES
 
     def _default(self) -> tuple[list[TargetHit], str]:
         if self.record is not None:
@@ -162,7 +237,7 @@ class Resolver:
     def _scope(self, name: str) -> list[TargetHit] | None:
         own = dict(self.record.scopes) if self.record else {}
         built_in: dict[str, Callable[[], list[str]]] = {
-            "all-linear": lambda: self.candidates.linear,
+            "all-linear": lambda: self.candidates.linear or self.candidates.outside_blocks(),
             "attention": lambda: [p for p in self.candidates.linear if self.candidates.is_attention(p)],
             "mlp": lambda: [p for p in self.candidates.linear if not self.candidates.is_attention(p)],
             "vision": self.candidates.encoders,
@@ -176,8 +251,8 @@ class Resolver:
             known = sorted({*SCOPES, *own})
             hint = did_you_mean(name, [*known, *self._leaves()])
             raise UnknownScope(
-                f"target_modules={name!r} is no scope and, read as a pattern for whole paths, matches nothing.{hint} "
-                f"Scopes: {', '.join(known)}. For a module name write [{name!r}]."
+                f"target_modules={name!r} is not a scope and, read as a pattern for whole paths, matches "
+                f"nothing.{hint} Scopes: {', '.join(known)}. For a module name write [{name!r}]."
             )
         return None
 
@@ -185,18 +260,18 @@ class Resolver:
         found = self.candidates.by_regex(pattern)
         if not found:
             self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
-        return self._kept({pattern: self._permitted(pattern, found)})
+        return self._keep_asked({pattern: self._permitted(pattern, found)})
 
     def _by_record(self, names: Sequence[str]) -> list[TargetHit]:
         """Hits of a record's names: it covers all variants of a type, so that a name may be absent."""
-        return self._kept({name: self.candidates.registered(name) for name in names})
+        return self._keep_asked({name: self.candidates.registered(name) for name in names})
 
     def _by_names(self, names: Sequence[str]) -> list[TargetHit]:
         found = {name: self.candidates.named(name) for name in names}
         self._check_missing(found)
         for name, paths in found.items():
             self._note_encoders(name, paths)
-        return self._kept({name: self._permitted(name, paths) for name, paths in found.items()})
+        return self._keep_asked({name: self._permitted(name, paths) for name, paths in found.items()})
 
     def _check_missing(self, found: dict[str, list[str]]) -> None:
         missing = [name for name, paths in found.items() if not paths]
@@ -246,7 +321,7 @@ class Resolver:
                 "adapter; the scope 'vision' or a longer name reaches them"
             )
 
-    def _kept(self, found: dict[str, list[str]]) -> list[TargetHit]:
+    def _keep_asked(self, found: dict[str, list[str]]) -> list[TargetHit]:
         """The hits without what exclude_modules and layers_to_transform leave out."""
         kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
         return [self._hit(name, paths) for name, paths in kept.items() if paths]
@@ -318,7 +393,7 @@ class Resolver:
         groups: dict[str, list[str]] = {}
         for path in paths:
             groups.setdefault(path.rpartition(".")[2], []).append(path)
-        return self._kept(groups)
+        return self._keep_asked(groups)
 
     def _names_for_peft(self, paths: list[str]) -> tuple[list[str], list[str]]:
         """Names of modules, and of weights where PEFT would read a module's name as something else."""
@@ -333,7 +408,7 @@ class Resolver:
         return [name for name in names if name not in rewritten], [f"{name}.weight" for name in sorted(rewritten)]
 
     def _note_heads(self) -> None:
-        for head in self.heads:
+        for head in self.heads.names:
             alike = [p for p in self.structure.modules if p != head and p.endswith(head)]
             alike = [path for path in alike if not path.startswith(head + ".")]
             if alike:

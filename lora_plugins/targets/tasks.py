@@ -1,39 +1,42 @@
-"""What a model's class says about its task: PEFT's word for it, and the heads that are new."""
+"""Name a model's task in PEFT's words."""
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
-from lora_plugins.models.structure import Structure
-from lora_plugins.plugins.host import PluginHost, plugin_host
-from lora_plugins.targets.candidates import find_record
-
-__all__ = ["task_heads", "task_type"]
+__all__ = ["PEFT_HEADS", "task_type"]
 
 
-#: What a class name says about the task, in PEFT's words; the head is new in all of them.
+#: What the classes that PEFT has a wrapper for are called, and its word for the task.
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
-    "ForMultipleChoice": None,
-    "ForImageClassification": None,
-    "ForAudioClassification": None,
-    "ForVideoClassification": None,
 }
 
+#: Heads that PEFT's wrapper for a task trains and saves, whichever of them a model has.
+PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
-def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
-    """Names of the heads that a model's class adds to the pretrained part, which must be trained."""
-    if not any(task in type(model).__name__ for task in _TASKS):
-        return []
-    record = find_record(model, host or plugin_host())
-    known = record.heads if record is not None else ("score", "classifier", "qa_outputs")
-    return Structure(model).task_heads(known)
+#: What every such wrapper passes to the model's ``forward``.
+_PASSED = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 
 
 def task_type(model: nn.Module) -> str | None:
-    """The task of a model in PEFT's words, from its class; ``None`` where PEFT has no wrapper that fits."""
+    """Return the task of a model in PEFT's words, ``None`` where none of PEFT's wrappers fits.
+
+    A wrapper fits a model whose ``forward`` takes what it passes.
+    """
+    task = _named_task(model)
+    return task if task is not None and _takes_all(model) else None
+
+
+def _named_task(model: nn.Module) -> str | None:
     name = type(model).__name__
     for part, task in _TASKS.items():
         if part in name:
@@ -47,3 +50,10 @@ def task_type(model: nn.Module) -> str | None:
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
     return None
+
+
+def _takes_all(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    # QUESTION_ANS passes start and end positions in place of labels, which every such class takes with them.
+    return anything or all(name in parameters for name in _PASSED if name != "labels")

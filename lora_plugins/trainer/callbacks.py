@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_plugins.errors import (
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import detect_quantization
-from lora_plugins.targets.resolution import task_heads
+from lora_plugins.targets.resolution import check_names, check_trained
 from lora_plugins.trainer import chunked_loss, engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
 from lora_plugins.trainer.engines import raising_together
@@ -151,11 +151,12 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         model = trainer.model
         self._check_model(model)
         liveness.check_trainable(model)
-        liveness.check_heads(model, self._heads(model))
+        record = preparation_of(model) or preparation_of(base_of(model))
+        if record is not None:
+            check_trained(base_of(model), record.required)
         liveness.check_optimizer(trainer.optimizer, model)
-        record = preparation_of(model)
-        towers = record.plan.vision if record is not None and record.plan is not None else ()
-        self._movement = liveness.MovementWatch.over(model, exempt=towers)
+        unreached = record.plan.unreached if record is not None and record.plan is not None else ()
+        self._movement = liveness.MovementWatch.over(model, unreached)
         self._told = False
         self._loss.start(fp16=bool(args.fp16))
 
@@ -166,13 +167,6 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
                 f"The model in the Trainer ({type(model).__name__}) is not the one that was prepared: something put "
                 "another one in after the Trainer was made. Call lora_plugins.attach(trainer, …) after that."
             )
-
-    def _heads(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the heads that must be trained."""
-        record = preparation_of(model)
-        own = record.heads if record is not None else ()
-        base = base_of(model)
-        return tuple({*own, *task_heads(base)})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -254,6 +248,7 @@ class LoraCallback(_PreparingCallback):
         adapter_name: Name of the adapter in the model.
         experts: See `prepare_model`.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
+        frozen: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
@@ -274,6 +269,7 @@ class LoraCallback(_PreparingCallback):
         adapter_name: str = "default",
         experts: str = "default",
         strict: bool = True,
+        frozen: Sequence[str] = (),
         chunked_loss: bool = True,
         **lora: Any,
     ) -> None:
@@ -287,6 +283,7 @@ class LoraCallback(_PreparingCallback):
             adapter_name=adapter_name,
             experts=experts,
             strict=strict,
+            frozen=frozen,
             **lora,
         )
 
@@ -331,6 +328,8 @@ class Int8PreparationCallback(_PreparingCallback):
         quantization: The backend, ``"int8"`` unless told otherwise.
         compute_dtype: See `prepare_model`.
         upcast: See `prepare_model`.
+        strict: Whether a name in the adapters' configuration that touches nothing is an error; else it is a warning.
+        frozen: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
     """
@@ -341,11 +340,13 @@ class Int8PreparationCallback(_PreparingCallback):
         *,
         compute_dtype: Any = "auto",
         upcast: str = "none",
+        strict: bool = True,
+        frozen: Sequence[str] = (),
         chunked_loss: bool = True,
     ) -> None:
         super().__init__(chunked_loss)
         self.settings = LoraSettings.from_arguments(
-            quantization=quantization, compute_dtype=compute_dtype, upcast=upcast
+            quantization=quantization, compute_dtype=compute_dtype, upcast=upcast, strict=strict, frozen=frozen
         )
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
@@ -370,21 +371,27 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
 
     A table on the terminal (elsewhere one line, unless `LoraCallback` has printed it),
     ``parameter_report.json`` in the output folder, and scalars to whatever the Trainer reports to; on the main
-    process only.
+    process only. Names in an adapter's configuration that touch nothing are an error.
+
+    Args:
+        strict: Whether such names are an error; else they are a warning.
 
     Attributes:
         report: The last report; displays as a table in a notebook.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = True) -> None:
+        self.strict = strict
         self.report: ParameterReport | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        trainer = find_trainer(self)
+        for config in getattr(trainer.model, "peft_config", {}).values():
+            check_names(trainer.model, config, strict=self.strict)
         if not state.is_world_process_zero:
             return
-        trainer = find_trainer(self)
         self.report = make_report(trainer.model)
         told = any(isinstance(known, LoraCallback) for known in trainer.callback_handler.callbacks)
         self.report.print(table_only=told)

@@ -28,7 +28,7 @@ ARCHITECTURES = [
         _BERT_MLP,
         # A head that reads the first word alone, which attends globally, leaves out the last layer's local half;
         # a batch without globally attending words leaves out every global one.
-        optional=("query", "value", "query_global", "value_global"),
+        unreached=("query", "value", "query_global", "value_global"),
     ),
     *family(
         "canine",
@@ -36,7 +36,7 @@ ARCHITECTURES = [
         ("query", "key", "value", "attention.output.dense"),
         _BERT_MLP,
         # Only what labels single characters runs it.
-        optional=("final_char_encoder",),
+        unreached=("final_char_encoder",),
     ),
     *family("esmc", QV, (*QKVO, "out_proj"), GATED),
     *family("albert", ("query", "value"), ("query", "key", "value", "attention.dense"), ("ffn", "ffn_output")),

@@ -63,7 +63,7 @@ ARCHITECTURES = [
         vision=("vision_model", "aligner", "generation_aligner", "generation_head", "vqmodel"),
     ),
     # The queries of the vision-language model's last layer are read by nobody: actions attend to keys and values.
-    *single("pi0", QV, inner=("vlm_config", "dit_config"), vision=_TOWERS, optional=("vlm",)),
+    *single("pi0", QV, inner=("vlm_config", "dit_config"), vision=_TOWERS, unreached=("vlm",)),
     *single("kosmos-2", QV, inner=("text_config",), vision=("vision_model", "image_to_text_projection")),
     *single("kosmos-2.5", QV, inner=("text_config",), vision=("vision_model", "image_to_text_projection")),
     *single("vision-encoder-decoder", ("query", "value"), inner=("decoder",), text=("decoder",)),

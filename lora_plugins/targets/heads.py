@@ -1,0 +1,271 @@
+"""Choose what is trained and saved whole: new heads, new rows of embeddings."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
+
+from lora_plugins.errors import FrozenHead, UnmatchedTargets
+from lora_plugins.models.structure import Structure, is_under
+from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.plugins.types import Architecture
+from lora_plugins.targets.candidates import find_record
+from lora_plugins.targets.initialized import Grown, Initialized, find_initialized, find_untrained
+from lora_plugins.targets.peft_names import shortest_names
+
+__all__ = ["Heads", "Required", "check_trained", "choose_heads", "choose_tokens", "find_required", "task_heads"]
+
+
+#: Heads of models that nobody registered.
+_KNOWN = ("score", "classifier", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Required:
+    """What a run must train and save, or be refused.
+
+    Attributes:
+        parameters: Paths of the newly initialized parameters in the base model, and of embeddings with new rows.
+        vocabulary: Rows of the embeddings, by path, when this was found.
+        note: How new parts were told from loaded ones.
+    """
+
+    parameters: tuple[str, ...] = ()
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is new in a model, and the modules that hold it.
+
+    Attributes:
+        modules: Paths of the modules that are trained and saved whole.
+        names: Names of them for PEFT, which compares them with the end of a path.
+        required: What a run must train and save.
+        found: What is new, and how that is known.
+    """
+
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    required: Required
+    found: Initialized
+
+
+def choose_heads(structure: Structure, record: Architecture | None, frozen: Sequence[str] = ()) -> Heads:
+    """Choose the modules to train and save whole, so that nothing that is new stays as it was initialized.
+
+    Args:
+        structure: The base model's parts.
+        record: The architecture's record, which names heads.
+        frozen: Names of modules or parameters that stay as they are on purpose.
+
+    Raises:
+        UnmatchedTargets: A name in ``frozen`` is not in the model.
+        FrozenHead: A new parameter is in no module that PEFT could save.
+    """
+    _check_frozen(structure, frozen)
+    known = _known(record)
+    encoders = record.vision if record is not None else ()
+    heads = [path for path in structure.task_heads(known) if not is_under(path, (*frozen, *encoders))]
+    found = find_initialized(structure.model, heads)
+    new = tuple(name for name in found.parameters if not is_under(name, frozen))
+    if found.evidence == "structure":
+        modules = heads
+    else:
+        modules, alone = _hold_new(structure, new)
+        if alone:
+            raise FrozenHead(_explain_alone(structure.model, alone))
+        # A head that was loaded goes on being trained; what lies deeper is a head only where it is new.
+        modules += [path for path in heads if path in known and "." not in path and path not in modules]
+    return Heads(tuple(modules), tuple(_names(modules, structure)), _require(found, frozen), found)
+
+
+def find_required(model: nn.Module, frozen: Sequence[str] = (), host: PluginHost | None = None) -> Required:
+    """Find what is newly initialized in a base model, which may have adapters of PEFT in it.
+
+    Args:
+        model: The base model.
+        frozen: Names of modules or parameters that stay as they are on purpose.
+        host: Where to look architectures up; default is the process's plugin host.
+
+    Raises:
+        UnmatchedTargets: A name in ``frozen`` is not in the model.
+    """
+    structure = Structure(model)
+    _check_frozen(structure, frozen)
+    record = find_record(model, host or plugin_host())
+    return _require(find_initialized(model, structure.task_heads(_known(record))), frozen)
+
+
+def _require(found: Initialized, frozen: Sequence[str]) -> Required:
+    rows = [f"{item.path}.weight" for item in found.grown]
+    names = tuple(name for name in (*found.parameters, *rows) if not is_under(name, frozen))
+    return Required(names, dict(found.rows), found.note())
+
+
+def _known(record: Architecture | None) -> tuple[str, ...]:
+    return record.heads if record is not None else _KNOWN
+
+
+def check_trained(model: nn.Module, required: Required) -> None:
+    """Refuse a run that would leave something newly initialized as it is.
+
+    Args:
+        model: The base model of the model in the Trainer.
+        required: What was found when it was prepared.
+
+    Raises:
+        FrozenHead: Something new is neither trained nor saved, or an embedding got rows since.
+    """
+    missing = find_untrained(model, required.parameters)
+    now = find_initialized(model).rows
+    later = [path for path, rows in required.vocabulary.items() if now.get(path, 0) > rows]
+    missing += [name for name in find_untrained(model, [f"{path}.weight" for path in later]) if name not in missing]
+    if missing:
+        owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in missing))
+        short = [path.rpartition(".")[2] for path in owners]
+        raise FrozenHead(
+            f"Newly initialized weights of {type(model).__name__} are neither trained nor saved: "
+            f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. They would keep their random values, and "
+            f"a reload would have others. Train them with modules_to_save={short[:4]!r} in the LoraConfig (or set its "
+            "task_type, such as 'SEQ_CLS'; for new rows of an embedding trainable_token_indices), or leave them as "
+            f"they are on purpose with frozen={short[:4]!r} in LoraCallback or prepare_model."
+        )
+
+
+def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
+    """Return the names of the heads of a model that are trained and saved whole."""
+    return list(choose_heads(Structure(model), find_record(model, host or plugin_host())).names)
+
+
+def _check_frozen(structure: Structure, frozen: Sequence[str]) -> None:
+    paths = [*structure.modules, *structure.parameters]
+    missing = [name for name in frozen if not any(is_under(path, [name]) for path in paths)]
+    if missing:
+        leaves = sorted({path.rpartition(".")[2] for path in structure.modules})
+        near = {name: difflib.get_close_matches(name.rpartition(".")[2], leaves, n=2) for name in missing}
+        text = ", ".join(f"{name!r} (near: {', '.join(close) or 'nothing'})" for name, close in near.items())
+        raise UnmatchedTargets(f"frozen= names what {type(structure.model).__name__} does not have: {text}.")
+
+
+def _explain_alone(model: nn.Module, names: list[str]) -> str:
+    return (
+        f"{type(model).__name__} has newly initialized parameters that PEFT cannot save, because they belong to whole "
+        f"blocks or to the model itself: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}. They would keep "
+        "their initial values and not be in the adapter. Load a checkpoint that has them, put them into a module of "
+        f"their own, or leave them as they are with frozen={[name.rpartition('.')[2] for name in names[:3]]!r}."
+    )
+
+
+def _names(modules: Sequence[str], structure: Structure) -> Iterator[str]:
+    """Names by which PEFT, which looks at the end of a path and not at its dots, finds these modules."""
+    wanted = set(modules)
+    seen: set[str] = set()
+    for path in modules:
+        name = next(name for name in _ends(path) if name == path or _means_only(name, wanted, structure.modules))
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def _ends(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        end = parts[start:]
+        if any(part.isdigit() for part in end):
+            break
+        yield ".".join(end)
+    yield path
+
+
+def _means_only(name: str, wanted: set[str], paths: Iterable[str]) -> bool:
+    return all(path in wanted for path in paths if path.endswith(name))
+
+
+def choose_tokens(
+    structure: Structure,
+    grown: Iterable[Grown],
+    asked: Mapping[str, Any],
+    adapted: Iterable[str],
+    frozen: Sequence[str],
+) -> dict[str, list[int]] | None:
+    """Return ``trainable_token_indices`` for the rows that an embedding has beyond its checkpoint's.
+
+    Embeddings that the user trains already, as a whole, by rows or with an adapter, are left to him.
+
+    Args:
+        structure: The base model's parts.
+        grown: Embeddings with new rows.
+        asked: The fields of ``peft.LoraConfig`` that were given.
+        adapted: Paths of the modules that get adapters.
+        frozen: Names of what stays as it is on purpose.
+    """
+    saved = list(asked.get("modules_to_save") or ())
+    given = asked.get("trainable_token_indices")
+    covered = [*saved, *frozen, *(given if isinstance(given, Mapping) else ())]
+    # PEFT saves the whole of an embedding that it adapts, by these names only.
+    covered += [path for path in adapted if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    left = [item for item in grown if not is_under(item.path, covered)]
+    tokens: dict[str, list[int]] = {}
+    if given is not None and not isinstance(given, Mapping):
+        # Without a name these are rows of the input embedding, which comes first.
+        own = [item for item in grown if not structure.output_heads & {item.path}]
+        left = [item for item in left if item not in own]
+        if not left:
+            return None
+        tokens = {name: list(given) for name in _short([item.path for item in own], structure)}
+    elif given is not None:
+        tokens = {name: list(indices) for name, indices in given.items()}
+    for item in left:
+        tokens[_short([item.path], structure)[0]] = list(range(item.before, item.now))
+    return tokens if left else None
+
+
+def _short(paths: Sequence[str], structure: Structure) -> list[str]:
+    return [shortest_names([path], structure.modules)[0] for path in paths]
+
+
+def _hold_new(structure: Structure, new: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the modules to train and save so that every new parameter is in one of them, and what is in none.
+
+    A module is the largest one that holds new parameters only; a parameter beside loaded ones takes the module that
+    owns it. PEFT saves modules, so that a parameter of the whole model, or of what holds its blocks, is in none.
+
+    Args:
+        structure: The model's parts.
+        new: Paths of the new parameters.
+    """
+    names = set(new)
+    holders = {block.path for block in structure.blocks}
+    inside = {name: list(_ancestors(name)) for name in structure.parameters}
+    mixed = {path for name, above in inside.items() if name not in names for path in above}
+    unfit = {path for block in holders for path in (block, *_ancestors(block))}
+    modules: dict[str, None] = {}
+    alone = []
+    for name in names:
+        fit = [path for path in _ancestors(name) if path not in unfit and _can_be_saved(structure.modules.get(path))]
+        largest = next((path for path in reversed(fit) if path not in mixed), None)
+        owner = name.rpartition(".")[0]
+        if largest is None and owner not in fit:
+            alone.append(name)
+        else:
+            modules[largest or owner] = None
+    order = list(structure.modules)
+    return sorted(modules, key=order.index), sorted(alone)
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """Dotted paths above a path, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _can_be_saved(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))

@@ -1,0 +1,256 @@
+"""Find what no checkpoint gave a model: its newly initialized parts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+from lora_plugins.models.wrapping import plain_path
+from lora_plugins.targets.checkpoint import Checkpoint, find_checkpoint, find_pretrained
+
+__all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in"]
+
+
+#: What transformers sets on a parameter that came from a checkpoint, and on no other.
+_MARK = "_is_hf_initialized"
+
+#: Where the finding is kept on the base model: quantized layers and saved heads lose the marks.
+_KEPT = "lora_plugins_initialized"
+
+
+@dataclass(frozen=True)
+class Grown:
+    """An embedding, or an output head, with more rows than its checkpoint has.
+
+    Attributes:
+        path: Path of the module in the base model.
+        before: Rows in the checkpoint.
+        now: Rows in the model.
+    """
+
+    path: str
+    before: int
+    now: int
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """What is new in a model, and how that is known.
+
+    Attributes:
+        evidence: ``"marks"`` (transformers says so), ``"checkpoint"`` (its headers say so), ``"structure"`` (nothing
+            is known but the shape of the model: only its task's head is taken for new).
+        parameters: Paths of the new parameters in the base model.
+        grown: Embeddings with new rows.
+        rows_known: Whether the checkpoint's rows could be read.
+        rows: Rows of the embeddings now, by path.
+    """
+
+    evidence: str
+    parameters: tuple[str, ...] = ()
+    grown: tuple[Grown, ...] = ()
+    rows_known: bool = False
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def note(self) -> str:
+        """Say for the report how new parts were told from loaded ones."""
+        if self.evidence == "structure":
+            return (
+                "the model has neither transformers' marks of loaded weights nor a checkpoint at hand: the head was "
+                "found by the model's structure, and whether anything else is newly initialized is not known"
+            )
+        source = "transformers' marks" if self.evidence == "marks" else "the checkpoint's headers"
+        rows = "" if self.rows_known else "; whether the vocabulary has grown is not known: no checkpoint is at hand"
+        return f"newly initialized weights were found by {source}{rows}"
+
+
+def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized:
+    """Tell what in a model is newly initialized.
+
+    Evidence, in this order: transformers' marks, which count only if some parameter carries one; the headers of
+    the checkpoint that the model names, where it is on this machine and the model holds its values; the structure.
+
+    Args:
+        model: The base model, which may be quantized, on the meta device, or under adapters of PEFT.
+        heads: Paths of the heads that the structure shows; they are new where nothing else is known.
+    """
+    kept: Initialized | None = getattr(model, _KEPT, None)
+    parameters = {plain_path(name): value for name, value in model.named_parameters() if not _is_adapter(name)}
+    pretrained = find_pretrained(model)
+    checkpoint = find_checkpoint(pretrained[1]) if pretrained is not None else None
+    if kept is not None:
+        evidence, new = kept.evidence, kept.parameters
+    else:
+        evidence, new = _find_new(model, parameters, pretrained, checkpoint, heads)
+    shapes = _embeddings(model, pretrained)
+    before = _rows_before(shapes, checkpoint if evidence != "structure" else None)
+    # A head that was tied is not in the files: it had the rows of the embedding.
+    first = next((rows for rows in before.values() if rows is not None), None)
+    then = {path: first if rows is None and f"{path}.weight" not in new else rows for path, rows in before.items()}
+    grown = [Grown(path, rows, shapes[path][0]) for path, rows in then.items() if rows and rows < shapes[path][0]]
+    # An embedding that was resized is a new tensor: what is new in it are the rows beyond those of the files.
+    resized = [path for path, rows in before.items() if rows is not None]
+    found = Initialized(
+        evidence,
+        tuple(name for name in new if not is_in(name, resized)),
+        tuple(grown),
+        rows_known=first is not None,
+        rows={path: shape[0] for path, shape in shapes.items()},
+    )
+    if kept is None and evidence != "structure":
+        setattr(model, _KEPT, found)
+    return found
+
+
+def _rows_before(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint | None) -> dict[str, int | None]:
+    return {path: checkpoint.rows(f"{path}.weight", shape) if checkpoint else None for path, shape in shapes.items()}
+
+
+def is_in(name: str, paths: Iterable[str]) -> bool:
+    """Whether a parameter or module lies in, or is, one of the modules at these paths."""
+    return any(name == path or name.startswith(path + ".") for path in paths)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_"))
+
+
+def _find_new(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    pretrained: tuple[str, PreTrainedModel] | None,
+    checkpoint: Checkpoint | None,
+    heads: Iterable[str],
+) -> tuple[str, tuple[str, ...]]:
+    own = {name: value for name, value in parameters.items() if _can_be_new(value)}
+    # Processes of FSDP that get their weights from the first one mark everything.
+    marked = not is_fsdp_enabled() and any(getattr(value, _MARK, False) for value in parameters.values())
+    if marked:
+        unmarked = [name for name, value in own.items() if not getattr(value, _MARK, False)]
+        ignored = _ignored(pretrained)
+        new = [name for name in unmarked if not (ignored and ignored.search(name))]
+        if checkpoint is not None:
+            # A weight that was replaced by a copy of itself lost its mark.
+            new = [name for name in new if not checkpoint.holds(name, own[name])]
+        return "marks", tuple(new)
+    if pretrained is not None and checkpoint is not None and checkpoint.is_source_of(pretrained[1]):
+        missing = _ask_transformers(pretrained[1], checkpoint)
+        if missing is not None:
+            prefix = f"{pretrained[0]}." if pretrained[0] else ""
+            inside = {prefix + name for name in missing}
+            new = [n for n in own if n in inside or (prefix and not n.startswith(prefix))]
+            return "checkpoint", tuple(new)
+    return "structure", tuple(name for name in own if is_in(name, list(heads)))
+
+
+def _can_be_new(value: torch.Tensor) -> bool:
+    # Tensors of a class of their own belong to quantizers, which make them out of loaded ones.
+    plain = type(value) is nn.Parameter and type(value.data) is torch.Tensor
+    return value.is_floating_point() and (plain or hasattr(value, "ds_id"))
+
+
+def _ignored(pretrained: tuple[str, PreTrainedModel] | None) -> re.Pattern[str] | None:
+    """Names that transformers computes instead of loading."""
+    patterns = getattr(pretrained[1], "_keys_to_ignore_on_load_missing", None) if pretrained is not None else None
+    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+
+def _embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the input embedding and of an output head that does not share its weight, by path."""
+    if pretrained is None:
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    seen: set[int] = set()
+    for getter in (pretrained[1].get_input_embeddings, pretrained[1].get_output_embeddings):
+        try:
+            module: Any = getter()
+        except (NotImplementedError, AttributeError):
+            continue
+        module = _unwrapped(module)
+        weight = getattr(module, "weight", None)
+        shape = tuple(getattr(weight, "ds_shape", None) or getattr(weight, "shape", ()))
+        if not isinstance(weight, torch.Tensor) or len(shape) != 2 or id(weight) in seen:
+            continue
+        if not seen and not isinstance(module, nn.Embedding):
+            # What is no vocabulary, such as the patches of an image model.
+            return {}
+        seen.add(id(weight))
+        path = next((path for path, part in model.named_modules() if part is module), None)
+        if path is not None:
+            found[plain_path(path)] = shape
+    return found
+
+
+def _unwrapped(module: Any) -> Any:
+    """The layer under what PEFT puts around it."""
+    for name in ("original_module", "token_adapter", "base_layer"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return module
+
+
+def _ask_transformers(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str] | None:
+    """Names of the parameters that the checkpoint would not give a model of this class, renamings included.
+
+    The class loads the headers onto the meta device: nothing is read, drawn or printed.
+    """
+    empty = {name: torch.empty(shape, device="meta") for name, shape in checkpoint.shapes.items()}
+    try:
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, info = type(model).from_pretrained(
+                None,
+                config=copy.deepcopy(model.config),
+                state_dict=empty,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception:
+        # A class of somebody's own may take other arguments, or raise anything.
+        return None
+    return {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def find_untrained(model: nn.Module, parameters: Iterable[str]) -> list[str]:
+    """Return those of some parameters of the base model that no training of this model would change or save.
+
+    Args:
+        model: The base model of the model in the Trainer.
+        parameters: Their paths in the base model; of an embedding with new rows that of its weight.
+    """
+    trained = {_trained_path(name) for name, value in model.named_parameters() if value.requires_grad}
+    return [name for name in parameters if name not in trained]
+
+
+def _trained_path(name: str) -> str:
+    """The base model's parameter that a trained one stands for."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name.replace("_orig_mod.", ""))
+    # New rows, and the low-rank update that comes with a saved embedding, stand for the embedding's weight.
+    name = re.sub(r"\.token_adapter\.trainable_tokens_delta\..+", ".weight", name)
+    adapted = name.partition(".lora_")[0]
+    return plain_path(f"{adapted}.weight" if adapted.rpartition(".")[2] in EMBEDDING_LAYER_NAMES else name)

@@ -1,0 +1,135 @@
+"""Match regular expressions against paths in bounded time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from lora_plugins.errors import TargetError
+
+try:
+    from re import _constants, _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_constants as _constants
+    import sre_parse as _parser
+
+__all__ = ["is_cheap", "match_paths"]
+
+
+#: Ways of matching that may be tried over all paths before a pattern is tried in a process of its own; some seconds.
+_MOST_WAYS = 10**8
+_LONGEST_PATTERN = 2000
+#: Seconds that such a process gets.
+_SECONDS = 5.0
+
+_MATCHER = (
+    "import json, re, sys; pattern, paths = json.load(sys.stdin); match = re.compile(pattern).fullmatch; "
+    "json.dump([path for path in paths if match(path)], sys.stdout)"
+)
+_REPEATS = tuple(
+    getattr(_constants, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(_constants, name)
+)
+#: What takes one character, or none, in one way.
+_PLAIN = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.AT, _constants.RANGE)
+
+
+class _TooMany(ValueError):
+    """The ways of matching can't be counted, or are very many."""
+
+
+def is_cheap(pattern: str, paths: Iterable[str], where: str = "target_modules") -> bool:
+    """Whether matching a pattern against some paths provably takes little time.
+
+    Every way in which a match can be tried is counted, whether or not these paths lead there.
+
+    Raises:
+        TargetError: It is not a valid regular expression.
+    """
+    names = list(paths)
+    tree = _parse(pattern, where)
+    longest = max(map(len, names), default=0)
+    try:
+        return len(pattern) <= _LONGEST_PATTERN and _ways(tree, longest) * max(1, len(names)) <= _MOST_WAYS
+    except (_TooMany, RecursionError):
+        return False
+
+
+def match_paths(pattern: str, paths: Iterable[str], where: str = "target_modules") -> list[str]:
+    """Return the paths that a regular expression matches as a whole, as `re.fullmatch` does.
+
+    What can't be shown to be cheap runs in a process of its own, which is ended when it takes too long.
+
+    Args:
+        pattern: The expression.
+        paths: What is compared with it.
+        where: The field that holds it, for messages.
+
+    Raises:
+        TargetError: It is not a valid expression, or matching takes too long.
+    """
+    names = list(paths)
+    if is_cheap(pattern, names, where):
+        return [path for path in names if re.fullmatch(pattern, path)]
+    command = [sys.executable, "-I", "-c", _MATCHER]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps([pattern, names]), capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError, OSError) as error:
+        why = f"more than {_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else "a process that failed"
+        raise TargetError(
+            f"{where}={pattern[:80]!r} can't be matched against the {len(names)} modules of this model: it took {why}. "
+            "Nested or many repetitions, such as (.*)*, try the same text in very many ways. Write names instead, "
+            "or a pattern with at most two .* in it."
+        ) from None
+    matched: list[str] = json.loads(done.stdout)
+    return matched
+
+
+def _parse(pattern: str, where: str) -> Any:
+    try:
+        re.compile(pattern)
+        return _parser.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise TargetError(f"{where}={pattern[:80]!r} is not a valid regular expression: {error}") from None
+
+
+def _ways(tree: Any, longest: int) -> int:
+    """How many ways of matching a text of this length a sequence can have."""
+    ways = 1
+    for operator, argument in tree:
+        ways *= _ways_of(operator, argument, longest)
+        if ways > _MOST_WAYS:
+            raise _TooMany
+    return ways
+
+
+def _ways_of(operator: Any, argument: Any, longest: int) -> int:
+    if operator in _PLAIN:
+        return 1
+    if operator is _constants.BRANCH:
+        return sum(_ways(branch, longest) for branch in argument[1])
+    if operator is _constants.SUBPATTERN:
+        return _ways(argument[-1], longest)
+    if operator in (_constants.ASSERT, _constants.ASSERT_NOT):
+        return _ways(argument[1], longest)
+    if operator in _REPEATS:
+        least, most, inner = argument
+        return _ways_of_repeat(least, most, _ways(inner, longest), longest)
+    # References to groups and conditions depend on what was matched before.
+    raise _TooMany
+
+
+def _ways_of_repeat(least: int, most: Any, inner: int, longest: int) -> int:
+    if int(most) <= 1:
+        return inner + (least == 0)
+    if inner == 1:
+        # How often is all there is to choose; beyond the text's length nothing is left to repeat.
+        return max(1, min(int(most), longest) - least + 1)
+    if least == int(most) <= 8:
+        return inner**least
+    raise _TooMany
