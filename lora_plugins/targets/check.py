@@ -105,8 +105,8 @@ class _Scene:
     def near(self, name: str, among: Iterable[str]) -> str:
         """The name, with those that are spelt alike."""
         last = name.rpartition(".")[2]
-        leaves = sorted({path.rpartition(".")[2] for path in among} - {last})
-        close = difflib.get_close_matches(last, leaves, n=2, cutoff=0.5)
+        leaves = sorted(leaf for path in among if not (leaf := path.rpartition(".")[2]).isdigit() and leaf != last)
+        close = difflib.get_close_matches(last, dict.fromkeys(leaves), n=2, cutoff=0.5)
         return f"{name!r} (near: {', '.join(close)})" if close else repr(name)
 
 
@@ -123,9 +123,9 @@ def _check_targets(scene: _Scene, field: str, value: Any) -> Iterable[str]:
         if value != "all-linear" and not match_paths(value, scene.adapted, field):
             yield f"{field}={value[:80]!r} reaches no module"
         return
-    missing = [name for name in value if not any(matches(path, name) for path in scene.adapted)]
+    missing = sorted(str(name) for name in value if not any(matches(path, name) for path in scene.adapted))
     if missing:
-        yield f"{field} reaches no module by {', '.join(scene.near(str(name), scene.modules) for name in missing)}"
+        yield f"{field} reaches no module by {', '.join(scene.near(name, scene.modules) for name in missing)}"
 
 
 def _check_excluded(scene: _Scene, field: str, value: Any) -> Iterable[str]:
@@ -206,7 +206,7 @@ def _rows(scene: _Scene, name: str | None) -> int | None:
     """Rows of an embedding by its name, of the input embedding by ``None``."""
     if name is None:
         try:
-            weight = scene.base.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+            weight = scene.base.get_input_embeddings().weight  # type: ignore[operator]
         except (NotImplementedError, AttributeError):
             return None
         return int(weight.shape[0])

@@ -19,7 +19,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 #: Tensors whose values are compared before a checkpoint is believed to be the one that a model was loaded from.
-_SAMPLES = 3
+_SAMPLES = 16
 
 
 class Checkpoint:
@@ -80,7 +80,7 @@ class Checkpoint:
                 return True
             tried += 1
             if tried == _SAMPLES:
-                return False
+                break
         return False
 
 

@@ -242,20 +242,21 @@ def _hold_new(structure: Structure, new: Iterable[str]) -> tuple[list[str], list
         new: Paths of the new parameters.
     """
     names = set(new)
-    holders = {block.path for block in structure.blocks}
-    inside = {name: list(_ancestors(name)) for name in structure.parameters}
-    mixed = {path for name, above in inside.items() if name not in names for path in above}
-    unfit = {path for block in holders for path in (block, *_ancestors(block))}
+    mixed = {path for name in structure.parameters if name not in names for path in _ancestors(name)}
+    blocks = {block.path for block in structure.blocks}
+    around = {path for block in blocks for path in _ancestors(block)}
+    # A new block among loaded ones is part of the model's own stack, which PEFT would have to wrap.
+    added = {path for path in blocks if path not in mixed and path.rpartition(".")[0] in mixed}
     modules: dict[str, None] = {}
     alone = []
-    for name in names:
-        fit = [path for path in _ancestors(name) if path not in unfit and _can_be_saved(structure.modules.get(path))]
-        largest = next((path for path in reversed(fit) if path not in mixed), None)
+    for name in new:
+        above = [path for path in _ancestors(name) if _can_be_saved(structure.modules.get(path))]
+        whole = [path for path in above if path not in mixed]
         owner = name.rpartition(".")[0]
-        if largest is None and owner not in fit:
+        if added.intersection(above) or not (whole or (owner in above and owner not in blocks | around)):
             alone.append(name)
         else:
-            modules[largest or owner] = None
+            modules[whole[-1] if whole else owner] = None
     order = list(structure.modules)
     return sorted(modules, key=order.index), sorted(alone)
 

@@ -180,11 +180,13 @@ def _embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None
             continue
         module = _unwrapped(module)
         weight = getattr(module, "weight", None)
-        shape = tuple(getattr(weight, "ds_shape", None) or getattr(weight, "shape", ()))
-        if not isinstance(weight, torch.Tensor) or len(shape) != 2 or id(weight) in seen:
+        if not isinstance(weight, torch.Tensor) or id(weight) in seen:
+            continue
+        shape = tuple(getattr(weight, "ds_shape", None) or weight.shape)
+        if len(shape) != 2:
             continue
         if not seen and not isinstance(module, nn.Embedding):
-            # What is no vocabulary, such as the patches of an image model.
+            # Not a vocabulary: the patches of an image model, the frames of a speech model.
             return {}
         seen.add(id(weight))
         path = next((path for path, part in model.named_modules() if part is module), None)
