@@ -31,6 +31,8 @@ from transformers import (
     PatchTSTConfig,
     PatchTSTForClassification,
     PatchTSTModel,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -415,6 +417,18 @@ def test_vocabulary_of_another_model_type_grows_alike(tmp_path: Path) -> None:
     gpt = GPT2LMHeadModel.from_pretrained(saved_base(tmp_path / "gpt2", tiny.gpt2()))
     gpt.resize_token_embeddings(tiny.VOCABULARY + 1)
     assert resolve_targets(gpt).fields["trainable_token_indices"] == {"wte": [96]}
+
+
+def test_head_whose_bias_grew_with_it_is_saved_whole(tmp_path: Path) -> None:
+    config = PhiConfig(**BERT, num_key_value_heads=4)
+    model = PhiForCausalLM.from_pretrained(saved_base(tmp_path / "base", PhiForCausalLM(config)))
+    model.resize_token_embeddings(tiny.VOCABULARY + 2)
+    wrapped: Any = prepare_model(model, r=2)
+    assert wrapped.peft_config["default"].trainable_token_indices == {"embed_tokens": [96, 97]}
+    assert wrapped.peft_config["default"].modules_to_save == ["lm_head"]
+    record = preparation_of(wrapped)
+    assert record is not None
+    assert find_untrained(base_of(wrapped), record.required.parameters) == []
 
 
 def test_vocabulary_that_did_not_grow_or_shrank_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from torch import nn
 
 from lora_plugins import Architecture, prepare_model
 from lora_plugins.adapters.prepare import preparation_of
-from lora_plugins.errors import ForbiddenTargets, NoTargets, TargetWarning, UnmatchedTargets
+from lora_plugins.commands.cli import program
+from lora_plugins.errors import ForbiddenTargets, NoTargets, TargetError, TargetWarning, UnmatchedTargets
 from lora_plugins.models.structure import Structure, matches
 from lora_plugins.plugins.host import PluginHost, PluginInfo
+from lora_plugins.recipe.parser import parse
+from lora_plugins.recipe.prepare import lora_arguments
 from lora_plugins.targets.peft_names import shortest_names
 from lora_plugins.targets.resolution import resolve_targets
+from lora_plugins.targets.words import read_words
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -97,6 +102,104 @@ def test_output_layer_of_torchs_attention_is_no_candidate() -> None:
     model = nn.Sequential(*[nn.TransformerEncoderLayer(16, 2, 32) for _ in range(2)])
     plan = resolve_targets(model, "all-linear")
     assert {path.rpartition(".")[2] for path in paths(plan)} == {"linear1", "linear2"}
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder, with its own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layers(self.words(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [(["self_attn"], 2), (["self_attn", "linear1"], 4), (r".*self_attn", 2), (["layers.1.self_attn"], 1)],
+)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_torchs_attention_is_adapted_where_it_is_named(
+    wanted: Any, count: int, quantization: str | None, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    layers = {"layers_to_transform": [1]} if count == 1 else {}
+    wrapped: Any = prepare_model(
+        Encoder(), r=2, lora_dropout=0.0, target_modules=wanted, quantization=quantization, **layers
+    )
+    record = preparation_of(wrapped)
+    assert record is not None
+    assert record.plan is not None
+    assert len(paths(record.plan)) == count
+    batch = torch.randint(0, 20, (2, 5))
+    wrapped.train()(batch).square().sum().backward()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                assert parameter.grad is not None, name
+                assert parameter.grad.any(), name
+                parameter += 0.1
+    if quantization is not None:
+        return
+    with torch.no_grad():
+        trained = wrapped(batch)
+        torch.testing.assert_close(wrapped.eval()(batch), trained)
+    wrapped.save_pretrained(tmp_path)
+    again: Any = PeftModel.from_pretrained(Encoder(), tmp_path)
+    with torch.no_grad():
+        # Torch's fast path for evaluation passes plain PEFT's adapters by.
+        assert torch.equal(again.train()(batch), trained)
+
+
+class Perceptron(nn.Module):
+    """Linear layers that repeat nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.gate_in = nn.Linear(16, 16)
+        self.last = nn.Linear(16, 2)
+
+
+def test_all_linear_reaches_layers_outside_of_a_stack() -> None:
+    assert resolve_targets(Perceptron(), "all-linear").target_modules == ["first", "gate_in", "last"]
+    assert resolve_targets(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "all-linear").hits
+    nested = nn.ModuleDict({"left": Perceptron(), "right": nn.Embedding(3, 4)})
+    assert len(paths(resolve_targets(nested, "all-linear"))) == 3
+    with pytest.raises(NoTargets, match="Its linear layers: first, gate_in, last"):
+        resolve_targets(Perceptron())
+
+
+def test_scope_that_a_plugin_registers_is_meant_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = PluginHost()
+    record = Architecture("llama", ("q_proj",), {"narrow": ("down_proj",), "wide": ("up_proj", "gate_proj")})
+    host._architectures.add("llama", PluginInfo("test", "somebody", "1", builtin=False), record)
+    assert read_words(["narrow"], host) == "narrow"
+    assert read_words(["narrow"], PluginHost()) == ["narrow"]
+    assert read_words(['["narrow"]'], host) == ["narrow"], "a module of that name is meant"
+    assert read_words(["narrow", "q_proj"], host) == ["narrow", "q_proj"]
+    assert read_words([], host) is None
+    for damaged in ('["narrow"', "[1]", '["q_proj", 3]'):
+        with pytest.raises(TargetError, match="must be a JSON list of names"):
+            read_words([damaged], host)
+
+    for module in ("words", "resolution"):
+        monkeypatch.setattr(f"lora_plugins.targets.{module}.plugin_host", lambda: host)
+    small("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        program(["plan", str(tmp_path), "--target-modules", "wide", "--length", "8", "--json"])
+    targets = json.loads(capsys.readouterr().out)["targets"]
+    assert {target["name"] for target in targets} == {"up_proj", "gate_proj"}
+    recipe = parse(["--model", "m", "--dataset", "d", "--target_modules", "wide"])[0]
+    assert lora_arguments(recipe)["target_modules"] == "wide"
 
 
 # -- experts -----------------------------------------------------------------------------------

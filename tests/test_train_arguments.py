@@ -185,6 +185,9 @@ def test_early_stopping_keeps_the_best_and_evaluates_as_it_saves() -> None:
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         ([r".*\.q_proj"], r".*\.q_proj"),
         (['["q_proj", "v_proj"]'], ["q_proj", "v_proj"]),
+        (["[qv]_proj"], "[qv]_proj"),
+        (["all-linar"], "all-linar"),
+        (["layers.0.self_attn.q_proj"], ["layers.0.self_attn.q_proj"]),
     ],
 )
 def test_targets_are_names_a_scope_or_a_pattern(words: list[str], targets: Any) -> None:

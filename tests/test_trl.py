@@ -321,3 +321,37 @@ def test_frozen_reward_head_is_named(tmp_path: Path) -> None:
     trainer = make("reward", tmp_path, callbacks=[Int8PreparationCallback()], peft_config=config)
     with pytest.raises(FrozenHead, match="score"):
         trainer.train()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_of_a_chat_template_are_trained_and_saved(tied: bool, tmp_path: Path) -> None:
+    source = tokenizer()
+    source.add_tokens(["<|user|>", "<|end|>"])
+    source.chat_template = "{% for message in messages %}<|user|> {{ message['content'] }} <|end|>{% endfor %}"
+    source.save_pretrained(tmp_path / "template")
+    tiny.llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in sentences(8, 4, 1)]
+
+    trainer = trl.SFTTrainer(
+        model=str(tmp_path / "base"),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
+            chat_template_path=str(tmp_path / "template"), learning_rate=1e-2,
+        ),
+        train_dataset=Dataset.from_dict({"messages": chats}),
+        processing_class=tokenizer(),
+        callbacks=[LoraCallback(r=2)],
+    )  # fmt: skip
+    before = tiny.adapter_tensors(trainer.model, "trainable_tokens_delta")
+    trainer.train()
+    after = tiny.adapter_tensors(trainer.model, "trainable_tokens_delta")
+    moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    rows = set(range(tiny.VOCABULARY, trainer.model.get_input_embeddings().weight.shape[0]))
+    assert rows
+    indices = trainer.model.peft_config["default"].trainable_token_indices
+    assert all(set(value) == rows for value in indices.values())
+    assert set(indices) == ({"embed_tokens"} if tied else {"embed_tokens", "lm_head"})
+    assert any("embed_tokens" in name for name in moved)
+    trainer.save_model(str(tmp_path / "adapter"))
+    saved = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert sum("trainable_tokens_delta" in name for name in saved) >= len(indices)

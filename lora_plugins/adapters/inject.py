@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
@@ -123,6 +124,10 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
     if held.modules_to_save:
         # PEFT adds the heads of a task without looking whether they are there.
         held.modules_to_save = list(dict.fromkeys(held.modules_to_save))
+    for module in wrapped.modules():
+        if isinstance(module, TrainableTokensWrapper) and getattr(module.original_module, "bias", ...) is None:
+            # PEFT hides all but the weight; TRL, whose loss is fused with the head, asks for its bias too.
+            module.bias = None
     if config.target_parameters and dropout:
         count = _set_dropout(wrapped, adapter_name, dropout)
         notes.append(

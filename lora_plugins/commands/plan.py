@@ -88,12 +88,9 @@ def plan(
 
 def _targets(names: list[str] | None) -> dict[str, Any]:
     """Return ``target_modules`` as in Python: a single scope or pattern as text, module names as a list."""
-    if not names:
-        return {}
-    from lora_plugins.targets.resolver import SCOPES
+    from lora_plugins.targets.words import read_words
 
-    scope_or_pattern = len(names) == 1 and (names[0] in SCOPES or not names[0].replace(".", "").isidentifier())
-    return {"target_modules": names[0] if scope_or_pattern else names}
+    return {"target_modules": read_words(names)} if names else {}
 
 
 def _fields(given: list[str]) -> dict[str, Any]:

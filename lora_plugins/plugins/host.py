@@ -100,6 +100,10 @@ class _Table(Generic[T]):
     def names(self) -> list[str]:
         return sorted(self._offers)
 
+    def things(self) -> list[T]:
+        """Everything that was offered, clashes and what is overridden too."""
+        return [thing for offers in self._offers.values() for _, thing in offers]
+
     def _best(self, name: str) -> list[tuple[PluginInfo, T]]:
         offers = self._offers.get(name, [])
         return [offer for offer in offers if not offer[0].builtin] or offers
@@ -193,6 +197,10 @@ class PluginHost:
             ArchitectureConflict: Two third-party plugins claim it.
         """
         return self._architectures.get(model_type)
+
+    def scopes(self) -> list[str]:
+        """Every name that some architecture has for a group of its modules, sorted."""
+        return sorted({scope for record in self._architectures.things() for scope in record.scopes})
 
     def quantizer_names(self) -> list[str]:
         """Every registered backend name, sorted."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fiel
 from lora_plugins.recipe.data import load_examples
 from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
 from lora_plugins.recipe.templates import encode, make_template
-from lora_plugins.targets.resolution import SCOPES
+from lora_plugins.targets.words import read_words
 from lora_plugins.text import one_line
 
 __all__ = [
@@ -42,9 +41,6 @@ __all__ = [
     "quantization_of",
 ]
 
-
-#: Characters that a name of a module never has and a regular expression nearly always.
-_PATTERN = frozenset("*|()[]^$\\+?")
 
 Say = Callable[[str], None]
 
@@ -172,7 +168,7 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
         **extra_lora_fields(recipe),
     }
     if recipe.target_modules:
-        arguments["target_modules"] = _targets(recipe.target_modules)
+        arguments["target_modules"] = read_words(recipe.target_modules)
     return arguments
 
 
@@ -195,12 +191,3 @@ def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
     if recipe.quantization == "none":
         return None
     return json_object("--quantization", recipe.quantization) if "{" in recipe.quantization else recipe.quantization
-
-
-def _targets(words: list[str]) -> str | list[str]:
-    if len(words) == 1 and words[0].startswith('["'):
-        # Hyperparameters of a job are single values: a list comes as JSON.
-        return [str(name) for name in json.loads(words[0])]
-    if len(words) == 1 and (words[0] in SCOPES or _PATTERN & set(words[0])):
-        return words[0]
-    return words

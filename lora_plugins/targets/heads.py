@@ -194,10 +194,11 @@ def choose_tokens(
     asked: Mapping[str, Any],
     adapted: Iterable[str],
     frozen: Sequence[str],
-) -> dict[str, list[int]] | None:
-    """Return ``trainable_token_indices`` for the rows that an embedding has beyond its checkpoint's.
+) -> tuple[dict[str, list[int]] | None, list[str]]:
+    """Return ``trainable_token_indices`` for the rows that an embedding has beyond its checkpoint's, and whole heads.
 
-    Embeddings that the user trains already, as a whole, by rows or with an adapter, are left to him.
+    A head whose bias has new entries too is trained and saved whole. Embeddings that the user trains already, as a
+    whole, by rows or with an adapter, are left to him.
 
     Args:
         structure: The base model's parts.
@@ -218,13 +219,15 @@ def choose_tokens(
         own = [item for item in grown if not structure.output_heads & {item.path}]
         left = [item for item in left if item not in own]
         if not left:
-            return None
+            return None, []
         tokens = {name: list(given) for name in _short([item.path for item in own], structure)}
     elif given is not None:
         tokens = {name: list(indices) for name, indices in given.items()}
-    for item in left:
+    whole = [item for item in left if getattr(structure.modules.get(item.path), "bias", None) is not None]
+    by_rows = [item for item in left if item not in whole]
+    for item in by_rows:
         tokens[_short([item.path], structure)[0]] = list(range(item.before, item.now))
-    return tokens if left else None
+    return tokens if by_rows else None, _short([item.path for item in whole], structure)
 
 
 def _short(paths: Sequence[str], structure: Structure) -> list[str]:

@@ -140,17 +140,15 @@ class Resolver:
             "layers_pattern": None,
         }
         fields = {**(written or explicit), **resolve_tables(self.asked, [*modules, *self.structure.parameters])}
-        fields["modules_to_save"] = saved or None
         if plan.target_parameters:
             fields["target_parameters"] = list(plan.target_parameters)
-        tokens = choose_tokens(self.structure, self.heads.found.grown, self.asked, modules, self.frozen)
+        tokens, whole = choose_tokens(self.structure, self.heads.found.grown, self.asked, modules, self.frozen)
+        fields["modules_to_save"] = [*saved, *whole] or None
         if tokens is not None:
             fields["trainable_token_indices"] = tokens
-            self.notes.append(
-                "the vocabulary has grown since the checkpoint: the new rows are trained and saved ("
-                + ", ".join(f"{name}: {len(rows)}" for name, rows in tokens.items())
-                + ")"
-            )
+        new = [*(f"{name}: {len(rows)}" for name, rows in (tokens or {}).items()), *whole]
+        if new:
+            self.notes.append(f"the vocabulary has grown since the checkpoint: new rows are trained ({', '.join(new)})")
         return fields
 
     def _check_fields(self, adapted: Sequence[str]) -> None:

@@ -1,0 +1,56 @@
+"""Read target modules that were given as words on a command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lora_plugins.errors import TargetError
+from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.targets.resolver import SCOPES
+
+__all__ = ["read_words"]
+
+
+#: Characters that names of modules do not have: those of regular expressions, and the hyphen of scopes.
+_NOT_IN_NAMES = frozenset("*|()[]^$\\+?-")
+
+
+def read_words(words: Sequence[str] | None, host: PluginHost | None = None) -> str | list[str] | None:
+    """Return ``target_modules`` as the Python interface takes it, by one rule for every command.
+
+    One word that is a scope, of ours or of any registered architecture, or a regular expression stays a string.
+    Everything else is a list of names; a job whose values are single strings gives it as JSON, which also says
+    that a word that is somebody's scope is meant as a name.
+
+    Args:
+        words: What was given; ``None`` or nothing for the architecture's default.
+        host: Where scopes are registered; default is the process's plugin host.
+
+    Raises:
+        TargetError: A word begins as a JSON list and is not one of names.
+    """
+    if not words:
+        return None
+    if len(words) > 1:
+        return list(words)
+    word = words[0]
+    if word.startswith("["):
+        names = _read_list(word)
+        if names is not None:
+            return names
+    known = (*SCOPES, *(host or plugin_host()).scopes())
+    return word if word in known or _NOT_IN_NAMES & set(word) else [word]
+
+
+def _read_list(word: str) -> list[str] | None:
+    """The names in a JSON list; ``None`` for a regular expression, which may begin with a bracket too."""
+    try:
+        names = json.loads(word)
+    except json.JSONDecodeError as error:
+        if word.startswith('["'):
+            raise TargetError(f"target_modules={word!r} must be a JSON list of names: {error}") from None
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TargetError(f"target_modules={word!r} must be a JSON list of names")
+    return names
