@@ -1,4 +1,4 @@
-"""The arguments that LoraCallback, attach and prepare_model share, checked once."""
+"""Check the arguments of LoraCallback, attach and prepare_model."""
 
 from __future__ import annotations
 

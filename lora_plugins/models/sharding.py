@@ -1,4 +1,4 @@
-"""Adapters of models whose parameters are spread over several processes: gathering, writing, comparing them."""
+"""Gather and write adapters whose parameters are sharded."""
 
 from __future__ import annotations
 

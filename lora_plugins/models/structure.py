@@ -1,4 +1,4 @@
-"""What a model is made of, read from its module tree: linear layers, repeated blocks, experts, heads.
+"""Read linear layers, blocks, experts and heads from a module tree.
 
 Nothing here looks at the shape of a linear layer's weight: it may be packed by a quantization backend, or
 empty under DeepSpeed ZeRO-3. Sizes come from the layers' own attributes.

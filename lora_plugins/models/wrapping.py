@@ -1,4 +1,4 @@
-"""What stands around a base model: PEFT's wrapper, adapter modules, shared places."""
+"""Look under PEFT's wrappers: base model, paths, adapter modules."""
 
 from __future__ import annotations
 

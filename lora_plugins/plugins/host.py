@@ -1,4 +1,4 @@
-"""The plugin host: loads built-ins and entry points, isolates failures, settles clashes, lists."""
+"""Load plugins, isolate their failures, settle clashes, list them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether optional packages are installed, and the line that installs them; nothing of them is imported."""
+"""Look up optional packages without importing them."""
 
 from __future__ import annotations
 

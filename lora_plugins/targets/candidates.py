@@ -1,4 +1,4 @@
-"""What in a model may get an adapter, and what a name or a scope means there."""
+"""List the modules that may get adapters, by name and by scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that every name, pattern, index and number in a configuration touches something in the model."""
+"""Check that everything a configuration names is in the model."""
 
 from __future__ import annotations
 

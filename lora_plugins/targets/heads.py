@@ -1,4 +1,4 @@
-"""Choose what is trained and saved whole: new heads, new rows of embeddings."""
+"""Choose what is trained and saved whole: new heads, new rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How modules are named to PEFT, so that it adapts just those and its saved configuration stays readable."""
+"""Find short names by which PEFT adapts the chosen modules only."""
 
 from __future__ import annotations
 

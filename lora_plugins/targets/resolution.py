@@ -1,4 +1,4 @@
-"""Which modules get adapters: the registered default, a scope, names or a pattern, checked against the model."""
+"""Choose target modules and check the choice; names of this room."""
 
 from __future__ import annotations
 

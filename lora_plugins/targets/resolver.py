@@ -1,4 +1,4 @@
-"""From what was asked for to the modules of one model, with every check on the way."""
+"""Resolve one request for target modules on one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep a configuration as its user wrote it, where PEFT reads it as what was chosen."""
+"""Keep fields as the user wrote them where PEFT reads the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where adapters go in the architectures that lora-plugins knows: a plugin that reads the family tables beside it.
+"""Register the architectures that the tables beside this file list.
 
 Query and value projections are the default where the LoRA paper and PEFT use them; a model with one fused
 projection gets that one; hybrid models get the projections of every kind of mixer that may be adapted.

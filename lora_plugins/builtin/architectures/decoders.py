@@ -1,4 +1,4 @@
-"""Decoder-only language models: dense, mixture-of-experts, latent attention, state-space and hybrid."""
+"""Decoder-only language models: dense, experts, state-space, hybrid."""
 
 from __future__ import annotations
 

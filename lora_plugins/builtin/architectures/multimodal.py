@@ -1,4 +1,4 @@
-"""Language models that see or hear: the encoders and the projectors behind them stay out of every text scope."""
+"""Multimodal language models; text scopes leave their encoders out."""
 
 from __future__ import annotations
 
