@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_plugins.errors import (
     AdapterNotMoving,
+    FrozenHead,
     LivenessWarning,
     NothingTrainable,
     OptimizerMismatch,
@@ -22,6 +23,7 @@ __all__ = [
     "WATCHED_STEPS",
     "MovementWatch",
     "Watched",
+    "check_heads",
     "check_optimizer",
     "check_trainable",
     "has_gradient",
@@ -44,6 +46,26 @@ def check_trainable(model: nn.Module) -> None:
         "PeftModel.from_pretrained() without is_trainable=True; prepare_model_for_kbit_training() or "
         "requires_grad_(False) called after the adapters were added."
     )
+
+
+def check_heads(model: nn.Module, heads: Iterable[str]) -> None:
+    """Raise `FrozenHead` where a head that was made for the task would stay as it was initialised.
+
+    Args:
+        model: The model in the Trainer.
+        heads: Names of such heads; those that the model lacks are passed over.
+    """
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if (
+            name in heads
+            and not any(p.requires_grad for p in module.parameters())
+            and any(True for _ in module.parameters())
+        ):
+            raise FrozenHead(
+                f"The head {path!r} is frozen, so it would keep its initial values and would not be saved. "
+                f"Set task_type in the LoraConfig (for example 'SEQ_CLS'), or modules_to_save=[{name!r}]."
+            )
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
