@@ -249,7 +249,7 @@ def test_blocking_one_side_settles_a_clash(host_with: MakeHost, monkeypatch: pyt
 
 
 def test_plugins_of_equal_name_are_told_apart_by_their_distribution() -> None:
-    table: manager._Table[str] = manager._Table("architecture", ArchitectureConflict)
+    table: manager.Table[str] = manager.Table("architecture", ArchitectureConflict)
     table.add("mine", PluginInfo("plugin", "package-a", "1", builtin=False), "a")
     table.add("mine", PluginInfo("plugin", "package-b", "2", builtin=False), "b")
 

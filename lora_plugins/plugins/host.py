@@ -11,8 +11,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -26,6 +26,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.hookspecs import PROJECT
+from lora_plugins.plugins.table import BLOCK_VARIABLE, PluginInfo, Table
 from lora_plugins.plugins.types import Architecture, Quantizer
 from lora_plugins.text import did_you_mean, one_line
 
@@ -44,7 +45,6 @@ PLUGINS = (
     "lora_plugins.builtin.quantizers.torchao",
 )
 
-BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 
 #: Loading one of these with a plugin delays every command by seconds, which its listing says.
@@ -52,88 +52,6 @@ _HEAVY = ("torch", "transformers")
 
 T = TypeVar("T")
 Record = TypeVar("Record", Architecture, Quantizer)
-
-
-@dataclass(slots=True)
-class PluginInfo:
-    """One plugin, as ``lora-plugins plugins`` lists it.
-
-    Attributes:
-        name: Entry-point name, or the last part of the module's name for a built-in.
-        distribution: Name of the installed package it comes from.
-        version: That package's version, ``"?"`` when unknown.
-        builtin: Whether lora-plugins itself ships it.
-        architectures: ``model_type`` of each architecture it registers.
-        quantizers: Name of each backend it registers.
-        commands: Name of each command it adds to the program.
-        disabled: Why it is switched off; ``None`` when it works.
-        notes: Clashes and overrides that concern it, and what it costs every command.
-        requires: The distributions that each of its backends needs, by the backend's name.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    builtin: bool
-    architectures: list[str] = field(default_factory=list)
-    quantizers: list[str] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-    disabled: str | None = None
-    notes: list[str] = field(default_factory=list)
-    requires: dict[str, list[str]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version})"
-
-
-class _Table(Generic[T]):
-    """Things by name. Third party beats built-in; two third parties for one name are a conflict."""
-
-    def __init__(self, kind: str, conflict: type[Exception]) -> None:
-        self._kind = kind
-        self._conflict = conflict
-        self._offers: dict[str, list[tuple[PluginInfo, T]]] = {}
-
-    def add(self, name: str, info: PluginInfo, thing: T) -> None:
-        self._offers.setdefault(name, []).append((info, thing))
-
-    def names(self) -> list[str]:
-        return sorted(self._offers)
-
-    def things(self) -> list[T]:
-        """Everything that was offered, clashes and what is overridden too."""
-        return [thing for offers in self._offers.values() for _, thing in offers]
-
-    def _best(self, name: str) -> list[tuple[PluginInfo, T]]:
-        offers = self._offers.get(name, [])
-        return [offer for offer in offers if not offer[0].builtin] or offers
-
-    def get(self, name: str) -> T | None:
-        """The thing that counts for a name; raises the table's conflict error where two claim it."""
-        best = self._best(name)
-        if len(best) > 1:
-            raise self._conflict(self._clash(name, [info for info, _ in best]))
-        return best[0][1] if best else None
-
-    def _clash(self, name: str, infos: list[PluginInfo]) -> str:
-        # Entry points of two packages may share a name, and blocking it would switch off both.
-        names = [info.name for info in infos]
-        handles = names if len(set(names)) == len(names) else [info.distribution for info in infos]
-        blocks = " or ".join(f"{BLOCK_VARIABLE}={handle}" for handle in handles)
-        return (
-            f"The {self._kind} {name!r} is registered by {' and by '.join(map(str, infos))}. "
-            f"Uninstall one of them, or switch one off with {blocks}."
-        )
-
-    def annotate(self) -> None:
-        """Write every clash and override into the notes of the plugins concerned."""
-        for name, offers in self._offers.items():
-            best = self._best(name)
-            if len(best) > 1:
-                for info, _ in best:
-                    info.notes.append("clash: " + self._clash(name, [other for other, _ in best]))
-            elif len(offers) > 1:
-                best[0][0].notes.append(f"overrides the built-in {self._kind} {name!r}")
 
 
 @dataclass(slots=True)
@@ -177,8 +95,8 @@ class PluginHost:
         self._blocked = {_canonical(name) for name in [*block, *os.environ.get(BLOCK_VARIABLE, "").split(",")]} - {""}
         self._loaded: list[_Loaded] = []
         self.plugins: list[PluginInfo] = []
-        self._architectures: _Table[Architecture] = _Table("architecture", ArchitectureConflict)
-        self._quantizers: _Table[Quantizer] = _Table("quantization backend", QuantizerConflict)
+        self._architectures: Table[Architecture] = Table("architecture", ArchitectureConflict)
+        self._quantizers: Table[Quantizer] = Table("quantization backend", QuantizerConflict)
         self._load_builtins()
         self._load_entry_points()
         self._architectures.annotate()
@@ -249,7 +167,7 @@ class PluginHost:
         """
         import typer
 
-        table: _Table[Any] = _Table("command", PluginError)
+        table: Table[Any] = Table("command", PluginError)
         for loaded in self._loaded:
             if not loaded.implementations("register_commands"):
                 continue
@@ -503,4 +421,4 @@ def plugin_host() -> PluginHost:
     return PluginHost()
 
 
-__all__ = ["DISTRIBUTION", "PluginHost", "PluginInfo", "plugin_host"]
+__all__ = ["BLOCK_VARIABLE", "DISTRIBUTION", "PluginHost", "PluginInfo", "plugin_host"]

@@ -156,4 +156,6 @@ def _refuses(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _own_dtype(module: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+    own = next((p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point()), None)
+    # PEFT parametrizes a weight that it adapts as a parameter, for as long as the forward pass takes.
+    return own if own is not None else module.weight.dtype  # type: ignore[return-value]

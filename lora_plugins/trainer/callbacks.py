@@ -387,11 +387,12 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = find_trainer(self)
-        for config in getattr(trainer.model, "peft_config", {}).values():
-            check_names(trainer.model, config, strict=self.strict)
+        model: Any = kwargs.get("model")
+        for config in getattr(model, "peft_config", {}).values():
+            check_names(model, config, strict=self.strict)
         if not state.is_world_process_zero:
             return
+        trainer = find_trainer(self)
         self.report = make_report(trainer.model)
         told = any(isinstance(known, LoraCallback) for known in trainer.callback_handler.callbacks)
         self.report.print(table_only=told)
