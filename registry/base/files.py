@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseFiles",
     "LiveTensors",
+    "find_base_folder",
     "find_cached_folder",
     "find_cached_snapshots",
     "is_hub_id",
@@ -169,14 +170,20 @@ def is_hub_id(text: str | None) -> bool:
     return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
-def original_vocabulary(model: nn.Module) -> int | None:
-    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
+def find_base_folder(model: nn.Module) -> Path | None:
+    """Return the folder that a model was loaded from, in huggingface_hub's cache or where it was said to be."""
     settings: Any = getattr(model, "config", None)
     name = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not name:
         return None
     folder = find_cached_folder(name, getattr(settings, "_commit_hash", None)) if is_hub_id(name) else Path(name)
-    if folder is None or not (folder / "config.json").is_file():
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def original_vocabulary(model: nn.Module) -> int | None:
+    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
+    folder = find_base_folder(model)
+    if folder is None:
         return None
     try:
         loaded = BaseFiles.in_folder(folder).config()

@@ -18,7 +18,7 @@ _REMOVED = ("enable_lora",)
 #: Values of ``init_lora_weights`` that leave the base as it is.
 _PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 #: Those that change the base, and that PEFT repeats with the same result when it loads the adapter.
-_REPEATED = ("pissa", "olora", "loftq")
+_REPEATED = ("pissa", "olora")
 
 
 def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:

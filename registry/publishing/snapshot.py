@@ -14,6 +14,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 from registry.formats.weights import read_open_header
+from registry.publishing.initialization import make_plain
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,10 @@ def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    state = read_state(model, adapter_name)
+    state, config = make_plain(model, adapter_name, read_state(model, adapter_name))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
-    model.peft_config[adapter_name].save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
+    config.save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
 
 
 def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.base.contract import check_contract
 from registry.base.files import find_cached_snapshots, is_hub_id
+from registry.base.peft_fields import describe_lost
 from registry.base.record import base_of_folder, base_of_model, require_known, with_given
 from registry.base.stored import StoredAdapter
 from registry.disk.machine import temporary_folder
@@ -150,6 +151,9 @@ def _of_folder(source: Path, folder: Path) -> _Found:
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+    lost = describe_lost(config.fields.get("init_lora_weights", True))
+    if lost:
+        raise InvalidAdapter(f"The adapter in {source}: {lost}")
     meant = _find_folder(source, config.base_id)
     if meant is not None:
         (folder / ADAPTER_CONFIG).write_bytes(config.published(str(meant), None))

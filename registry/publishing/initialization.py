@@ -1,0 +1,177 @@
+"""Adapters whose initialisation changed the base, as plain LoRA for the base itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from registry.base.files import BaseFiles, find_base_folder
+from registry.base.peft_fields import describe_lost
+from registry.errors import InvalidAdapter
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+
+__all__ = ["changes_base", "make_plain"]
+
+#: Values of ``init_lora_weights`` that change the weights of the base. PEFT repeats the first two.
+_REPEATED = ("pissa", "olora")
+_CHANGING = (*_REPEATED, "pissa_niter_", "corda", "lora_ga", "loftq")
+#: Those that leave the base alone, and read it or need data: the values are in the file.
+_FROM_BASE = ("eva", "orthogonal", "mica")
+_PREFIX = "base_model.model."
+
+
+def changes_base(init: object) -> bool:
+    """Whether an initialisation of LoRA changes the weights of the base."""
+    return isinstance(init, str) and init.lower().startswith(_CHANGING)
+
+
+def make_plain(
+    model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Return the tensors and the configuration of a plain LoRA that does the same on the base as it was.
+
+    Such an initialisation takes a product ``B0 A0`` out of the base's weight. With the opposite sign beside the trained
+    ``B A``, it gives an adapter of twice the rank for the unchanged base, exact to rounding.
+
+    Args:
+        model: The trained model.
+        adapter_name: Which of its adapters.
+        state: The tensors of the adapter, under the names of its file.
+
+    Raises:
+        InvalidAdapter: The base's own weights are not on this machine, or differ by more than such a product.
+    """
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() in _FROM_BASE:
+        config.init_lora_weights = True
+        config.eva_config = None
+        return dict(state), config
+    if not changes_base(init):
+        return dict(state), config
+    originals = _find_originals(model)
+    if originals is None:
+        if describe_lost(init) is None:
+            return dict(state), config
+        raise InvalidAdapter(
+            f"init_lora_weights={init!r} has changed the weights of the base, and the base's own are not on this "
+            "machine to make a plain LoRA of the adapter. Load the base from a folder or by its id on the Hub, and push "
+            "again."
+        )
+    changed = dict(state)
+    for name, layer in _layers(model, adapter_name):
+        _widen(changed, name, layer, adapter_name, originals, config)
+    return changed, _plain_config(config)
+
+
+def _find_originals(model: PeftModel) -> BaseFiles | None:
+    folder = find_base_folder(model.get_base_model())
+    return BaseFiles.in_folder(folder) if folder is not None else None
+
+
+def _layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            yield name, module
+
+
+def _widen(
+    state: dict[str, torch.Tensor],
+    name: str,
+    layer: Any,
+    adapter_name: str,
+    originals: BaseFiles,
+    config: LoraConfig,
+) -> None:
+    """Put the product that was taken out of one layer's base beside the trained one."""
+    import torch
+
+    base, scaling, rank = layer.get_base_layer(), layer.scaling[adapter_name], layer.r[adapter_name]
+    own = originals.rows(f"{name.removeprefix(_PREFIX)}.weight", 2**40)
+    if own is None:
+        raise InvalidAdapter(
+            f"{name}: the base's own weight cannot be read from {originals.name}; it is needed to undo "
+            f"init_lora_weights={config.init_lora_weights!r}"
+        )
+    own = own.float().T if layer.fan_in_fan_out else own.float()
+    now = base.weight.detach().cpu()
+    floating = now.is_floating_point() and now.shape == base.weight.shape and now.ndim == 2
+    here = (now.float().T if layer.fan_in_fan_out else now.float()) if floating else None
+    if str(config.init_lora_weights).lower() in _REPEATED:
+        first, second = _repeat(own, layer, adapter_name, config)
+    elif here is None or here.shape != own.shape:
+        raise InvalidAdapter(
+            f"{name}: its base is quantized, and what init_lora_weights={config.init_lora_weights!r} took out of it "
+            "cannot be told from rounding"
+        )
+    else:
+        first, second = _decompose((own - here) / scaling, rank)
+    left = (
+        0.0 if here is None or here.shape != own.shape else float((own - scaling * second @ first - here).abs().max())
+    )
+    if left > 64 * torch.finfo(now.dtype if floating else torch.float32).eps * max(1.0, float(own.abs().max())):
+        raise InvalidAdapter(
+            f"{name}: its base differs from {originals.name} by more than init_lora_weights="
+            f"{config.init_lora_weights!r} takes out of it (LoftQ, or another base): publish the base that it was "
+            "trained on, too, and name it"
+        )
+    one, other = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    state[one] = torch.cat([state[one].cpu().float(), first])
+    state[other] = torch.cat([state[other].cpu().float(), -second], dim=1)
+
+
+def _repeat(
+    weight: torch.Tensor, layer: Any, adapter_name: str, config: LoraConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first values of A and B, as PEFT makes them from the base's own weight."""
+    from collections import OrderedDict
+
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: Any = get_peft_model(
+            nn.Sequential(OrderedDict(layer=linear)),
+            LoraConfig(
+                r=layer.r[adapter_name],
+                lora_alpha=layer.lora_alpha[adapter_name],
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+                target_modules=["layer"],
+            ),
+        )
+    found = made.base_model.model.layer
+    return found.lora_A["default"].weight.detach(), found.lora_B["default"].weight.detach()
+
+
+def _decompose(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B whose product this is, if its rank is not higher."""
+    import torch
+
+    left, values, right = torch.linalg.svd(product, full_matrices=False)
+    root = values[:rank].sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def _plain_config(config: LoraConfig) -> LoraConfig:
+    """The configuration with twice the rank and the same scaling."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    config.r *= 2
+    config.lora_alpha = config.lora_alpha * factor
+    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: alpha * factor for name, alpha in (config.alpha_pattern or {}).items()}
+    config.init_lora_weights = True
+    config.corda_config = config.lora_ga_config = None
+    config.loftq_config = {}
+    return config
