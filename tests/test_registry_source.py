@@ -312,7 +312,7 @@ def test_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsafeFile, match=r"adapter_model\.bin is a pickle"):
         collected(copied)
     torch.save({"a": torch.ones(1)}, copied / WEIGHTS)
-    with pytest.raises(UnsafeFile, match="no safetensors file"):
+    with pytest.raises(UnsafeFile, match="not a safetensors file"):
         collected(copied)
 
 

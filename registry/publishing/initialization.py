@@ -61,8 +61,7 @@ def make_plain(
             return dict(state), config
         raise InvalidAdapter(
             f"init_lora_weights={init!r} has changed the weights of the base, and the base's own are not on this "
-            "machine to make a plain LoRA of the adapter. Load the base from a folder or by its id on the Hub, and push "
-            "again."
+            "machine to make a plain LoRA of the adapter. Load the base from a folder or by its id, then push."
         )
     changed = dict(state)
     for name, layer in _layers(model, adapter_name):
