@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-from registry.errors import UnsafeFile
-from registry.formats.strict_json import shown
-
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
@@ -17,7 +14,6 @@ __all__ = [
     "SIGNATURE_FILE",
     "TOKENIZER_FILES",
     "allowed",
-    "check_path",
     "is_picture",
     "listed_in_manifest",
     "max_size",
@@ -76,17 +72,3 @@ def is_picture(name: str) -> bool:
 def listed_in_manifest(name: str) -> bool:
     """Whether a manifest may list a file of this name: not itself, and not what the Hub adds."""
     return allowed(name) and name not in (MANIFEST_FILE, GIT_ATTRIBUTES)
-
-
-def check_path(name: str) -> str:
-    """Return ``name`` if a release may hold a file of this name.
-
-    Raises:
-        UnsafeFile: It may not: another folder, a device, code, settings, anything that is not on the list.
-    """
-    if not allowed(name):
-        raise UnsafeFile(
-            f"A release cannot hold a file named {shown(name)}: only {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}, "
-            f"{MANIFEST_FILE}, {CARD} with its pictures (*.png) and tokenizer files."
-        )
-    return name

@@ -71,19 +71,19 @@ class Repositories:
     def refs(self, repo: str) -> tuple[dict[str, str], dict[str, str]]:
         """The branches and the tags, each with the commit that it points to."""
         found = self._document(f"{_api(repo)}/refs")
-        return _targets(found, "branches"), _targets(found, "tags")
+        return _read_targets(found, "branches"), _read_targets(found, "tags")
 
     def info(self, repo: str, revision: str) -> dict[str, Any]:
         """What the hub says about a repository: ``id``, ``sha``, ``private``, ``gated``, ``siblings``, …"""
-        return self._document(f"{_api(repo)}/revision/{_quoted(revision)}")
+        return self._document(f"{_api(repo)}/revision/{_quote(revision)}")
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
         """The files of a commit, by path. The paths are whatever the hub says: nobody has checked them."""
         files: dict[str, RemoteFile] = {}
-        for page in self._reader.pages(f"{_api(repo)}/tree/{_quoted(revision)}?recursive=true"):
-            for item in _records(page):
+        for page in self._reader.pages(f"{_api(repo)}/tree/{_quote(revision)}?recursive=true"):
+            for item in _read_records(page):
                 if item.get("type") == "file":
-                    file = _remote_file(item)
+                    file = _read_file(item)
                     files[file.path] = file
         return files
 
@@ -101,9 +101,9 @@ class Repositories:
 
     def names(self, tags: list[str]) -> Iterator[str]:
         """The ids of the models that have all of these tags."""
-        query = "&".join(f"filter={_quoted(tag)}" for tag in tags)
+        query = "&".join(f"filter={_quote(tag)}" for tag in tags)
         pages = self._reader.pages(f"/api/models?{query}")
-        yield from (str(item.get("id", "")) for page in pages for item in _records(page))
+        yield from (str(item.get("id", "")) for page in pages for item in _read_records(page))
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ def _same(file: RemoteFile, content: Path | bytes) -> bool:
     return file.git_sha1 == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return quote(text, safe="")
 
 
@@ -386,16 +386,16 @@ def _api(repo: str) -> str:
 
 
 def _resolve(repo: str, revision: str, path: str) -> str:
-    return f"/{quote(repo)}/resolve/{_quoted(revision)}/{quote(path)}"
+    return f"/{quote(repo)}/resolve/{_quote(revision)}/{quote(path)}"
 
 
-def _records(value: object) -> list[dict[str, Any]]:
+def _read_records(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise hostile("a listing is not a list of objects")
     return value
 
 
-def _remote_file(item: Mapping[str, Any]) -> RemoteFile:
+def _read_file(item: Mapping[str, Any]) -> RemoteFile:
     lfs = item.get("lfs")
     try:
         sha256 = str(lfs["oid"]) if lfs else None
@@ -404,7 +404,7 @@ def _remote_file(item: Mapping[str, Any]) -> RemoteFile:
         raise hostile("an entry of a listing lacks its path, size or hash") from None
 
 
-def _targets(found: Mapping[str, Any], kind: str) -> dict[str, str]:
+def _read_targets(found: Mapping[str, Any], kind: str) -> dict[str, str]:
     try:
         return {str(ref["name"]): str(ref["targetCommit"]) for ref in found[kind]}
     except (KeyError, TypeError):

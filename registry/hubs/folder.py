@@ -100,7 +100,7 @@ class FolderHub:
             path = self._repository(name) / _IDENTITY
             identity = _object(path, folder_files.read_small(path)).get("id")
             if not isinstance(identity, str) or not 0 < len(identity) <= 100 or not identity.isprintable():
-                raise _damaged(path, "it does not say which repository this is")
+                raise _explain_damage(path, "it does not say which repository this is")
             return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
@@ -168,7 +168,7 @@ class FolderHub:
                 first = _commit_id({}, f"{secrets.token_hex(16)}")
                 (stage / _COMMITS / first).mkdir(parents=True)
                 identity = {"format": 1, "id": secrets.token_hex(16), "name": name}
-                folder_files.write_file(stage / _IDENTITY, _encoded(identity))
+                folder_files.write_file(stage / _IDENTITY, _encode(identity))
                 folder_files.write_file(stage / _REFS, _refs_file(Refs({MAIN: first}, {})))
                 folder_files.fsync_folder(stage)
                 try:
@@ -289,7 +289,7 @@ class FolderHub:
         found = _object(path, folder_files.read_small(path, _REFS_LIMIT))
         branches, tags = found.get("branches"), found.get("tags")
         if not _are_commits(branches) or not _are_commits(tags) or MAIN not in branches:  # type: ignore[operator]
-            raise _damaged(path, f"it does not list branches, {MAIN} among them, and tags")
+            raise _explain_damage(path, f"it does not list branches, {MAIN} among them, and tags")
         return Refs(branches, tags)  # type: ignore[arg-type]
 
     def _commit(self, name: str, commit: str) -> Path:
@@ -395,13 +395,13 @@ def _write(path: Path, content: Path | bytes) -> _Copy:
         folder_files.write_file(path, content)
         return _Copy(len(content), hashlib.sha256(content).hexdigest())
     with os.fdopen(folder_files.open_regular(content), "rb") as source, open(path, "xb") as sink:
-        copy = _digested(source, sink)
+        copy = _copy_and_hash(source, sink)
         sink.flush()
         os.fsync(sink.fileno())
     return copy
 
 
-def _digested(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
+def _copy_and_hash(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK):
         digest.update(chunk)
@@ -416,7 +416,7 @@ def _copies(commit: Path) -> dict[str, _Copy]:
     found = {}
     for path, _ in folder_files.entries(commit):
         with os.fdopen(folder_files.open_regular(commit / path), "rb") as file:
-            found[path] = _digested(file)
+            found[path] = _copy_and_hash(file)
     return found
 
 
@@ -444,10 +444,10 @@ def _check_ref(ref: str) -> None:
 
 
 def _refs_file(refs: Refs) -> bytes:
-    return _encoded({"format": 1, "branches": dict(refs.branches), "tags": dict(refs.tags)})
+    return _encode({"format": 1, "branches": dict(refs.branches), "tags": dict(refs.tags)})
 
 
-def _encoded(value: object) -> bytes:
+def _encode(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -455,13 +455,13 @@ def _object(path: Path, content: bytes) -> dict[str, object]:
     try:
         found = parse(content, _REFS_LIMIT)
     except JsonRefused as reason:
-        raise _damaged(path, str(reason)) from None
+        raise _explain_damage(path, str(reason)) from None
     if not isinstance(found, dict):
-        raise _damaged(path, "it is not a JSON object")
+        raise _explain_damage(path, "it is not a JSON object")
     return found
 
 
-def _damaged(path: Path, reason: str) -> HostileAnswer:
+def _explain_damage(path: Path, reason: str) -> HostileAnswer:
     return HostileAnswer(
         f"{path} is damaged: {reason}. Restore it, and the folder beside it, from a backup or a mirror of this registry"
     )

@@ -226,7 +226,7 @@ class Cache:
                 "now without comparing it, delete that file"
             ) from None
         except OSError as error:
-            raise _unusable(self.folder, "read", error) from error
+            raise _explain_failure(self.folder, "read", error) from error
 
     def _guard(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -342,10 +342,10 @@ def _errors(folder: Path) -> Iterator[None]:
     except LockTimeout as error:
         raise CacheError(str(error)) from None
     except OSError as error:
-        raise _unusable(folder, "written", error) from error
+        raise _explain_failure(folder, "written", error) from error
 
 
-def _unusable(folder: Path, what: str, error: OSError) -> CacheError:
+def _explain_failure(folder: Path, what: str, error: OSError) -> CacheError:
     return CacheError(
         f"The cache {folder} cannot be {what}: {error.strerror or error}. cache_dir= or {VARIABLE} name another one"
     )

@@ -131,7 +131,7 @@ class Fetcher:
             release = index.release(version) if version in index.versions else None
         before = self._before(name, release.version if release else str(entry and entry.version), seen)
         if release is None or before.commit not in (None, release.commit):
-            raise self._moved(name, before, release)
+            raise self._explain_move(name, before, release)
         identity = self._identity(release, before)
         fetched = self._files(release, before, manifests)
         self._record(fetched, identity, state, refs)
@@ -146,11 +146,11 @@ class Fetcher:
         if not lost:
             return
         if seen.identity and self.hub.identity(name) != seen.identity:
-            raise self._replaced(name)
+            raise self._explain_replacement(name)
         more = f" (and {len(lost) - _EXAMPLES} more)" if len(lost) > _EXAMPLES else ""
         raise ReleaseMoved(
             f"{'; '.join(lost[:_EXAMPLES])}{more}. A published version never changes, so somebody has moved or removed "
-            f"its tag, or the registry shows an earlier state of itself. {self._way_out(name)}"
+            f"its tag, or the registry shows an earlier state of itself. {self._describe_way_out(name)}"
         )
 
     def _lost_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> list[str]:
@@ -215,8 +215,8 @@ class Fetcher:
         if lost is None:
             return state
         if seen.identity and self.hub.identity(name) != seen.identity:
-            raise self._replaced(name)
-        raise ReleaseMoved(f"{lost}. {self._way_out(name)}")
+            raise self._explain_replacement(name)
+        raise ReleaseMoved(f"{lost}. {self._describe_way_out(name)}")
 
     def _lost_state(self, name: str, seen: Seen, state: State, commit: str | None) -> str | None:
         lost = find_lost_state(seen, state, commit)
@@ -228,14 +228,14 @@ class Fetcher:
             f"{', '.join(lost[:_EXAMPLES])}"
         )
 
-    def _moved(self, name: str, before: _Before, release: Release | None) -> IntegrityError:
+    def _explain_move(self, name: str, before: _Before, release: Release | None) -> IntegrityError:
         """Say why a version that has been used before is not where it was."""
         if before.repository and self.hub.identity(name) != before.repository:
-            return self._replaced(name)
+            return self._explain_replacement(name)
         moved = self._describe_move(name, before.version, before.commit, release.commit if release else None)
         return ReleaseMoved(
             f"{moved}. A published version never changes, so somebody has moved or removed its tag. "
-            f"{self._way_out(name)}"
+            f"{self._describe_way_out(name)}"
         )
 
     def _identity(self, release: Release, before: _Before) -> str:
@@ -248,22 +248,22 @@ class Fetcher:
             return before.repository
         identity = self.hub.identity(release.name)
         if before.repository and identity != before.repository:
-            raise self._replaced(release.name)
+            raise self._explain_replacement(release.name)
         return identity
 
-    def _changed(self, release: Release, manifest: Manifest, digest: str | None) -> IntegrityError:
+    def _explain_change(self, release: Release, manifest: Manifest, digest: str | None) -> IntegrityError:
         return IntegrityError(
             f"The manifest of {release} has the sha256 {manifest.digest}, and had {digest} before. "
-            f"{self._way_out(release.name)}"
+            f"{self._describe_way_out(release.name)}"
         )
 
-    def _replaced(self, name: str) -> RepositoryReplaced:
+    def _explain_replacement(self, name: str) -> RepositoryReplaced:
         return RepositoryReplaced(
             f"{name} on {self.hub.location} is not the repository that it was: the one from before was deleted, and "
-            f"somebody has made another one of the same name. {self._way_out(name)}"
+            f"somebody has made another one of the same name. {self._describe_way_out(name)}"
         )
 
-    def _way_out(self, name: str) -> str:
+    def _describe_way_out(self, name: str) -> str:
         record = self.cache.record_path(self.hub.location, name)
         lock = f" and its entry in {self.lock.path}" if self.lock.path else ""
         return f"Ask its owner. If it is meant to be so, delete {record}{lock}."
@@ -276,7 +276,7 @@ class Fetcher:
         if manifest is None:
             manifest = read_manifest(self.hub, release, manifests)
             if before.manifest not in (None, manifest.digest):
-                raise self._changed(release, manifest, before.manifest)
+                raise self._explain_change(release, manifest, before.manifest)
         return self._in_cache(release, manifest, download=True)
 
     def _in_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
@@ -312,9 +312,9 @@ class Fetcher:
         lost = self._lost_state(name, seen, read_state(self.hub, name, refs), refs.branches.get(STATE_BRANCH))
         problems += [lost] if lost else []
         if before.commit not in (None, release.commit) and not any(f"@{release.version} " in each for each in problems):
-            problems.append(str(self._moved(release.name, before, release)))
+            problems.append(str(self._explain_move(release.name, before, release)))
         if before.manifest not in (None, manifest.digest):
-            problems.append(str(self._changed(release, manifest, before.manifest)))
+            problems.append(str(self._explain_change(release, manifest, before.manifest)))
         return problems
 
     def _download(self, release: Release, name: str, record: FileRecord, sink: BinaryIO) -> None:
@@ -342,13 +342,13 @@ class Fetcher:
             try:
                 release = index.resolve(reference)
             except RegistryError as reason:
-                raise self._offline(f"{reason} in the cache") from None
+                raise self._explain_offline(f"{reason} in the cache") from None
             manifest = self.cache.manifest(there[release.version].manifest)
         if manifest is None:
-            raise self._offline(f"{release} is not in the cache")
+            raise self._explain_offline(f"{release} is not in the cache")
         return self._in_cache(release, manifest, download=False)
 
-    def _offline(self, reason: str) -> Offline:
+    def _explain_offline(self, reason: str) -> Offline:
         return Offline(
             f"{reason} {self.cache.folder}, and the network is off. Pull it once with a network, with this cache"
         )
