@@ -13,12 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_plugins import prepare_model
+from lora_plugins import LoraCallback, prepare_model
 from lora_plugins.commands.cli import program
 from lora_plugins.errors import AdapterMismatch
 from lora_plugins.merging.job import AS_TRAINED, read_job
 from lora_plugins.merging.merge import merge_and_save
 from registry import pull_adapter, push_adapter
+from registry.publishing.callback import PushToRegistryCallback
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -40,6 +41,33 @@ def run_command(*words: str) -> None:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 40)[None]).logits.float()
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+def test_trained_by_the_callback_pushed_pulled_and_merged_by_the_command_line(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained("base")
+    callbacks = [
+        LoraCallback(quantization=backend, compute_dtype="float32", lora_dropout=0.0, **LORA),
+        PushToRegistryCallback("org/name", version="1.0.0"),
+    ]
+    run = tiny.trainer(tmp_path / "run", base, callbacks, learning_rate=0.1)
+    run.train()
+    run_command("pull", "org/name@1.0.0")
+    manifest = pull_adapter("org/name@1.0.0").manifest
+    recorded = manifest.training["quantization"]
+    assert backend in (recorded, *(recorded.values() if isinstance(recorded, dict) else ()))
+    assert backend in Path(pull_adapter("org/name").path, "README.md").read_text()
+    capsys.readouterr()
+    run_command("merge", "org/name@1.0.0", "merged", "--dtype", "same", "--base", "./base", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["as_trained"]
+    assert result["into"] == f"the weights dequantized from {backend}"
+    assert result["distance"]["relative"] < 1e-4
+    # In evaluation LLM.int8() rounds activations, too.
+    trained = logits(run.model.train())
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained("merged").eval()), trained, atol=2e-2)
 
 
 @pytest.mark.parametrize("way", ["loaded quantized", "peft_config of another trainer"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,11 +45,13 @@ class LoadedBase:
         model: The model.
         stored_quantized: Whether its files are quantized.
         notes: What was filled in, in sentences.
+        fresh: Names of weights that neither the files of the base nor the adapter have.
     """
 
     model: PreTrainedModel
     stored_quantized: bool
     notes: tuple[str, ...] = ()
+    fresh: frozenset[str] = frozenset()
 
 
 def read_config(job: Job) -> PreTrainedConfig:
@@ -93,7 +95,9 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
         )
 
     model, info = _from_base(job, load)
-    notes = list(_check_complete(job, model, info))
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    fresh = (set(info["missing_keys"]) | mismatched) - {base_name(name) for name in job.shapes}
+    notes = list(_check_complete(model, sorted(fresh), other_shape=bool(fresh & mismatched)))
     quantized = detect_quantization(model) is not None
     if stored_quantized and not quantized and _packed(model):
         raise MergeError(_float_twin(job, "its layers are of a kind that no registered backend reads"))
@@ -105,7 +109,7 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
     rows = _rows_needed(job, model)
     if rows is not None:
         notes += _resize(job, model, rows)
-    return LoadedBase(model, stored_quantized, tuple(notes))
+    return LoadedBase(model, stored_quantized, tuple(notes), frozenset(fresh))
 
 
 def choose_class(job: Job, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -206,19 +210,16 @@ def _ends(model: Any) -> list[Any]:
     return found
 
 
-def _check_complete(job: Job, model: PreTrainedModel, info: Mapping[str, Any]) -> Iterator[str]:
+def _check_complete(model: PreTrainedModel, fresh: list[str], *, other_shape: bool) -> Iterator[str]:
     """Refuse a head that loading made at random and the adapter does not bring.
 
     Raises:
         MergeError: It names the weights.
     """
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    brought = {base_name(name) for name in job.shapes}
-    fresh = sorted((set(info["missing_keys"]) | mismatched) - brought)
     if not fresh:
         return
     text = f"{len(fresh)} weights of {type(model).__name__} are in neither base nor adapter, first {fresh[0]}"
-    if mismatched - brought or model.base_model is not model:
+    if other_shape or model.base_model is not model:
         raise MergeError(
             f"{text}. In training they had random values that nobody saved, so the trained model can't be put "
             "together again. Train them with modules_to_save, or name the base that has them with base= (--base)."

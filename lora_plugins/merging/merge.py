@@ -154,6 +154,7 @@ class _Merge:
         self.as_trained = job.as_trained or self.stored_quantized
         self.notes: list[str] = []
         self.batches: list[Batch] = []
+        self.fresh: frozenset[str] = frozenset()
 
     def run(self, max_shard_size: str) -> MergeResult:
         """Do all of it."""
@@ -163,6 +164,7 @@ class _Merge:
         tokenizer = load_tokenizer(job)
         loaded = load_base(job, self.dtype)
         self.notes += loaded.notes
+        self.fresh = loaded.fresh
         check_base(job.folder, loaded.model)
         wrapped = wrap(loaded.model, job)
         if self.same and job.quantization is not None and not self.stored_quantized:
@@ -248,7 +250,7 @@ class _Merge:
             return None, None
         trained = self._read_trained() or reference
         model, info = made.from_pretrained(partial, dtype="auto", output_loading_info=True)
-        lacking = sorted(info["missing_keys"])
+        lacking = sorted(set(info["missing_keys"]) - self.fresh)
         if lacking:
             raise MergeError(f"The merged {made.__name__} would lack {len(lacking)} weights, first {lacking[0]}")
         model.eval()

@@ -40,6 +40,7 @@ class Wrapped:
             base itself.
         dtypes: Dtype of each of the base's own tensors, before the adapter came.
         tied: Ids of the weights that several modules of the base share, before the adapter came.
+        tied_head: Whether output head and input embedding of the base are one weight.
         quantization: Backend of the base in training, if its values are wanted.
         unrounded: Layers that do not have these values yet.
     """
@@ -55,6 +56,7 @@ class Wrapped:
         self.places = places
         self.dtypes = dtypes
         self.tied = tied
+        self.tied_head = _has_tied_head(base_of(model))
         self.quantization: Quantization | None = None
         self.unrounded: list[Any] = []
 
@@ -214,7 +216,7 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
         _restore_dtypes(merged, wrapped.dtypes)
         if job.config.layer_replication:
             _separate(merged, wrapped.tied)
-    return _finish(merged)
+    return _finish(merged, tied_head=wrapped.tied_head)
 
 
 def _parts(layer: nn.Module) -> Iterator[Any]:
@@ -286,12 +288,11 @@ def _restore_dtypes(merged: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) 
             parameter.data = parameter.data.to(wanted)
 
 
-def _finish(merged: PreTrainedModel) -> PreTrainedModel:
+def _finish(merged: PreTrainedModel, *, tied_head: bool) -> PreTrainedModel:
     """Freeze the result, and untie the head where training has made it another one."""
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
-    head, embedding = _end(merged, "get_output_embeddings"), _end(merged, "get_input_embeddings")
-    if head is not None and embedding is not None and head is not embedding:
+    if tied_head and not _has_tied_head(merged):
         merged.config.tie_word_embeddings = False
         text: Any = merged.config.get_text_config()
         text.tie_word_embeddings = False
@@ -299,7 +300,12 @@ def _finish(merged: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def _end(model: PreTrainedModel, get: str) -> Any:
+def _has_tied_head(model: Any) -> bool:
+    head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
+    return head is not None and head is embedding
+
+
+def _end(model: Any, get: str) -> Any:
     """Return the weight of the input or output embedding, under what PEFT has put around it."""
     try:
         module = getattr(model, get)()
