@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from registry.hubs.protocol import Hub as Hub
     from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
     from registry.publishing.changes import Changes as Changes
+    from registry.publishing.folder_card import write_card as write_card
     from registry.publishing.publish import Published as Published
     from registry.publishing.push import check_push as check_push
     from registry.publishing.push import push_adapter as push_adapter
@@ -84,6 +85,7 @@ _LAZY = {
     "unyank": "registry.catalog.withdrawal",
     "verify": "registry.upkeep.verification",
     "versions": "registry.catalog.listing",
+    "write_card": "registry.publishing.folder_card",
     "yank": "registry.catalog.withdrawal",
 }
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
+from adapters import saved
 from matplotlib import image
 
+from registry import write_card
 from registry.publishing.card import CardFields, loss_curve, model_card
 
 HOSTILE = [
@@ -169,3 +174,51 @@ def test_usage_asks_for_a_base_that_no_id_names() -> None:
     text = card(base=None, base_commit=None)
     assert 'pull_adapter("org/name@1.2.0").load(base)' in text
     assert "base_model" not in front_matter(text)
+
+
+# -- the card of a folder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of a base in a folder, with the card that PEFT writes."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    return saved(tiny.LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "checkpoint-4")
+
+
+def test_the_card_of_a_checkpoint_names_no_folder(checkpoint: Path) -> None:
+    assert str(checkpoint.parent) in (checkpoint / "README.md").read_text()  # PEFT's
+    text = write_card(checkpoint).read_text()
+    assert str(checkpoint.parent) not in text
+    assert "More Information Needed" not in text
+    assert "base_model" not in front_matter(text)
+    assert "| q\\_proj |" in text
+
+
+@pytest.mark.parametrize("name", ["base", "./base"])
+def test_a_relative_folder_is_not_a_base_model(checkpoint: Path, name: str) -> None:
+    file = checkpoint / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+    assert "base_model" not in front_matter(write_card(checkpoint).read_text())
+
+
+def test_the_card_of_a_checkpoint_names_a_base_on_a_hub(checkpoint: Path) -> None:
+    file = checkpoint / "adapter_config.json"
+    values = {"base_model_name_or_path": "org/base", "revision": "b" * 40}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    (checkpoint / "trainer_state.json").write_text(
+        json.dumps({"global_step": 4, "log_history": [{"step": 4, "eval_loss": 1.5}]})
+    )
+    text = write_card(checkpoint).read_text()
+    assert front_matter(text)["base_model"] == "org/base"
+    assert "| eval\\_loss | 1.5 |" in text
+    assert "| steps | 4 |" in text
+
+
+def test_a_readme_that_somebody_wrote_for_a_checkpoint_stays(checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text("# Mine\n")
+    assert write_card(checkpoint).read_text() == "# Mine\n"
+    (checkpoint / "README.md").unlink()
+    text = write_card(checkpoint).read_text()
+    (checkpoint / "README.md").write_text(text + "\nMine\n")
+    assert write_card(checkpoint).read_text().endswith("\nMine\n")

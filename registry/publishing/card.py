@@ -24,6 +24,14 @@ __all__ = ["LOSS_CURVE", "CardFields", "loss_curve", "model_card"]
 #: The picture that a card shows, next to it.
 LOSS_CURVE = "loss.png"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#!|~$])")
+#: The auto classes of transformers for PEFT's tasks.
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 #: Names of metrics that the Hub's listings get; the table of results has them all.
 _METRIC = re.compile(r"[\w@./ -]{1,100}", re.ASCII)
 #: The Hub's tasks by the end of a class name. ``ForConditionalGeneration`` is left out: it is used for text, speech and
@@ -72,8 +80,8 @@ class CardFields:
 
 def model_card(
     *,
-    name: str,
-    version: str,
+    name: str | None,
+    version: str | None,
     base: str | None,
     base_commit: str | None,
     parameters: Sequence[tuple[str, int, int]],
@@ -87,8 +95,8 @@ def model_card(
     """The card as a README: front matter, and Markdown between the markers of `registry.formats.readme`.
 
     Args:
-        name: ``org/name``.
-        version: The version that it belongs to.
+        name: ``org/name``; ``None`` for an adapter that is not published.
+        version: The version that it belongs to, if it is published.
         base: Id of the base model, if it has one.
         base_commit: Commit of the base model.
         parameters: Kind of module, number of tensors, number of parameters.
@@ -101,13 +109,13 @@ def model_card(
     """
     facts = list(_flat(training))
     sections = [
-        f"# {_text(name)} {_text(version)}",
-        _about(base, base_commit),
+        f"# {_text(name)} {_text(version)}" if name and version else "# LoRA adapter",
+        _about(base, base_commit, published=name is not None),
         _table(("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]),
         "## Results\n\n" + _table(("metric", "value"), list(metrics.items())) if metrics else "",
         "## Training\n\n" + _table(("setting", "value"), facts) if facts else "",
         f"![Training loss by step]({LOSS_CURVE})" if picture else "",
-        _usage(name, version, base, task_type),
+        _usage(name, version, base, task_type) if name and version else _plain_usage(base, task_type),
     ]
     body = "\n\n".join(section.strip() for section in sections if section)
     told = fields or CardFields()
@@ -158,7 +166,7 @@ def _find_pipeline(class_name: str | None, task_type: str | None) -> str | None:
 
 
 def _front_matter(
-    name: str, base: str | None, metrics: Mapping[str, float], fields: CardFields, pipeline: str | None
+    name: str | None, base: str | None, metrics: Mapping[str, float], fields: CardFields, pipeline: str | None
 ) -> dict[str, Any]:
     # huggingface_hub takes long to load.
     from huggingface_hub import EvalResult, ModelCardData
@@ -173,7 +181,7 @@ def _front_matter(
             metric_value=value,
         )
         for metric, value in metrics.items()
-        if _METRIC.fullmatch(metric)
+        if name is not None and _METRIC.fullmatch(metric)
     ]
     tags = ["lora", "lora-plugins", "peft", *([f"base_model:adapter:{base}"] if base is not None else [])]
     data = ModelCardData(
@@ -191,8 +199,10 @@ def _front_matter(
     return dict(data.to_dict())
 
 
-def _about(base: str | None, commit: str | None) -> str:
+def _about(base: str | None, commit: str | None, *, published: bool) -> str:
     if base is None:
+        if not published:
+            return "A LoRA adapter. Its base model was loaded from a folder."
         return "A LoRA adapter. Its base model is known by its fingerprint only; `adapter_manifest.json` has it."
     pinned = f" at commit `{_code(commit)}`" if commit else ""
     return f"A LoRA adapter for `{_code(base)}`{pinned}."
@@ -200,26 +210,26 @@ def _about(base: str | None, commit: str | None) -> str:
 
 def _usage(name: str, version: str, base: str | None, task_type: str | None) -> str:
     tag = f"v{Version(version)}"
-    auto = {
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "CAUSAL_LM": "AutoModelForCausalLM",
-    }.get(task_type or "", "AutoModel")
-    model = (
-        f"base = {auto}.from_pretrained({json.dumps(base)})\n"
-        if base
-        else "base = ...  # the model it was trained on\n"
-    )
     reference = json.dumps(f"{name}@{version}")
     load = "load()" if base else "load(base)  # a model or a folder"
     return (
         "## Use\n\nVerified, with the base model that it was trained on:\n\n"
         f"```python\nfrom registry import pull_adapter\n\nmodel = pull_adapter({reference}).{load}\n```\n\n"
-        "With PEFT alone:\n\n"
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n{model}"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(name)}, revision={json.dumps(tag)})\n```"
+        "With PEFT alone:\n\n" + _peft_code(base, task_type, f"{json.dumps(name)}, revision={json.dumps(tag)}")
+    )
+
+
+def _plain_usage(base: str | None, task_type: str | None) -> str:
+    return "## Use\n\n" + _peft_code(base, task_type, '"."  # the folder or repository of this file')
+
+
+def _peft_code(base: str | None, task_type: str | None, place: str) -> str:
+    auto = _AUTO_CLASSES.get(task_type or "", "AutoModel")
+    place, _, comment = place.partition("  #")
+    model = f"{auto}.from_pretrained({json.dumps(base)})" if base else "...  # the model it was trained on"
+    return (
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\nbase = {model}\n"
+        f"model = PeftModel.from_pretrained(base, {place})" + (f"  #{comment}" if comment else "") + "\n```"
     )
 
 

@@ -37,7 +37,7 @@ from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
 
-__all__ = ["Collected", "Run", "collect", "find_adapter_name"]
+__all__ = ["Collected", "Run", "collect", "find_adapter_name", "find_base_folder"]
 
 _VOCABULARY = ("embed", "lm_head", "wte", "trainable_tokens", "shared")
 
@@ -154,7 +154,7 @@ def _of_folder(source: Path, folder: Path) -> _Found:
     lost = describe_lost(config.fields.get("init_lora_weights", True))
     if lost:
         raise InvalidAdapter(f"The adapter in {source}: {lost}")
-    meant = _find_folder(source, config.base_id)
+    meant = find_base_folder(source, config.base_id)
     if meant is not None:
         (folder / ADAPTER_CONFIG).write_bytes(config.published(str(meant), None))
     base, architecture = base_of_folder(StoredAdapter.read(folder))
@@ -166,7 +166,7 @@ def _of_folder(source: Path, folder: Path) -> _Found:
     return _Found(base, architecture, training, hashed, files)
 
 
-def _find_folder(source: Path, name: str | None) -> Path | None:
+def find_base_folder(source: Path, name: str | None) -> Path | None:
     """The folder that a relative name of a base meant in training: trainings write below the folder they run in."""
     if name is None or not is_hub_id(name):
         return None

@@ -1,0 +1,73 @@
+"""The card of an adapter folder that is not a release, such as a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from registry.base.files import is_hub_id
+from registry.disk.files import read_small
+from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
+from registry.formats.fields import COMMIT
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
+from registry.formats.readme import merge_readme
+from registry.formats.tensors import counted
+from registry.formats.weights import read_file_header
+from registry.publishing import training_facts
+from registry.publishing.card import model_card
+from registry.publishing.source import find_base_folder
+
+__all__ = ["write_card"]
+
+_LIMIT = 4 * 1024 * 1024
+#: What stands in cards that PEFT, transformers and TRL write by themselves.
+_GENERATED = (b"# Model Card for Model ID", b"generated_from_trainer")
+
+
+def write_card(folder: str | os.PathLike[str]) -> Path:
+    """Write the ``README.md`` of an adapter folder, such as a Trainer's checkpoint, from what its files say.
+
+    PEFT and transformers write a template there, with the folder that the base was loaded from as ``base_model``; that
+    is replaced. In a README with the markers of our cards, the part between them is written anew. Any other README,
+    which somebody wrote, stays as it is.
+
+    Args:
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``, as ``save_pretrained`` writes them.
+
+    Returns:
+        The file.
+
+    Raises:
+        UnsafeFile: A file of the adapter is malformed.
+        OSError: A file can't be read or written.
+    """
+    place = Path(folder)
+    file, card = place / CARD, _describe(place).encode()
+    existing = read_small(file, _LIMIT) if file.exists() else None
+    if existing is not None and not any(mark in existing for mark in _GENERATED):
+        merged = merge_readme(existing, card)
+        if merged is None:
+            return file
+        card = merged
+    file.write_bytes(card)
+    return file
+
+
+def _describe(folder: Path) -> str:
+    config = AdapterConfig.parse(read_small(folder / ADAPTER_CONFIG, MAX_CONFIG + 1), own=True)
+    name, revision = config.base_id, config.fields.get("revision")
+    base = name if is_hub_id(name) and find_base_folder(folder.absolute(), name) is None else None
+    pinned = base is not None and isinstance(revision, str) and COMMIT.fullmatch(revision) is not None
+    facts, log = training_facts.of_checkpoint(folder)
+    return model_card(
+        name=None,
+        version=None,
+        base=base,
+        base_commit=revision if pinned else None,
+        parameters=list(counted(read_file_header(folder / ADAPTER_WEIGHTS).tensors)),
+        training=facts,
+        metrics=training_facts.last_evaluation(log),
+        picture=False,
+        task_type=config.task_type,
+        class_name=config.base_class,
+    )
