@@ -20,7 +20,7 @@ from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, parse, shown
 from registry.hubs.protocol import Hub
 
-__all__ = ["Changes", "Draft", "Head", "check_repository", "manifest_at", "plan_changes", "read_head"]
+__all__ = ["Changes", "Draft", "Head", "Published", "check_repository", "manifest_at", "plan_changes", "read_head"]
 
 #: Bytes of a README or of a model's configuration that are looked at.
 _SMALL = 4 * 1024 * 1024
@@ -73,6 +73,35 @@ class Changes:
     deleted: tuple[str, ...] = ()
     overwritten: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """Result of a push.
+
+    Attributes:
+        name: ``org/name``.
+        version: The version.
+        commit: Commit holding the release; for a change request and a dry run the one that it starts from, which is
+            empty where there is no repository yet.
+        manifest: Of the release.
+        created: Whether it was published now; otherwise the same content had been before, or it is a dry run.
+        url: The change request, if that is what was made.
+        changes: What happened to the files of the repository, or would happen; ``None`` where nothing was published.
+        dry_run: Whether it was only looked at.
+    """
+
+    name: str
+    version: str
+    commit: str
+    manifest: Manifest
+    created: bool = True
+    url: str | None = None
+    changes: Changes | None = None
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from registry.publishing.changes import (
     Changes,
     Draft,
     Head,
+    Published,
     check_repository,
     manifest_at,
     plan_changes,
@@ -37,35 +38,6 @@ __all__ = ["Draft", "Published", "manifest_at", "publish"]
 PATIENCE = 10.0
 #: Attempts to publish while others publish, too.
 _ATTEMPTS = 30
-
-
-@dataclass(frozen=True)
-class Published:
-    """Result of a push.
-
-    Attributes:
-        name: ``org/name``.
-        version: The version.
-        commit: Commit holding the release; for a change request and a dry run the one that it starts from, which is
-            empty where there is no repository yet.
-        manifest: Of the release.
-        created: Whether it was published now; otherwise the same content had been before, or it is a dry run.
-        url: The change request, if that is what was made.
-        changes: What happened to the files of the repository, or would happen; ``None`` where nothing was published.
-        dry_run: Whether it was only looked at.
-    """
-
-    name: str
-    version: str
-    commit: str
-    manifest: Manifest
-    created: bool = True
-    url: str | None = None
-    changes: Changes | None = None
-    dry_run: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from registry.errors import HubFileNotFound, SignatureError, VersionExists
 from registry.formats.manifest import Manifest
 from registry.formats.paths import SIGNATURE_FILE
 from registry.hubs.protocol import Hub
-from registry.publishing.publish import Published
+from registry.publishing.changes import Published
 from registry.signing.keys import SigningKey
 from registry.signing.signatures import MAX_SIGNATURE, check_own_signature, sign_manifest
 
