@@ -147,7 +147,7 @@ def test_the_tokenizer_is_published_with_a_changed_vocabulary(tmp_path: Path) ->
 
 
 def test_the_hash_of_a_tokenizer_is_the_same_in_memory_and_in_a_file(tmp_path: Path) -> None:
-    from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
+    from registry.formats.tokenizers import hash_of_file, hash_of_tokenizer
 
     tokenizer = make_tokenizer()
     before = hash_of_tokenizer(tokenizer)

@@ -14,11 +14,10 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 from registry.formats.weights import read_open_header
-from registry.publishing.initialization import make_plain
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 __all__ = ["copy_adapter", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
@@ -105,15 +104,12 @@ def _copy(source: Path, target: Path, limit: int) -> None:
             copy.write(chunk)
 
 
-def save_model(model: PeftModel, adapter_name: str, target: Path) -> None:
-    """Save one adapter of a model, without asking any hub about its base.
-
-    Raises:
-        InvalidAdapter: The model has no adapter of that name.
-    """
+def save_model(
+    model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor], config: LoraConfig, target: Path
+) -> None:
+    """Save tensors and configuration of one adapter of a model, without asking any hub about its base."""
     from safetensors.torch import save_file
 
-    state, config = make_plain(model, adapter_name, read_state(model, adapter_name))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     config.save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))

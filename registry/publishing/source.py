@@ -21,6 +21,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseKind, BaseRecord
 from registry.formats.tensors import labels_of, other_tensors
+from registry.formats.tokenizers import hash_of_file, hash_of_tokenizer
 from registry.publishing import training_facts
 from registry.publishing.checks import (
     check_metrics,
@@ -31,8 +32,8 @@ from registry.publishing.checks import (
     warn_of_rest,
 )
 from registry.publishing.collected import Collected, Run, Training
-from registry.publishing.snapshot import copy_adapter, copy_tokenizer, save_model
-from registry.publishing.tokenizers import hash_of_file, hash_of_tokenizer
+from registry.publishing.initialization import make_plain
+from registry.publishing.snapshot import copy_adapter, copy_tokenizer, read_state, save_model
 
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
@@ -183,7 +184,8 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
             "that save_pretrained wrote"
         )
     name = adapter_name or find_adapter_name(model)
-    save_model(model, name, folder)
+    state, saved_config = make_plain(model, name, read_state(model, name))
+    save_model(model, name, state, saved_config, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
     facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
