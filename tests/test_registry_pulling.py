@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -233,33 +234,47 @@ def test_a_damaged_record_deletes_nothing(place: Place) -> None:
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_sixteen_pullers_and_gc_on_one_cache(tmp_path: Path, seconds: int) -> None:
-    """No pull fails, and nothing that was handed out is gone, although every lease but one's own keeps expiring."""
+    """No pull fails, and nothing that was handed out is gone, while gc deletes whatever nobody has in use."""
     place = FolderPlace(tmp_path / "registry")
-    for number in range(3):
-        release(place.hub, f"1.{number}.0", number)
-    end, failures, pulls = time.monotonic() + seconds, [], [0]
+    digests = [release(place.hub, f"1.{number}.0", number).manifest.digest for number in range(3)]
+    end, failures, pulls, deleted = time.monotonic() + seconds, [], [0], [0]
+    users, counting = [0, 0, 0], threading.Lock()
+
+    def use(number: int, change: int) -> None:
+        with counting:
+            users[number] += change
 
     def pull(number: int) -> None:
         try:
             while time.monotonic() < end and not failures:
-                fetched = fetch(place, f"{NAME}@1.{number % 3}.0", lock=False)
+                use(number, 1)
+                fetched = fetch(place, f"{NAME}@1.{number}.0", lock=False)
+                time.sleep(0.01)
                 sizes = {name: (fetched.path / name).stat().st_size for name in fetched.manifest.files}
                 assert sizes == {name: record.size for name, record in fetched.manifest.files.items()}
+                use(number, -1)
+                time.sleep(0.02 * (number + 1))
                 pulls[0] += 1
         except Exception as error:
             failures.append(error)
 
     def clean() -> None:
+        cache = Cache()
         while time.monotonic() < end:
-            Cache().record_path(place.hub.location, NAME).unlink(missing_ok=True)
-            collect_garbage(place.hub, dry_run=False)
+            for number, digest in enumerate(digests):
+                with counting, contextlib.suppress(FileNotFoundError):
+                    if users[number] == 0:  # a day passes for this one
+                        os.utime(cache.folder / "checked" / f"{digest}.json", (0, 0))
+            cache.record_path(place.hub.location, NAME).unlink(missing_ok=True)
+            deleted[0] += len(collect_garbage(place.hub, dry_run=False).paths)
 
-    threads = [threading.Thread(target=pull, args=(number,)) for number in range(16)]
+    threads = [threading.Thread(target=pull, args=(number % 3,)) for number in range(16)]
     threads.append(threading.Thread(target=clean))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    print(f"{pulls[0]} pulls, {deleted[0]} deleted")
     assert failures == []
     assert pulls[0] >= 16
     assert list((Cache().folder / "releases").glob(".tmp-*")) == []
