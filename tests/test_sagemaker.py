@@ -272,7 +272,7 @@ def test_job_on_a_real_model(container: Container, processes: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"lerning_rate": 1e-3}, "--lerning_rate is no flag. Did you mean --learning_rate"),
+        ({"lerning_rate": 1e-3}, "--lerning_rate is not a flag. Did you mean --learning_rate"),
         ({"chunk_length": 100_000}, "fewer than one chunk of 100,000"),
         ({"template": "{dialog}{summary}"}, "Did you mean {dialogue}"),
     ],

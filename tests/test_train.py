@@ -470,6 +470,6 @@ def test_misspelt_flag_is_a_message_and_an_exit_code(
         main(place.arguments("none", "--lerning_rate", "1"))
     assert end.value.code == 1
     said = capsys.readouterr().err
-    assert "--lerning_rate is no flag. Did you mean --learning_rate" in said
+    assert "--lerning_rate is not a flag. Did you mean --learning_rate" in said
     assert "Traceback" not in said
     assert not (place.folder / "none").exists()

@@ -60,10 +60,10 @@ def test_dashes_and_underscores_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lerning_rate", "1"], "--lerning_rate is no flag. Did you mean --learning_rate"),
-        (["--learning-rat=1"], "--learning-rat is no flag. Did you mean --learning_rate"),
-        (["--quant", "int8"], "--quant is no flag. Did you mean --quantization"),
-        (["--num_train", "1"], "--num_train is no flag"),
+        (["--lerning_rate", "1"], "--lerning_rate is not a flag. Did you mean --learning_rate"),
+        (["--learning-rat=1"], "--learning-rat is not a flag. Did you mean --learning_rate"),
+        (["--quant", "int8"], "--quant is not a flag. Did you mean --quantization"),
+        (["--num_train", "1"], "--num_train is not a flag"),
         (["--epochs", "1"], "Use --num_train_epochs"),
         (["--load_in_8bit", "True"], "Use --quantization int8"),
         (["--overwrite_output_dir"], "Use --resume, or another --output_dir"),

@@ -1,4 +1,4 @@
-"""Inputs for measuring a merge: text, trained tokens, images, sound."""
+"""Make inputs to measure a merge: text, trained tokens, images, sound."""
 
 from __future__ import annotations
 

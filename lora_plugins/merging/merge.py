@@ -77,7 +77,7 @@ class MergeResult:
     notes: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """The result as a few sentences."""
+        """Return the result as a few sentences."""
         text = f"Merged model in {self.output}: {self.dtype}, {self.bytes:,} bytes, into {self.into}."
         if self.distance is not None and self.as_trained:
             text += f" Against the trained model: {self.distance.line()}"
@@ -89,7 +89,7 @@ class MergeResult:
         return " ".join([text, *(f"{note}." for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data."""
+        """Return the result as plain data."""
         return {**asdict(self), "output": str(self.output)}
 
 

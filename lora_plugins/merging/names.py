@@ -1,4 +1,4 @@
-"""Names in an adapter's file: the module and the weight that each is about."""
+"""Find the module that a tensor of an adapter's file belongs to."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Distance:
     tokens: int
 
     def line(self) -> str:
-        """The distance as a sentence."""
+        """Return the distance as a sentence."""
         text = f"logits differ by {self.relative:.2%} ({self.largest:.3f} at most)"
         if self.divergence is None or self.agreement is None:
             return f"outputs differ by {self.relative:.2%} ({self.largest:.3f} at most) in {self.tokens} values"

@@ -1,1 +1,1 @@
-"""What `lora-plugins train` does."""
+"""Train by command line: arguments, data, run, results."""

@@ -1,4 +1,4 @@
-"""The flags of ``lora-plugins train``, and the values that reproduce the recipe."""
+"""Define the flags of ``lora-plugins train`` and the recipe's values."""
 
 from __future__ import annotations
 

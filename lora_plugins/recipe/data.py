@@ -1,4 +1,4 @@
-"""Finding and reading data sets: files, folders, the Hub; their splits."""
+"""Find and read data sets: files, folders, the Hub; their splits."""
 
 from __future__ import annotations
 

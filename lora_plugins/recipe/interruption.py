@@ -1,4 +1,4 @@
-"""Ending a run on Ctrl-C or SIGTERM at the next whole step, with a checkpoint."""
+"""End a run on Ctrl-C or SIGTERM after a whole step, with a checkpoint."""
 
 from __future__ import annotations
 

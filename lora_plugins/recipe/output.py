@@ -1,4 +1,4 @@
-"""What a run leaves behind besides the adapter: where it goes, the record of the run, figures, the loss curve."""
+"""Write the record of a run, its figures and its loss curve."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Folders:
 
     @classmethod
     def of(cls, recipe: RecipeArguments, training: TrainingArguments) -> Folders:
-        """The folders that the arguments ask for."""
+        """Return the folders that the arguments ask for."""
         output = Path(training.output_dir)
         return cls(
             output,
@@ -117,7 +117,7 @@ class Folders:
 
 
 def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
-    """What decides the weights of a run, as plain data."""
+    """Return the arguments that decide the weights of a run, as plain data."""
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
     theirs = {name: _plain(getattr(training, name, None)) for name in _DECISIVE}
     return {**ours, **theirs}
@@ -167,7 +167,7 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def metrics(history: list[dict[str, Any]], counts: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run: counts of the data, last losses, the whole log."""
+    """Return the figures of a run: counts of the data, last losses, the whole log."""
     last: dict[str, Any] = {}
     for entry in history:
         last |= {key: entry[key] for key in ("loss", "eval_loss", "train_loss", "train_runtime") if key in entry}

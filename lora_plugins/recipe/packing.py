@@ -1,4 +1,4 @@
-"""Cutting tokenised examples into chunks of equal length, or keeping them apart for padding; and counting both.
+"""Cut tokenised examples into chunks of equal length, or pad them.
 
 Packing takes two steps. The first writes down where each example begins in the stream of all tokens; the second
 cuts the stream at multiples of the chunk length. A chunk belongs to the example that its first token comes from,
@@ -31,7 +31,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class PackingCounts:
-    """What became of the examples.
+    """Counts of examples that were packed.
 
     Attributes:
         examples: Examples that went in.
@@ -57,7 +57,7 @@ class PackingCounts:
 
 @dataclass(frozen=True)
 class PaddedCounts:
-    """What became of examples that are not packed.
+    """Counts of examples that were not packed.
 
     Attributes:
         examples: Examples that went in.
@@ -133,7 +133,7 @@ def pack(
         remove_columns=tokenised.column_names,
         # A batch in which no chunk begins would leave the type open.
         features=_features(tokenised, columns),
-        # The function holds the data set itself, which is no stable thing to hash.
+        # The function holds the data set itself, whose hash would change.
         new_fingerprint=_fingerprint(tokenised, chunk_length),
         desc="Packing",
     )
@@ -213,7 +213,7 @@ class _ChunksOfRows:
         return {"input_ids": made["input_ids"], "labels": made.get("labels", made["input_ids"])}
 
     def _chunks_beginning_in(self, start: int, stop: int) -> tuple[int, int]:
-        """Numbers of the chunks whose first token is in rows ``start`` to ``stop``; the remainder is no chunk."""
+        """Return the range of chunks whose first token is in rows ``start`` to ``stop``, without the remainder."""
         whole = int(self.offsets[-1]) // self.length
         first, last = (-(-int(self.offsets[row]) // self.length) for row in (start, stop))
         return min(first, whole), min(last, whole)
@@ -255,7 +255,7 @@ def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
 
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
+    """Return the values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
     return pa.chunked_array([part.flatten() for part in column.chunks], type=column.type.value_type)
 
 

@@ -1,4 +1,4 @@
-"""From flags and a YAML file to checked arguments. Nothing unknown passes, and nothing is abbreviated."""
+"""Check flags and a YAML file; nothing unknown or abbreviated passes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
     tokens = [*(_tokens_of_file(config, parser) if config else []), *flags]
     values, unknown = parser.parse_known_args(tokens)
     if unknown:
-        raise _unknown(unknown, parser)
+        raise _describe_unknown(unknown, parser)
     given = {name: value for name, value in vars(values).items() if name not in ("help", "config")}
     _apply_hardware(given)
     recipe = RecipeArguments(**{item.name: given.pop(item.name) for item in fields(RecipeArguments)})
@@ -92,7 +92,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
 
         def _check_value(self, action: argparse.Action, value: Any) -> None:
             if action.choices is not None and value not in action.choices:
-                raise ArgumentsError(_no_choice(f"--{action.dest}", value, [str(one) for one in action.choices]))
+                raise ArgumentsError(_describe_choice(f"--{action.dest}", value, [str(one) for one in action.choices]))
 
     # Abbreviations would let a misspelt flag mean another one.
     parser = Parser(
@@ -110,7 +110,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
     return parser
 
 
-def _no_choice(flag: str, value: Any, choices: list[str]) -> str:
+def _describe_choice(flag: str, value: Any, choices: list[str]) -> str:
     hint = did_you_mean(value, choices)
     return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
 
@@ -124,7 +124,7 @@ def _dataclasses(*, everything: bool) -> list[Any]:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Spells each flag once, and tells defaults where there are some."""
+    """Spell each flag once, and show defaults where there are some."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags = [flag for flag in action.option_strings if "_" not in flag]
@@ -140,15 +140,15 @@ class _Formatter(argparse.HelpFormatter):
         text = " ".join((action.help or "").split())
         if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, ""):
             return text
-        return f"{text} [default: {_one_line(action.default)}]"
+        return f"{text} [default: {_format_default(action.default)}]"
 
 
-def _one_line(value: Any) -> str:
+def _format_default(value: Any) -> str:
     return str(getattr(value, "value", value)).replace("\n", "\\n")
 
 
 def flag_names(parser: HfArgumentParser) -> list[str]:
-    """All long flags without their dashes, as they are spelt in a YAML file."""
+    """Return all long flags without their dashes, as they are spelt in a YAML file."""
     return sorted(action.dest for action in parser._actions if action.dest not in ("help", "config"))
 
 
@@ -199,12 +199,12 @@ def _tokens(name: str, value: Any, action: argparse.Action, place: str) -> list[
     return [f"--{name}={value}"]
 
 
-def _unknown(unknown: Sequence[str], parser: HfArgumentParser) -> ArgumentsError:
+def _describe_unknown(unknown: Sequence[str], parser: HfArgumentParser) -> ArgumentsError:
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
         return ArgumentsError(f"{unknown[0]!r} stands where a flag was expected. See `{PROGRAM} --help`.")
     names = flag_names(parser)
-    hints = [f"{flag} is no flag.{_hint(flag.lstrip('-').replace('-', '_'), names)}" for flag in flags]
+    hints = [f"{flag} is not a flag.{_hint(flag.lstrip('-').replace('-', '_'), names)}" for flag in flags]
     return ArgumentsError(" ".join(hints) + f" See `{PROGRAM} --help` and `--help-all`.")
 
 

@@ -1,4 +1,4 @@
-"""From arguments to what a Trainer gets: tokenizer, data sets, base model, callbacks."""
+"""Make what a Trainer gets: tokenizer, data sets, base model."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ def _examples(
 
 
 def completion_only(recipe: RecipeArguments) -> bool:
-    """Whether only answers count in the loss."""
+    """Return whether only answers count in the loss."""
     return (recipe.loss_on or ("completion" if recipe.template == CHAT else "all")) == "completion"
 
 
 def packs(recipe: RecipeArguments) -> bool:
-    """Whether examples are joined and cut into chunks."""
+    """Return whether examples are joined and cut into chunks."""
     return not completion_only(recipe) if recipe.packing is None else recipe.packing
 
 
@@ -159,7 +159,7 @@ def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any
 
 
 def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
-    """The arguments of `LoraCallback` for a recipe."""
+    """Return the arguments of `LoraCallback` for a recipe."""
     arguments: dict[str, Any] = {
         "r": recipe.r,
         "lora_alpha": recipe.lora_alpha,
@@ -177,16 +177,16 @@ def check_lora(recipe: RecipeArguments) -> None:
 
     Raises:
         UnknownQuantizer: No plugin has the quantization backend.
-        UnknownArgument: ``--lora`` has something that is no field of ``peft.LoraConfig``.
+        UnknownArgument: ``--lora`` has something that is not a field of ``peft.LoraConfig``.
     """
     LoraSettings.from_arguments(**lora_arguments(recipe))
 
 
 def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
-    """The backend's name, or a mapping of it and its options; ``None`` for a base in float.
+    """Return the backend's name, or a mapping of it and its options; ``None`` for a base in float.
 
     Raises:
-        ArgumentsError: It begins as JSON and is none.
+        ArgumentsError: It begins as JSON and is not valid.
     """
     if recipe.quantization == "none":
         return None

@@ -1,4 +1,4 @@
-"""Publishing the adapter after a run: what ``--push`` says is checked before it begins."""
+"""Publish the adapter after a run; ``--push`` is checked before it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Publication:
         """Refuse before the training what could not be published after it.
 
         Raises:
-            RegistryError: The version or the base model is none that can be published.
+            RegistryError: The version or the base model can't be published.
         """
         check_push(model, self.name, version=self.version, base_model=self.base_model)
 

@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest one that was written to its end."""
+"""Find the newest complete checkpoint, and what is wrong with others."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def find_checkpoints(output: Path, processes: int = 1) -> Checkpoints:
 
 
 def checkpoint_defect(folder: Path, processes: int = 1) -> str | None:
-    """Say why a checkpoint can't be resumed from, ``None`` for a complete one."""
+    """Return why a checkpoint can't be resumed from, ``None`` for a complete one."""
     return next(_defects(folder, processes), None)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
-    """The folders of checkpoints, newest step first."""
+    """Return the folders of checkpoints, newest step first."""
     steps = {path: _NAME.fullmatch(path.name) for path in output.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, match in steps.items() if match), key=_step, reverse=True)
 

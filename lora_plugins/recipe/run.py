@@ -1,4 +1,4 @@
-"""The command ``train`` from its first check to the merged model."""
+"""Run the command ``train``, from its first check to the merged model."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TrainingRun:
         return 0
 
     def _base_on_hub(self) -> str | None:
-        """What a published adapter names as its base, where the model itself doesn't tell."""
+        """Return the base that a published adapter names, where the model itself does not say it."""
         recipe = self.recipe
         if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
             return f"{recipe.model}@{recipe.revision}"
@@ -128,7 +128,7 @@ class TrainingRun:
         return None
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint to go on from.
+        """Return the checkpoint to go on from.
 
         Raises:
             ResumeError: There are checkpoints and nobody asked to resume, or they are of a run with other arguments.

@@ -1,4 +1,4 @@
-"""Look through files of rows for what the loaders crash or hang on."""
+"""Refuse data files that the loaders crash or hang on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rows to token ids and labels: prompt templates, chat templates, and which part counts in the loss."""
+"""Turn rows into token ids and labels, by prompt or chat templates."""
 
 from __future__ import annotations
 
