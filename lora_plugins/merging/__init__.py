@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model, and measure how exact the result is."""
+"""Merge an adapter into its base model, and measure the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read small text files without waiting on pipes, and say where one is wrong."""
+"""Read small text files without waiting on pipes; name the wrong line."""
 
 from __future__ import annotations
 
