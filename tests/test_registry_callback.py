@@ -89,7 +89,7 @@ def test_what_cannot_be_published_is_refused_before_training(tmp_path: Path, mon
         PushToRegistryCallback("name")
     with pytest.raises(InvalidReference):
         PushToRegistryCallback("org/name", version="one")
-    with pytest.raises(ValueError, match="neither 'end' nor 'best'"):
+    with pytest.raises(ValueError, match="must be 'end' or 'best'"):
         PushToRegistryCallback("org/name", when="soon")  # type: ignore[arg-type]
     run = trainer(tmp_path, PushToRegistryCallback("org/name", when="best"))
     with pytest.raises(InvalidAdapter, match="set eval_strategy"):

@@ -144,7 +144,7 @@ def test_what_is_wrong_is_said_in_one_line(
     for arguments, message in [
         (["pull", "org/missing"], "org/missing"),
         (["pull", "nonsense"], "has to be org/name"),
-        (["push", "/nowhere", "org/name"], "/nowhere is no folder"),
+        (["push", "/nowhere", "org/name"], "/nowhere is not a folder"),
         (["versions", "org/name", "--hub", "somewhere"], "is not a registry"),
     ]:
         with pytest.raises(SystemExit) as caught:

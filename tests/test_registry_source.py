@@ -258,9 +258,9 @@ def test_large_tensors_that_are_not_the_adapters_have_to_be_allowed(
 
 
 def test_things_that_are_no_adapters(tmp_path: Path) -> None:
-    with pytest.raises(InvalidAdapter, match="A LlamaForCausalLM is nothing to publish"):
+    with pytest.raises(InvalidAdapter, match="A LlamaForCausalLM cannot be published"):
         collected(tiny.llama())
-    with pytest.raises(InvalidAdapter, match="is no folder"):
+    with pytest.raises(InvalidAdapter, match="is not a folder"):
         collected(tmp_path / "missing")
     with pytest.raises(InvalidAdapter, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
         collected(tmp_path)
@@ -287,8 +287,8 @@ def test_links_and_strange_files_are_refused(folder: Path, tmp_path: Path) -> No
     cases = {
         "symlink": (lambda path: path.symlink_to(secret), "is a symbolic link"),
         "hard link": (lambda path: os.link(secret, path), "2 names"),
-        "FIFO": (os.mkfifo, "no regular file"),
-        "folder": (lambda path: path.mkdir(), "no regular file|can't be read"),
+        "FIFO": (os.mkfifo, "not a regular file"),
+        "folder": (lambda path: path.mkdir(), "not a regular file|can't be read"),
         "device": (lambda path: path.symlink_to("/dev/zero"), "is a symbolic link"),
     }
     for name, (make, message) in cases.items():

@@ -1,4 +1,4 @@
-"""Aliases: names such as ``champion`` that stand for one version at a time, and remember for which ones they stood."""
+"""Aliases such as ``champion``: one version at a time, with history."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def set_alias(
 
     Raises:
         AliasMoved: It stands for something else.
-        InvalidReference: It is no name for an alias.
+        InvalidReference: It is not a valid alias.
         VersionNotFound: The reference means no release.
     """
     parsed, place = Reference.parse(reference), open_hub(hub, token)
@@ -78,7 +78,7 @@ def aliases(
 
 def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | None) -> None:
     # What it stands for at the first look is what the caller expects, if nothing was said.
-    expected: list[str | None] = [] if expect == ANY else [_normalized(expect)]
+    expected: list[str | None] = [] if expect == ANY else [_normalize(expect)]
     manifests = Manifests(hub, name)
 
     def change(state: State, refs: Refs) -> State:
@@ -106,5 +106,5 @@ def _is_there(index: Index, version: Version) -> bool:
     return version in index.versions and index.is_release(version)
 
 
-def _normalized(expect: str | None) -> str | None:
+def _normalize(expect: str | None) -> str | None:
     return None if expect is None else version_text(parse_version(expect))

@@ -1,4 +1,4 @@
-"""What a registry holds: adapters, their versions, and what their manifests say."""
+"""List adapters and versions, and show what their manifests say."""
 
 from __future__ import annotations
 

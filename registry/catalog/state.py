@@ -1,4 +1,4 @@
-"""What changes about releases after they were published: withdrawn versions, and aliases with their history.
+"""State of a repository: withdrawn versions, and aliases with history.
 
 It is one file, ``registry.json``, on a branch of its own, changed by compare-and-swap.
 """

@@ -1,4 +1,7 @@
-"""Withdrawing a version: no range picks it any more; who names it, or has locked it, still gets it and is warned."""
+"""Yank a version, or offer it again.
+
+Ranges skip a yanked version; exact pins and locks still resolve to it, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def yank(
         token: For the registry.
 
     Raises:
-        InvalidReference: The reference may mean several releases, or the reason is no line of text.
+        InvalidReference: The reference may mean several releases, or the reason is not a line of text.
         VersionNotFound: There is no such release.
     """
     return _change(reference, Yank(check_reason(reason), now()), open_hub(hub, token))

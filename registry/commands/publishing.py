@@ -1,4 +1,4 @@
-"""``lora-plugins push``, ``yank``, ``alias``, ``mirror``: what changes a registry."""
+"""Commands that change a registry: push, yank, alias, mirror."""
 
 from __future__ import annotations
 

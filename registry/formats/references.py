@@ -1,4 +1,7 @@
-"""References to adapters: ``org/name``, with ``@version``, ``@alias``, ``@commit`` or a range behind it."""
+"""References to adapters: ``org/name``, and which release of it.
+
+Behind the name stands nothing, ``@version``, ``@alias``, ``@commit`` or a range.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         if version not in BUMPS:
             parse_version(version)
         if when not in ("end", "best"):
-            raise ValueError(f"when={when!r} is neither 'end' nor 'best'")
+            raise ValueError(f"when={when!r} must be 'end' or 'best'")
         self.name = name
         self.version = version
         self.when = when
@@ -100,7 +100,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
                 source, self.name, version=self.version, hub=self.hub, metrics=metrics, **self.options
             )
         except RegistryError as error:
-            raise self._kept(error, args, model) from error
+            raise self._keep(error, args, model) from error
         _log.info("Published %s (%s)", self.published, self.published.commit[:12])
 
     def _is_best(self, args: TrainingArguments) -> bool:
@@ -108,12 +108,14 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
 
     def _source(self, args: TrainingArguments, state: TrainerState, model: Any, tokenizer: Any) -> Run | Path:
         loaded = self.when == "end" or args.load_best_model_at_end
-        if loaded and not _spread(model):
+        if loaded and not _is_spread(model):
             return Run(_peft_model(model), args, state, tokenizer)
         folder = state.best_model_checkpoint if self._is_best(args) else None
         folder = folder or Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.when == "best" and state.best_model_checkpoint is None:
-            raise InvalidAdapter("There is no best checkpoint: set metric_for_best_model, and evaluate where it saves")
+            raise InvalidAdapter(
+                "The run has no best checkpoint: set metric_for_best_model, and save where it evaluates"
+            )
         if not Path(folder, ADAPTER_CONFIG).is_file():
             raise InvalidAdapter(
                 f"The model is spread over processes and {folder} holds no adapter: let the Trainer save at its last "
@@ -121,10 +123,10 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
             )
         return Path(folder)
 
-    def _kept(self, error: RegistryError, args: TrainingArguments, model: Any) -> RegistryError:
-        """The error, with the folder in which the adapter is now."""
+    def _keep(self, error: RegistryError, args: TrainingArguments, model: Any) -> RegistryError:
+        """Save the adapter, and return the error with the folder in which it is."""
         folder = Path(args.output_dir, UNPUBLISHED)
-        if _spread(model):
+        if _is_spread(model):
             return error
         try:
             _peft_model(model).save_pretrained(str(folder))
@@ -144,7 +146,7 @@ def _peft_model(model: Any) -> Any:
     return model
 
 
-def _spread(model: Any) -> bool:
+def _is_spread(model: Any) -> bool:
     """Whether no process has whole weights."""
     return any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 

@@ -107,7 +107,7 @@ def model_card(
         class_name: Class of the base in transformers, if it is known.
         fields: What the publisher says for the front matter.
     """
-    facts = list(_flat(training))
+    facts = list(_flatten(training))
     sections = [
         f"# {_text(name)} {_text(version)}" if name and version else "# LoRA adapter",
         _about(base, base_commit, published=name is not None),
@@ -244,11 +244,11 @@ def _cell(value: Any) -> str:
     return _text(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{key}.")
+            rows += _flatten(value, f"{key}.")
         elif value is not None:
             rows.append((f"{prefix}{key}", value))
     return rows

@@ -46,7 +46,7 @@ def make_release(
         base=collected.base,
         architecture=collected.architecture,
         config=collected.non_default,
-        files={**collected.files, **_records(files)},
+        files={**collected.files, **_record_bytes(files)},
         tensors=collected.tensors,
         peft_version=collected.config.peft_version,
         tokenizer_hash=collected.tokenizer_hash,
@@ -57,7 +57,7 @@ def make_release(
     return Manifest.parse(manifest.to_bytes()), files
 
 
-def _records(files: Mapping[str, Path | bytes]) -> dict[str, FileRecord]:
+def _record_bytes(files: Mapping[str, Path | bytes]) -> dict[str, FileRecord]:
     return {
         name: FileRecord(len(content), hashlib.sha256(content).hexdigest())
         for name, content in files.items()

@@ -1,4 +1,4 @@
-"""The card of an adapter folder that is not a release, such as a checkpoint."""
+"""Write the card of an adapter folder, such as a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sign a release while it is published, and make sure afterwards that the signature is there."""
+"""Sign a release while it is published, and check that it stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A private copy of what is to be published, made once: what is checked is what is uploaded."""
+"""Copy what is published to a private folder, once.
+
+What is checked is what is uploaded, whatever happens to the original meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,12 @@ def copy_adapter(source: Path, target: Path) -> None:
 
     Raises:
         InvalidAdapter: The folder holds no adapter.
-        UnsafeFile: A file is a link, no regular file, or a pickle where there are no safetensors.
+        UnsafeFile: A file is a link, not a regular file, or a pickle where there are no safetensors.
         TooLarge: A file is larger than any adapter.
     """
     if not source.is_dir():
         raise InvalidAdapter(
-            f"{source} is no folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote"
+            f"{source} is not a folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote"
         )
     names = set(os.listdir(source))
     pickles = [name for name in _PICKLES if name in names]
@@ -57,7 +60,7 @@ def _hint(source: Path, names: Iterable[str]) -> str:
     nested = sorted(name for name in names if (source / name / ADAPTER_CONFIG).is_file())
     if nested:
         return f" It has adapters in {', '.join(nested[:5])}: name one of them."
-    return " It is no folder that a PeftModel's save_pretrained wrote."
+    return " A PeftModel's save_pretrained writes both."
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
@@ -83,7 +86,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise UnsafeFile(f"{source} is no regular file")
+        raise UnsafeFile(f"{source} is not a regular file")
     with os.fdopen(descriptor, "rb") as file, open(target, "xb") as copy:
         if status.st_nlink > 1:
             raise UnsafeFile(
@@ -136,7 +139,7 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
         known = ", ".join(model.peft_config)
         raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
     # By itself, PEFT asks the Hub how large the base's vocabulary was.
-    resized = _resized(model)
+    resized = _saves_embeddings(model)
     found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=resized
     )
@@ -165,7 +168,7 @@ def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
-def _resized(model: PeftModel) -> bool:
+def _saves_embeddings(model: PeftModel) -> bool:
     """Whether the embeddings must be saved along: somebody added tokens, or trains them."""
     from registry.base.files import original_vocabulary
     from registry.base.places import ends_of

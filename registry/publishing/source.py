@@ -87,7 +87,7 @@ def collect(
         UnsafeFile: A file is not what it should be.
     """
     with temporary_folder() as folder:
-        found = _copied(source, folder, adapter_name)
+        found = _copy_source(source, folder, adapter_name)
         found.training.facts.update(training or {})
         # A live model's configuration may name a class of the user's own; that of a folder must not.
         own = not isinstance(source, (str, os.PathLike))
@@ -137,7 +137,7 @@ def _warn_of_unseen(base: BaseRecord) -> None:
         )
 
 
-def _copied(source: Any, folder: Path, adapter_name: str | None) -> _Found:
+def _copy_source(source: Any, folder: Path, adapter_name: str | None) -> _Found:
     if isinstance(source, (str, os.PathLike)):
         return _of_folder(Path(source), folder)
     if isinstance(source, Run):
@@ -180,7 +180,7 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
         raise InvalidAdapter(
-            f"A {type(model).__name__} is nothing to publish: give a PeftModel, a Trainer that holds one, or a folder "
+            f"A {type(model).__name__} cannot be published: give a PeftModel, a Trainer that holds one, or a folder "
             "that save_pretrained wrote"
         )
     name = adapter_name or find_adapter_name(model)
