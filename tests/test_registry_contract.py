@@ -186,7 +186,7 @@ def test_a_base_in_a_folder(adapter: Adapter, tmp_path: Path, monkeypatch: pytes
     assert model.get_base_model().dtype == torch.bfloat16
     with pytest.raises(BaseMismatch, match="same shapes and other weights"):
         adapter.load(tmp_path / "other")
-    with pytest.raises(UnknownBase, match="There is no folder"):
+    with pytest.raises(UnknownBase, match="does not exist"):
         adapter.check(tmp_path / "missing")
 
 

@@ -179,7 +179,7 @@ HOSTILE_NAMES = [
 def test_no_other_file_name_is_allowed(name: str) -> None:
     assert not allowed(name)
     spoilt = {**document(), "files": {**document()["files"], name: {"size": 1, "sha256": SHA}}}
-    with pytest.raises(InvalidManifest, match="which a release can't hold") as caught:
+    with pytest.raises(InvalidManifest, match="which a release cannot hold") as caught:
         Manifest.parse(json.dumps(spoilt).encode())
     assert "\0" not in str(caught.value)
     assert len(str(caught.value)) < 400

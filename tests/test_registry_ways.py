@@ -17,7 +17,7 @@ from adapters import adapted, pulled
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from lora_plugins import LoraCallback, prepare_model
+from lora_plugins import LoraCallback, merge_and_save, prepare_model
 from registry import BaseMismatch, check_contract
 from registry.formats.records import TensorRecord
 from registry.pulling.adapter import Adapter
@@ -100,6 +100,14 @@ CASES: dict[str, Callable[[Adapter, Path, dict[str, str]], tuple[Adapter, Any]]]
 }
 
 
+def merge(adapter: Adapter, model: Any, folder: Path) -> None:
+    """Merge into the base in a folder, of huggingface_hub's cache where its commit is known."""
+    commit = model.config._commit_hash
+    place = folder / "models--org--base" / "snapshots" / commit if commit else folder / "base"
+    model.save_pretrained(place)
+    merge_and_save(adapter.path, folder / "merged", base=place, quantization="none", probe=None)
+
+
 def train(adapter: Adapter, model: Any, folder: Path) -> None:
     tiny.trainer(folder, model, [LoraCallback(adapter=adapter)], max_steps=1).train()
 
@@ -111,6 +119,7 @@ WAYS: dict[str, Callable[[Adapter, Any, Path], Any]] = {
     "`check_contract`": lambda adapter, model, _: check_contract(adapter.path, model),
     "`prepare_model(adapter=)`": lambda adapter, model, _: prepare_model(model, adapter=adapter),
     "`LoraCallback(adapter=)`": train,
+    "`merge_and_save`": merge,
 }
 
 

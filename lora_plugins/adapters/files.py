@@ -1,4 +1,4 @@
-"""Putting LoRA adapters into a base model, quantizing under them, reading them back from a file."""
+"""Stored adapters: find, check, load and compare them."""
 
 from __future__ import annotations
 

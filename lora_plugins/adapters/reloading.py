@@ -1,4 +1,4 @@
-"""Adapters that PEFT would not find again, because it renames their tensors while it loads them."""
+"""Adapters whose tensors PEFT would not find in their own file."""
 
 from __future__ import annotations
 

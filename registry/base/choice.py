@@ -31,7 +31,7 @@ _SNAPSHOTS = "snapshots"
 
 
 def is_folder(base: object) -> bool:
-    """Whether a folder is meant: what exists on disk decides nothing."""
+    """Return whether a folder is meant. What exists on disk does not decide it."""
     if isinstance(base, str):
         return os.path.isabs(base) or base.startswith((".", "~"))
     return isinstance(base, os.PathLike)
@@ -51,7 +51,7 @@ def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, toke
     if is_folder(base):
         folder = Path(os.fspath(base)).expanduser()
         if not folder.is_dir():
-            raise UnknownBase(f"There is no folder {folder}")
+            raise UnknownBase(f"The folder {folder} does not exist")
         name, commit = _find_snapshot(folder)
         return _describe_files(BaseFiles.in_folder(folder), f"the model in {folder}", adapter, name, commit)
     if isinstance(base, str):
@@ -66,14 +66,17 @@ def _describe_live(model: nn.Module) -> Base:
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     title = f"this {type(model).__name__}" + (f" ({name})" if name else "")
-    commit = getattr(config, "_commit_hash", None)
+    hub_id, commit = name if name and BASE_ID.fullmatch(name) else None, getattr(config, "_commit_hash", None)
+    if hub_id is None and name:
+        # transformers does not say the commit of a folder.
+        hub_id, commit = _find_snapshot(Path(name))
     return Base(
         title,
         lambda: iter([Candidate(None, None, lambda: skeleton(model))]),
         _values(config),
         LiveTensors(model),
         vocabulary=original_vocabulary(model),
-        id=name if name and BASE_ID.fullmatch(name) else None,
+        id=hub_id,
         commit=commit if isinstance(commit, str) and COMMIT.fullmatch(commit) else None,
     )
 

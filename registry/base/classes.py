@@ -1,4 +1,4 @@
-"""The class of transformers for a base model, and instances without weights."""
+"""The class of transformers for a base model, also without weights."""
 
 from __future__ import annotations
 

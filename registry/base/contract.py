@@ -1,4 +1,4 @@
-"""The contract between an adapter and a base model: one check for every way."""
+"""The contract between adapter and base model: one check for all ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base model that is not in memory: its configuration, and single tensors read out of its files."""
+"""A base model's files: its configuration and single tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def matching_name(name: str, names: Mapping[str, Any]) -> str | None:
-    """The one of ``names`` that is ``name``, or so but for a prefix with a dot; ``None`` if there are none or many."""
+    """Return the entry of ``names`` equal to ``name`` up to a dotted prefix; ``None`` if none or several match."""
     if name in names:
         return name
     found = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
@@ -79,7 +79,7 @@ class BaseFiles:
 
     @classmethod
     def in_folder(cls, folder: Path) -> BaseFiles:
-        """Those of a folder that ``save_pretrained`` wrote."""
+        """Open the files of a folder that ``save_pretrained`` wrote."""
 
         def read(name: str, start: int, length: int) -> bytes:
             with open(folder / name, "rb") as file:
@@ -91,7 +91,7 @@ class BaseFiles:
 
     @classmethod
     def on_hub(cls, hub: Hub, name: str, commit: str) -> BaseFiles:
-        """Those of a commit on a hub."""
+        """Open the files of a commit on a hub."""
 
         def read(file: str, start: int, length: int) -> bytes:
             return hub.read_range(name, commit, file, start, length)
@@ -99,11 +99,11 @@ class BaseFiles:
         return cls(f"{name} at {commit[:12]}", read, hub.files(name, commit))
 
     def config(self) -> PretrainedConfig:
-        """Its configuration.
+        """Read its configuration.
 
         Raises:
             HubFileNotFound: It has none.
-            UnsafeFile: It needs code of its own, or can't be read.
+            UnsafeFile: It needs code of its own, or cannot be read.
         """
         from transformers import AutoConfig
 
@@ -116,7 +116,7 @@ class BaseFiles:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=False)
             except (ValueError, KeyError, OSError, TypeError) as error:
                 first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UnsafeFile(f"The configuration of {self.name} can't be read here: {first}. Pass the loaded model.")
+        raise UnsafeFile(f"The configuration of {self.name} cannot be read here: {first}. Pass the loaded model.")
 
     def rows(self, name: str, count: int) -> torch.Tensor | None:
         """See `registry.formats.records.TensorSource`."""
@@ -152,18 +152,18 @@ class BaseFiles:
 
     def _document(self, name: str) -> dict[str, Any]:
         if name not in self.sizes:
-            raise HubFileNotFound(f"{self.name} has no {name}: it is no base model that can be checked")
+            raise HubFileNotFound(f"{self.name} has no {name}: it is not a base model that can be checked")
         try:
             values = parse(self.read(name, 0, min(self.sizes[name], _SMALL) + 1), _SMALL)
         except JsonRefused as reason:
-            raise UnsafeFile(f"{name} of {self.name} can't be read: {reason}") from None
+            raise UnsafeFile(f"{name} of {self.name} cannot be read: {reason}") from None
         if not isinstance(values, dict):
-            raise UnsafeFile(f"{name} of {self.name} is no object")
+            raise UnsafeFile(f"{name} of {self.name} is not a JSON object")
         return values
 
 
 def is_hub_id(text: str | None) -> bool:
-    """Whether a base was loaded from a hub by this name, and not from a folder.
+    """Return whether a base was loaded from a hub by this name, and not from a folder.
 
     transformers takes a folder of that name first, so where there is one it may have been either.
     """
@@ -181,7 +181,7 @@ def find_base_folder(model: nn.Module) -> Path | None:
 
 
 def original_vocabulary(model: nn.Module) -> int | None:
-    """The vocabulary size in the files that a model was loaded from, as far as they are on this machine."""
+    """Return the vocabulary size in the files that a model was loaded from; ``None`` if they are not here."""
     folder = find_base_folder(model)
     if folder is None:
         return None

@@ -1,4 +1,4 @@
-"""By what a base model is recognized: its configuration, and a few tensors that training an adapter leaves alone."""
+"""The fingerprint by which a base model is recognized."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of a model in memory, with or without adapters; of tensors only that are there as a whole."""
+    """Return the fingerprint of a model in memory, with or without adapters, from the tensors that are not sharded."""
     config: Any = getattr(model, "config", None)
     values = config_values(config.to_dict()) if hasattr(config, "to_dict") else {}
     found = {}
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that define the computation, nested ones with dots."""
+    """Return the keys of a configuration that define the computation, nested ones with dots."""
     values: dict[str, Any] = {}
     for key, value in config.items():
         if _NOT_COMPUTED.fullmatch(str(key)):
@@ -94,7 +94,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def original_name(name: str) -> str:
-    """The name of a parameter before adapters and compilation."""
+    """Return the name of a parameter before adapters and compilation."""
     previous = None
     while previous != name:
         previous, name = name, _WRAPPERS.sub("", name)
@@ -102,7 +102,7 @@ def original_name(name: str) -> str:
 
 
 def telling(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that tell models apart: the input embedding, the first and the last norm."""
+    """Yield the tensors that tell models apart: the input embedding, the first and the last norm."""
     embedding = _embedding(model)
     norms = []
     for name, tensor in model.named_parameters():
@@ -127,7 +127,7 @@ def _embedding(model: nn.Module) -> torch.Tensor | None:
 
 
 def prints(tensor: torch.Tensor) -> TensorPrint | None:
-    """What the first rows of a tensor look like; ``None`` for one whose values aren't here, or are no floats."""
+    """Return the print of a tensor's first rows; ``None`` where its values are not here or not floating-point."""
     import torch
 
     dtype = _DTYPES.get(str(tensor.dtype))

@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors fit a base, and as which class of transformers."""
+"""Whether an adapter's tensors fit a base, and as which class."""
 
 from __future__ import annotations
 

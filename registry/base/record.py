@@ -1,4 +1,4 @@
-"""Which base model an adapter was trained on: its id, its commit, its fingerprint, as far as each can be found out."""
+"""What is recorded of the base model that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
     """
     name, _, revision = given.partition("@")
     if BASE_ID.fullmatch(name) is None:
-        raise UnknownBase(f"base_model={given!r} is no id of a model on a hub: give org/name or org/name@revision")
+        raise UnknownBase(f"base_model={given!r} is not the id of a model on a hub: give org/name or org/name@revision")
     commit = revision if _is_commit(revision) else None
     if hub is None:
         if commit is None and record.fingerprint is not None:

@@ -1,4 +1,4 @@
-"""Tensors of an adapter that PEFT loses while it loads them, put back by their names."""
+"""Restore tensors of an adapter that PEFT loses on loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lora_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, tor
 
 
 def put_back(model: PeftModel, stored: Mapping[str, torch.Tensor], adapter_name: str) -> int:
-    """Give the LoRA tensors of an adapter the values of its file, where PEFT has not.
+    """Restore the LoRA tensors of an adapter from its file where PEFT did not load them.
 
     PEFT renames the tensors of an adapter as transformers renames those of old checkpoints of the base. For some types
     the patterns match the new names as well; PEFT then warns of missing keys and leaves the adapter without effect.

@@ -1,4 +1,4 @@
-"""A model without its weights: the same modules and shapes on the meta device, to try an adapter on."""
+"""A copy of a model on the meta device, to try an adapter on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["skeleton"]
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, without adapters and quantization; the model is not touched.
+    """Copy a model to the meta device, without adapters and quantization; the model is not changed.
 
     What stands for a quantized layer is a plain linear layer of its logical shape.
     """

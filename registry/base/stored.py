@@ -1,4 +1,4 @@
-"""An adapter on disk: its configuration, tensors and manifest, read strictly."""
+"""An adapter on disk: configuration, tensors and manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of an adapter, as PEFT writes it: read without PEFT, and without believing it."""
+"""An adapter's configuration file, parsed strictly and without PEFT."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
-    """PEFT imports modules by the names that stand in two fields."""
+    """Refuse names of modules that PEFT or transformers would import."""
     if values.get("megatron_core", "megatron.core") not in (None, "megatron.core") or values.get("megatron_config"):
         raise fields.refuse("megatron_core", "its default; it names a library to import")
     for key in _CODE:

@@ -1,4 +1,4 @@
-"""The manifest of a release: everything that is said about an adapter, and what its files must be."""
+"""The manifest of a release."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _files(fields: Fields) -> dict[str, FileRecord]:
     files = {}
     for name, entry in fields.table("files", _MAX_FILES):
         if not listed_in_manifest(name):
-            raise JsonRefused(f"files lists {shown(name)}, which a release can't hold")
+            raise JsonRefused(f"files lists {shown(name)}, which a release cannot hold")
         files[name] = FileRecord(entry.integer("size", MAX_FILE), entry.text("sha256", SHA256, "a sha256"))
     missing = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files)
     if missing:
@@ -212,7 +212,7 @@ def _tensors(fields: Fields) -> dict[str, TensorRecord]:
 
 def _tensor_name(name: str) -> str:
     if not is_tensor_name(name):
-        raise JsonRefused(f"tensors has {shown(name)}, which is no name of a tensor")
+        raise JsonRefused(f"tensors has {shown(name)}, which is not a valid name of a tensor")
     return name
 
 

@@ -1,4 +1,4 @@
-"""What a manifest is made of: files, tensors, and the base model that an adapter was trained on."""
+"""The records that a manifest is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of an adapter: which belong to LoRA, whether they fit together, which hold what else."""
+"""Names, shapes and values of an adapter's tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LoraModule:
 
 
 def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
-    """The LoRA modules among an adapter's tensors, by the name of the module that they adapt."""
+    """Return the LoRA modules among an adapter's tensors, by the name of the module that they adapt."""
     modules: dict[str, LoraModule] = {}
     for name in tensors:
         match = _LORA.fullmatch(name)
@@ -60,12 +60,12 @@ def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
 
 
 def other_tensors(tensors: Iterable[str]) -> list[str]:
-    """Tensors that are not LoRA's: trained heads, embeddings, biases of the base, tokens added."""
+    """Return the tensors that are not LoRA's: trained heads, embeddings, biases of the base, added tokens."""
     return [name for name in tensors if _LORA.fullmatch(name) is None]
 
 
 def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    """Make sure that the tensors are a LoRA adapter of the configured rank.
+    """Check that the tensors are a LoRA adapter of the configured rank.
 
     Raises:
         InvalidAdapter: There are none, a half is missing, or shapes or ranks don't fit together.
@@ -116,7 +116,7 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
 
 
 def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
-    """Make sure that the adapter changes anything: where A or B is zero, a module does as it did without.
+    """Check that the adapter changes anything: where A or B is zero, a module computes what the base does.
 
     Raises:
         InvalidAdapter: Nothing but zeros.
@@ -178,7 +178,7 @@ def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
 
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:
-    """Kind of module, number of tensors, number of parameters; for the card."""
+    """Yield kind of module, number of tensors and number of parameters, for the card."""
     from math import prod
 
     table: dict[str, list[int]] = {}
