@@ -58,7 +58,9 @@ class Quantization:
         return self.quantizer.name
 
     def quantize(self, linear: nn.Linear) -> nn.Module:
-        """Return the quantized, frozen form of a float layer, which remembers this backend and its options.
+        """Return the quantized form of a float layer, which remembers this backend and its options.
+
+        It is frozen, but for a bias that is trained and that the backend keeps as a parameter.
 
         Raises:
             QuantizationError: The backend gave back a layer that is not its own, such as the float layer.
@@ -73,18 +75,10 @@ class Quantization:
             )
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
-        if trains_bias:
-            self._train_bias(layer)
+        if trains_bias and isinstance(layer.bias, nn.Parameter):
+            layer.bias.requires_grad_(True)
         remember(layer, self)
         return layer
-
-    def _train_bias(self, layer: Any) -> None:
-        if not isinstance(layer.bias, nn.Parameter):
-            raise QuantizationError(
-                f"The backend {self.name!r} keeps the bias of its layers where it can't be trained. Freeze the biases, "
-                "or leave these layers in float with skip_modules."
-            )
-        layer.bias.requires_grad_(True)
 
 
 @dataclass(frozen=True)

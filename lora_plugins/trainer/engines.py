@@ -157,7 +157,7 @@ def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
     others = [quantizer.name for quantizer in plugin_host().quantizers() if engine in quantizer.engines]
     ways = "DDP or FSDP2" if engine == "deepspeed" else "DDP or DeepSpeed"
     raise UnsupportedTraining(
-        f"Layers of the backend {owner.name!r} can't be trained under {_engine(trainer)}. Backends that can: "
+        f"Layers of {owner.name} can't be trained under {_engine(trainer)}. Backends that can: "
         f"{', '.join(others)}. Use one of them, or train with {ways}."
     )
 
