@@ -317,6 +317,8 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(job.folder))
         else:
             tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.revision or "main")
+        # Made from a configuration alone, some have no words and raise when they read.
+        tokenizer(PROBE_TEXT)
     except Exception:
         # Models of images have none; some bases are stored without, and each kind of tokenizer raises its own error.
         return None
