@@ -22,6 +22,7 @@
     │   └── UnsupportedInitialization (ValueError)
     ├── PreparationError
     │   ├── UnknownArgument (TypeError)
+    │   ├── UnknownCheck (ValueError)
     │   ├── UnsupportedTraining
     │   ├── UnloadableAdapter
     │   └── AdapterMismatch (ValueError)
@@ -37,6 +38,8 @@
     │   ├── NonFiniteLoss
     │   ├── DeadLoss
     │   ├── BrokenCheckpoint
+    │   ├── ResumeConflict
+    │   ├── UnsavedTensors
     │   └── ProcessMissing
     ├── TrainingError
     │   ├── ArgumentsError (ValueError)
@@ -91,6 +94,7 @@ __all__ = [
     "QuantizerConflict",
     "QuantizerSelfTestFailed",
     "QuantizerUnavailable",
+    "ResumeConflict",
     "ResumeError",
     "TargetError",
     "TargetWarning",
@@ -99,11 +103,13 @@ __all__ = [
     "TrainingError",
     "UnevenCoverage",
     "UnknownArgument",
+    "UnknownCheck",
     "UnknownLayer",
     "UnknownQuantizer",
     "UnknownScope",
     "UnloadableAdapter",
     "UnmatchedTargets",
+    "UnsavedTensors",
     "UnsupportedInitialization",
     "UnsupportedTraining",
 ]
@@ -192,6 +198,10 @@ class UnknownArgument(PreparationError, TypeError):
     """A keyword is neither ours nor a field of ``peft.LoraConfig``."""
 
 
+class UnknownCheck(PreparationError, ValueError):
+    """``skip_checks`` names a check that does not exist."""
+
+
 class UnsupportedTraining(PreparationError):
     """An option of the Trainer can't be combined with the adapters as they were asked for."""
 
@@ -250,6 +260,14 @@ class DeadLoss(LivenessError):
 
 class BrokenCheckpoint(LivenessError):
     """A checkpoint was written without a usable adapter in it, or the best one was not restored."""
+
+
+class ResumeConflict(LivenessError):
+    """The run that resumes differs from the one that wrote the checkpoint."""
+
+
+class UnsavedTensors(LivenessError):
+    """Tensors that are trained are in none of the adapter files."""
 
 
 class ProcessMissing(LivenessError):

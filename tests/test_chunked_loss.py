@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,7 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lora_plugins import Int8PreparationCallback, LoraCallback
-from lora_plugins.errors import NonFiniteLoss
+from lora_plugins.errors import NonFiniteLoss, UnsupportedTraining
 from lora_plugins.trainer import chunked_loss as module
 from lora_plugins.trainer.chunked_loss import LazyLogits, chunked_loss
 
@@ -108,6 +110,129 @@ def test_logits_that_somebody_looks_at_are_real() -> None:
         torch.testing.assert_close(function(lazy), function(real))
         (one,), (other,) = (torch.autograd.grad(function(x).sum(), hidden, retain_graph=True) for x in (lazy, real))
         torch.testing.assert_close(one, other)
+
+
+class ZLoss(torch.autograd.Function):
+    """A function of its own, as users write them: it sees its input below ``__torch_function__``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return logits.logsumexp(-1).square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+        (logits,) = ctx.saved_tensors
+        total = logits.logsumexp(-1, keepdim=True)
+        return upstream * 2 * total * logits.softmax(-1) / total.numel()
+
+
+def _write(logits: Any) -> Any:
+    logits[..., 3] = -100.0
+    return logits
+
+
+def _write_in_place(logits: Any) -> Any:
+    return logits.mul_(2).masked_fill_(logits > 1, 0.5)
+
+
+@torch.jit.script
+def scripted(logits: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(logits * 2) + 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        ZLoss.apply,
+        _write,
+        _write_in_place,
+        scripted,
+        abs,
+        lambda x: x % 2,
+        lambda x: x.where(x != 0, x) * (x == x),
+        lambda x: x.data_ptr() and x + 1,
+        lambda x: x.clone() * 2,
+        lambda x: torch.vmap(torch.tanh)(x),
+        lambda x: x.unflatten(-1, (2, -1)).transpose(0, 1).contiguous(),
+        lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False),
+        lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True),
+    ],
+)
+def test_logits_give_their_gradient_whatever_touches_them(function: Any, autocast: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(16, tiny.VOCABULARY).requires_grad_(False)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        real, lazy = head(hidden).float(), LazyLogits(head, hidden)
+        assert isinstance(lazy, torch.Tensor)
+        assert (lazy.made, lazy.is_leaf, lazy.requires_grad) == (None, False, True)
+        found, expected = function(lazy), function(real)
+    torch.testing.assert_close(found + 0, expected)
+    gradients = []
+    for value in (found, expected):
+        # Reentrant checkpoints know backward() only.
+        hidden.grad = None
+        value.square().sum().backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(*gradients)
+    assert float(gradients[0].norm()) > 0
+
+
+def test_logits_leave_torch_as_any_tensor_does(tmp_path: Path) -> None:
+    head = nn.Linear(16, tiny.VOCABULARY).requires_grad_(False)
+    hidden = torch.randn(2, 5, 16)
+    real = head(hidden)
+    for function in (
+        lambda x: x.tolist(),
+        lambda x: x.numpy().tolist(),
+        lambda x: np.asarray(x).tolist(),
+        lambda x: torch.from_dlpack(x).tolist(),
+        lambda x: copy.deepcopy(x).tolist(),
+        lambda x: pickle.loads(pickle.dumps(x)).tolist(),
+        lambda x: x[0, 0, 0].item(),
+        repr,
+    ):
+        assert function(LazyLogits(head, hidden)) == function(real)
+    torch.save({"logits": LazyLogits(head, hidden)}, tmp_path / "file")
+    assert torch.equal(torch.load(tmp_path / "file", weights_only=True)["logits"], real)
+
+
+def test_second_derivative_of_logits() -> None:
+    head = nn.Linear(16, tiny.VOCABULARY).requires_grad_(False)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    norms = []
+    for logits in (LazyLogits(head, hidden), head(hidden)):
+        (first,) = torch.autograd.grad(logits.softmax(-1).square().sum(), hidden, create_graph=True)
+        norms.append(torch.autograd.grad(first.square().sum(), hidden)[0])
+    torch.testing.assert_close(*norms)
+
+
+def test_what_the_loss_in_pieces_cannot_give_is_refused_with_the_way_out() -> None:
+    head = nn.Linear(16, tiny.VOCABULARY).requires_grad_(False)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    lazy = LazyLogits(head, hidden)
+    for touch in (lazy.retain_grad, lambda: lazy.register_hook(print)):
+        with pytest.raises(UnsupportedTraining, match="chunked_loss=False"):
+            touch()
+    loss = module._Loss(head, ForCausalLMLoss)(lazy, torch.randint(0, 96, (2, 5)), tiny.VOCABULARY)
+    with pytest.raises(UnsupportedTraining, match="chunked_loss=False"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_loss_after_logits_were_written_to_is_that_of_what_was_written() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(16, tiny.VOCABULARY).requires_grad_(False)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    labels = torch.randint(4, 96, (2, 5))
+    lazy, real = LazyLogits(head, hidden), head(hidden)
+    found, expected = (
+        (module._Loss(head, ForCausalLMLoss) if x is lazy else ForCausalLMLoss)(_write(x), labels, 96)
+        for x in (lazy, real)
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
 
 
 # -- in a model --------------------------------------------------------------------------------

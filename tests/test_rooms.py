@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms of each package on their floor. A room imports from lower floors only, never from one beside it.
 FLOORS = {
     "lora_plugins": (
-        ("errors", "text"),
+        ("errors", "logs", "text"),
         ("models",),
         ("plugins",),
         ("quantization", "targets"),
@@ -44,6 +44,7 @@ FORMER = ("lora_plugins.cli", "lora_plugins.packing")
 #: Loads a model's libraries never, or only inside functions.
 LIGHT = (
     "lora_plugins.errors",
+    "lora_plugins.logs",
     "lora_plugins.text",
     "lora_plugins.plugins",
     "lora_plugins.builtin",

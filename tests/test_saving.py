@@ -1,99 +1,370 @@
-"""Adapters are saved without a network, with the rows of a grown vocabulary."""
+"""Every tensor that was trained is in the files and comes back; no local path in a card; no network while saving."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
-from huggingface_hub import constants
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
 
-from lora_plugins import LoraCallback, prepare_model
+from lora_plugins import Int8PreparationCallback, LoraCallback, attach, detach, prepare_model
+from lora_plugins.adapters.saving import find_unsaved, is_local_path
+from lora_plugins.errors import BrokenCheckpoint, UnsavedTensors
 
-COMMIT = "1" * 40
-
-
-@pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A base in the Hub's cache of this machine."""
-    cache = tmp_path / "hub"
-    snapshot = cache / "models--org--base" / "snapshots" / COMMIT
-    tiny.llama().save_pretrained(snapshot)
-    refs = cache / "models--org--base" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(COMMIT)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return str(cache)
-
-
-def save(model: Any, folder: Path) -> set[str]:
-    with warnings.catch_warnings():
-        # PEFT says that it has asked, and got no answer.
-        warnings.simplefilter("error")
-        model.save_pretrained(folder)
-    return set(load_file(folder / "adapter_model.safetensors"))
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+BEST: dict[str, Any] = {
+    **SAVING,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+    "max_steps": 8,
+}
 
 
-def embeddings(names: set[str]) -> set[str]:
-    return {name for name in names if "embed_tokens" in name or "lm_head" in name}
+def two_adapters() -> Any:
+    """A model with two active adapters, both trained, neither called "default"."""
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(**config), adapter_name="one")
+    model.add_adapter("two", peft.LoraConfig(**{**config, "target_modules": ["o_proj"]}))
+    model.base_model.set_adapter(["one", "two"])
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"one", "two"}
+    return model
 
 
-def test_saving_asks_nobody_about_a_base_of_the_hub(cached: str, tmp_path: Path) -> None:
-    model = prepare_model(LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached))
-    assert not embeddings(save(model, tmp_path / "same"))
-    elsewhere = tiny.llama()
-    elsewhere.name_or_path = elsewhere.config.name_or_path = "org/never-seen"
-    assert not embeddings(save(prepare_model(elsewhere), tmp_path / "unknown"))
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the adapters in a folder, by adapter and name."""
+    files = sorted(folder.rglob("adapter_model.safetensors"))
+    return {f"{file.parent.name}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Remember(TrainerCallback):
+    """Keeps what was trained at each save."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.states[state.global_step] = trained(kwargs["model"])
+
+
+# -- what is in the files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback", [LoraCallback, Int8PreparationCallback])
+def test_parameters_that_the_user_unfroze_are_named_before_training(tmp_path: Path, callback: Any) -> None:
+    model = prepare_model(tiny.llama(), r=4)
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            parameter.requires_grad_(True)
+    trainer = tiny.trainer(tmp_path, model, [callback()])
+    with pytest.raises(UnsavedTensors, match=r"4 tensors are trained.*modules_to_save=\['input_layernorm', 'post_"):
+        trainer.train()
+
+
+def test_modules_to_save_is_the_way_out(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4, modules_to_save=["input_layernorm"])], **SAVING)
+    trainer.train()
+    trainer.save_model()
+    now = trained(trainer.model)
+    assert sum("layernorm" in name for name in now) == 2
+    again = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=True)
+    assert all(torch.equal(value, now[name]) for name, value in trained(again).items())
+
+
+def test_whoever_wants_it_so_trains_what_is_not_saved(tmp_path: Path) -> None:
+    model = prepare_model(tiny.llama(), r=4)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer = tiny.trainer(tmp_path, model, [LoraCallback(skip_checks=["unsaved-tensors"])], **SAVING)
+    trainer.train()
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def _unfreeze_norm(model: Any) -> str:
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    return "model.norm.weight"
+
+
+def _unfreeze_embeddings(model: Any) -> str:
+    model.get_input_embeddings().weight.requires_grad_(True)
+    return "embed_tokens.weight"
+
+
+def _add_module(model: Any) -> str:
+    model.base_model.model.value_head = nn.Linear(4, 1)
+    return "value_head.weight"
+
+
+def _add_bias(model: Any) -> str:
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias = nn.Parameter(torch.zeros(32))
+    return "q_proj.base_layer.bias"
+
+
+@pytest.mark.parametrize("change", [_unfreeze_norm, _unfreeze_embeddings, _add_module, _add_bias])
+def test_whatever_saves_fails_where_a_trained_tensor_is_lost(tmp_path: Path, change: Any) -> None:
+    trainer = tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4)])
+    assert find_unsaved(trainer.model) == []
+    base = trainer.model.get_base_model()
+    name = change(trainer.model)
+    for save in (
+        trainer.save_model,
+        lambda: trainer.model.save_pretrained(tmp_path / "own"),
+        lambda: base.save_pretrained(tmp_path / "base"),
+        trainer.train,
+    ):
+        with pytest.raises(UnsavedTensors, match=name):
+            save()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [3, 5]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+    ],
+)
+def test_what_peft_saves_is_not_called_lost(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = prepare_model(tiny.llama(attention_bias=True), r=4, **arguments)
+    assert find_unsaved(model) == []
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LoHaConfig(target_modules=["q_proj"], r=2),
+        peft.VeraConfig(target_modules=["q_proj"], r=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_of_peft_are_saved_and_resumed(config: Any, tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny.llama(), copy.deepcopy(config))
+    assert find_unsaved(model) == []
+    trainer = tiny.trainer(tmp_path, model, [Int8PreparationCallback()], **SAVING)
+    trainer.train()
+    assert find_unsaved(trainer.model) == []
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("save", ["checkpoint", "save_model"])
+@pytest.mark.parametrize("name", ["default", "mylora"])
+def test_files_of_every_callback_are_compared_with_the_model(tmp_path: Path, save: str, name: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny.llama(), config, adapter_name=name)
+    trainer = tiny.trainer(tmp_path, model, [Int8PreparationCallback()], **SAVING)
+    write = trainer.model.save_pretrained
+
+    def spoil(folder: Any, **kwargs: Any) -> None:
+        write(folder, **kwargs)
+        file = Path(folder, "" if name == "default" else name, "adapter_model.safetensors")
+        save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file)
+
+    trainer.model.save_pretrained = spoil
+    with pytest.raises(BrokenCheckpoint, match="not what the model holds"):
+        trainer.train() if save == "checkpoint" else trainer.save_model()
+
+
+# -- what comes back ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["LoraCallback", "Int8PreparationCallback", "two adapters", "two adapters, int8"])
+def test_best_model_restores_every_adapter_whatever_its_name(tmp_path: Path, case: str) -> None:
+    remember = Remember()
+    if case == "LoraCallback":
+        model, callback = tiny.llama(), LoraCallback(r=4, adapter_name="mylora")
+    elif case == "Int8PreparationCallback":
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+        model, callback = peft.get_peft_model(tiny.llama(), config, adapter_name="mylora"), Int8PreparationCallback()
+    else:
+        model = two_adapters()
+        callback = LoraCallback() if case == "two adapters" else Int8PreparationCallback()
+    trainer = tiny.trainer(
+        tmp_path,
+        model,
+        [callback, remember],
+        trainer_arguments={"eval_dataset": tiny.rows(8, seed=5)},
+        **BEST,
+    )
+    active = list(trainer.model.active_adapters)
+    trainer.train()
+    best = int(Path(trainer.state.best_model_checkpoint).name.rpartition("-")[2])
+    assert best < 8, "the loss falls, and the largest was asked for"
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in remember.states[best].items())
+    assert list(trainer.model.active_adapters) == active
+    assert {name for name, p in now.items() if p.requires_grad} == remember.states[best].keys()
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_the_rows_of_a_resized_embedding_are_in_the_file(cached: str, tmp_path: Path, quantization: str | None) -> None:
-    base = LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached)
-    base.resize_token_embeddings(tiny.VOCABULARY + 4, mean_resizing=False)
-    model = prepare_model(base, quantization=quantization, strict=False)
-    names = embeddings(save(model, tmp_path / "adapter"))
-    assert any("embed_tokens" in name for name in names)
+def test_resuming_restores_and_trains_every_active_adapter(tmp_path: Path, quantization: str | None) -> None:
+    def run(folder: Path, steps: int) -> Any:
+        callback = Int8PreparationCallback() if quantization else LoraCallback()
+        return tiny.trainer(folder, two_adapters(), [callback], max_steps=steps, lr_scheduler_type="constant", **SAVING)
+
+    whole = run(tmp_path / "whole", 4)
+    whole.train()
+    resumed = run(tmp_path / "resumed", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert list(resumed.model.active_adapters) == ["one", "two"]
+    one, other = trained(whole.model), trained(resumed.model)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value)
 
 
-def test_a_shrunk_vocabulary_is_saved_too(cached: str, tmp_path: Path) -> None:
-    base = LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached)
-    base.resize_token_embeddings(tiny.VOCABULARY - 8)
-    assert embeddings(save(prepare_model(base, strict=False), tmp_path / "adapter"))
+def test_resuming_with_one_adapter_of_two_missing_is_named(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, two_adapters(), [LoraCallback()], max_steps=2, **SAVING)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "two" / "adapter_model.safetensors").unlink()
+    again = tiny.trainer(tmp_path, two_adapters(), [LoraCallback()], **SAVING)
+    with pytest.raises(BrokenCheckpoint, match="adapter 'two'"):
+        again.train(resume_from_checkpoint=True)
 
 
-def test_a_base_in_a_folder_is_compared_with_its_folder(tmp_path: Path) -> None:
+# -- what the user holds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["callback", "attach", "prepare_model", "peft"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_users_own_variable_saves_what_was_trained(tmp_path: Path, how: str, quantization: str | None) -> None:
+    model = tiny.llama()
+    settings: dict[str, Any] = {"r": 4, "quantization": quantization}
+    if how == "callback":
+        trainer = tiny.trainer(tmp_path, model, [LoraCallback(**settings)])
+    elif how == "attach":
+        trainer = tiny.trainer(tmp_path, model)
+        attach(trainer, **settings)
+    elif how == "prepare_model":
+        trainer = tiny.trainer(tmp_path, prepare_model(model, **settings), [LoraCallback()])
+    else:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        trainer = tiny.trainer(tmp_path, wrapped, [Int8PreparationCallback()])
+    trainer.train()
+    model.save_pretrained(tmp_path / "mine")
+    expected = trained(trainer.model)
+    again = trained(peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "mine", is_trainable=True))
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+def test_a_copy_of_the_model_saves_itself_and_not_its_original(tmp_path: Path) -> None:
+    model = prepare_model(tiny.llama(), r=4)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(3.0)
+    other.get_base_model().save_pretrained(tmp_path)
+    assert all(bool((tensor == 3).all()) for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+def test_without_adapters_the_base_model_saves_itself_again(tmp_path: Path) -> None:
+    model = tiny.llama()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = tiny.trainer(tmp_path, model, [LoraCallback(r=4)])
+    trainer.train()
+    detach(trainer).save_pretrained(tmp_path / "detached")
+    assert "save_pretrained" not in vars(model)
+    detached = load_file(tmp_path / "detached" / "model.safetensors")
+    assert all(torch.equal(detached[name], plain[name]) for name in detached)
+    merged = prepare_model(tiny.llama(), r=4).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == detached.keys()
+
+
+# -- cards and the network ---------------------------------------------------------------------
+
+
+def test_no_card_names_a_folder_of_this_machine(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "base")
-    same = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    assert not embeddings(save(prepare_model(same), tmp_path / "same"))
-    grown = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    grown.resize_token_embeddings(tiny.VOCABULARY + 4, mean_resizing=False)
-    assert embeddings(save(prepare_model(grown, strict=False), tmp_path / "grown"))
+    model = type(tiny.llama()).from_pretrained(tmp_path / "base")
+    trainer = tiny.trainer(tmp_path / "run", model, [LoraCallback(r=4)], **SAVING)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine")
+    trainer.model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "variable")
+    cards = sorted(tmp_path.rglob("README.md"))
+    assert len(cards) == 5
+    for card in cards:
+        assert str(tmp_path) not in card.read_text(), card
+        assert ModelCard.load(card).data.get("base_model") is None
+        assert ModelCard.load(card).data.library_name == "peft"
 
 
-def test_what_the_caller_says_about_embeddings_stays(cached: str, tmp_path: Path) -> None:
-    model = prepare_model(LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached))
-    model.save_pretrained(str(tmp_path), save_embedding_layers=True)
-    assert embeddings(set(load_file(tmp_path / "adapter_model.safetensors")))
+def test_the_id_of_a_hub_stays_in_the_card(tmp_path: Path) -> None:
+    model = tiny.llama()
+    model.config._name_or_path = model.name_or_path = "org/base"
+    prepare_model(model, r=4).save_pretrained(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "org/base"
+    assert "base_model:adapter:org/base" in data.tags
 
 
-def test_copies_and_pickles_of_a_model_save_themselves(tmp_path: Path) -> None:
-    model: Any = prepare_model(tiny.llama())
-    assert copy.deepcopy(model).save_pretrained.__self__ is not model
-    thawed = pickle.loads(pickle.dumps(model))
-    assert save(thawed, tmp_path / "thawed") == save(model, tmp_path / "model")
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("org/base", False),
+        ("gpt2", False),
+        ("/models/base", True),
+        ("./base", True),
+        ("../base", True),
+        ("~/base", True),
+        ("models/llama/base", True),
+        ("C:\\models\\base", True),
+    ],
+)
+def test_which_names_are_folders(name: str, local: bool) -> None:
+    assert is_local_path(name) is local
 
 
-def test_checkpoints_of_a_trainer_are_saved_so(cached: str, tmp_path: Path) -> None:
-    base = LlamaForCausalLM.from_pretrained("org/base", cache_dir=cached)
-    trainer = tiny.trainer(tmp_path / "run", base, [LoraCallback()], max_steps=1, save_steps=1, save_strategy="steps")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+def test_a_folder_with_the_form_of_an_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "k2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_local_path("models/k2")
+
+
+def test_saving_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail(f"looked {args[0]} up"))
+    model = tiny.llama()
+    model.config._name_or_path = model.name_or_path = "org/base"
+    trainer = tiny.trainer(tmp_path, model, [LoraCallback(r=4)], **SAVING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*config file.*")
         trainer.train()
-    assert not [str(warning.message) for warning in seen if "Could not find a config file" in str(warning.message)]
+        trainer.save_model()
+        model.save_pretrained(tmp_path / "variable")
+
+
+def test_resized_embeddings_are_saved_without_asking_anyone(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    for rows, saved in ((tiny.VOCABULARY, 0), (tiny.VOCABULARY + 4, 2)):
+        model = type(tiny.llama()).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(rows)
+        prepare_model(model, r=4).save_pretrained(tmp_path / "adapter")
+        keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+        assert sum("lora_" not in key for key in keys) == saved, rows

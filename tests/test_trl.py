@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.adapters.report import make_report
-from lora_plugins.errors import FrozenHead, UnsupportedTraining
+from lora_plugins.errors import AdapterNotMoving, FrozenHead, UnsupportedTraining
 from lora_plugins.trainer.attaching import detach
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -78,10 +78,28 @@ KINDS: dict[str, tuple[str, str, Any]] = {
 }
 
 
+def questions() -> Dataset:
+    return Dataset.from_dict({"prompt": prompts()})
+
+
+#: Trainers that generate: what they learn from is the reward of what they have written.
+ONLINE: dict[str, tuple[str, str, Any]] = {
+    "grpo": ("GRPOTrainer", "GRPOConfig", questions),
+    "rloo": ("RLOOTrainer", "RLOOConfig", questions),
+}
+
+
+def count_small_words(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward that a small model can learn to get."""
+    numbers = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
+    return [sum(number < tiny.VOCABULARY // 2 for number in row) / 6 for row in numbers]
+
+
 def make(kind: str, folder: Path, model: Any = None, callbacks: list[Any] | None = None, **arguments: Any) -> Trainer:
     """A Trainer of TRL with four quiet steps; ``arguments`` go to its configuration, but for two of its own."""
-    trainer, config, data = KINDS[kind]
-    own = {name: arguments.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in arguments}
+    trainer, config, data = {**KINDS, **ONLINE}[kind]
+    names = ("peft_config", "ref_model", "eval_dataset", "reward_funcs")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
     if model is None:
         model = reward_model() if kind == "reward" else tiny.llama()
     defaults: dict[str, Any] = {
@@ -97,8 +115,13 @@ def make(kind: str, folder: Path, model: Any = None, callbacks: list[Any] | None
         "use_cpu": True,
         "bf16": False,
         "seed": 7,
-        "max_length": 16,
     }
+    if kind in ONLINE:
+        # With a beta, TRL loads the reference by the model's name, and models made here have none.
+        defaults |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.0}
+        own.setdefault("reward_funcs", count_small_words)
+    else:
+        defaults["max_length"] = 16
     return getattr(trl, trainer)(
         model=model,
         args=getattr(trl, config)(**{**defaults, **arguments}),
@@ -162,6 +185,63 @@ def test_attach_and_detach(tmp_path: Path, kind: str) -> None:
     assert detach(trainer) is base
     assert trainer.model is base
     assert not any("lora_" in name for name, _ in base.named_parameters())
+
+
+# -- twenty steps ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [*sorted(KINDS), *sorted(ONLINE)])
+def test_twenty_steps_set_no_alarm_off(tmp_path: Path, kind: str, quantization: str | None) -> None:
+    callback = LoraCallback(r=4, quantization=quantization)
+    trainer = make(kind, tmp_path, callbacks=[callback], max_steps=20, save_strategy="steps", save_steps=10)
+    trainer.train()
+    assert_trained(trainer)
+    assert trainer.state.global_step == 20
+    assert (tmp_path / "checkpoint-20" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", [*sorted(KINDS), *sorted(ONLINE)])
+def test_a_layer_that_is_passed_by_is_found_in_every_kind(tmp_path: Path, kind: str) -> None:
+    trainer = make(kind, tmp_path, callbacks=[LoraCallback(r=4)], max_steps=20)
+    layer = trainer.model.base_model.model.model.layers[1].self_attn.v_proj
+    layer.forward = layer.base_layer.forward
+    with pytest.raises(AdapterNotMoving, match=r"1 adapter tensors.*layers\.1\.self_attn\.v_proj\.lora_B"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", sorted(ONLINE))
+def test_equal_rewards_in_the_first_steps_are_no_alarm(tmp_path: Path, kind: str) -> None:
+    calls = [0]
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        calls[0] += 1
+        return count_small_words(completions) if calls[0] > 5 else [1.0] * len(completions)
+
+    arguments = {"reward_funcs": reward, "max_steps": 10}
+    trainer = make(kind, tmp_path, callbacks=[LoraCallback(r=4)], **arguments)
+    trainer.train()
+    assert losses(trainer)[:3] == [0.0] * 3
+    assert_trained(trainer)
+
+
+@pytest.mark.parametrize("kind", sorted(ONLINE))
+def test_rewards_that_are_always_equal_fail_at_the_end(tmp_path: Path, kind: str) -> None:
+    arguments = {"reward_funcs": lambda completions, **kwargs: [1.0] * len(completions), "max_steps": 5}
+    trainer = make(kind, tmp_path, callbacks=[LoraCallback(r=4)], **arguments)
+    with pytest.raises(AdapterNotMoving, match="All 5 steps"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("how", ["callback", "attach"])
+def test_reference_that_follows_the_policy_is_refused(tmp_path: Path, how: str) -> None:
+    def start() -> None:
+        callbacks = [LoraCallback(r=4)] if how == "callback" else None
+        trainer = make("dpo", tmp_path, callbacks=callbacks, ref_model=tiny.llama(), sync_ref_model=True)
+        attach(trainer, r=4)
+
+    with pytest.raises(UnsupportedTraining, match="sync_ref_model=False"):
+        start()
 
 
 # -- the reference -----------------------------------------------------------------------------

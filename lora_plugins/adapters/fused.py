@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 
-__all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters"]
+__all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters", "unfuse_adapters"]
 
 
 def fuse_adapters(model: nn.Module) -> int:
@@ -37,6 +37,16 @@ def fuse_adapters(model: nn.Module) -> int:
     for module in model.modules():
         if type(module) in _PLAIN and "forward" not in vars(module):
             module.forward = types.MethodType(forward, module)
+            count += 1
+    return count
+
+
+def unfuse_adapters(model: nn.Module) -> int:
+    """Give the LoRA layers of a model the ``forward`` of PEFT back; return how many layers were changed."""
+    count = 0
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is forward:
+            del module.forward
             count += 1
     return count
 

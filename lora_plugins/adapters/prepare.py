@@ -12,12 +12,14 @@ from peft import PeftModel
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.fused import unfuse_adapters
 from lora_plugins.adapters.inject import (
     build_config,
     has_adapters,
     set_fields,
 )
 from lora_plugins.adapters.records import RECORD_ATTRIBUTE, Preparation, preparation_of
+from lora_plugins.adapters.saving import find_wrapper
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
@@ -178,6 +180,8 @@ def _prepare_wrapped(
     known = preparation_of(model)
     if known is not None and (settings.quantization is None or known.quantization is not None):
         _check_arrived(model, settings.quantization)
+        if not settings.fused and unfuse_adapters(model):
+            known.notes.append("the LoRA layers compute their branch with PEFT's own forward (fused=False)")
         return model
     arrived = _check_arrived(model, settings.quantization)
     plan = known.plan if known else None
@@ -249,15 +253,27 @@ def _check_same_config(config: Any, settings: LoraSettings, name: str) -> None:
     if different:
         text = "; ".join(f"{key}={value!r}, the adapter has {has!r}" for key, (value, has) in different.items())
         raise PreparationError(
-            f"The model already has the adapter {name!r} and other arguments were given: {text}. "
-            "Pass the base model, or leave these arguments out."
+            f"The model already has the adapter {name!r} and other arguments were given: {text}. To train the adapter "
+            "that is there, leave these arguments out: LoraCallback() adds nothing and watches the run. For a new "
+            "adapter, pass the base model."
         )
 
 
 def _refuse_unwrapped_adapters(model: nn.Module) -> None:
+    wrapper = find_wrapper(model)
+    if wrapper is not None:
+        names = ", ".join(map(repr, wrapper.peft_config))
+        raise PreparationError(
+            f"This {type(model).__name__} already holds the adapter {names}: an earlier LoraCallback, attach() or "
+            "prepare_model() put it in, perhaps in a notebook cell that ran twice. For a new adapter load the model "
+            "again, or take the old one out with lora_plugins.detach(that_trainer). To train on with the old one, "
+            "give the Trainer the model that holds it (that_trainer.model, or what prepare_model() returned) and "
+            "LoraCallback() without arguments."
+        )
     if has_adapters(model):
         raise PreparationError(
-            "The model has adapters that were put in with add_adapter() or inject_adapter_in_model(). The Trainer can "
-            "neither resume nor load the best checkpoint of such a model. Pass the base model, or wrap it with "
-            "peft.get_peft_model()."
+            "The model has adapters that were put in with add_adapter() or inject_adapter_in_model(), or with "
+            "get_peft_model(), which returns another object. The Trainer can neither resume nor load the best "
+            "checkpoint of such a model. Pass a base model without adapters, or "
+            "what peft.get_peft_model() returned."
         )

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from lora_plugins.adapters.records import Preparation, preparation_of
+from lora_plugins.logs import get_logger
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.request import Quantization, detect_quantization, unknown_layers
@@ -129,7 +130,7 @@ class ParameterReport:
         if console.is_terminal or console.is_jupyter:
             console.print(self)
         elif not table_only:
-            print(self.line(), flush=True)
+            get_logger().info(self.line())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         summary = Table(title=f"{escape(self.model)}: parameters", show_header=False, title_justify="left")

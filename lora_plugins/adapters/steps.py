@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftModel
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
@@ -23,7 +22,7 @@ from lora_plugins.adapters.inject import (
 )
 from lora_plugins.adapters.records import Preparation
 from lora_plugins.adapters.reloading import check_loadable
-from lora_plugins.adapters.saving import save_offline
+from lora_plugins.adapters.saving import guard_saving
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
@@ -246,10 +245,9 @@ def fuse(job: Job) -> None:
         job.record.notes.append("the LoRA layers compute their branch with PEFT's own forward (fused=False)")
 
 
-def keep_saving_offline(job: Job) -> None:
-    """Let the adapters be saved without a network."""
-    if isinstance(job.model, PeftModel):
-        save_offline(job.model)
+def keep_saving(job: Job) -> None:
+    """Let all that is trained be saved, without a network."""
+    guard_saving(job.model)
 
 
 def check_trained(job: Job) -> None:
@@ -274,4 +272,4 @@ BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
 #: What makes and checks the adapters.
 ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
 #: What needs both.
-LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, keep_saving_offline, check_trained)
+LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, keep_saving, check_trained)

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["gathered_state", "is_part", "is_sharded", "whole", "write_adapters"]
+__all__ = ["gathered_state", "is_adapter_tensor", "is_part", "is_sharded", "whole", "write_adapters"]
 
 
 #: Parts of the names that PEFT gives to an adapter's parameters.
 _MARKERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a parameter's name is one that PEFT gives to an adapter's."""
+    return any(marker in name for marker in _MARKERS)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -49,7 +54,7 @@ def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Those are the trained parameters and those of adapters that are not trained, under their names in the
     model. Every process must call it, and each gets all of it.
     """
-    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad or any(m in name for m in _MARKERS)]
+    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad or is_adapter_tensor(name)]
     with whole(parameter for _, parameter in own):
         return {name: _full(parameter).detach().to("cpu", copy=True) for name, parameter in own}
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from lora_plugins.adapters.saving import release_saving
 from lora_plugins.errors import AttachError
 from lora_plugins.models.sharding import is_sharded
 from lora_plugins.trainer.callbacks import LoraCallback
@@ -27,7 +28,8 @@ def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
     ```
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer. One that has a `LoraCallback` may be attached to again, without arguments, after its model
+            got another adapter.
         **arguments: Those of `LoraCallback`.
 
     Returns:
@@ -39,13 +41,21 @@ def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
     """
     handler = trainer.callback_handler
     present = [known for known in handler.callbacks if isinstance(known, LoraCallback)]
-    if any(known._trainer is not None for known in present):
-        raise AttachError("This Trainer already has a LoraCallback; call lora_plugins.detach(trainer) first.")
-    callback = present[0] if present and not arguments else LoraCallback(**arguments)
+    active = [known for known in present if known._trainer is not None]
+    if active and arguments:
+        raise AttachError(
+            "This Trainer already has a LoraCallback. lora_plugins.detach(trainer) takes its adapters out. To train "
+            "another adapter beside them, call trainer.model.add_adapter(name, config), "
+            "trainer.model.set_adapter(name), and attach(trainer) without arguments."
+        )
+    callback = present[0] if present and not active and not arguments else LoraCallback(**arguments)
     callback.take(trainer)
-    for waiting in present:
-        # One that was added too late is replaced by this one.
-        handler.callbacks.remove(waiting)
+    for known in active:
+        known.release()
+        release_optimizer(trainer)
+    for known in present:
+        # One that was added too late, or that watched other adapters, is replaced by this one.
+        handler.callbacks.remove(known)
     handler.callbacks.append(callback)
     return callback
 
@@ -75,6 +85,7 @@ def detach(trainer: Trainer) -> nn.Module:
         meet(trainer, "detach()")
     leave_engine(trainer)
     base: nn.Module = trainer.model.unload()
+    release_saving(base)
     for callback in callbacks:
         callback.release()
         trainer.callback_handler.callbacks.remove(callback)

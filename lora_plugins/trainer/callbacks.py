@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,35 +11,48 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, prepare_plain
 from lora_plugins.adapters.report import ParameterReport, make_report
+from lora_plugins.adapters.saving import allow_unsaved, check_everything_is_saved
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import (
+    AdapterNotMoving,
     AttachError,
     ModelReplaced,
     PreparationError,
     TrainerNotFound,
+    UnsavedTensors,
 )
+from lora_plugins.logs import get_logger, is_shown
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import detect_quantization
 from lora_plugins.targets.resolution import check_names, check_trained
-from lora_plugins.trainer import chunked_loss, engines, liveness, preference
+from lora_plugins.trainer import engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
+from lora_plugins.trainer.checks import Checks
 from lora_plugins.trainer.engines import raising_together
 from lora_plugins.trainer.losses import LossWatch
 from lora_plugins.trainer.optimizer import OptimizerRebuild
 from lora_plugins.trainer.refusals import check_supported
+from lora_plugins.trainer.resuming import write_run
 from lora_plugins.trainer.seam import (
     find_trainer,
     is_training,
     keep_generation_config,
     put_model,
-    shadow_method,
     uses_autocast,
-    wrap_model_init,
+    wrap_methods,
 )
 
 
@@ -48,23 +61,35 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     settings: LoraSettings
 
-    def __init__(self, chunked_loss: bool = True) -> None:
-        self._chunked_loss = chunked_loss
+    def __init__(self, chunked_loss: bool = True, skip_checks: Iterable[str] = ()) -> None:
+        self.chunked_loss = chunked_loss
+        self.checks = Checks(skip_checks)
         self._trainer: weakref.ref[Trainer] | None = None
         self._undo: list[Callable[[], None]] = []
-        self._movement = liveness.MovementWatch([])
-        self._told = False
-        self._loss = LossWatch()
+        self._forget_run()
         self.report: ParameterReport | None = None
+
+    def _forget_run(self) -> None:
+        """Watch nothing yet: what was seen belongs to one run of one Trainer."""
+        self.movement = liveness.MovementWatch([])
+        self.losses = LossWatch()
+        self._sent = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process belongs to no Trainer yet.
-        return {**self.__dict__, "_trainer": None, "_undo": []}
+        run = ("_trainer", "_undo", "movement", "losses", "_sent")
+        return {name: value for name, value in self.__dict__.items() if name not in run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._trainer, self._undo = None, []
+        self._forget_run()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparingCallback:
-        copy = type(self).__new__(type(self))
-        copy.__dict__.update(self.__getstate__())
-        return copy
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     # -- getting hold of the Trainer -----------------------------------------------------------
 
@@ -95,21 +120,16 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
         check_supported(trainer, self.settings.adapter_name)
         engines.check_engine(trainer, self.settings.quantization)
-        preference.check_adapter_name(trainer, self.settings.adapter_name)
+        preference.check_reference(trainer, self.settings.adapter_name)
         self.release()
         optimizer = OptimizerRebuild(trainer)
         before = trainer.model
-        model = self._make(trainer, before)
+        model = self.make_model(trainer, before)
         self._trainer = weakref.ref(trainer)
         put_model(trainer, model)
         if model is not before or optimizer.is_given:
             optimizer.apply()
-        if trainer.model_init is not None:
-            self._undo.append(wrap_model_init(trainer, functools.partial(self._make, trainer)))
-        if self._chunked_loss:
-            self._undo += chunked_loss.install(trainer)
-        self._undo.append(_observe_losses(trainer, self._loss))
-        self._undo += engines.guard(trainer)
+        self._undo += wrap_methods(trainer, self)
 
     def release(self) -> None:
         """Take everything back that was put around the Trainer's methods; the model stays as it is."""
@@ -117,9 +137,11 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             self._undo.pop()()
         self._trainer = None
 
-    def _make(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+    def make_model(self, trainer: Trainer, model: nn.Module) -> nn.Module:
         """Prepare one model and fit it to what this Trainer does with it."""
         prepared = self._prepare(trainer, model)
+        if not self.checks.run(UnsavedTensors):
+            allow_unsaved(prepared)
         keep_generation_config(trainer, prepared)
         engines.keep_quantized_whole(trainer, prepared)
         return prepared
@@ -149,16 +171,22 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
                 f"Make a {type(self).__name__} for each Trainer."
             )
         model = trainer.model
-        self._check_model(model)
-        liveness.check_trainable(model)
         record = preparation_of(model) or preparation_of(base_of(model))
-        if record is not None:
-            check_trained(base_of(model), record.required)
-        liveness.check_optimizer(trainer.optimizer, model)
-        unreached = record.plan.unreached if record is not None and record.plan is not None else ()
-        self._movement = liveness.MovementWatch.over(model, unreached)
-        self._told = False
-        self._loss.start(fp16=bool(args.fp16))
+        checks: tuple[Callable[[], None], ...] = (
+            lambda: self._check_model(model),
+            lambda: liveness.check_trainable(model),
+            lambda: check_trained(base_of(model), record.required) if record is not None else None,
+            lambda: check_everything_is_saved(model),
+            lambda: liveness.check_optimizer(trainer.optimizer, model),
+        )
+        for check in checks:
+            with self.checks.report():
+                check()
+        self._forget_run()
+        if self.checks.run(AdapterNotMoving):
+            unreached = record.plan.unreached if record is not None and record.plan is not None else ()
+            self.movement = liveness.MovementWatch.over(model, unreached)
+        self.losses.start(fp16=bool(args.fp16), label_names=trainer.label_names or ())
 
     def _check_model(self, model: nn.Module) -> None:
         """Raise where the Trainer's model is not one that was prepared here."""
@@ -173,7 +201,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if engines.hides_gradients(self.trainer):
             # Such an engine moves the weights within the backward pass, before any later event.
-            self._movement.before_step(_rate(self.trainer), hidden=True)
+            self.movement.before_step(_rate(self.trainer), hidden=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,50 +209,57 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         hidden = engines.hides_gradients(trainer)
         if not hidden:
-            self._movement.before_step(_rate(trainer))
-        self._loss.step(
-            state.global_step + 1,
-            zero_gradients=lambda: (
-                not hidden and not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
-            ),
-            distributed=trainer.accelerator.num_processes > 1,
-        )
+            self.movement.before_step(_rate(trainer), rates=_rates(trainer))
+        with self.checks.report():
+            self.losses.step(
+                state.global_step + 1,
+                zero_gradients=lambda: (
+                    not hidden
+                    and not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
+                ),
+                distributed=trainer.accelerator.num_processes > 1,
+                moved=self.movement.counted > 0,
+            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
-        self._movement.after_step(skipped, norm=engines.gradient_norm(trainer))
+        with self.checks.report():
+            self.movement.after_step(skipped, norm=engines.gradient_norm(trainer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trackers close before on_train_end gets here.
-        if state.is_world_process_zero and (control.should_training_stop or self._movement.seen != self._told):
-            self._told = self._movement.seen
-            _send_scalars(self.trainer, self, self._movement.scalars(), kwargs)
+        if state.is_world_process_zero and (control.should_training_stop or self.movement.seen != self._sent):
+            self._sent = self.movement.seen
+            _send_scalars(self.trainer, self, self.movement.scalars(), kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
+        folder /= f"checkpoint-{state.global_step}"
+        with self.checks.report(), raising_together(trainer):
+            check_checkpoint(trainer.model, folder, read=args.should_save)
+        if args.should_save:
+            write_run(trainer, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._movement.at_end()
+        with self.checks.report():
+            self.movement.at_end()
+
+
+def _rates(trainer: Trainer) -> dict[int, float]:
+    """The learning rate of each tensor in the optimizer, by the tensor's ``id``."""
+    groups = trainer.optimizer.param_groups
+    return {id(p): float(group.get("lr") or 0) for group in groups for p in group["params"]}
 
 
 def _rate(trainer: Trainer) -> float:
     """The largest learning rate of the optimizer's groups."""
     return max((float(group.get("lr") or 0) for group in trainer.optimizer.param_groups), default=0.0)
-
-
-def _observe_losses(trainer: Trainer, watch: LossWatch) -> Callable[[], None]:
-    """Let a watch see what ``training_step`` returns: the one place that also a custom loss passes."""
-    original = trainer.training_step
-
-    @functools.wraps(original)
-    def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = original(model, inputs, *args, **kwargs)
-        watch.add(loss, inputs)
-        return loss
-
-    return shadow_method(trainer, "training_step", training_step)
 
 
 class LoraCallback(_PreparingCallback):
@@ -249,13 +284,16 @@ class LoraCallback(_PreparingCallback):
         experts: See `prepare_model`.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
         frozen: See `prepare_model`.
+        fused: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
+        skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Raises:
         UnknownArgument: A keyword is no field of ``peft.LoraConfig``.
         QuantizationError: The backend is unknown.
+        UnknownCheck: ``skip_checks`` has a name that is not that of a check.
     """
 
     def __init__(
@@ -270,10 +308,12 @@ class LoraCallback(_PreparingCallback):
         experts: str = "default",
         strict: bool = True,
         frozen: Sequence[str] = (),
+        fused: bool = True,
         chunked_loss: bool = True,
+        skip_checks: Iterable[str] = (),
         **lora: Any,
     ) -> None:
-        super().__init__(chunked_loss)
+        super().__init__(chunked_loss, skip_checks)
         self.settings = LoraSettings.from_arguments(
             quantization=quantization,
             peft_config=peft_config,
@@ -284,6 +324,7 @@ class LoraCallback(_PreparingCallback):
             experts=experts,
             strict=strict,
             frozen=frozen,
+            fused=fused,
             **lora,
         )
 
@@ -298,23 +339,8 @@ class LoraCallback(_PreparingCallback):
         preference.keep_reference(trainer, prepared, self.settings)
         self.report = make_report(prepared)
         if trainer.is_world_process_zero():
-            print(self.report.line(), flush=True)
+            get_logger().info(self.report.line())
         return prepared
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self.trainer
-        folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
-        with raising_together(trainer):
-            check_checkpoint(trainer.model, folder / f"checkpoint-{state.global_step}", read=args.should_save)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_end(args, state, control, **kwargs)
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None:
-            with raising_together(self.trainer):
-                restore_best(self.trainer.model, Path(best))
 
 
 class Int8PreparationCallback(_PreparingCallback):
@@ -330,8 +356,10 @@ class Int8PreparationCallback(_PreparingCallback):
         upcast: See `prepare_model`.
         strict: Whether a name in the adapters' configuration that touches nothing is an error; else it is a warning.
         frozen: See `prepare_model`.
+        fused: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
+        skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
     """
 
     def __init__(
@@ -342,11 +370,18 @@ class Int8PreparationCallback(_PreparingCallback):
         upcast: str = "none",
         strict: bool = True,
         frozen: Sequence[str] = (),
+        fused: bool = True,
         chunked_loss: bool = True,
+        skip_checks: Iterable[str] = (),
     ) -> None:
-        super().__init__(chunked_loss)
+        super().__init__(chunked_loss, skip_checks)
         self.settings = LoraSettings.from_arguments(
-            quantization=quantization, compute_dtype=compute_dtype, upcast=upcast, strict=strict, frozen=frozen
+            quantization=quantization,
+            compute_dtype=compute_dtype,
+            upcast=upcast,
+            strict=strict,
+            frozen=frozen,
+            fused=fused,
         )
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
@@ -395,19 +430,27 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
         trainer = find_trainer(self)
         self.report = make_report(trainer.model)
         told = any(isinstance(known, LoraCallback) for known in trainer.callback_handler.callbacks)
-        self.report.print(table_only=told)
+        if is_shown():
+            self.report.print(table_only=told)
         self.report.save(Path(args.output_dir) / "parameter_report.json")
         _send_scalars(trainer, self, self.report.scalars(), kwargs)
 
 
 def _send_scalars(trainer: Trainer, sender: TrainerCallback, scalars: dict[str, float], kwargs: dict[str, Any]) -> None:
-    """Give scalars to the tracker integrations, which all listen to ``on_log``.
+    """Give scalars to the trackers, transformers' own and others, which all listen to ``on_log``.
 
     ``trainer.log`` would do, and would also print them as one long dictionary between the progress bars.
     """
     for callback in trainer.callback_handler.callbacks:
-        if callback is not sender and type(callback).__module__.startswith("transformers.integrations"):
+        if callback is not sender and not _displays(callback):
             callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(scalars), **kwargs)
+
+
+def _displays(callback: TrainerCallback) -> bool:
+    """Whether a callback shows logs on the screen, as the progress bars of transformers and TRL do."""
+    place = type(callback).on_log.__module__
+    own = place.startswith(("transformers.", "trl.")) and not place.startswith("transformers.integrations")
+    return own or isinstance(callback, (PrinterCallback, ProgressCallback))
 
 
 __all__ = [

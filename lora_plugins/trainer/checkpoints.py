@@ -1,37 +1,106 @@
-"""What a checkpoint must hold, and putting the best one back: adapters compared with their files, byte by byte."""
+"""Compare checkpoints with the model, and restore the best one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer
 
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
 from lora_plugins.models.sharding import gathered_state, is_part, is_sharded
+from lora_plugins.trainer import engines
 
-__all__ = ["check_checkpoint", "restore_best"]
+__all__ = [
+    "around_load_best_model",
+    "around_save_model",
+    "check_checkpoint",
+    "is_loadable",
+    "load_adapters",
+    "restore_best",
+]
+
+
+def around_save_model(
+    trainer: Trainer,
+    callback: Any,
+    save: Callable[..., None],
+    output_dir: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save, on all processes where parameters are spread, and compare the files with the model.
+
+    Raises:
+        BrokenCheckpoint: A file does not hold what the model does.
+        ProcessMissing: The model is spread over processes and not all of them call this.
+    """
+    engines.meet_to_save(trainer)
+    save(output_dir, *args, **kwargs)
+    folder = Path(output_dir or trainer.args.output_dir)
+    engines.write_whole_adapters(trainer, folder)
+    with callback.checks.report(), engines.raising_together(trainer):
+        check_checkpoint(trainer.model, folder, read=trainer.args.should_save)
+
+
+def around_load_best_model(trainer: Trainer, callback: Any, load: Callable[[], None]) -> None:
+    """Restore every adapter of the best checkpoint.
+
+    The Trainer finds only an adapter called "default", and one of several; for others it keeps the last step's weights
+    and still reports the best checkpoint: https://github.com/huggingface/transformers/pull/36201
+    """
+    best = Path(trainer.state.best_model_checkpoint)
+    if not is_loadable(trainer):
+        load()
+    if isinstance(trainer.model, PeftModel):
+        with callback.checks.report(), engines.raising_together(trainer):
+            restore_best(trainer.model, best)
+
+
+def is_loadable(trainer: Trainer) -> bool:
+    """Whether the adapters of a Trainer's model can be loaded here: LoRA in whole tensors, outside any engine."""
+    model = trainer.model
+    if not isinstance(model, PeftModel) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False
+    return not _is_spread(model) and all(_is_lora(config) for config in model.peft_config.values())
+
+
+def _is_lora(config: Any) -> bool:
+    return bool(config.peft_type == PeftType.LORA)
+
+
+def _is_spread(model: nn.Module) -> bool:
+    return any(is_part(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
-    """Raise `BrokenCheckpoint` unless a checkpoint holds the adapter as it is in the model.
+    """Raise `BrokenCheckpoint` unless a checkpoint holds every adapter as it is in the model.
 
     Args:
-        model: The wrapped model. Where it is spread over processes, each of them must call.
+        model: The model. Where it is spread over processes, each of them must call. One without adapters of PEFT, and
+            adapters that are prompts, are passed over.
         folder: The checkpoint's folder.
         read: Whether this process compares; the others only give their parts.
     """
+    if not isinstance(model, PeftModel):
+        return
     state = gathered_state(model) if is_sharded(model) else None
     if not read:
         return
-    name = model.active_adapters[0]
-    file = _file_of(folder, name)
-    live = adapters.adapter_state(model, name, state)
-    stored = _stored(file, live, f"The adapter in the checkpoint {folder} can't be used")
+    for name, config in model.peft_config.items():
+        if not config.is_prompt_learning:
+            _check_file(_file_of(folder, name), folder, adapters.adapter_state(model, name, state))
+
+
+def _check_file(file: Path, folder: Path, live: Mapping[str, torch.Tensor]) -> None:
+    stored = _read_adapter(file, live, f"The adapter in the checkpoint {folder} can't be used")
     wrong = adapters.differing_tensors(stored, live)
     if wrong:
         raise BrokenCheckpoint(f"{len(wrong)} tensors in {file} are not what the model holds, first {wrong[0]}.")
@@ -41,31 +110,47 @@ def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
 
 
 def restore_best(model: Any, folder: Path) -> None:
-    """Put the best checkpoint's adapter into the model, whatever its name, equal to its file to the byte.
+    """Put every adapter of the best checkpoint into the model, equal to its file to the byte.
 
-    The Trainer itself finds only an adapter called "default"; for any other name it keeps the last step's
-    weights and still reports the best checkpoint. Where adapters are spread over processes, the engine has
-    put them back, and here they are compared. Each process must call.
+    Where adapters are spread over processes, the engine has put them back, and here they are compared. Each process
+    must call.
 
     Raises:
         BrokenCheckpoint: The checkpoint has no usable adapter, or the model does not hold it.
     """
-    name = model.active_adapters[0]
-    spread = any(is_part(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    live = adapters.adapter_state(model, name) if spread else {}
-    file = _file_of(folder, name)
-    if not spread:
+    if not _is_spread(model):
+        load_adapters(model, folder, f"The best checkpoint {folder} can't be restored")
+        return
+    for name in model.peft_config:
+        live = adapters.adapter_state(model, name)
+        stored = _read_adapter(_file_of(folder, name), live, f"The best checkpoint {folder} can't be restored")
+        wrong = adapters.differing_tensors(stored, live)
+        if wrong:
+            raise BrokenCheckpoint(
+                f"The best checkpoint {folder} was loaded and {len(wrong)} tensors of the adapter {name!r} are not "
+                f"those in its file, first {wrong[0]}."
+            )
+
+
+def load_adapters(model: PeftModel, folder: Path, problem: str) -> None:
+    """Load every adapter of a model from a checkpoint; which ones are active and trained stays as it is.
+
+    Args:
+        model: A wrapped model with whole tensors.
+        folder: The checkpoint.
+        problem: How the message of an error begins.
+
+    Raises:
+        BrokenCheckpoint: A file is missing, does not fit, or the model does not hold its values afterwards.
+    """
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            continue
+        file = _file_of(folder, name)
         try:
             adapters.load_weights(model, file, name)
-        except AdapterMismatch as error:
-            raise BrokenCheckpoint(f"The best checkpoint {folder} can't be restored: {error}") from error
-        return
-    wrong = adapters.differing_tensors(_stored(file, live, f"The best checkpoint {folder} can't be restored"), live)
-    if wrong:
-        raise BrokenCheckpoint(
-            f"The best checkpoint {folder} was loaded and {len(wrong)} tensors of the adapter are not those in its "
-            f"file, first {wrong[0]}."
-        )
+        except (AdapterMismatch, SafetensorError) as error:
+            raise BrokenCheckpoint(f"{problem}: {error}") from error
 
 
 def _file_of(folder: Path, name: str) -> Path:
@@ -75,8 +160,8 @@ def _file_of(folder: Path, name: str) -> Path:
     return file
 
 
-def _stored(file: Path, live: Mapping[str, torch.Tensor], problem: str) -> dict[str, torch.Tensor]:
-    """Read an adapter's file whose tensors must have the names and shapes of the live ones."""
+def _read_adapter(file: Path, live: Mapping[str, torch.Tensor], problem: str) -> dict[str, torch.Tensor]:
+    """Read an adapter's file. Its tensors must have the names and shapes of the live ones."""
     try:
         stored: dict[str, torch.Tensor] = load_file(str(file), device="cpu")
         adapters.check_same_tensors(

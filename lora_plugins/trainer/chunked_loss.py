@@ -8,21 +8,28 @@ The loss and its gradient are those of transformers' ``ForCausalLMLoss`` up to r
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lora_plugins.errors import UnsupportedTraining
 from lora_plugins.models.wrapping import base_of
-from lora_plugins.trainer.seam import shadow_method
 
-__all__ = ["FEWEST_ROWS", "PIECE", "TILE", "LazyLogits", "chunked_loss", "install"]
+__all__ = [
+    "FEWEST_ROWS",
+    "PIECE",
+    "TILE",
+    "LazyLogits",
+    "around_prediction_step",
+    "around_training_step",
+    "chunked_loss",
+]
 
 
 #: Logits that are held at once, in values: 32 MiB in float32. Larger pieces leave the CPU's cache.
@@ -68,32 +75,37 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
             base._loss_function = before
 
 
-def install(trainer: Trainer) -> list[Callable[[], None]]:
-    """Let a Trainer compute the loss in pieces, in training and in evaluations that keep only the loss.
+def around_training_step(
+    trainer: Trainer, callback: Any, step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Train a step with the loss in pieces, unless the Trainer makes its own loss or needs the logits.
 
     A Trainer that makes its own loss (label smoothing, ``compute_loss_func``, an overridden ``compute_loss``), whose
     model is compiled, or whose weights are sharded over processes, is left as it is.
-
-    Returns:
-        Functions that undo it.
     """
-    step, predict = trainer.training_step, trainer.prediction_step
+    with _in_pieces(trainer, callback, True):
+        return step(model, *args, **kwargs)
 
-    @functools.wraps(step)
-    def training_step(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with chunked_loss(trainer.model) if _uses_models_loss(trainer) else contextlib.nullcontext():
-            return step(model, *args, **kwargs)
 
-    @functools.wraps(predict)
-    def prediction_step(model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        only = prediction_loss_only and _uses_models_loss(trainer)
-        with chunked_loss(trainer.model) if only else contextlib.nullcontext():
-            return predict(model, inputs, prediction_loss_only, *args, **kwargs)
+def around_prediction_step(
+    trainer: Trainer,
+    callback: Any,
+    step: Callable[..., Any],
+    model: nn.Module,
+    inputs: Any,
+    prediction_loss_only: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Evaluate a batch with the loss in pieces if only the loss is kept."""
+    with _in_pieces(trainer, callback, prediction_loss_only):
+        return step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    return [
-        shadow_method(trainer, "training_step", training_step),
-        shadow_method(trainer, "prediction_step", prediction_step),
-    ]
+
+def _in_pieces(trainer: Trainer, callback: Any, only_loss: bool) -> contextlib.AbstractContextManager[Any]:
+    if callback.chunked_loss and only_loss and _uses_models_loss(trainer):
+        return chunked_loss(trainer.model)
+    return contextlib.nullcontext()
 
 
 def _uses_models_loss(trainer: Trainer) -> bool:
@@ -146,8 +158,7 @@ class _Loss:
     ) -> torch.Tensor:
         """Compute the loss as ``ForCausalLMLoss`` does; the arguments are its own."""
         if not isinstance(logits, LazyLogits) or logits.made is not None or vocab_size != self.head.out_features:
-            arguments = (vocab_size, num_items_in_batch, ignore_index, shift_labels)
-            return self.plain(_materialized(logits), labels, *arguments, **kwargs)
+            return self.plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         rows = logits.hidden.reshape(-1, logits.hidden.shape[-1])
@@ -161,69 +172,135 @@ class _Loss:
             return loss(rows, self.head.weight, self.head.bias, targets, items.reciprocal(), logits.compute_dtype)
 
 
-class LazyLogits:
-    """Logits that are computed when somebody looks at them, with the gradient that they would have had.
+class LazyLogits(torch.Tensor):
+    """Logits that are computed at the first touch, with the gradient that they would have had.
+
+    To everybody but the loss they are an ordinary tensor: autograd knows them as the output of the head, and whatever
+    reads or writes their values computes them first.
 
     Attributes:
         hidden: What the head got, shape ``[…, hidden]``.
         compute_dtype: Dtype of the product with the head's weight.
-        made: The logits, ``None`` as long as nobody has looked.
+        made: The values, ``None`` as long as nobody has touched them.
     """
 
+    hidden: torch.Tensor
+    compute_dtype: torch.dtype
+    made: torch.Tensor | None
+    _head: nn.Linear
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, head: nn.Linear, hidden: torch.Tensor) -> LazyLogits:
+        apply: Any = _Head.apply
+        lazy: LazyLogits = apply(hidden, head)
+        # Inside of the function it would be cut off from its graph.
+        lazy.hidden = hidden
+        return lazy
+
     def __init__(self, head: nn.Linear, hidden: torch.Tensor) -> None:
-        device = hidden.device.type
-        self._head = head
-        self._autocast = torch.is_autocast_enabled(device)
-        self.hidden = hidden
-        self.compute_dtype = torch.get_autocast_dtype(device) if self._autocast else hidden.dtype
-        self.made: torch.Tensor | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the logits; float32 under autocast, where accelerate casts a model's output."""
-        return torch.float32 if self._autocast else self.compute_dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the logits."""
-        return torch.Size((*self.hidden.shape[:-1], self._head.out_features))
-
-    def materialize(self) -> torch.Tensor:
-        """Compute the logits."""
-        if self.made is None:
-            with torch.autocast(self.hidden.device.type, dtype=self.compute_dtype, enabled=self._autocast):
-                self.made = type(self._head).forward(self._head, self.hidden).to(self.dtype)
-        return self.made
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.materialize(), name)
+        """Everything is set in ``__new__``."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils._pytree import tree_map
+    def wrap(cls, head: nn.Linear, hidden: torch.Tensor) -> LazyLogits:
+        """Make the tensor, unknown to autograd. Under autocast it is float32, as accelerate makes a model's output."""
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        compute = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        return cls._wrap(head, hidden, compute, torch.float32 if autocast else compute)
 
-        return function(*tree_map(_materialized, args), **tree_map(_materialized, kwargs or {}))
+    @classmethod
+    def _wrap(cls, head: nn.Linear, hidden: torch.Tensor, compute: torch.dtype, dtype: torch.dtype) -> LazyLogits:
+        shape = (*hidden.shape[:-1], head.out_features)
+        lazy: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        lazy._head, lazy.hidden, lazy.compute_dtype, lazy.made = head, hidden, compute, None
+        return lazy
+
+    def materialize(self) -> torch.Tensor:
+        """Compute the values, once."""
+        if self.made is None:
+            dtype, bias = self.compute_dtype, self._head.bias
+            # Autocast is not at work where autograd has done its part already.
+            with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+                hidden, weight = self.hidden.to(dtype), self._head.weight.to(dtype)
+                made = nn.functional.linear(hidden, weight, None if bias is None else bias.to(dtype))
+                self.made = made.to(self.dtype).contiguous()
+        return self.made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.clone.default and args[0].made is None:
+            # DDP hands clones of a model's output out.
+            first = args[0]
+            return cls._wrap(first._head, first.hidden, first.compute_dtype, first.dtype)
+        origins: dict[int, LazyLogits] = {}
+
+        def find_values(value: Any) -> Any:
+            if not isinstance(value, LazyLogits):
+                return value
+            made = value.materialize()
+            origins[id(made)] = value
+            return made
+
+        result = func(*tree_map(find_values, args), **tree_map(find_values, kwargs or {}))
+        # What works in place returns what it got.
+        return tree_map(lambda value: origins.get(id(value), value), result)
+
+    def retain_grad(self) -> None:
+        """Refuse: the loss gives these logits no gradient."""
+        raise UnsupportedTraining(_NO_GRADIENT)
+
+    def register_hook(self, hook: Any) -> Any:
+        """Refuse: the loss gives these logits no gradient."""
+        raise UnsupportedTraining(_NO_GRADIENT)
 
 
-def _materialized(value: Any) -> Any:
-    return value.materialize() if isinstance(value, LazyLogits) else value
+_NO_GRADIENT = (
+    "The loss is computed some rows of the logits at a time, so the logits as a whole get no gradient that could be "
+    "kept or watched. Pass chunked_loss=False to the callback."
+)
 
 
-def _operator(name: str) -> Any:
-    def operate(self: LazyLogits, *others: Any) -> Any:
-        return getattr(self.materialize(), name)(*map(_materialized, others))
+def _on_values(name: str) -> Any:
+    def call(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        return getattr(torch.ops.aten.alias(self), name)(*args, **kwargs)
 
-    return operate
+    return call
 
 
-# Python looks operators up on the class, past __getattr__.
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
-    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(LazyLogits, f"__r{_name}__", _operator(f"__r{_name}__"))
-for _name in ("getitem", "neg", "len", "iter", "lt", "le", "gt", "ge", "float", "bool"):
-    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
+# These reach for the memory of a tensor without an operation that could be seen.
+for _name in (
+    "__array__",
+    "__deepcopy__",
+    "__dlpack__",
+    "__reduce_ex__",
+    "__repr__",
+    "data_ptr",
+    "numpy",
+    "share_memory_",
+    "storage",
+    "tolist",
+    "untyped_storage",
+):
+    setattr(LazyLogits, _name, _on_values(_name))
+
+
+class _Head(torch.autograd.Function):
+    """The head of a model, whose values come later."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear) -> LazyLogits:
+        lazy = LazyLogits.wrap(head, hidden)
+        ctx.weight, ctx.compute_dtype, ctx.hidden_dtype = head.weight, lazy.compute_dtype, hidden.dtype
+        return lazy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        with torch.autocast(gradient.device.type, enabled=False):
+            return (gradient.to(ctx.compute_dtype) @ ctx.weight.to(ctx.compute_dtype)).to(ctx.hidden_dtype), None
 
 
 class _PiecewiseLoss(torch.autograd.Function):
@@ -262,8 +339,12 @@ class _PiecewiseLoss(torch.autograd.Function):
         return total * factor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UnsupportedTraining(
+                "create_graph=True differentiates the loss twice, and its gradient was made without a graph, some rows "
+                "of the logits at a time. Pass chunked_loss=False to the callback."
+            )
         gradient, factor = ctx.saved_tensors
         upstream = upstream * factor if ctx.later else upstream
         return (gradient * upstream).to(gradient.dtype), None, None, None, None, None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,22 @@ from lora_plugins.errors import (
 from lora_plugins.models.sharding import is_sharded, write_adapters
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.request import Quantization, owner_of
-from lora_plugins.trainer.seam import shadow_method
 
 __all__ = [
     "MEETING_TIME",
     "check_engine",
     "gradient_norm",
-    "guard",
     "hides_gradients",
     "keep_quantized_whole",
     "meet",
+    "meet_to_save",
     "raising_together",
+    "write_whole_adapters",
 ]
 
 
 #: How long the processes wait for each other before saving a model that is spread over them.
 MEETING_TIME = timedelta(minutes=10)
-#: What the optimizer's state is called in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.
-_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 
 
 def check_engine(trainer: Trainer, quantization: Quantization | None) -> None:
@@ -96,6 +93,13 @@ def _check_processes(trainer: Trainer) -> None:
 
 
 def _check_device_map(trainer: Trainer) -> None:
+    offloaded = [name for name, p in trainer.model.named_parameters() if p.is_meta]
+    if offloaded:
+        raise UnsupportedTraining(
+            f"{len(offloaded)} parameters of the model have no values in memory, first {offloaded[0]}: its device_map "
+            "keeps them on disk or in another memory, where they cannot be prepared or trained. Load the model with "
+            "device_map={'': 0} or without device_map; quantization= makes it smaller."
+        )
     devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1 and trainer.args.world_size > 1:
         raise UnsupportedTraining(
@@ -189,45 +193,21 @@ def _ignored(given: Any, model: nn.Module) -> list[nn.Module]:
     return list(given or ())
 
 
-def guard(trainer: Trainer) -> list[Callable[[], None]]:
-    """Put checks around the Trainer's saving and resuming.
+def meet_to_save(trainer: Trainer) -> None:
+    """Wait for the other processes where saving needs all of them, because parameters are spread.
 
-    Returns:
-        Functions that take them away again.
+    Raises:
+        ProcessMissing: Not all of them have come.
     """
-    return [_guard_save(trainer), _guard_resume(trainer)]
+    if is_sharded(trainer.model):
+        meet(trainer, "save_model()")
 
 
-def _guard_save(trainer: Trainer) -> Callable[[], None]:
-    original = trainer.save_model
-
-    @functools.wraps(original)
-    def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if is_sharded(trainer.model):
-            meet(trainer, "save_model()")
-        original(output_dir, *args, **kwargs)
-        plugin = _fsdp_plugin(trainer)
-        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            # The Trainer leaves this to the sharded checkpoint, which holds no adapter that PEFT could load.
-            write_adapters(trainer.model, Path(output_dir or trainer.args.output_dir), write=trainer.args.should_save)
-
-    return shadow_method(trainer, "save_model", save_model)
-
-
-def _guard_resume(trainer: Trainer) -> Callable[[], None]:
-    original = trainer._load_optimizer_and_scheduler
-
-    @functools.wraps(original)
-    def load(checkpoint: str | None) -> None:
-        if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in _OPTIMIZER_FILES):
-            raise BrokenCheckpoint(
-                f"The checkpoint {checkpoint} has no state of the optimizer (save_only_model=True?), so this would be "
-                f"another run and not the rest of that one. To start anew from its adapter, use "
-                f"LoraCallback(adapter={checkpoint!r})."
-            )
-        original(checkpoint)
-
-    return shadow_method(trainer, "_load_optimizer_and_scheduler", load)
+def write_whole_adapters(trainer: Trainer, folder: Path) -> None:
+    """Write the adapter that FSDP2's sharded checkpoint lacks; under any other engine the Trainer has written it."""
+    plugin = _fsdp_plugin(trainer)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        write_adapters(trainer.model, folder, write=trainer.args.should_save)
 
 
 def meet(trainer: Trainer, what: str) -> None:

@@ -1,9 +1,10 @@
-"""Checks that a LoRA run really trains: what can be trained, what the optimizer holds, what moves."""
+"""Check that a run trains: trainable tensors, optimizer, movement."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +13,21 @@ from torch import nn
 
 from lora_plugins.errors import (
     AdapterNotMoving,
-    FrozenHead,
     LivenessWarning,
     NothingTrainable,
     OptimizerMismatch,
 )
 
 __all__ = [
+    "PATIENT_STEPS",
     "VISIBLE_RATE",
     "WATCHED_STEPS",
     "MovementWatch",
     "Watched",
-    "check_heads",
     "check_optimizer",
     "check_trainable",
     "has_gradient",
+    "is_lora",
 ]
 
 
@@ -35,6 +36,9 @@ __all__ = [
 VISIBLE_RATE = 1e-6
 #: Counted steps after which tensors that are exempt (experts, towers) are no longer watched.
 WATCHED_STEPS = 20
+#: Counted steps after which a tensor is called stuck whose gradient was zero each time, as stochastic depth makes it,
+#: or whose layer may be left out as a whole.
+PATIENT_STEPS = 20
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -48,30 +52,11 @@ def check_trainable(model: nn.Module) -> None:
     )
 
 
-def check_heads(model: nn.Module, heads: Iterable[str]) -> None:
-    """Raise `FrozenHead` where a head that was made for the task would stay as it was initialised.
-
-    Args:
-        model: The model in the Trainer.
-        heads: Names of such heads; those that the model lacks are passed over.
-    """
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        if (
-            name in heads
-            and not any(p.requires_grad for p in module.parameters())
-            and any(True for _ in module.parameters())
-        ):
-            raise FrozenHead(
-                f"The head {path!r} is frozen, so it would keep its initial values and would not be saved. "
-                f"Set task_type in the LoraConfig (for example 'SEQ_CLS'), or modules_to_save=[{name!r}]."
-            )
-
-
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Raise `OptimizerMismatch` unless an optimizer holds every trainable tensor of a model and no frozen one.
+    """Raise `OptimizerMismatch` unless an optimizer holds every trainable tensor of a model and no frozen base weight.
 
-    Engines that keep flat copies of the parameters (DeepSpeed) are passed over.
+    Frozen tensors of an adapter may be in it: LoRA-FA's optimizer computes with A, which stays as it is. Engines that
+    keep flat copies of the parameters (DeepSpeed) are passed over.
     """
     groups = getattr(optimizer, "param_groups", None)
     if groups is None or _is_deepspeed(optimizer):
@@ -79,7 +64,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     held = {id(parameter) for group in groups for parameter in group["params"]}
     named = dict(model.named_parameters())
     missing = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
-    frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in held]
+    frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in held and not is_lora(name)]
     foreign = len(held - {id(p) for p in named.values()})
     problems = []
     if missing:
@@ -107,9 +92,12 @@ class Watched:
     Attributes:
         name: Its name in the model.
         parameter: The tensor itself.
-        due: After how many counted steps it must have moved: 1 for B, 2 for A (whose first gradient is zero).
-        exempt: Whether it may wait until a gradient reaches it (experts, towers, dropped layers).
+        due: After how many counted steps it must have moved: 1 for B, 2 for A (whose first gradient is zero),
+            `PATIENT_STEPS` where layers are left out at random.
+        exempt: Whether it may wait until a gradient reaches it (experts, towers).
         from_zero: Whether it started as zero, so that any update at all shows.
+        visible: Whether its gradient, taken once at the learning rate, changes at least one of its values.
+        reached: Whether the backward pass reached it at all, with a gradient of zero or not.
     """
 
     name: str
@@ -119,6 +107,22 @@ class Watched:
     from_zero: bool
     before: tuple[float, float] = (0.0, 0.0)
     had_gradient: bool = False
+    visible: bool = False
+    reached: bool = False
+
+    def is_stuck(self, counted: int, rate: float) -> bool:
+        """Whether a tensor that has not moved must have, in any sound run.
+
+        Args:
+            counted: Steps that count, with the one just taken.
+            rate: Sum of the learning rates before that step.
+        """
+        if self.had_gradient:
+            return self.visible and (self.from_zero or rate >= VISIBLE_RATE)
+        if self.exempt or not (self.from_zero or rate >= VISIBLE_RATE):
+            return False
+        # A gradient of zero shows that the tensor is part of the loss: stochastic depth leaves a branch out by chance.
+        return counted >= (PATIENT_STEPS if self.reached else self.due)
 
 
 @dataclass
@@ -153,20 +157,22 @@ class MovementWatch:
         watched = []
         for name, parameter in model.named_parameters():
             # A rank may hold no part of a sharded tensor.
-            if not parameter.requires_grad or not _is_lora(name) or not _local(parameter).numel():
+            if not parameter.requires_grad or not is_lora(name) or not _local(parameter).numel():
                 continue
             is_b = "lora_B" in name or "lora_embedding_B" in name
-            by_chance = everything or _reached_by_chance(name, parts)
+            by_chance = _reached_by_chance(name, parts)
             from_zero = not bool(torch.count_nonzero(_local(parameter)))
-            watched.append(Watched(name, parameter, 1 if is_b else 2, by_chance, from_zero))
+            due = PATIENT_STEPS if everything else 1 if is_b else 2
+            watched.append(Watched(name, parameter, due, by_chance, from_zero))
         return cls(watched, [item.parameter for item in watched])
 
-    def before_step(self, rate: float, *, hidden: bool = False) -> None:
+    def before_step(self, rate: float, *, hidden: bool = False, rates: Mapping[int, float] | None = None) -> None:
         """Take the gradients and values before the optimizer moves anything.
 
         Args:
             rate: The largest learning rate of the optimizer's groups.
             hidden: Whether the engine keeps gradients to itself, so that only `after_step` knows of them.
+            rates: The learning rate of each tensor by its ``id``; ``rate`` for those that are not in it.
         """
         self._pending = False
         if not self.watched:
@@ -181,6 +187,11 @@ class MovementWatch:
             self._rate = rate
             for item in self.watched:
                 item.had_gradient = not hidden and has_gradient(item.parameter)
+                # What an engine keeps to itself may be too small to show in a tensor that did not start as zero.
+                item.reached = not item.from_zero if hidden else item.parameter.grad is not None
+                item.visible = item.had_gradient and _is_visible(
+                    item.parameter, (rates or {}).get(id(item.parameter), rate)
+                )
                 item.before = _fingerprint(item.parameter)
 
     def after_step(self, skipped: bool, *, norm: float | None = None) -> None:
@@ -208,9 +219,7 @@ class MovementWatch:
             if _fingerprint(item.parameter) != item.before:
                 continue
             still.append(item)
-            visible = item.from_zero or self.rate >= VISIBLE_RATE
-            due = self.counted >= item.due and not item.exempt
-            if visible and (item.had_gradient or due):
+            if item.is_stuck(self.counted, self.rate):
                 stuck.append(item)
         self.rate += self._rate
         if stuck:
@@ -266,8 +275,13 @@ class MovementWatch:
         )
 
 
-def _is_lora(name: str) -> bool:
+def is_lora(name: str) -> bool:
+    """Whether a parameter's name is that of a LoRA matrix."""
     return "lora_A" in name or "lora_B" in name or "lora_embedding_" in name
+
+
+#: Attributes of a model or configuration that hold the probability of leaving a whole layer out.
+_LAYER_DROP = re.compile(r"layer_?drop|drop_?layer|skip_?layer|layer_?skip")
 
 
 def _reached_by_chance(name: str, parts: set[str]) -> bool:
@@ -277,9 +291,11 @@ def _reached_by_chance(name: str, parts: set[str]) -> bool:
 
 def _drops_layers(model: nn.Module) -> bool:
     """Whether the model leaves whole layers out at random while training."""
+    places = [vars(module) for module in model.modules()]
     config = getattr(model, "config", None)
-    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-    return any((getattr(config, name, 0) or 0) > 0 for name in names)
+    places += [vars(config)] if config is not None else []
+    rates = [value for place in places for name, value in place.items() if _LAYER_DROP.search(name)]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -294,6 +310,14 @@ def has_gradient(parameter: torch.Tensor) -> bool:
     """Whether any value of a parameter's gradient is not zero."""
     gradient = parameter.grad
     return gradient is not None and bool(torch.count_nonzero(_local(gradient)))
+
+
+def _is_visible(parameter: torch.Tensor, rate: float) -> bool:
+    """Whether a plain step with the gradient, capped at 1, changes any value in the parameter's precision."""
+    values = _local(parameter).detach()
+    gradient = _local(parameter.grad) if parameter.grad is not None else torch.zeros_like(values)
+    step = gradient.to(values.dtype).clamp(-1, 1) * rate
+    return not torch.equal(values - step, values)
 
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:

@@ -1,9 +1,9 @@
-"""The loss of every batch, read where the Trainer's log would hide that it is no number."""
+"""Detect NaN, infinite and dead losses per batch; the Trainer's log hides them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 
 from lora_plugins.errors import DeadLoss, NonFiniteLoss
 
-__all__ = ["DEAD_STEPS", "LossWatch"]
+__all__ = ["DEAD_STEPS", "MASKED_STEPS", "LossWatch", "around_training_step"]
 
 
-#: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch is no proof.
+#: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch proves nothing.
 DEAD_STEPS = 3
+#: As many where every label was -100: long prompts that were cut off may fill several batches in a row.
+MASKED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,30 @@ class _Batch:
 
 @dataclass
 class LossWatch:
-    """Reads the loss of every batch of a step and stops a run whose loss is not a number."""
+    """Reads the loss of every batch of a step, and stops a run that cannot learn from it.
+
+    Attributes:
+        fp16: Whether the run is under float16 autocast, for the message.
+        label_names: Names of the inputs that are labels.
+        dead_steps: Steps in a row, from the first one on, with labels that count, zero loss and zero gradients.
+        masked_steps: The same with labels that are all -100.
+    """
 
     fp16: bool = False
+    label_names: frozenset[str] = frozenset({"labels"})
     dead_steps: int = 0
+    masked_steps: int = 0
     _batches: list[_Batch] = field(default_factory=list, repr=False)
 
-    def start(self, *, fp16: bool) -> None:
+    def start(self, *, fp16: bool, label_names: Iterable[str] = ()) -> None:
         """Forget an earlier run.
 
         Args:
-            fp16: Whether the run is under float16 autocast, for the message.
+            fp16: Whether the run is under float16 autocast.
+            label_names: Names of inputs that are labels, beside ``"labels"``.
         """
-        self.fp16, self.dead_steps, self._batches = fp16, 0, []
+        self.fp16, self.dead_steps, self.masked_steps, self._batches = fp16, 0, 0, []
+        self.label_names = frozenset({"labels", *label_names})
 
     def add(self, loss: Any, inputs: Any) -> None:
         """Note one batch's loss; nothing is synchronised with the device here, and the batch is not kept.
@@ -57,26 +70,28 @@ class LossWatch:
             for name, value in (inputs.items() if isinstance(inputs, Mapping) else ())
             if isinstance(value, torch.Tensor) and value.numel()
         }
-        labels = tensors.get("labels")
+        ignored = [(tensors[name] == -100).all() for name in self.label_names if name in tensors]
         self._batches.append(
             _Batch(
                 loss.detach().float().mean(),
-                (labels == -100).all() if labels is not None else None,
+                torch.stack(ignored).all() if ignored else None,
                 {name: value.isfinite().all() for name, value in tensors.items() if value.is_floating_point()},
             )
         )
 
-    def step(self, number: int, *, zero_gradients: Callable[[], bool], distributed: bool) -> None:
+    def step(self, number: int, *, zero_gradients: Callable[[], bool], distributed: bool, moved: bool = False) -> None:
         """Judge the batches of one optimizer step.
 
         Args:
             number: The step's number, for the message.
             zero_gradients: Called when every loss is zero: whether every gradient is zero too.
             distributed: Whether other ranks wait for this one, so that all must stop together.
+            moved: Whether an earlier step of this run had a gradient: then a loss of zero may be what was learned.
 
         Raises:
             NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
-            DeadLoss: Loss and gradients were exactly zero in several steps in a row.
+            DeadLoss: Loss and gradients have been exactly zero from the first step on, although there are labels. A
+                loss without labels may be zero for long in a sound run (rewards that are equal, a satisfied margin).
         """
         batches, self._batches = self._batches, []
         if not batches:
@@ -90,15 +105,25 @@ class LossWatch:
         values = losses.tolist()
         if bool(bad):
             raise NonFiniteLoss(self._explain(values, batches, number))
-        if any(values) or not zero_gradients():
-            self.dead_steps = 0
+        if moved or any(values) or not zero_gradients():
+            self.dead_steps = self.masked_steps = 0
             return
-        self.dead_steps += 1
-        if self.dead_steps >= DEAD_STEPS:
+        self._count_dead(batches, number)
+
+    def _count_dead(self, batches: list[_Batch], number: int) -> None:
+        ignored = [batch.ignored for batch in batches if batch.ignored is not None]
+        if len(ignored) < len(batches):
+            return
+        if all(map(bool, ignored)):
+            self.masked_steps += 1
+            cause = "every label is -100: the prompt fills the rows, or the template for the labels matches nothing"
+        else:
+            self.dead_steps += 1
+            cause = "a loss that does not depend on the adapters, or an int8 base whose activations overflow"
+        if self.dead_steps >= DEAD_STEPS or self.masked_steps >= MASKED_STEPS:
             raise DeadLoss(
-                f"Loss and every gradient were exactly zero in {DEAD_STEPS} steps in a row, up to step {number}. "
-                "Usual causes: labels that are all -100, a loss that does not depend on the adapters, or an int8 "
-                "base whose activations overflow."
+                f"Loss and every gradient were exactly zero in {self.dead_steps + self.masked_steps} steps in a row, "
+                f"up to step {number}. Usual cause: {cause}."
             )
 
     def _explain(self, values: list[float], batches: list[_Batch], number: int) -> str:
@@ -119,3 +144,12 @@ class LossWatch:
         if self.fp16:
             return "Activations probably overflowed in float16: use bf16=True, or upcast='norms'."
         return "The learning rate may be too high, or the weights are damaged; try a lower rate or upcast='norms'."
+
+
+def around_training_step(
+    trainer: Any, callback: Any, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Note what ``training_step`` returns: the one place that a custom loss passes, too."""
+    loss = step(model, inputs, *args, **kwargs)
+    callback.losses.add(loss, inputs)
+    return loss

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer
 
 from lora_plugins.errors import OptimizerConflict
+from lora_plugins.trainer.liveness import is_lora
 
 __all__ = ["OptimizerRebuild", "release_optimizer"]
 
@@ -16,8 +19,8 @@ class OptimizerRebuild:
 
     Made before the model is prepared, because it must see which group held which weight; `apply` comes
     after. An optimizer that the Trainer made itself is dropped and made anew. One that the user passed in
-    is kept: frozen tensors leave it, and each adapter joins the group that held its layer's weight, else
-    the first.
+    is kept: frozen weights of the base leave it, and each adapter joins the group that held its layer's weight,
+    else the first. What a group holds once per tensor stays in step with the tensors.
 
     Raises:
         OptimizerConflict: The user's optimizer already holds state for weights that will be frozen.
@@ -27,6 +30,7 @@ class OptimizerRebuild:
         self._trainer = trainer
         self._given = _given_optimizer(trainer)
         self._groups: dict[str, int] = {}
+        self._values: dict[str, dict[str, Any]] = {}
         if self._given is None:
             return
         if self._given.state:
@@ -34,10 +38,13 @@ class OptimizerRebuild:
                 f"The {type(self._given).__name__} passed in optimizers= already holds state of "
                 f"{len(self._given.state)} tensors, which would be lost. Pass a fresh optimizer, or none."
             )
-        places = {id(p): i for i, group in enumerate(self._given.param_groups) for p in group["params"]}
+        places = {id(p): (i, j) for i, group in enumerate(self._groups_of_user) for j, p in enumerate(group["params"])}
         for name, parameter in trainer.model.named_parameters():
             if id(parameter) in places:
-                self._groups[_module_of(name)] = places[id(parameter)]
+                index, position = places[id(parameter)]
+                group = self._groups_of_user[index]
+                self._groups[_module_of(name)] = index
+                self._values[_module_of(name)] = {key: group[key][position] for key in self._lists(group)}
 
     @property
     def is_given(self) -> bool:
@@ -49,13 +56,50 @@ class OptimizerRebuild:
         if self._given is None:
             _drop_optimizer(self._trainer)
             return
-        trainable = {id(p): (name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad}
-        for group in self._given.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in trainable]
+        named = {id(p): (name, p) for name, p in self._trainer.model.named_parameters()}
+        # Optimizers such as LoRA-FA's hold frozen matrices of an adapter on purpose.
+        kept = {key for key, (name, p) in named.items() if p.requires_grad or is_lora(name)}
+        missing = {key: named[key] for key in named if named[key][1].requires_grad}
+        for group in self._groups_of_user:
+            lists = ["params", *self._lists(group)]
+            places = [place for place, p in enumerate(group["params"]) if id(p) in kept]
             for parameter in group["params"]:
-                del trainable[id(parameter)]
-        for name, parameter in trainable.values():
-            self._given.param_groups[self._groups.get(_module_of(name), 0)]["params"].append(parameter)
+                missing.pop(id(parameter), None)
+            group.update({key: [group[key][place] for place in places] for key in lists})
+        for name, parameter in missing.values():
+            self._join(name, parameter)
+
+    @property
+    def _groups_of_user(self) -> list[dict[str, Any]]:
+        assert self._given is not None, "only called for an optimizer of the user's"
+        return self._given.param_groups
+
+    def _lists(self, group: dict[str, Any]) -> list[str]:
+        """Names of what a group holds once per tensor, beside the tensors: ``param_names`` and its like."""
+        assert self._given is not None, "only called for an optimizer of the user's"
+        size = len(group["params"])
+        others = (key for key in group if key != "params" and key not in self._given.defaults)
+        return [key for key in others if isinstance(group[key], list) and len(group[key]) == size and size]
+
+    def _join(self, name: str, parameter: torch.Tensor) -> None:
+        """Add a tensor to the group of its layer's weight, with what that weight had there.
+
+        Raises:
+            OptimizerConflict: The group holds something for each tensor that is not known for this one.
+        """
+        module = _module_of(name)
+        group = self._groups_of_user[self._groups.get(module, 0)]
+        known = {**self._values.get(module, {}), "param_names": name}
+        lists = {key for values in self._values.values() for key in values if isinstance(group.get(key), list)}
+        unknown = sorted(lists - known.keys())
+        if unknown:
+            raise OptimizerConflict(
+                f"The optimizer passed in optimizers= holds {', '.join(unknown)} for each of its tensors, which is not "
+                f"known for {name}. Make the optimizer after prepare_model(…), for the model that it returns."
+            )
+        group["params"].append(parameter)
+        for key in lists:
+            group[key].append(known[key])
 
 
 def release_optimizer(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import UnsupportedTraining
 
-__all__ = ["REFERENCE", "check_adapter_name", "has_reference", "keep_reference"]
+__all__ = ["REFERENCE", "check_reference", "has_reference", "keep_reference"]
 
 
 #: Name that TRL's trainers give to the frozen copy of an adapter they start from, and look for.
@@ -24,12 +24,18 @@ def has_reference(trainer: Trainer) -> bool:
     return any(cls.__name__ in _TRAINERS and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
 
 
-def check_adapter_name(trainer: Trainer, adapter_name: str) -> None:
-    """Refuse to train the adapter that the Trainer would take for its reference.
+def check_reference(trainer: Trainer, adapter_name: str) -> None:
+    """Refuse a reference that cannot be one beside adapters.
 
     Raises:
-        UnsupportedTraining: Policy and reference would be one and the same, so nothing could be learned.
+        UnsupportedTraining: Policy and reference would be one and the same, so nothing could be learned; or the
+            reference would be a mixture of itself and of the policy, which has other tensors.
     """
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise UnsupportedTraining(
+            "sync_ref_model=True mixes the policy's tensors into those of the reference one by one, and a model with "
+            "adapters has other tensors. Use sync_ref_model=False, or train without adapters."
+        )
     if has_reference(trainer) and adapter_name == REFERENCE:
         raise UnsupportedTraining(
             f"{type(trainer).__name__} takes the adapter called {REFERENCE!r} for its reference, so an adapter trained "

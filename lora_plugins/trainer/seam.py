@@ -1,9 +1,11 @@
-"""The seam into ``transformers.Trainer``: finding it, putting the model in, keeping its optimizer right."""
+"""Find the Trainer, put the model in, wrap the Trainer's methods."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -12,15 +14,17 @@ from transformers import Trainer, TrainerCallback
 
 from lora_plugins.errors import TrainerNotFound
 from lora_plugins.models.wrapping import base_of
+from lora_plugins.trainer import checkpoints, chunked_loss, losses, resuming
 
 __all__ = [
+    "WRAPPERS",
+    "Wrapper",
     "find_trainer",
     "is_training",
     "keep_generation_config",
     "put_model",
-    "shadow_method",
     "uses_autocast",
-    "wrap_model_init",
+    "wrap_methods",
 ]
 
 
@@ -90,37 +94,82 @@ def keep_generation_config(trainer: Trainer, model: nn.Module) -> None:
         base_of(model).generation_config = trainer.load_generation_config(config)
 
 
-def wrap_model_init(trainer: Trainer, prepare: Callable[[nn.Module], nn.Module]) -> Callable[[], None]:
-    """Prepare every model that ``model_init`` makes: ``train()`` and each search trial ask for a new one.
+@dataclass(frozen=True)
+class Wrapper:
+    """One function that is put over a method of a Trainer.
+
+    Attributes:
+        method: Name of the method.
+        around: Called instead, with the Trainer, the preparing callback, the method, and the method's arguments.
+        why: What would go wrong without it.
+    """
+
+    method: str
+    around: Callable[..., Any]
+    why: str
+
+
+def _prepare_made_model(
+    trainer: Trainer, callback: Any, make: Callable[..., nn.Module], trial: Any = None
+) -> nn.Module:
+    """Prepare what ``model_init`` has made."""
+    model = make(trial)
+    if trainer.place_model_on_device:
+        # Quantize where the layers will live: moving them afterwards is not safe in every backend.
+        trainer._move_model_to_device(model, trainer.args.device)
+    prepared: nn.Module = callback.make_model(trainer, model)
+    return prepared
+
+
+#: Everything that a preparing callback puts over a Trainer's methods. Of two rows for one method, the later is outside.
+WRAPPERS = (
+    Wrapper("call_model_init", _prepare_made_model, "train() and each search trial make a new, plain model"),
+    Wrapper("training_step", chunked_loss.around_training_step, "the logits of a whole batch are a step's largest"),
+    Wrapper("prediction_step", chunked_loss.around_prediction_step, "so they are in an evaluation of the loss alone"),
+    Wrapper("training_step", losses.around_training_step, "the log shows earlier losses in place of one that is NaN"),
+    Wrapper("save_model", checkpoints.around_save_model, "PEFT's files lack what it does not know to be trained"),
+    Wrapper("_load_best_model", checkpoints.around_load_best_model, "it finds one adapter, if it is called default"),
+    Wrapper("_load_from_checkpoint", resuming.around_load_from_checkpoint, "it loads one adapter, compares nothing"),
+    Wrapper("_load_optimizer_and_scheduler", resuming.around_load_optimizer, "it passes over a state that is missing"),
+)
+
+
+def wrap_methods(trainer: Trainer, callback: Any) -> list[Callable[[], None]]:
+    """Put every function of `WRAPPERS` over a Trainer's methods.
+
+    Args:
+        trainer: The Trainer.
+        callback: The preparing callback; each function gets it.
 
     Returns:
-        A function that undoes it.
+        Functions that undo it, to be called last to first.
     """
-    original = trainer.call_model_init
-
-    def call_model_init(trial: Any = None) -> nn.Module:
-        model = original(trial)
-        if trainer.place_model_on_device:
-            # Quantize where the layers will live: moving them afterwards is not safe in every backend.
-            trainer._move_model_to_device(model, trainer.args.device)
-        return prepare(model)
-
-    return shadow_method(trainer, "call_model_init", call_model_init)
+    return [_wrap_method(trainer, row.method, functools.partial(row.around, trainer, callback)) for row in WRAPPERS]
 
 
-def shadow_method(trainer: Trainer, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+def _wrap_method(trainer: Trainer, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Put a function over a method of one Trainer.
 
     Returns:
-        A function that takes it away again, and whatever was put over it since.
+        A function that undoes it. What others have put over it since stays, and calls the method from then on.
     """
+    original = getattr(trainer, name)
     before = vars(trainer).get(name)
-    setattr(trainer, name, function)
+    active = True
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs) if active else original(*args, **kwargs)
 
     def undo() -> None:
+        nonlocal active
+        active = False
+        if vars(trainer).get(name) is not method:
+            return
         if before is None:
-            vars(trainer).pop(name, None)
+            delattr(trainer, name)
         else:
             setattr(trainer, name, before)
 
+    setattr(trainer, name, method)
     return undo

@@ -1,0 +1,194 @@
+"""Compare a run that resumes with the one that wrote the checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
+
+from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint, LivenessWarning, ResumeConflict
+from lora_plugins.text import write_json
+from lora_plugins.trainer import checkpoints
+
+__all__ = ["RUN_FILE", "around_load_from_checkpoint", "around_load_optimizer", "describe_run", "write_run"]
+
+
+#: What a checkpoint holds about the run that wrote it.
+RUN_FILE = "lora_plugins_run.json"
+#: What the optimizer's state is called in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+#: Arguments that decide which rows a step sees, and in which order.
+_ORDER = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "length_column_name",
+    "ignore_data_skip",
+)
+_PACKAGES = ("lora-plugins", "peft", "transformers", "accelerate", "torch", "bitsandbytes")
+#: Fields of an adapter's configuration that say nothing about what is trained.
+_SILENT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """Return what must be the same when a run resumes, as plain data.
+
+    Keys are ``versions``, ``quantization``, ``optim`` and ``data``.
+    """
+    record = preparation_of(trainer.model)
+    quantization = record.quantization if record is not None else None
+    rows = trainer.train_dataset
+    return {
+        "versions": {name: version for name in _PACKAGES if (version := _find_version(name))},
+        "quantization": quantization.name if quantization is not None else None,
+        "optim": _plain(trainer.args.optim),
+        "data": {
+            **{name: _plain(getattr(trainer.args, name)) for name in _ORDER if hasattr(trainer.args, name)},
+            "rows": len(rows) if hasattr(rows, "__len__") else None,
+        },
+    }
+
+
+def write_run(trainer: Trainer, folder: Path) -> None:
+    """Write `describe_run` into a checkpoint."""
+    write_json(folder / RUN_FILE, describe_run(trainer))
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def around_load_from_checkpoint(
+    trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str, model: Any = None
+) -> None:
+    """Compare this run with the checkpoint's, then load every adapter of it.
+
+    The Trainer loads only the first active adapter for training and switches the others off.
+
+    Raises:
+        ResumeConflict: The runs differ.
+        BrokenCheckpoint: The adapters cannot be loaded.
+    """
+    folder = Path(checkpoint)
+    with callback.checks.report():
+        _compare(trainer, folder)
+    ours = checkpoints.is_loadable(trainer)
+    if ours and adapters.find_adapter_file(folder, trainer.model.active_adapters[0]) is not None:
+        checkpoints.load_adapters(trainer.model, folder, f"The checkpoint {folder} can't be resumed")
+    else:
+        load(checkpoint, *(() if model is None else (model,)))
+
+
+def around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str | None) -> None:
+    """Load the optimizer's state, which must be in the checkpoint.
+
+    Raises:
+        BrokenCheckpoint: It is not.
+    """
+    with callback.checks.report():
+        if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in _OPTIMIZER_FILES):
+            raise BrokenCheckpoint(
+                f"The checkpoint {checkpoint} has no state of the optimizer (save_only_model=True?), so this would be "
+                f"another run and not the rest of that one. To start anew from its adapter, use "
+                f"LoraCallback(adapter={checkpoint!r})."
+            )
+        if checkpoint is not None and trainer.is_deepspeed_enabled:
+            # DeepSpeed loads a model in its own way, past the method where others are compared.
+            _compare(trainer, Path(checkpoint))
+    load(checkpoint)
+
+
+def _compare(trainer: Trainer, folder: Path) -> None:
+    """Raise `ResumeConflict` for what decides about the run; warn of releases that differ."""
+    differences = list(_compare_adapters(trainer.model, folder)) if isinstance(trainer.model, PeftModel) else []
+    file = folder / RUN_FILE
+    if file.is_file():
+        before, now = _read_object(file), describe_run(trainer)
+        differences += _compare_values("", before, now, ("quantization", "optim"))
+        differences += _compare_values("", before.get("data", {}), now["data"])
+        versions = list(_compare_values("", before.get("versions", {}), now["versions"]))
+        if versions:
+            warnings.warn(
+                f"The checkpoint {folder} was written with other releases, so the run may go on differently: "
+                f"{'; '.join(versions)}.",
+                LivenessWarning,
+                stacklevel=2,
+            )
+    if differences:
+        raise ResumeConflict(
+            f"The checkpoint {folder} is of another run: {'; '.join(differences)}. Resume with the same arguments, or "
+            f"start a new run from its adapter with LoraCallback(adapter={str(folder)!r})."
+        )
+
+
+def _compare_adapters(model: PeftModel, folder: Path) -> Iterator[str]:
+    for name, config in model.peft_config.items():
+        file = adapters.find_adapter_file(folder, name)
+        if file is None or config.is_prompt_learning:
+            continue
+        stored = _read_object(file.parent / adapters.ADAPTER_CONFIG)
+        now = config.to_dict()
+        yield from _compare_values(f"{name}: ", stored, now)
+        yield from _compare_tensors(model, name, file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(f"{file} cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise BrokenCheckpoint(f"{file} cannot be read: it must hold an object")
+    return stored
+
+
+def _compare_values(
+    prefix: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str] | None = None
+) -> Iterator[str]:
+    """Yield what differs; by default in all that both know."""
+    for name in sorted(before.keys() & now.keys() - _SILENT) if names is None else names:
+        old, new = _comparable(before.get(name)), _comparable(now.get(name))
+        if old != new:
+            yield f"{prefix}{name} was {old!r} and is {new!r}"
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value as JSON would give it back, sets and lists of names in one order."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(item) for key, item in value.items()} or None
+    if isinstance(value, (set, frozenset, list, tuple)):
+        return sorted((_comparable(item) for item in value), key=str)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _compare_tensors(model: PeftModel, adapter_name: str, file: Path) -> Iterator[str]:
+    """Compare names and shapes, which no configuration may hide."""
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+        adapters.check_same_tensors(shapes, adapters.adapter_shapes(model, adapter_name), file)
+    except AdapterMismatch as error:
+        yield str(error).rstrip(".")
+    except (SafetensorError, OSError) as error:
+        raise BrokenCheckpoint(f"{file} cannot be read: {error}") from error
