@@ -438,7 +438,7 @@ class Odd(nn.Module):
     ("quantization", "width", "reason"),
     [
         # Not skipping this one ends the process: its kernel reads past the end of the weight.
-        ("int8-quanto", 100, "100 input features are no multiple of 16"),
+        ("int8-quanto", 100, "100 input features are not a multiple of 16"),
         ("int8-hqq", 100, "100 input features can't be parted in groups"),
         ({"name": "int4-hqq", "group_size": 64}, 96, "96 input features can't be parted in groups of 64"),
     ],
@@ -455,7 +455,7 @@ def test_report_says_which_layers_stay_in_float() -> None:
     model = prepare_model(tiny.llama(intermediate_size=100), r=4, quantization="int8-quanto")
     notes = make_report(model).notes
     assert [note for note in notes if "stay in float" in note] == [
-        "2 linear layers stay in float: 100 input features are no multiple of 16, as its bfloat16 kernel needs"
+        "2 linear layers stay in float: 100 input features are not a multiple of 16, as its bfloat16 kernel needs"
     ]
 
 

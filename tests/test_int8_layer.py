@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_plugins.builtin.quantizers import int8_layer
 from lora_plugins.builtin.quantizers.bitsandbytes import Int8
-from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, dequantized, quantized
+from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, dequantize_rows, quantize_rows
 
 
 def layers(dtype: torch.dtype, *, bias: bool = True) -> tuple[Any, Any]:
@@ -89,9 +89,9 @@ def test_checkpointing_does_not_repeat_the_last_product(monkeypatch: pytest.Monk
 
     def counted(*args: Any) -> torch.Tensor:
         calls.append(args)
-        return dequantized(*args)
+        return dequantize_rows(*args)
 
-    monkeypatch.setattr(int8_layer, "dequantized", counted)
+    monkeypatch.setattr(int8_layer, "dequantize_rows", counted)
     x = torch.randn(7, 24, requires_grad=True)
     back = torch.randn(24, 40) / 40
 
@@ -130,9 +130,9 @@ def test_evaluation_is_bitsandbytes_own_and_changes_nothing() -> None:
 def test_dequantized_values_are_rounded_once() -> None:
     ours, _ = layers(torch.float32)
     weight, scale = ours.weight.data, ours.weight.SCB
-    wide = dequantized(weight, scale, torch.float32)
+    wide = dequantize_rows(weight, scale, torch.float32)
     torch.testing.assert_close(wide.double(), weight.double() * scale.double()[:, None] / 127)
-    assert torch.equal(dequantized(weight, scale, torch.bfloat16), wide.to(torch.bfloat16))
+    assert torch.equal(dequantize_rows(weight, scale, torch.bfloat16), wide.to(torch.bfloat16))
     assert type(ours) is Int8Linear
 
 
@@ -147,6 +147,6 @@ def test_quantized_values_are_those_of_bitsandbytes(
     weight[3] *= 1e-5
     weight[5, 1] = -30
     expected = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
-    values, scale = quantized(weight)
+    values, scale = quantize_rows(weight)
     assert torch.equal(values, expected.data)
     assert torch.equal(scale, expected.SCB)

@@ -19,7 +19,7 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job
 from lora_plugins.errors import PreparationError
 from lora_plugins.planning.layers import PlannedLinear
-from lora_plugins.planning.source import without_data
+from lora_plugins.planning.source import copy_without_data
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.quantization.request import owner_of
 
@@ -39,7 +39,7 @@ def describe(model: nn.Module) -> tuple[Facts, set[str]]:
 
 def planned_model(base: nn.Module, **arguments: Any) -> Any:
     settings = LoraSettings.from_arguments(**arguments)
-    meta = without_data(base)
+    meta = copy_without_data(base)
     return Workbench(meta, settings, choose_targets(meta, settings), torch.device("cpu")).whole(settings.quantization)
 
 

@@ -1,4 +1,4 @@
-"""A LoRA branch as one differentiable function: PEFT's numbers with fewer copies and less kept for the backward pass.
+"""A LoRA branch as one function that keeps less for the backward pass.
 
 PEFT's layer casts its input to float32, keeps that and the dropout mask in float32 for the backward pass, and adds
 the scaled branch in two more passes. Here the input is kept as it came (others keep it too), the mask takes a byte a
@@ -147,7 +147,7 @@ class LoraBranch(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         mask, kept = draw_mask(x, rate, dtype) if rate else (None, 1.0)
-        inner = _dropped(x, mask, dtype) @ a.to(dtype).T
+        inner = _drop(x, mask, dtype) @ a.to(dtype).T
         factor = scaling / kept
         ctx.save_for_backward(x, mask, inner, a, b)
         ctx.factor, ctx.dtype = factor, dtype
@@ -165,7 +165,7 @@ class LoraBranch(torch.autograd.Function):
         x, mask, inner, a, b = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Somebody differentiates this pass (a gradient penalty): what was kept of the first one knows no gradient.
-            inner = _dropped(x, mask, ctx.dtype) @ a.to(ctx.dtype).T
+            inner = _drop(x, mask, ctx.dtype) @ a.to(ctx.dtype).T
         for_result, for_x, for_a, for_b = ctx.needs_input_grad[:4]
         rows = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
         of_x = of_a = of_b = None
@@ -174,9 +174,9 @@ class LoraBranch(torch.autograd.Function):
             if for_b:
                 of_b = (rows.T @ inner).mul_(ctx.factor).to(b.dtype)
             if for_a:
-                of_a = (of_inner.T @ _dropped(x, mask, ctx.dtype)).to(a.dtype)
+                of_a = (of_inner.T @ _drop(x, mask, ctx.dtype)).to(a.dtype)
             if for_x:
-                of_x = _dropped(of_inner @ a.to(ctx.dtype), mask, ctx.dtype).to(x.dtype).view(x.shape)
+                of_x = _drop(of_inner @ a.to(ctx.dtype), mask, ctx.dtype).to(x.dtype).view(x.shape)
         return gradient if for_result else None, of_x, of_a, of_b, None, None, None
 
 
@@ -205,7 +205,7 @@ def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.T
     return torch.from_numpy(bits >= limit).view(-1, x.shape[-1]), 1 - limit / _OUTCOMES
 
 
-def _dropped(values: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _drop(values: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Values as rows in a dtype, those that were dropped being zero."""
     rows = values.reshape(-1, values.shape[-1]).to(dtype)
     # A product with a bool tensor is not vectorized; one with a float tensor is.

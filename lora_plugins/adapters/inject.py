@@ -1,4 +1,4 @@
-"""Put LoRA adapters into a base model, and exchange their layers when it is quantized."""
+"""Put LoRA adapters into a base model."""
 
 from __future__ import annotations
 

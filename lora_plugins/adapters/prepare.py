@@ -1,4 +1,4 @@
-"""From a base model to a `peft.PeftModel` that is ready to train: resolve, quantize, prepare, inject, record."""
+"""Make a `peft.PeftModel` that is ready to train out of a base model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def prepare_model(
         The wrapped model.
 
     Raises:
-        UnknownArgument: A keyword is no field of ``peft.LoraConfig``.
+        UnknownArgument: A keyword is not a field of ``peft.LoraConfig``.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown or can't be used here.
         PreparationError: The model is in a state that can't be prepared.

@@ -1,4 +1,4 @@
-"""The parameter report: counts, bytes, which modules were hit, what was done; as line, table, JSON, scalars."""
+"""The parameter report: counts, bytes, targets, notes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_plugins.quantization.walk import EXPECTED_REASONS
 from lora_plugins.targets.records import TargetHit
 from lora_plugins.text import write_json
 
-__all__ = ["ParameterReport", "TargetRow", "make_report", "rows_of_adapters", "rows_of_hits"]
+__all__ = ["ParameterReport", "TargetRow", "list_adapters", "list_hits", "make_report"]
 
 
 @dataclass(frozen=True)
@@ -252,16 +252,16 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
 
 def _target_rows(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
     if record is not None and record.plan is not None:
-        return rows_of_hits(record.plan.hits)
-    return rows_of_adapters(model)
+        return list_hits(record.plan.hits)
+    return list_adapters(model)
 
 
-def rows_of_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
+def list_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
     """The hit table of targets that were resolved here."""
     return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in hits]
 
 
-def rows_of_adapters(model: nn.Module) -> list[TargetRow]:
+def list_adapters(model: nn.Module) -> list[TargetRow]:
     """The hit table of adapters that somebody else put in, by the last part of the module names."""
     counts: Counter[str] = Counter()
     shapes: dict[str, dict[str, None]] = {}

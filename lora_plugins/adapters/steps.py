@@ -1,4 +1,4 @@
-"""The steps from a base model to one that is ready to train, in one list for `prepare_model` and `plan`."""
+"""The steps that prepare a model, in one list for training and for `plan`."""
 
 from __future__ import annotations
 

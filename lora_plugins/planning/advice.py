@@ -1,4 +1,4 @@
-"""The nearest change that makes a run fit: few changes first, among those the ones that cost least."""
+"""Find the nearest change of a run that makes it fit."""
 
 from __future__ import annotations
 

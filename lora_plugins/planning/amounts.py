@@ -31,7 +31,7 @@ def parse_memory(text: str | int) -> int:
         return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise PlanError(f"{text!r} is no amount of memory; write 24GiB, 80GB or a number of bytes.")
+        raise PlanError(f"{text!r} is not an amount of memory; write 24GiB, 80GB or a number of bytes.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 

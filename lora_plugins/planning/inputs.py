@@ -1,4 +1,4 @@
-"""A batch without data of the size asked for, by what a model's forward takes."""
+"""A training batch without data, by what a model's forward takes."""
 
 from __future__ import annotations
 

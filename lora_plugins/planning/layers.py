@@ -1,4 +1,4 @@
-"""Quantized layers without data: they take the place of linear layers while a step is simulated."""
+"""Stand-ins without data for quantized layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.quantization.walk import as_linear
 
-__all__ = ["PlannedLinear", "keeps_input", "parameter_bytes", "planned", "standing_in", "stored_bytes", "weight_bytes"]
+__all__ = [
+    "PlannedLinear",
+    "keeps_input",
+    "make_stand_in",
+    "make_stand_in_of",
+    "parameter_bytes",
+    "stored_bytes",
+    "weight_bytes",
+]
 
 
 #: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
@@ -30,7 +38,7 @@ class PlannedLinear(nn.Linear):
     Args:
         in_features: Size of the input.
         out_features: Size of the output.
-        bias: The bias, which is counted with the weight and is no parameter of this layer.
+        bias: The bias, which is counted with the weight and is not a parameter of this layer.
         keeps_input: Whether the backend's layer holds its input until the backward pass.
         float_dtype: Dtype of the weight before it is quantized.
         stored_bytes: Bytes of weight, scales and bias of a layer that is quantized already, else ``None``.
@@ -81,7 +89,7 @@ class _DequantizeAndMultiply(torch.autograd.Function):
         return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device="meta"), None
 
 
-def planned(layer: Any, quantization: Quantization, device: torch.device) -> PlannedLinear:
+def make_stand_in(layer: Any, quantization: Quantization, device: torch.device) -> PlannedLinear:
     """Return the stand-in of a float layer that a backend would quantize.
 
     Args:
@@ -104,7 +112,7 @@ def keeps_input(quantizer: Quantizer, device: torch.device) -> bool:
     return quantizer.keeps_input and device.type != "cpu"
 
 
-def standing_in(module: Any, owner: Quantizer) -> PlannedLinear:
+def make_stand_in_of(module: Any, owner: Quantizer) -> PlannedLinear:
     """Return the stand-in of a layer that is quantized already, with the bytes it has."""
     device = next(module.parameters()).device
     bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
@@ -138,7 +146,7 @@ def weight_bytes(quantization: Quantization, in_features: int, out_features: int
     sample = _sample(_options(quantization), in_features, dtype)
     if sample is None:
         return int(quantizer.bits * in_features * out_features / 8)
-    return _extended([layer.total for layer in sample], out_features)
+    return _extrapolate([layer.total for layer in sample], out_features)
 
 
 def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> tuple[int, bool]:
@@ -152,10 +160,10 @@ def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> 
     sample = _sample(_options(quantization), layer.in_features, layer.float_dtype)
     if sample is None:
         return 0, False
-    return _extended([one.parameters for one in sample], layer.out_features), sample[0].is_copied
+    return _extrapolate([one.parameters for one in sample], layer.out_features), sample[0].is_copied
 
 
-def _extended(sizes: list[int], rows: int) -> int:
+def _extrapolate(sizes: list[int], rows: int) -> int:
     """Bytes of a layer with more rows than the two samples."""
     small, large = sizes
     return round(small + (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0]) * (rows - _SAMPLE_ROWS[0]))

@@ -1,4 +1,4 @@
-"""Bounds on a configuration's numbers, so that planning it ends whatever it says."""
+"""Bounds on a configuration, so that planning it always ends."""
 
 from __future__ import annotations
 

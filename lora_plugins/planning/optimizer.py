@@ -1,4 +1,4 @@
-"""Bytes that an optimizer keeps for each trained tensor, by the names of ``TrainingArguments.optim``."""
+"""Bytes that an optimizer keeps for each trained tensor."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_plugins.adapters.prepare import choose_targets
-from lora_plugins.adapters.report import TargetRow, rows_of_adapters, rows_of_hits
+from lora_plugins.adapters.report import TargetRow, list_adapters, list_hits
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.models.wrapping import base_of
@@ -315,18 +315,18 @@ class _Planner:
 
     def _targets(self) -> list[TargetRow]:
         if self.bench.targets is None:
-            return rows_of_adapters(self.bench.base)
-        return rows_of_hits(self.bench.targets.hits)
+            return list_adapters(self.bench.base)
+        return list_hits(self.bench.targets.hits)
 
 
 def _main_dtype(model: Any) -> str:
     """Dtype of most of a model's float weights."""
     sizes: dict[str, int] = {}
-    for parameter in _floats(model):
+    for parameter in _iterate_floats(model):
         name = dtype_name(parameter.dtype)
         sizes[name] = sizes.get(name, 0) + parameter.numel()
     return max(sizes, key=lambda name: sizes[name], default="")
 
 
-def _floats(model: Any) -> Iterator[Any]:
+def _iterate_floats(model: Any) -> Iterator[Any]:
     return (p for p in model.parameters() if p.is_floating_point())

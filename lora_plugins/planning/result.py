@@ -1,4 +1,4 @@
-"""A plan that is printed as tables, saved as JSON and drawn as stacked bars."""
+"""A plan that is printed, saved as JSON and drawn as a chart."""
 
 from __future__ import annotations
 

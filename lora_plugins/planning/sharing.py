@@ -1,4 +1,4 @@
-"""Amounts of memory: read, written, asked of the machine; and how several devices share them."""
+"""How several devices share the memory of a run."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def per_device(parts: Parts, strategy: str, devices: int) -> Memory:
         PlanError: The strategy is unknown, or the number makes no sense.
     """
     if strategy not in STRATEGIES:
-        raise PlanError(f"There is no strategy {strategy!r}. Known: {', '.join(STRATEGIES)}.")
+        raise PlanError(f"Unknown strategy {strategy!r}. Known: {', '.join(STRATEGIES)}.")
     if devices < 1 or (strategy == "single" and devices != 1):
         raise PlanError(f"devices={devices} makes no sense with the strategy {strategy!r}.")
     return (STRATEGIES[strategy] if devices > 1 else _whole)(parts, devices)

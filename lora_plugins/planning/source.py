@@ -1,4 +1,4 @@
-"""From a live model, a configuration, a file, a folder or a Hub id to the same model on the meta device."""
+"""Make a model on the meta device from a configuration or a live model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from lora_plugins.errors import PlanError
-from lora_plugins.planning.layers import standing_in
+from lora_plugins.planning.layers import make_stand_in_of
 from lora_plugins.planning.limits import LimitedBuilding, check_numbers
 from lora_plugins.quantization.request import owner_of
 from lora_plugins.text import did_you_mean, one_line
 
-__all__ = ["TASKS", "meta_model", "read_config", "without_data"]
+__all__ = ["TASKS", "copy_without_data", "meta_model", "read_config"]
 
 
 #: What a model is for -> the class of transformers that makes it; the first that knows a configuration is taken.
@@ -55,12 +55,12 @@ def meta_model(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        PlanError: There is no such model, or transformers can't make it.
+        PlanError: The model cannot be found, or transformers cannot make it.
     """
     if isinstance(source, nn.Module):
         if dtype is not None or task is not None:
             raise PlanError("task and dtype belong to a configuration or a name; a live model has both already.")
-        return without_data(source)
+        return copy_without_data(source)
     config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
     return _from_config(config, task, _dtype(dtype, config), trust_remote_code)
 
@@ -150,7 +150,7 @@ def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote
 def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
     if task is not None and task not in TASKS:
         hint = did_you_mean(task, TASKS)
-        raise PlanError(f"There is no task {task!r}.{hint} Known: {', '.join(TASKS)}.")
+        raise PlanError(f"Unknown task {task!r}.{hint} Known: {', '.join(TASKS)}.")
     remote = getattr(config, "auto_map", None) or {}
     named = _named_class(config)
     if task is None and named is not None:
@@ -186,13 +186,13 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def without_data(model: nn.Module) -> nn.Module:
+def copy_without_data(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device; a quantized layer becomes a stand-in with its bytes."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         owner = owner_of(module)
         if owner is not None:
-            memo[id(module)] = standing_in(module, owner)
+            memo[id(module)] = make_stand_in_of(module, owner)
     for parameter in model.parameters():
         empty = torch.empty(_shape(parameter), dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)

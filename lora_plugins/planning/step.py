@@ -1,4 +1,4 @@
-"""One training step on the meta device, with the bytes of what is alive counted."""
+"""Count the bytes alive during a training step on the meta device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def as_on_a_device() -> Iterator[None]:
     enabled: Any = torch.is_autocast_enabled
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        output = _fused(*args, **kwargs)
+        output = _run_fused_kernel(*args, **kwargs)
         return original(*args, **kwargs) if output is None else output
 
     nn.functional.scaled_dot_product_attention = attention
@@ -64,7 +64,7 @@ def as_on_a_device() -> Iterator[None]:
         torch.is_autocast_enabled = enabled
 
 
-def _fused(
+def _run_fused_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -113,7 +113,7 @@ def activation_bytes(model: Any, batch: dict[str, torch.Tensor], removed: list[B
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
     model.zero_grad()
-    return live.peak + sum(_kept(recorded, block) for block in removed)
+    return live.peak + sum(_count_kept(recorded, block) for block in removed)
 
 
 def _mark(blocks: Any, marks: dict[int, int], live: LiveBytes) -> list[Any]:
@@ -125,7 +125,7 @@ def _mark(blocks: Any, marks: dict[int, int], live: LiveBytes) -> list[Any]:
     return [block.register_forward_pre_hook(note(number)) for number, block in enumerate(blocks)]
 
 
-def _kept(marks: dict[str, dict[int, int]], block: Block) -> int:
+def _count_kept(marks: dict[str, dict[int, int]], block: Block) -> int:
     found = marks[block.stack]
     return found[block.twin + 1] - found[block.twin]
 

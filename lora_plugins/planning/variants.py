@@ -1,4 +1,4 @@
-"""The prepared model on the meta device, whole for counting and shortened for simulating, for each backend."""
+"""The prepared model of each backend on the meta device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.planning.amounts import Memory
 from lora_plugins.planning.inputs import make_batch
-from lora_plugins.planning.layers import PlannedLinear, keeps_input, parameter_bytes, planned, stored_bytes
+from lora_plugins.planning.layers import PlannedLinear, keeps_input, make_stand_in, parameter_bytes, stored_bytes
 from lora_plugins.planning.optimizer import file_bytes
 from lora_plugins.planning.sharing import Parts, Sizes
-from lora_plugins.planning.source import without_data
+from lora_plugins.planning.source import copy_without_data
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.quantization.counting import ParameterCount, TensorBytes, count_parameters, tensor_bytes
 from lora_plugins.quantization.precision import activation_dtype, resolve_compute_dtype
@@ -93,7 +93,7 @@ class Workbench:
         """Return the whole prepared model; backends that quantize the same layers share one."""
         key = self._quantized_layers(quantization)
         if key not in self._whole:
-            self._whole[key] = self._prepare(without_data(self.base), quantization)
+            self._whole[key] = self._prepare(copy_without_data(self.base), quantization)
         return self._whole[key]
 
     def _quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
@@ -122,7 +122,7 @@ class Workbench:
         name = quantization.name if quantization is not None else ""
         if name not in self._weights:
             layers, in_float = self._divide(quantization)
-            told = self._told(quantization)
+            told = self._add_compute_dtype(quantization)
             self._weights[name] = in_float + sum(stored_bytes(layer, told) for layer in layers)
         return self._weights[name]
 
@@ -159,7 +159,7 @@ class Workbench:
         """
         floats, block, outside = self._float_weights(quantization)
         total, largest, copied = self._packed_weights(quantization) if packed else (0, 0, 0)
-        return Parts(alone, floats, _sizes(self.trained), block, outside, optim, total, largest, copied)
+        return Parts(alone, floats, _read_sizes(self.trained), block, outside, optim, total, largest, copied)
 
     def _float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
         """Return the float parameters, and the bytes of those in the largest block and outside of blocks."""
@@ -178,13 +178,13 @@ class Workbench:
                 outside += size
             else:
                 inside[block.path] = inside.get(block.path, 0) + size
-        found = _sizes(floats.values()), max(inside.values(), default=0), outside
+        found = _read_sizes(floats.values()), max(inside.values(), default=0), outside
         self._floats[key] = found
         return found
 
     def _packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
         """Return the bytes of quantized parameters, of those in the largest block, and of what is held twice."""
-        told = self._told(quantization)
+        told = self._add_compute_dtype(quantization)
         total = copied = 0
         blocks: dict[str, int] = {}
         for path, layer in base_of(self.whole(quantization)).named_modules():
@@ -268,7 +268,7 @@ class Workbench:
     def _step_model(self, quantization: Quantization | None, short: bool) -> tuple[Any, list[Block]]:
         key = (self._signature(quantization), short)
         if key not in self._steps:
-            model = without_data(self.base)
+            model = copy_without_data(self.base)
             removed = shorten(base_of(model), removable_blocks(self.structure)) if short else []
             self._steps[key] = (self._prepare(model, quantization).train(), removed)
         return self._steps[key]
@@ -311,7 +311,7 @@ class Workbench:
         wanted, quantized = self.settings.compute_dtype, quantization is not None or self.arrived
         return resolve_compute_dtype(wanted, base, quantized=quantized, autocast=False, device=self.device)
 
-    def _told(self, quantization: Quantization | None) -> Quantization | None:
+    def _add_compute_dtype(self, quantization: Quantization | None) -> Quantization | None:
         """A backend with the dtype of activations, where it wants to know it."""
         if quantization is None:
             return None
@@ -325,7 +325,7 @@ class Workbench:
         return tuple(config.modules_to_save or ())
 
 
-def _sizes(tensors: Iterable[torch.Tensor]) -> list[Sizes]:
+def _read_sizes(tensors: Iterable[torch.Tensor]) -> list[Sizes]:
     return [(tuple(tensor.shape), tensor.element_size()) for tensor in tensors]
 
 
@@ -355,7 +355,7 @@ def quantize_by_stand_ins(job: Job) -> None:
         targets, skipped = layers_to_quantize(job.model, quantization, job.never_quantized())
         places = module_places(job.model)
         for layer in targets.values():
-            new = planned(layer, quantization, job.device or layer.weight.device)
+            new = make_stand_in(layer, quantization, job.device or layer.weight.device)
             for parent, attribute in places[id(layer)]:
                 setattr(parent, attribute, new)
         job.record.layers = QuantizedLayers(list(targets), skipped)

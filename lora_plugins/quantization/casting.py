@@ -1,4 +1,4 @@
-"""Trained tensors in float32, and inputs in the dtype of the layer they reach."""
+"""Cast trained tensors to float32, and inputs to the dtype of their layer."""
 
 from __future__ import annotations
 

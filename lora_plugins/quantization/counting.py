@@ -1,4 +1,4 @@
-"""Logical parameter counts and real bytes: right under int8, 4 bits, tied weights and trained heads."""
+"""Logical parameter counts and real bytes of a model."""
 
 from __future__ import annotations
 

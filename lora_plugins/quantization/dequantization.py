@@ -1,4 +1,4 @@
-"""Giving a quantized model float weights again, in place, with or without adapters over them."""
+"""Give a quantized model float weights again, in place."""
 
 from __future__ import annotations
 

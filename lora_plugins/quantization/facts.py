@@ -1,4 +1,4 @@
-"""How a base is stored, as plain data on the model, for manifests and merging."""
+"""How a base is stored, as plain data for manifests and merging."""
 
 from __future__ import annotations
 

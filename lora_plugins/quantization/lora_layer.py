@@ -1,4 +1,4 @@
-"""The LoRA layer over a quantized linear layer of any backend: merging that keeps the adapter, or says no."""
+"""The LoRA layer over a quantized linear layer of any backend."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class QuantizedLoraLinear(Linear):  # type: ignore[misc]
         if not self.merged:
             # In a list, so that it is not a submodule.
             self.unmerged: list[nn.Module] = [base]
-        self.base_layer = _requantized(total.to(weight.dtype), bias, quantization).train(base.training)
+        self.base_layer = _requantize(total.to(weight.dtype), bias, quantization).train(base.training)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -75,7 +75,7 @@ def _check_mergeable(quantization: Quantization) -> None:
         )
 
 
-def _requantized(weight: torch.Tensor, bias: Any, quantization: Quantization) -> nn.Module:
+def _requantize(weight: torch.Tensor, bias: Any, quantization: Quantization) -> nn.Module:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

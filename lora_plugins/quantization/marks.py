@@ -1,4 +1,4 @@
-"""What transformers finds on a model that was quantized by a backend it does not know."""
+"""The flags that transformers sets on a quantized model."""
 
 from __future__ import annotations
 

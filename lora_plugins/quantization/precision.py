@@ -1,4 +1,4 @@
-"""In which dtype the frozen float part of a prepared model is held: ``compute_dtype`` and ``upcast``."""
+"""The dtype of a model's frozen float weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def resolve_compute_dtype(
         device: Where it will run, for a model on the meta device; by default where it is.
 
     Raises:
-        PreparationError: ``wanted`` is no float dtype we know.
+        PreparationError: ``wanted`` is not a known float dtype.
     """
     if isinstance(wanted, torch.dtype):
         wanted = dtype_name(wanted)

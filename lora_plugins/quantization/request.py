@@ -1,4 +1,4 @@
-"""Quantizing a live model in place, layer by layer, and marking it as transformers marks a loaded one."""
+"""A backend with its options, asked for by users or found in a model."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, ho
         QuantizationError: The backend can only quantize a model in place.
     """
     parsed = parse_quantization(quantization, host)
-    assert parsed is not None, "None is no backend"
+    assert parsed is not None, "None stands for no quantization"
     options = {**parsed.options, "skip_modules": parsed.options["skip_modules"] or None}
     config = parsed.quantizer.load_config(options)
     if config is None:

@@ -1,4 +1,4 @@
-"""A short training run on a small layer, which every backend must pass before it is trusted."""
+"""A short training run that every backend must pass before it is used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def self_test(quantization: Quantization, device: torch.device, dtype: torch.dty
         What is wrong, ``None`` when the backend can be trusted.
     """
     options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
-    return _tested(_Case(quantization.quantizer, options), device, dtype)
+    return _run_self_test(_Case(quantization.quantizer, options), device, dtype)
 
 
 class _Case:
@@ -62,7 +62,7 @@ class _Case:
 
 
 @functools.lru_cache(maxsize=64)
-def _tested(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None:
+def _run_self_test(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         linear = nn.Linear(_IN, _OUT, bias=False, dtype=dtype).requires_grad_(False)

@@ -56,7 +56,7 @@ class Int8(Quantizer):
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         import bitsandbytes as bnb
 
-        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, quantized
+        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, quantize_rows
 
         device = linear.weight.device
         layer = Int8Linear(
@@ -68,7 +68,7 @@ class Int8(Quantizer):
             device="meta",
         )
         if device.type == "cpu":
-            values, scale = quantized(linear.weight.data)
+            values, scale = quantize_rows(linear.weight.data)
             layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
         else:
             # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.

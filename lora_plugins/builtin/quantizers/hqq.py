@@ -1,4 +1,4 @@
-"""The HQQ backends: ``int8-hqq`` and ``int4-hqq``, half-quadratic quantization without calibration data."""
+"""The HQQ backends ``int8-hqq`` and ``int4-hqq``."""
 
 from __future__ import annotations
 

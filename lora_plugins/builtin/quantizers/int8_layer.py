@@ -1,4 +1,4 @@
-"""bitsandbytes' int8 layer: a scale that survives being dequantized on a CPU, and a lean training pass there."""
+"""bitsandbytes' int8 layer with a lean training pass on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-__all__ = ["Int8Linear", "dequantized", "quantized"]
+__all__ = ["Int8Linear", "dequantize_rows", "quantize_rows"]
 
 
 #: Weights that are converted at a time, so that the float32 intermediate stays in the CPU's cache.
@@ -66,20 +66,20 @@ class _Int8Product(torch.autograd.Function):
             ctx.kept = weight, scale
         else:
             ctx.save_for_backward(weight, scale)
-        return torch.nn.functional.linear(x, dequantized(weight, scale, x.dtype), bias)
+        return torch.nn.functional.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         weight, scale = ctx.saved_tensors or ctx.kept
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = gradient @ dequantized(weight, scale, gradient.dtype)
+            of_input = gradient @ dequantize_rows(weight, scale, gradient.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_input, None, None, of_bias, None
 
 
-def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return an int8 weight as float, each value rounded once.
 
     Args:
@@ -98,7 +98,7 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     return result
 
 
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a float weight on the CPU by rows, to the bits that bitsandbytes gives.
 
     Args:

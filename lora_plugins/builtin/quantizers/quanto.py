@@ -130,7 +130,7 @@ class Int8Quanto(Quanto):
         # torch's kernel for bfloat16 on CPUs reads whole vectors of 16 weights: past the end it finds other
         # memory, NaN or none. With a single output the scale is none per row, which it does not expect either.
         if in_features % 16:
-            return f"{in_features} input features are no multiple of 16, as its bfloat16 kernel needs"
+            return f"{in_features} input features are not a multiple of 16, as its bfloat16 kernel needs"
         if out_features == 1:
             return "a single output feature, which its bfloat16 kernel can't take"
         return None

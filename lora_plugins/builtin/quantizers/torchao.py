@@ -1,4 +1,4 @@
-"""The torchao backends: ``int8-torchao`` and ``float8-torchao``, weights only."""
+"""The torchao backends ``int8-torchao`` and ``float8-torchao``."""
 
 from __future__ import annotations
 
