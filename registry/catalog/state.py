@@ -53,11 +53,13 @@ class State:
     """Withdrawn versions, and the moves of each alias, oldest first.
 
     ``serial`` counts the changes, so that a state can be told from an earlier one; 0 where it was not counted.
+    ``stored`` is false where no file holds it, because nothing was changed yet.
     """
 
     yanked: Mapping[str, Yank] = field(default_factory=dict)
     aliases: Mapping[str, tuple[Move, ...]] = field(default_factory=dict)
     serial: int = field(default=0, compare=False)
+    stored: bool = field(default=True, compare=False)
 
     @classmethod
     def parse(cls, data: bytes) -> State:
@@ -112,11 +114,11 @@ def read_state(hub: Hub, name: str, refs: Refs) -> State:
     """The state of a repository at the moment of ``refs``."""
     commit = refs.branches.get(STATE_BRANCH)
     if commit is None or _is_fresh(refs, commit):
-        return State()
+        return State(stored=False)
     try:
         return State.parse(hub.read(name, commit, STATE_FILE, _LIMIT))
     except HubFileNotFound:
-        return State()  # started from what main held before
+        return State(stored=False)  # started from what main held before
 
 
 def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], message: str) -> State:

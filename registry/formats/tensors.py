@@ -29,6 +29,9 @@ _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magn
 _PREFIX = "base_model.model."
 #: Names of input embeddings and language model heads, whose rows are the entries of a vocabulary.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
+#: Modules that may be an embedding or a head by their names, of architectures that are not known as well.
+_END = re.compile(r"(^|\.)[^.]*(embed|wte|shared|head|decoder|vocab|output|proj_out)[^.]*(\.base_layer)?$")
+_TASK_HEADS = ("classifier", "score", "qa_outputs")
 #: Rows of single trained tokens.
 _DELTA = "trainable_tokens_"
 
@@ -85,8 +88,42 @@ def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) ->
             f"{len(strange)} tensors have names that don't begin with {_PREFIX}, first {strange[0]}: this is not what "
             "PEFT's save_pretrained writes. Save it with that."
         )
+    _check_others(tensors, config)
     for name, module in modules.items():
         _check_module(name, module, tensors, config)
+
+
+def _check_others(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
+    """Refuse weights of the base that the configuration does not train: loading the adapter would replace them.
+
+    Whether an embedding or a head was trained or grown is seen with the base at hand, by `check`.
+
+    Raises:
+        InvalidAdapter: There are some.
+    """
+    foreign = [name for name in other_tensors(tensors) if not _may_be_trained(name, tensors[name], config)]
+    if foreign:
+        raise InvalidAdapter(
+            f"{len(foreign)} tensors, first {foreign[0]}, are weights of the base model that adapter_config.json does "
+            "not train; loading the adapter would replace them. If they were trained, name their modules in "
+            "modules_to_save; else leave them out"
+        )
+
+
+def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bool:
+    module, _, part = name.removeprefix(_PREFIX).rpartition(".")
+    if part == "bias" and config.fields.get("bias", "none") != "none":
+        return True
+    if _DELTA in name and config.fields.get("trainable_token_indices") is not None:
+        return True
+    saved = list(config.fields.get("modules_to_save") or ())
+    # Earlier releases of PEFT save a task's head without naming it.
+    saved += _TASK_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
+    # As PEFT matches them: ``classifier`` is the end of ``pre_classifier``, too. What is inside is saved along.
+    parts = module.split(".")
+    if any(".".join(parts[:count]).endswith(tuple(saved)) for count in range(1, len(parts) + 1)):
+        return True
+    return "lora_" in part or (len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None)
 
 
 def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:

@@ -9,7 +9,6 @@ import html
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 from registry.formats.readme import write_readme
+from registry.text import visible
 
 __all__ = ["LOSS_CURVE", "CardFields", "loss_curve", "model_card"]
 
@@ -256,13 +256,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 def _text(text: str) -> str:
     """Text in which nothing is Markdown or HTML, on one line, in the direction in which it is read."""
-    line = " ".join(_visible(text).split())
-    return html.escape(_MARKDOWN.sub(r"\\\1", line), quote=False)
+    return html.escape(_MARKDOWN.sub(r"\\\1", visible(text)), quote=False)
 
 
 def _code(text: str) -> str:
-    return " ".join(_visible(text).split()).replace("`", "'")
-
-
-def _visible(text: str) -> str:
-    return "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Co", "Cs"))
+    return visible(text).replace("`", "'")

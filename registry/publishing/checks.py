@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path, PurePath
 
-from registry.errors import AdapterWarning, InvalidAdapter, TooLarge, UnsafeFile
+from registry.errors import AdapterWarning, InvalidAdapter, TooLarge
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.fields import is_finite
 from registry.formats.paths import ADAPTER_WEIGHTS
 from registry.formats.records import FileRecord, TensorRecord
 from registry.formats.tensors import check_weights, other_tensors
+from registry.formats.tokenizer_files import MAX_TOKENIZER_CONFIG, TOKENIZER_CONFIG, check_tokenizer_config
 
 __all__ = [
     "LARGE",
@@ -32,13 +32,10 @@ __all__ = [
 LARGE = 32 * 1024 * 1024
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _CHUNK = 4 * 1024 * 1024
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 #: Kinds of files that hold tensors.
 _TENSORS = frozenset({".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"})
 #: What a Trainer leaves to go on from, the first words of the names: nothing of it is part of the result.
 _TO_GO_ON = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")
-#: Switches by which transformers runs code that comes with a tokenizer.
-_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
 def check_tensors(file: Path, config: AdapterConfig, allow: Sequence[str]) -> Mapping[str, TensorRecord]:
@@ -105,18 +102,9 @@ def check_tokenizer(folder: Path, names: Collection[str]) -> None:
     Raises:
         UnsafeFile: It has ``auto_map`` or ``trust_remote_code``, or is malformed.
     """
-    if _TOKENIZER_CONFIG not in names:
-        return
-    try:
-        values = json.loads((folder / _TOKENIZER_CONFIG).read_bytes())
-    except (ValueError, RecursionError):
-        raise UnsafeFile(f"{_TOKENIZER_CONFIG} is not valid JSON, so it can't be published") from None
-    found = [key for key in _CODE if isinstance(values, dict) and values.get(key)]
-    if found:
-        raise UnsafeFile(
-            f"{_TOKENIZER_CONFIG} sets {found[0]}, by which code is run where the tokenizer is loaded; a release holds "
-            "no code. Save the tokenizer with a class of transformers, such as PreTrainedTokenizerFast"
-        )
+    if TOKENIZER_CONFIG in names:
+        with open(folder / TOKENIZER_CONFIG, "rb") as file:
+            check_tokenizer_config(file.read(MAX_TOKENIZER_CONFIG + 1))
 
 
 def warn_of_rest(source: Path) -> None:

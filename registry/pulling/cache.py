@@ -131,7 +131,11 @@ class Cache:
             stage.chmod(0o555)
             with exclude(self._guard()):
                 self._write_notes(manifest.digest, warnings)
-            self._place(stage, self.path(manifest.digest), manifest)
+            try:
+                self._place(stage, self.path(manifest.digest), manifest)
+            except OSError:
+                self._drop_notes(manifest.digest)
+                raise
         return warnings
 
     def note(self, digest: str, warnings: tuple[str, ...]) -> None:
@@ -247,6 +251,12 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         folder_files.replace_file(path, canonical({"checks": _CHECKS, "warnings": list(warnings)}))
+
+    def _drop_notes(self, digest: str) -> None:
+        """Remove the notes of a release that did not get there."""
+        with contextlib.suppress(OSError), exclude(self._guard()):
+            if not os.path.lexists(self.path(digest)):
+                self._notes_path(digest).unlink(missing_ok=True)
 
     def _touch(self, digest: str) -> None:
         path = self._notes_path(digest)

@@ -119,7 +119,8 @@ def find_lost_state(seen: Seen, state: State, commit: str | None) -> list[str]:
     for alias, moves in seen.state.aliases.items():
         if tuple(state.aliases.get(alias, ()))[: len(moves)] != tuple(moves):
             found.append(f"the history of the alias {alias}")
-    older = commit is None or commit in seen.former_states or 0 < state.serial < seen.state.serial
+    gone = commit is None or not state.stored
+    older = gone or commit in seen.former_states or 0 < state.serial < seen.state.serial
     if older or found:
         offered = sorted(set(seen.state.yanked) - set(state.yanked))
         found = [*(f"the withdrawal of {version}" for version in offered), *found]
