@@ -209,6 +209,22 @@ def first(tensors: dict[str, torch.Tensor], part: str) -> str:
     return next(name for name in sorted(tensors) if part in name)
 
 
+@pytest.mark.parametrize("what", ["norm", "embedding", "bias"])
+def test_a_tensor_that_is_trained_and_not_saved_is_refused(folder: Path, what: str) -> None:
+    model: Any = PeftModel.from_pretrained(tiny.llama(), folder)
+    model.set_adapter("default")
+    base = model.base_model.model.model
+    if what == "bias":
+        layer = base.layers[0].mlp.up_proj
+        layer.bias = torch.nn.Parameter(torch.zeros(64))
+    else:
+        (base.norm if what == "norm" else base.embed_tokens).weight.requires_grad_(True)
+    with pytest.raises(InvalidAdapter, match=r"1 tensors of the model are trained.*modules_to_save"):
+        collected(model, base_model="org/base")
+    model.lora_plugins_unsaved_allowed = True
+    collected(model, base_model="org/base")
+
+
 def test_an_untrained_adapter_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

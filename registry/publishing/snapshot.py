@@ -131,7 +131,7 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
     """The tensors of one adapter of a model, under the names of its file.
 
     Raises:
-        InvalidAdapter: The model has no adapter of that name.
+        InvalidAdapter: The model has no adapter of that name, or trains what no adapter holds.
     """
     import peft
 
@@ -143,7 +143,29 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=resized
     )
-    return {**_find_ends_left_out(model, found), **found} if resized else found
+    found = {**_find_ends_left_out(model, found), **found} if resized else found
+    _check_trained(model, adapter_name, found)
+    return found
+
+
+def _check_trained(model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InvalidAdapter` if a tensor is trained and belongs neither to this adapter nor to another one."""
+    held = {tensor.data_ptr() for tensor in state.values()}
+    others = {f".{name}." for name in model.peft_config if name != adapter_name}
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and parameter.numel()
+        and parameter.data_ptr() not in held
+        and not any(other in name for other in others)
+    ]
+    # Whoever trains with skip_checks=["unsaved-tensors"] has said that these are not to be saved.
+    if lost and not vars(model).get("lora_plugins_unsaved_allowed", False):
+        raise InvalidAdapter(
+            f"{len(lost)} tensors of the model are trained and belong to no adapter, first {lost[0]}: a release would "
+            "lack them. Name their modules in modules_to_save=[…] when the adapter is made, or freeze them."
+        )
 
 
 def read_config(model: PeftModel, adapter_name: str) -> AdapterConfig:
