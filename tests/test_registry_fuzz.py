@@ -19,6 +19,7 @@ from hubs import FolderPlace
 from places import fetch, use_own_folders
 from releases import NAME, contents, draft, release
 
+from registry.catalog.memory import parse_record
 from registry.catalog.state import Move, State, Yank
 from registry.errors import RegistryError
 from registry.formats.adapter_config import AdapterConfig
@@ -29,7 +30,6 @@ from registry.formats.tensors import check_weights
 from registry.formats.weights import read_header
 from registry.pulling.cache import Cache
 from registry.pulling.lockfile import Lock
-from registry.pulling.memory import parse_record
 
 #: Values that have broken parsers before.
 NASTY: list[Any] = [

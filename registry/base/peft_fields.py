@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -28,8 +29,6 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
         BaseMismatch: It has fields, not at their default, that a newer PEFT knows and this one would drop; or PEFT
             cannot make a configuration of its fields; or its base was changed when it was initialised.
     """
-    import inspect
-
     import peft
 
     fields = adapter.config.fields

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
+import torch
+from peft import PeftModel
 
 __all__ = ["lora_tensors", "put_back"]
 
@@ -35,8 +33,6 @@ def put_back(model: PeftModel, stored: Mapping[str, torch.Tensor], adapter_name:
     Returns:
         How many tensors PEFT had lost.
     """
-    import torch
-
     count = 0
     with torch.no_grad():
         for name, parameter in lora_tensors(model, adapter_name):

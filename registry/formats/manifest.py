@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from registry.errors import InvalidManifest
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.paths import (
@@ -19,7 +21,16 @@ from registry.formats.paths import (
     is_picture,
     listed_in_manifest,
 )
-from registry.formats.records import BaseKind, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
+from registry.formats.records import (
+    MAX_TENSORS,
+    BaseKind,
+    BaseRecord,
+    FileRecord,
+    Fingerprint,
+    TensorPrint,
+    TensorRecord,
+    is_tensor_name,
+)
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
 __all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
@@ -28,7 +39,6 @@ __all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
 FORMAT = 1
 #: Bytes that a manifest may have; one with 10,000 tensors has about 1 MB.
 MAX_MANIFEST = 8 * 1024 * 1024
-MAX_TENSORS = 50_000
 #: Bytes that a file of a release may have.
 MAX_FILE = 100 * 1024**3
 _MAX_FILES = 64
@@ -36,7 +46,6 @@ _MAX_ALIASES = 16
 
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
-_TENSOR = re.compile(r"[A-Za-z_][\w.\-]{0,511}", re.ASCII)
 #: How a model is called on a hub.
 BASE_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.\-]{0,95}(?:/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 
@@ -140,8 +149,6 @@ class Manifest:
 
 
 def _version(fields: Fields, key: str) -> str:
-    from packaging.version import InvalidVersion, Version
-
     text = fields.text(key, expected="a version")
     try:
         if len(text) <= 128 and str(Version(text)) == text:
@@ -214,13 +221,6 @@ def _tensor_name(name: str) -> str:
     if not is_tensor_name(name):
         raise JsonRefused(f"tensors has {shown(name)}, which is not a valid name of a tensor")
     return name
-
-
-def is_tensor_name(name: str) -> bool:
-    """Whether a tensor of a model can have this name: identifiers and numbers with dots, and no dunder among them."""
-    if _TENSOR.fullmatch(name) is None or ".." in name or name.endswith("."):
-        return False
-    return "__" not in name or not any(part.startswith("__") and part.endswith("__") for part in name.split("."))
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["BaseKind", "BaseRecord", "FileRecord", "Fingerprint", "TensorPrint", "TensorRecord", "TensorSource"]
+__all__ = [
+    "MAX_TENSORS",
+    "BaseKind",
+    "BaseRecord",
+    "FileRecord",
+    "Fingerprint",
+    "TensorPrint",
+    "TensorRecord",
+    "TensorSource",
+    "is_tensor_name",
+]
+
+#: Tensors that an adapter may have.
+MAX_TENSORS = 50_000
+_TENSOR = re.compile(r"[A-Za-z_][\w.\-]{0,511}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,13 @@ class TensorRecord:
 
     dtype: str
     shape: tuple[int, ...]
+
+
+def is_tensor_name(name: str) -> bool:
+    """Return whether a tensor can have this name: identifiers and numbers with dots, and no dunder among them."""
+    if _TENSOR.fullmatch(name) is None or ".." in name or name.endswith("."):
+        return False
+    return "__" not in name or not any(part.startswith("__") and part.endswith("__") for part in name.split("."))
 
 
 @dataclass(frozen=True)

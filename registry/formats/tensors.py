@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from registry.errors import InvalidAdapter
@@ -216,8 +217,6 @@ def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:
     """Yield kind of module, number of tensors and number of parameters, for the card."""
-    from math import prod
-
     table: dict[str, list[int]] = {}
     for name, record in tensors.items():
         match = _LORA.fullmatch(name)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from registry.errors import InvalidAdapter, UnsafeFile
-from registry.formats.manifest import MAX_TENSORS, is_tensor_name
-from registry.formats.records import TensorRecord
+from registry.formats.records import MAX_TENSORS, TensorRecord, is_tensor_name
 from registry.formats.strict_json import JsonRefused, parse, shown
 
 if TYPE_CHECKING:

@@ -18,6 +18,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import get_session
+
 from registry.hubs.http.deadline import Deadline, call_within
 from registry.hubs.http.failures import HubFailed, cleaner, failure_of, failure_of_network, hostile
 from registry.hubs.http.limits import limit_answers
@@ -61,7 +73,7 @@ class Repositories:
         self._token = token
         self._timeout = timeout
         self.clean = cleaner(token.values)
-        self._reader = Reader(endpoint, timeout, _session, _network_error(), token, self.clean)
+        self._reader = Reader(endpoint, timeout, _session, HTTPError, token, self.clean)
 
     def __repr__(self) -> str:
         return f"Repositories({self.endpoint})"
@@ -208,8 +220,6 @@ class Repositories:
             return None, HubFailed(str(error), transient=True)
 
     def _api(self, marker: str) -> Any:
-        from huggingface_hub import HfApi
-
         _check_online()
         hide_in_logs()
         # False, not None: with None the client would look for a token by itself.
@@ -228,7 +238,7 @@ class Repositories:
             response = getattr(chain, "response", None)
             if response is not None:
                 return failure_of(response, self.clean)
-            if isinstance(chain, _network_error()):
+            if isinstance(chain, HTTPError):
                 return failure_of_network(chain, self.clean)
             chain = chain.__cause__ or chain.__context__
         return HubFailed(self.clean(f"{type(error).__name__}: {error}"))
@@ -248,8 +258,6 @@ class Repositories:
 
 
 def _session() -> Any:
-    from huggingface_hub.utils import get_session
-
     _check_online()
     hide_in_logs()
     _trust_bundle()
@@ -270,17 +278,8 @@ def _trust_bundle() -> None:
 
 
 def _check_online() -> None:
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE:
         raise HubFailed("HF_HUB_OFFLINE is set", code="Offline")
-
-
-def _network_error() -> type[Exception]:
-    # httpx in huggingface_hub 1.x, httpx2 from 2.4 on.
-    from huggingface_hub.errors import HTTPError
-
-    return HTTPError
 
 
 @contextmanager
@@ -291,8 +290,6 @@ def _operations(files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, a
     installed: hubs other than huggingface.co mostly have no xet, and one that says where its xet storage is can make
     the client write to any folder of this machine.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     with ExitStack() as stack:
         operations: list[Any] = [CommitOperationDelete(path) for path in delete]
         for path, content in files.items():
@@ -325,29 +322,21 @@ def _without_advice() -> Iterator[None]:
 
 def configured_endpoint() -> str:
     """The hub that huggingface_hub itself would use: ``HF_ENDPOINT``, or huggingface.co."""
-    from huggingface_hub import constants
-
     return str(constants.ENDPOINT).rstrip("/")
 
 
 def stored_token() -> str | None:
     """Return the token that the user logged in with, or that is in ``HF_TOKEN``."""
-    from huggingface_hub import get_token
-
     return get_token()
 
 
 def implicit_token() -> str | None:
     """Return the same where nobody asked for it; none, if ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` is set."""
-    from huggingface_hub import constants
-
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else stored_token()
 
 
 def cached_folder(repo: str, revision: str) -> Path | None:
     """The folder in which a revision of a model is in the local cache, with as many of its files as were needed."""
-    from huggingface_hub import try_to_load_from_cache
-
     try:
         found = try_to_load_from_cache(repo, "config.json", revision=revision)
     except ValueError:
@@ -357,9 +346,6 @@ def cached_folder(repo: str, revision: str) -> Path | None:
 
 def cached_snapshots(repo: str) -> list[Path]:
     """The folders of all commits of a model in the local cache."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
     return sorted(folder.iterdir()) if folder.is_dir() else []
 

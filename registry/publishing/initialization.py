@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +132,6 @@ def _repeat(
     weight: torch.Tensor, layer: Any, adapter_name: str, config: LoraConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first values of A and B, as PEFT makes them from the base's own weight."""
-    from collections import OrderedDict
-
     from peft import LoraConfig, get_peft_model
     from torch import nn
 

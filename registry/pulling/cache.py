@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from registry.catalog.memory import MAX_RECORD, Seen, parse_record, write_record
 from registry.disk import files as folder_files
 from registry.disk.machine import READ_ONLY, CheckedSink, find_home
 from registry.disk.mutex import LockTimeout, exclude, folder_lock
@@ -27,7 +28,6 @@ from registry.formats.fields import SHA256, Fields
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, canonical, parse
-from registry.pulling.memory import MAX_RECORD, Seen, parse_record, write_record
 
 __all__ = ["VARIABLE", "Cache", "check_file", "check_files"]
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 from packaging.version import Version
 
 from registry.catalog.index import Index, Manifests, Release, index_of, read_manifest
+from registry.catalog.memory import Pulled, Seen, find_lost_state, find_lost_tags
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
     AdapterWarning,
@@ -32,7 +33,6 @@ from registry.hubs.protocol import Hub, Refs
 from registry.pulling.cache import Cache
 from registry.pulling.content import check_content, check_sizes
 from registry.pulling.lockfile import Lock, LockEntry
-from registry.pulling.memory import Pulled, Seen, find_lost_state, find_lost_tags
 from registry.pulling.signatures import SignatureRule
 
 __all__ = ["Fetched", "Fetcher", "Progress"]
