@@ -178,7 +178,7 @@ def test_a_local_base_gets_an_id(folder: Path) -> None:
 
 @pytest.mark.parametrize("given", ["/srv/base", "../base", "https://example.com/x", "a/b/c", "", "org/..", "~"])
 def test_a_base_model_that_is_no_id_is_refused(folder: Path, given: str) -> None:
-    with pytest.raises(UnknownBase, match="no id of a model"):
+    with pytest.raises(UnknownBase, match="not the id of a model"):
         collected(folder, base_model=given)
 
 
