@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 
 from lora_plugins.errors import DataError
 from lora_plugins.recipe.arguments import RecipeArguments, held_out_share
+from lora_plugins.recipe.files import check_regular
 from lora_plugins.recipe.scanning import check_rows
 from lora_plugins.text import one_line
 
@@ -108,20 +109,25 @@ def _load_path(path: Path) -> dict[str, Dataset]:
     if not path.exists():
         raise DataError(f"The data set {path} is not there.")
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        found = _reading(path, lambda: load_from_disk(str(path)))
+        found = _read_naming(path, lambda: load_from_disk(str(path)))
         return dict(found) if isinstance(found, dict) else {"train": found}
     files, loader = _data_files(path)
     for file in [one for part in files.values() for one in part]:
-        check_rows(file)
+        _check_file(file)
 
     def load() -> Any:
         return load_dataset(loader, data_files={name: [str(file) for file in part] for name, part in files.items()})
 
-    return dict(_reading(path, load))
+    return dict(_read_naming(path, load))
+
+
+def _check_file(path: Path) -> None:
+    _read_naming(path, lambda: check_regular(path))
+    check_rows(path)
 
 
 def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
-    """The files by their split, and what ``datasets`` calls their kind."""
+    """Return the files by their split, and what ``datasets`` calls their kind."""
     files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     loaders = {LOADERS.get(file.suffix) for file in files}
     known = ", ".join(LOADERS)
@@ -158,11 +164,11 @@ def _load_hub(name: str) -> dict[str, Dataset]:
     def load() -> Any:
         return load_dataset(name)
 
-    return dict(_reading(name, load))
+    return dict(_read_naming(name, load))
 
 
-def _reading(source: object, load: Callable[[], Any]) -> Any:
-    """Read, and name the source in whatever goes wrong: each loader has its own errors."""
+def _read_naming(source: object, load: Callable[[], Any]) -> Any:
+    """Call a loader; whatever it raises becomes a `DataError` that names the source."""
     try:
         return load()
     except Exception as error:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_plugins.errors import DataError
-from lora_plugins.recipe.files import check_regular
 from lora_plugins.text import one_line
 
 __all__ = ["check_rows"]
@@ -27,16 +26,15 @@ _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 
 def check_rows(path: Path) -> None:
-    """Refuse a data file that is empty, not text, nested too deeply, too wide, or not a file.
+    """Refuse a data file that is empty, not text, nested too deeply or too wide.
 
     Args:
-        path: A file of JSON, JSON lines, CSV or Parquet.
+        path: An ordinary file, not a pipe, of JSON, JSON lines, CSV or Parquet.
 
     Raises:
         DataError: It names the file and, for text, the line.
     """
     try:
-        check_regular(path)
         if not path.stat().st_size:
             raise DataError(f"The data set {path} can't be read: the file is empty")
         if path.suffix == ".parquet":

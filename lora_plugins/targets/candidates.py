@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from torch import nn
 
 from lora_plugins.models.structure import Structure, is_under, matches
-from lora_plugins.plugins.host import PluginHost
 from lora_plugins.plugins.types import Architecture
 from lora_plugins.targets.patterns import match_paths
 
-__all__ = ["Candidates", "find_record"]
+__all__ = ["SCOPES", "Candidates"]
 
+
+#: Scopes that every model has, whether or not its architecture is registered.
+SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
 
 _ATTENTION = re.compile(r"attn|attention|query_key_value|(^|[._])[qkv]_(proj|lin)|(^|\.)(mixer|linear_attn|mamba|ssm)")
 _ROUTER = re.compile(r"(^|\.)(router|gate|gate_network|shared_expert_gate)(\.|$)")
@@ -29,47 +29,6 @@ _CROSS_ATTENTION = ("encoder_attn", "cross_attn", "cross_attention", "crossatten
 
 #: Layers of a state-space mixer that kernels or the code beside them read as bare weights.
 _RAW = ("dt_proj", "x_proj", "out_proj")
-
-
-def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
-    """Return the registered record of a model, with the names of its inner models filled in.
-
-    Raises:
-        ArchitectureConflict: Two third-party plugins claim the model's type.
-    """
-    config = getattr(model, "config", None)
-    record = _registered(config, host)
-    if record is None or not record.inner:
-        return record
-    inner = [_registered(getattr(config, name, None), host) for name in record.inner]
-    known = [part for part in inner if part is not None]
-    if not known:
-        return record
-    scopes: dict[str, tuple[str, ...]] = {}
-    for part in known:
-        for scope, names in part.scopes.items():
-            scopes[scope] = _union([scopes.get(scope, ()), names])
-    return dataclasses.replace(
-        record,
-        targets=_union(part.targets for part in known),
-        scopes={**scopes, **record.scopes},
-        experts=_union([record.experts, *(part.experts for part in known)]),
-        expert_policy=next(
-            (part.expert_policy for part in known if part.expert_policy != "none"), record.expert_policy
-        ),
-        never=_union([record.never, *(part.never for part in known)]),
-        unreached=_union([record.unreached, *(part.unreached for part in known)]),
-        input_gradients=record.input_gradients or any(part.input_gradients for part in known),
-    )
-
-
-def _registered(config: Any, host: PluginHost) -> Architecture | None:
-    model_type = getattr(config, "model_type", None)
-    return host.architecture(model_type) if isinstance(model_type, str) else None
-
-
-def _union(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for group in groups for name in group))
 
 
 class Candidates:
@@ -194,7 +153,8 @@ class Candidates:
         config = getattr(self.structure.model, "config", None)
         alone = not getattr(config, "is_encoder_decoder", False)
         paths = self.structure.modules if alone else ()
-        return _union([named, [name for name in _CROSS_ATTENTION if any(is_under(path, [name]) for path in paths)]])
+        attention = [name for name in _CROSS_ATTENTION if any(is_under(path, [name]) for path in paths)]
+        return tuple(dict.fromkeys([*named, *attention]))
 
     # -- what is out of the question -----------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -14,30 +14,16 @@ from lora_plugins.errors import FrozenHead, UnmatchedTargets
 from lora_plugins.models.structure import Structure, is_under
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Architecture
-from lora_plugins.targets.candidates import find_record
+from lora_plugins.targets.architectures import find_record
 from lora_plugins.targets.initialized import Grown, Initialized, find_initialized, find_untrained
 from lora_plugins.targets.peft_names import shortest_names
+from lora_plugins.targets.records import Required
 
-__all__ = ["Heads", "Required", "check_trained", "choose_heads", "choose_tokens", "find_required", "task_heads"]
+__all__ = ["Heads", "check_trained", "choose_heads", "choose_tokens", "find_required", "task_heads"]
 
 
 #: Heads of models that nobody registered.
 _KNOWN = ("score", "classifier", "qa_outputs")
-
-
-@dataclass(frozen=True)
-class Required:
-    """What a run must train and save, or be refused.
-
-    Attributes:
-        parameters: Paths of the newly initialized parameters in the base model, and of embeddings with new rows.
-        vocabulary: Rows of the embeddings, by path, when this was found.
-        note: How new parts were told from loaded ones.
-    """
-
-    parameters: tuple[str, ...] = ()
-    vocabulary: Mapping[str, int] = field(default_factory=dict)
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
+from lora_plugins.models.checkpoint import Checkpoint, find_checkpoint, find_pretrained
 from lora_plugins.models.wrapping import plain_path
-from lora_plugins.targets.checkpoint import Checkpoint, find_checkpoint, find_pretrained
 
 __all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in"]
 

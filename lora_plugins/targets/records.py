@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_plugins.targets.heads import Required
+__all__ = ["Required", "TargetHit", "TargetPlan"]
 
-__all__ = ["TargetHit", "TargetPlan"]
+
+@dataclass(frozen=True)
+class Required:
+    """What a run must train and save, or be refused.
+
+    Attributes:
+        parameters: Paths of the newly initialized parameters in the base model, and of embeddings with new rows.
+        vocabulary: Rows of the embeddings, by path, when this was found.
+        note: How new parts were told from loaded ones.
+    """
+
+    parameters: tuple[str, ...] = ()
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from torch import nn
 
 from lora_plugins.models.structure import collapse
 from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.targets.candidates import SCOPES
 from lora_plugins.targets.check import check_names
-from lora_plugins.targets.heads import Required, check_trained, find_required, task_heads
-from lora_plugins.targets.records import TargetHit, TargetPlan
-from lora_plugins.targets.resolver import SCOPES, Resolver
+from lora_plugins.targets.heads import check_trained, find_required, task_heads
+from lora_plugins.targets.records import Required, TargetHit, TargetPlan
+from lora_plugins.targets.resolver import Resolver
 from lora_plugins.targets.tasks import task_type
 
 

@@ -22,7 +22,8 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.structure import BlockKind, Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
-from lora_plugins.targets.candidates import Candidates, find_record
+from lora_plugins.targets.architectures import find_record
+from lora_plugins.targets.candidates import SCOPES, Candidates
 from lora_plugins.targets.check import check_fields
 from lora_plugins.targets.heads import choose_heads, choose_tokens
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
@@ -31,11 +32,8 @@ from lora_plugins.targets.tasks import PEFT_HEADS, task_type
 from lora_plugins.targets.written import keep_written, resolve_tables
 from lora_plugins.text import did_you_mean
 
-__all__ = ["SCOPES", "Resolver"]
+__all__ = ["Resolver"]
 
-
-#: Scopes that every model has, whether or not its architecture is registered.
-SCOPES = ("attention", "mlp", "all-linear", "experts", "vision")
 
 #: Share of the weights from which it matters that routed experts get no adapter.
 _MANY_EXPERTS = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_plugins.errors import TargetError
 from lora_plugins.plugins.host import PluginHost, plugin_host
-from lora_plugins.targets.resolver import SCOPES
+from lora_plugins.targets.candidates import SCOPES
 
 __all__ = ["read_words"]
 

@@ -1,0 +1,55 @@
+"""Find the registered record of a model, complete with its inner models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.plugins.host import PluginHost
+from lora_plugins.plugins.types import Architecture
+
+__all__ = ["find_record"]
+
+
+def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
+    """Return the registered record of a model, with the names of its inner models filled in.
+
+    Raises:
+        ArchitectureConflict: Two third-party plugins claim the model's type.
+    """
+    config = getattr(model, "config", None)
+    record = _find_registered(config, host)
+    if record is None or not record.inner:
+        return record
+    inner = [_find_registered(getattr(config, name, None), host) for name in record.inner]
+    known = [part for part in inner if part is not None]
+    if not known:
+        return record
+    scopes: dict[str, tuple[str, ...]] = {}
+    for part in known:
+        for scope, names in part.scopes.items():
+            scopes[scope] = _join([scopes.get(scope, ()), names])
+    return dataclasses.replace(
+        record,
+        targets=_join(part.targets for part in known),
+        scopes={**scopes, **record.scopes},
+        experts=_join([record.experts, *(part.experts for part in known)]),
+        expert_policy=next(
+            (part.expert_policy for part in known if part.expert_policy != "none"), record.expert_policy
+        ),
+        never=_join([record.never, *(part.never for part in known)]),
+        unreached=_join([record.unreached, *(part.unreached for part in known)]),
+        input_gradients=record.input_gradients or any(part.input_gradients for part in known),
+    )
+
+
+def _find_registered(config: Any, host: PluginHost) -> Architecture | None:
+    model_type = getattr(config, "model_type", None)
+    return host.architecture(model_type) if isinstance(model_type, str) else None
+
+
+def _join(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))
