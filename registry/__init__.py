@@ -1,4 +1,4 @@
-"""Versioned, verified LoRA adapters on the Hugging Face Hub or in a plain folder.
+"""Versioned, verified LoRA adapters on the Hugging Face Hub or in folders.
 
 Importing this package loads neither torch nor huggingface_hub; what needs them is loaded at first use.
 """

@@ -1,4 +1,7 @@
-"""The registry as a plugin of lora_plugins: its commands. The only module here that knows that package."""
+"""The registry's commands, as a plugin of lora_plugins.
+
+The only module here that imports that package.
+"""
 
 from __future__ import annotations
 

@@ -318,3 +318,14 @@ def test_every_room_says_what_it_is_for() -> None:
     for name, path in MODULES.items():
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", ["registry"])
+def test_first_lines_are_short(package: str) -> None:
+    """The first line of a module's docstring has at most 72 characters."""
+    first = {
+        name: str(ast.get_docstring(ast.parse(path.read_text()))).splitlines()[0]
+        for name, path in MODULES.items()
+        if name.split(".")[0] == package
+    }
+    assert {name: line for name, line in first.items() if len(line) > 72} == {}

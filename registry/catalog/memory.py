@@ -1,4 +1,4 @@
-"""What this machine has seen of a repository, and what a hub shows less of.
+"""Remember what was seen of a repository, to notice a rollback.
 
 A hub can be rolled back to an earlier state, or be made to hide its newest releases. Somebody who has been there before
 notices: every version, the commit of each, and every state of withdrawn versions and aliases is remembered.

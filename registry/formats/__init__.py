@@ -1,1 +1,1 @@
-"""Parsers and writers of every file format. They open no hub and load no torch."""
+"""Parse and write every file format, without a hub and without torch."""

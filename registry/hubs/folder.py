@@ -269,7 +269,7 @@ class FolderHub:
             raise RepositoryNotFound(str(error)) from None
         # Where lower and upper case are the same to the file system, they are not to us.
         if not os.path.lexists(folder / _IDENTITY) or folder.name not in os.listdir(folder.parent):
-            raise RepositoryNotFound(f"There is no adapter {name} in {self.location}")
+            raise RepositoryNotFound(f"The adapter {name} does not exist in {self.location}")
         folder_files.inside(self.root, folder / _IDENTITY)
         return folder
 

@@ -1,4 +1,4 @@
-"""Which files of a repository a release put there, and what a push changes.
+"""Which files of a repository are a release's, and what a push changes.
 
 A push writes the files of its release and removes those of the release before; everything else in the repository
 belongs to others and stays as it is.

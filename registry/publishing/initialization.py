@@ -1,4 +1,4 @@
-"""Adapters whose initialisation changed the base, as plain LoRA for the base itself."""
+"""Convert adapters whose initialisation changed the base to plain LoRA."""
 
 from __future__ import annotations
 

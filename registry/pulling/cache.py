@@ -1,4 +1,4 @@
-"""The cache: pulled releases in read-only folders, and what hubs have said.
+"""The cache: pulled releases in read-only folders, and answers of hubs.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Signatures of releases: read from a hub, verified, and kept in the cache for use without a network."""
+"""Read signatures from a hub, verify them, and keep them in the cache."""
 
 from __future__ import annotations
 

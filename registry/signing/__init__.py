@@ -1,1 +1,1 @@
-"""Signatures of releases: made and verified offline, with keys or certificates."""
+"""Sign releases and verify signatures offline, by key or certificate."""

@@ -1,1 +1,1 @@
-"""HTTP as the registry speaks it: deadlines, limits, redirects and secrets."""
+"""The registry's HTTP: deadlines, limits, redirects and secrets."""
