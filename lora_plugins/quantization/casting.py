@@ -101,14 +101,23 @@ def meet_inputs(model: nn.Module, keep: nn.Module | None = None) -> int:
     """
     count = 0
     adapter_parts = _find_adapter_parts(model)
+    inside = _find_inner_linears(model)
     for module in model.modules():
         own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
-        if module is keep or module in adapter_parts or not own or owner_of(module) is not None:
+        if module is keep or module in adapter_parts or module in inside or not own or owner_of(module) is not None:
             continue
         if type(module).__module__.startswith("torch.nn.") or any(p.dim() > 1 for p in own):
             module.register_forward_pre_hook(_cast_input)
             count += 1
     return count
+
+
+def _find_inner_linears(model: nn.Module) -> set[nn.Module]:
+    """The linear layers in stacks of blocks, where all floats are float32: they get hidden states in it, no inputs."""
+    if any(p.dtype in _HALF for p in model.parameters()):
+        return set()
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return {part for stack in stacks for part in stack.modules() if isinstance(part, nn.Linear)}
 
 
 def return_input_dtype(module: nn.Module, around: torch.dtype | None = None) -> None:
