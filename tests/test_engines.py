@@ -281,6 +281,6 @@ def test_device_map_over_several_devices_with_several_processes_is_refused(
 def test_fsdp1_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate makes no plugin of version 1 on a machine without accelerator, so one is put in its place."""
     trainer = tiny.trainer(tmp_path)
-    monkeypatch.setattr(engines, "_fsdp_plugin", lambda trainer: SimpleNamespace(fsdp_version=1))
+    monkeypatch.setattr(engines, "_find_fsdp_plugin", lambda trainer: SimpleNamespace(fsdp_version=1))
     with pytest.raises(UnsupportedTraining, match="FSDP version 1"):
         attach(trainer)

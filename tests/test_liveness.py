@@ -263,7 +263,7 @@ def _zero(file: Path) -> None:
     ("change", "message"),
     [
         (Path.unlink, "has no adapter_model.safetensors"),
-        (_cut, "can't be used"),
+        (_cut, "cannot be used"),
         (_drop, "1 tensors of the model are not in it"),
         (_zero, "are not what the model holds"),
     ],

@@ -17,7 +17,7 @@ from lora_plugins.errors import (
     PreparationError,
 )
 from lora_plugins.models.randomness import seeded
-from lora_plugins.models.sharding import gathered_state, is_sharded
+from lora_plugins.models.sharding import gather_state, is_sharded
 from registry import BaseMismatch, CheckResult, check_contract, pull_adapter, put_back
 
 __all__ = [
@@ -158,12 +158,12 @@ def adapter_state(
     Args:
         model: The wrapped model.
         adapter_name: Which of its adapters.
-        state: What `gathered_state` returned, when it was called before. It is called here otherwise, where
+        state: What `gather_state` returned, when it was called before. It is called here otherwise, where
             parameters are spread over processes, and then each of them must come here.
     """
     if state is None and is_sharded(model):
         # PEFT would gather the whole base model as well.
-        state = gathered_state(model)
+        state = gather_state(model)
     # "auto" asks the Hub for the base's vocabulary size, which a check must never do.
     return get_peft_model_state_dict(
         model, None if state is None else dict(state), adapter_name=adapter_name, save_embedding_layers=False

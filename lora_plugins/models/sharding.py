@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["gathered_state", "is_adapter_tensor", "is_part", "is_sharded", "whole", "write_adapters"]
+__all__ = ["gather", "gather_state", "is_adapter_tensor", "is_part", "is_sharded", "write_adapters"]
 
 
 #: Parts of the names that PEFT gives to an adapter's parameters.
@@ -33,8 +33,8 @@ def is_part(parameter: Any) -> bool:
 
 
 @contextlib.contextmanager
-def whole(parameters: Iterable[Any]) -> Iterator[None]:
-    """Have all of some parameters here while the context is open, where ZeRO-3 has partitioned them.
+def gather(parameters: Iterable[Any]) -> Iterator[None]:
+    """Gather parameters that ZeRO-3 has partitioned, for as long as the context is open.
 
     Every process must enter it, with the same parameters in the same order.
     """
@@ -48,15 +48,15 @@ def whole(parameters: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def gather_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return whole copies on the CPU of everything in a model that an adapter file may hold.
 
     Those are the trained parameters and those of adapters that are not trained, under their names in the
     model. Every process must call it, and each gets all of it.
     """
     own = [(name, p) for name, p in model.named_parameters() if p.requires_grad or is_adapter_tensor(name)]
-    with whole(parameter for _, parameter in own):
-        return {name: _full(parameter).detach().to("cpu", copy=True) for name, parameter in own}
+    with gather(parameter for _, parameter in own):
+        return {name: _take_full(parameter).detach().to("cpu", copy=True) for name, parameter in own}
 
 
 def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
@@ -67,11 +67,11 @@ def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
         folder: Where to.
         write: Whether this process writes; every process must call.
     """
-    state = gathered_state(model)
+    state = gather_state(model)
     if write:
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
 
-def _full(parameter: Any) -> torch.Tensor:
+def _take_full(parameter: Any) -> torch.Tensor:
     tensor: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return tensor

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from lora_plugins.errors import NothingQuantized, QuantizationError
-from lora_plugins.models.sharding import whole
+from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
 from lora_plugins.quantization.selftest import check_usable
@@ -71,7 +71,7 @@ def quantize_in_place(
     for name in progress(names, len(names)) if progress else names:
         layer = targets.pop(name)
         # ZeRO-3 may have partitioned the weight while the model was loaded.
-        with whole(layer.parameters()):
+        with gather(layer.parameters()):
             new = quantization.quantize(as_linear(layer))
         new.train(layer.training)
         if new is not layer:

@@ -1,4 +1,4 @@
-"""Attach a LoraCallback to a Trainer that exists, and detach it."""
+"""Attach a LoraCallback to an existing Trainer, and detach it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
         The callback that now belongs to the Trainer.
 
     Raises:
-        AttachError: The Trainer is inside ``train()``, already has one, or its optimizer can't be kept.
-        PreparationError: The model can't be prepared.
+        AttachError: The Trainer is inside ``train()``, already has one, or its optimizer cannot be kept.
+        PreparationError: The model cannot be prepared.
     """
     handler = trainer.callback_handler
     present = [known for known in handler.callbacks if isinstance(known, LoraCallback)]

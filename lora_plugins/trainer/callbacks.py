@@ -1,4 +1,4 @@
-"""Trainer callbacks: `LoraCallback`, `Int8PreparationCallback`, `ParameterReportCallback`."""
+"""The three Trainer callbacks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lora_plugins.targets.resolution import check_names, check_trained
 from lora_plugins.trainer import engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
 from lora_plugins.trainer.checks import Checks
-from lora_plugins.trainer.engines import raising_together
+from lora_plugins.trainer.engines import raise_together
 from lora_plugins.trainer.losses import LossWatch
 from lora_plugins.trainer.optimizer import OptimizerRebuild
 from lora_plugins.trainer.refusals import check_supported
@@ -57,7 +57,7 @@ from lora_plugins.trainer.seam import (
 
 
 class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
-    """What both preparing callbacks share: finding their Trainer, putting a model in, checking the run."""
+    """Base of both preparing callbacks: find the Trainer, put the model in, check the run."""
 
     settings: LoraSettings
 
@@ -113,8 +113,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         """Prepare the model of a Trainer that is not training, and every model its ``model_init`` will make.
 
         Raises:
-            AttachError: The Trainer is inside ``train()``, or its optimizer can't be kept.
-            PreparationError: The model can't be prepared.
+            AttachError: The Trainer is inside ``train()``, or its optimizer cannot be kept.
+            PreparationError: The model cannot be prepared.
         """
         if is_training(trainer):
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
@@ -149,7 +149,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
         raise NotImplementedError
 
-    def _progress(self, trainer: Trainer) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    def _make_progress(self, trainer: Trainer) -> Callable[[Iterable[Any], int], Iterable[Any]]:
         def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
             hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
             return tqdm(items, total=total, desc="Quantizing", unit="layer", leave=False, disable=hidden)
@@ -201,7 +201,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if engines.hides_gradients(self.trainer):
             # Such an engine moves the weights within the backward pass, before any later event.
-            self.movement.before_step(_rate(self.trainer), hidden=True)
+            self.movement.before_step(_find_highest_rate(self.trainer), hidden=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -209,7 +209,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         hidden = engines.hides_gradients(trainer)
         if not hidden:
-            self.movement.before_step(_rate(trainer), rates=_rates(trainer))
+            self.movement.before_step(_find_highest_rate(trainer), rates=_read_rates(trainer))
         with self.checks.report():
             self.losses.step(
                 state.global_step + 1,
@@ -227,7 +227,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         with self.checks.report():
-            self.movement.after_step(skipped, norm=engines.gradient_norm(trainer))
+            self.movement.after_step(skipped, norm=engines.read_gradient_norm(trainer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trackers close before on_train_end gets here.
@@ -239,7 +239,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
         folder /= f"checkpoint-{state.global_step}"
-        with self.checks.report(), raising_together(trainer):
+        with self.checks.report(), raise_together(trainer):
             check_checkpoint(trainer.model, folder, read=args.should_save)
         if args.should_save:
             write_run(trainer, folder)
@@ -251,13 +251,13 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             self.movement.at_end()
 
 
-def _rates(trainer: Trainer) -> dict[int, float]:
+def _read_rates(trainer: Trainer) -> dict[int, float]:
     """The learning rate of each tensor in the optimizer, by the tensor's ``id``."""
     groups = trainer.optimizer.param_groups
     return {id(p): float(group.get("lr") or 0) for group in groups for p in group["params"]}
 
 
-def _rate(trainer: Trainer) -> float:
+def _find_highest_rate(trainer: Trainer) -> float:
     """The largest learning rate of the optimizer's groups."""
     return max((float(group.get("lr") or 0) for group in trainer.optimizer.param_groups), default=0.0)
 
@@ -291,7 +291,7 @@ class LoraCallback(_PreparingCallback):
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Raises:
-        UnknownArgument: A keyword is no field of ``peft.LoraConfig``.
+        UnknownArgument: A keyword is neither an argument nor a field of ``peft.LoraConfig``.
         QuantizationError: The backend is unknown.
         UnknownCheck: ``skip_checks`` has a name that is not that of a check.
     """
@@ -334,7 +334,7 @@ class LoraCallback(_PreparingCallback):
             self.settings,
             seed=trainer.args.seed,
             autocast=uses_autocast(trainer),
-            progress=self._progress(trainer),
+            progress=self._make_progress(trainer),
         )
         preference.keep_reference(trainer, prepared, self.settings)
         self.report = make_report(prepared)
@@ -386,7 +386,7 @@ class Int8PreparationCallback(_PreparingCallback):
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:
         prepared = prepare_plain(
-            model, self.settings, autocast=uses_autocast(trainer), progress=self._progress(trainer)
+            model, self.settings, autocast=uses_autocast(trainer), progress=self._make_progress(trainer)
         )
         self.report = make_report(prepared)
         return prepared
@@ -442,11 +442,11 @@ def _send_scalars(trainer: Trainer, sender: TrainerCallback, scalars: dict[str, 
     ``trainer.log`` would do, and would also print them as one long dictionary between the progress bars.
     """
     for callback in trainer.callback_handler.callbacks:
-        if callback is not sender and not _displays(callback):
+        if callback is not sender and not _is_display(callback):
             callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(scalars), **kwargs)
 
 
-def _displays(callback: TrainerCallback) -> bool:
+def _is_display(callback: TrainerCallback) -> bool:
     """Whether a callback shows logs on the screen, as the progress bars of transformers and TRL do."""
     place = type(callback).on_log.__module__
     own = place.startswith(("transformers.", "trl.")) and not place.startswith("transformers.integrations")

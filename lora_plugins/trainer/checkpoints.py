@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
-from lora_plugins.models.sharding import gathered_state, is_part, is_sharded
+from lora_plugins.models.sharding import gather_state, is_part, is_sharded
 from lora_plugins.trainer import engines
 
 __all__ = [
@@ -46,7 +46,7 @@ def around_save_model(
     save(output_dir, *args, **kwargs)
     folder = Path(output_dir or trainer.args.output_dir)
     engines.write_whole_adapters(trainer, folder)
-    with callback.checks.report(), engines.raising_together(trainer):
+    with callback.checks.report(), engines.raise_together(trainer):
         check_checkpoint(trainer.model, folder, read=trainer.args.should_save)
 
 
@@ -60,7 +60,7 @@ def around_load_best_model(trainer: Trainer, callback: Any, load: Callable[[], N
     if not is_loadable(trainer):
         load()
     if isinstance(trainer.model, PeftModel):
-        with callback.checks.report(), engines.raising_together(trainer):
+        with callback.checks.report(), engines.raise_together(trainer):
             restore_best(trainer.model, best)
 
 
@@ -91,16 +91,16 @@ def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    state = gathered_state(model) if is_sharded(model) else None
+    state = gather_state(model) if is_sharded(model) else None
     if not read:
         return
     for name, config in model.peft_config.items():
         if not config.is_prompt_learning:
-            _check_file(_file_of(folder, name), folder, adapters.adapter_state(model, name, state))
+            _check_file(_find_file(folder, name), folder, adapters.adapter_state(model, name, state))
 
 
 def _check_file(file: Path, folder: Path, live: Mapping[str, torch.Tensor]) -> None:
-    stored = _read_adapter(file, live, f"The adapter in the checkpoint {folder} can't be used")
+    stored = _read_adapter(file, live, f"The adapter in the checkpoint {folder} cannot be used")
     wrong = adapters.differing_tensors(stored, live)
     if wrong:
         raise BrokenCheckpoint(f"{len(wrong)} tensors in {file} are not what the model holds, first {wrong[0]}.")
@@ -119,11 +119,11 @@ def restore_best(model: Any, folder: Path) -> None:
         BrokenCheckpoint: The checkpoint has no usable adapter, or the model does not hold it.
     """
     if not _is_spread(model):
-        load_adapters(model, folder, f"The best checkpoint {folder} can't be restored")
+        load_adapters(model, folder, f"The best checkpoint {folder} cannot be restored")
         return
     for name in model.peft_config:
         live = adapters.adapter_state(model, name)
-        stored = _read_adapter(_file_of(folder, name), live, f"The best checkpoint {folder} can't be restored")
+        stored = _read_adapter(_find_file(folder, name), live, f"The best checkpoint {folder} cannot be restored")
         wrong = adapters.differing_tensors(stored, live)
         if wrong:
             raise BrokenCheckpoint(
@@ -146,14 +146,14 @@ def load_adapters(model: PeftModel, folder: Path, problem: str) -> None:
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
             continue
-        file = _file_of(folder, name)
+        file = _find_file(folder, name)
         try:
             adapters.load_weights(model, file, name)
         except (AdapterMismatch, SafetensorError) as error:
             raise BrokenCheckpoint(f"{problem}: {error}") from error
 
 
-def _file_of(folder: Path, name: str) -> Path:
+def _find_file(folder: Path, name: str) -> Path:
     file = adapters.find_adapter_file(folder, name)
     if file is None:
         raise BrokenCheckpoint(f"The checkpoint {folder} has no {adapters.ADAPTER_FILE} of the adapter {name!r}.")

@@ -1,4 +1,4 @@
-"""The loss of a causal language model, some rows of the logits at a time.
+"""Compute the loss of a causal language model in pieces of its logits.
 
 The logits of a whole batch are the largest tensors of a training step: rows times vocabulary, several times over in
 float32. Only the loss needs them, and the loss is a sum over rows, so they can be made, used and dropped in pieces.
@@ -44,7 +44,7 @@ TILE = 2048
 def chunked_loss(model: nn.Module) -> Iterator[bool]:
     """Let a causal language model compute its loss in pieces inside this context.
 
-    Its output then has logits that are computed when somebody looks at them. Models whose loss or head is not the
+    Its output then has logits that are computed at the first touch. Models whose loss or head is not the
     plain one (trained, adapted, sharded, hooked, another loss function) are left as they are, and so is every
     model outside the context.
 
@@ -55,7 +55,7 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
         Whether the loss will be computed in pieces.
     """
     base: Any = base_of(model)
-    head: Any = _plain_head(base)
+    head: Any = _find_plain_head(base)
     if head is None:
         yield False
         return
@@ -83,7 +83,7 @@ def around_training_step(
     A Trainer that makes its own loss (label smoothing, ``compute_loss_func``, an overridden ``compute_loss``), whose
     model is compiled, or whose weights are sharded over processes, is left as it is.
     """
-    with _in_pieces(trainer, callback, True):
+    with _choose_loss(trainer, callback, True):
         return step(model, *args, **kwargs)
 
 
@@ -98,11 +98,11 @@ def around_prediction_step(
     **kwargs: Any,
 ) -> Any:
     """Evaluate a batch with the loss in pieces if only the loss is kept."""
-    with _in_pieces(trainer, callback, prediction_loss_only):
+    with _choose_loss(trainer, callback, prediction_loss_only):
         return step(model, inputs, prediction_loss_only, *args, **kwargs)
 
 
-def _in_pieces(trainer: Trainer, callback: Any, only_loss: bool) -> contextlib.AbstractContextManager[Any]:
+def _choose_loss(trainer: Trainer, callback: Any, only_loss: bool) -> contextlib.AbstractContextManager[Any]:
     if callback.chunked_loss and only_loss and _uses_models_loss(trainer):
         return chunked_loss(trainer.model)
     return contextlib.nullcontext()
@@ -116,7 +116,7 @@ def _uses_models_loss(trainer: Trainer) -> bool:
     return not (trainer.args.torch_compile or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
-def _plain_head(base: Any) -> nn.Linear | None:
+def _find_plain_head(base: Any) -> nn.Linear | None:
     """The output embedding of a model whose loss can be computed in pieces, else ``None``."""
     if not isinstance(base, PreTrainedModel) or base.loss_function is not ForCausalLMLoss:
         return None
@@ -139,11 +139,11 @@ class _Loss:
         self.armed = False
 
     def arm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look whether a forward pass will compute the loss itself."""
+        """Note whether a forward pass will compute the loss itself."""
         self.armed = kwargs.get("labels") is not None and not torch.compiler.is_compiling()
 
     def logits(self, head: nn.Linear, hidden: torch.Tensor) -> Any:
-        """What the head returns."""
+        """Return the head's output: lazy logits where the loss will be computed from them."""
         return LazyLogits(head, hidden) if self.armed else type(head).forward(head, hidden)
 
     def __call__(
@@ -181,7 +181,7 @@ class LazyLogits(torch.Tensor):
     Attributes:
         hidden: What the head got, shape ``[…, hidden]``.
         compute_dtype: Dtype of the product with the head's weight.
-        made: The values, ``None`` as long as nobody has touched them.
+        made: The values, ``None`` before the first touch.
     """
 
     hidden: torch.Tensor
@@ -264,7 +264,7 @@ _NO_GRADIENT = (
 )
 
 
-def _on_values(name: str) -> Any:
+def _forward_to_values(name: str) -> Any:
     def call(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
         return getattr(torch.ops.aten.alias(self), name)(*args, **kwargs)
 
@@ -285,7 +285,7 @@ for _name in (
     "tolist",
     "untyped_storage",
 ):
-    setattr(LazyLogits, _name, _on_values(_name))
+    setattr(LazyLogits, _name, _forward_to_values(_name))
 
 
 class _Head(torch.autograd.Function):
@@ -324,8 +324,8 @@ class _PiecewiseLoss(torch.autograd.Function):
         ctx.later = dtype == torch.float16
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for piece in _pieces(len(rows), weight.shape[0]):
-            logits = _logits(rows[piece].to(dtype), weight, bias).float()
+        for piece in _cut_rows(len(rows), weight.shape[0]):
+            logits = _compute_logits(rows[piece].to(dtype), weight, bias).float()
             target = targets[piece].unsqueeze(1)
             largest, place = logits.max(dim=1, keepdim=True)
             shares = torch.softmax(logits, dim=1)
@@ -350,7 +350,7 @@ class _PiecewiseLoss(torch.autograd.Function):
         return (gradient * upstream).to(gradient.dtype), None, None, None, None, None
 
 
-def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _compute_logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``rows @ weight.T + bias``."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return nn.functional.linear(rows, weight, bias)
@@ -360,7 +360,7 @@ def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return logits if bias is None else logits.add_(bias)
 
 
-def _pieces(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Rows that are computed at a time: as many at once as may be, and as evenly, for a product of few is slow."""
+def _cut_rows(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of rows to compute at a time: few and of even size, because products of few rows are slow."""
     number = -(-rows // max(FEWEST_ROWS, PIECE // vocabulary))
     return (slice(rows * index // number, rows * (index + 1) // number) for index in range(number))

@@ -1,4 +1,4 @@
-"""Distributed engines: what they need from us, what can't work under them, what must happen on every process."""
+"""Check, adapt to, and save under DDP, FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from lora_plugins.quantization.request import Quantization, owner_of
 __all__ = [
     "MEETING_TIME",
     "check_engine",
-    "gradient_norm",
     "hides_gradients",
     "keep_quantized_whole",
     "meet",
     "meet_to_save",
-    "raising_together",
+    "raise_together",
+    "read_gradient_norm",
     "write_whole_adapters",
 ]
 
@@ -44,7 +44,7 @@ MEETING_TIME = timedelta(minutes=10)
 
 
 def check_engine(trainer: Trainer, quantization: Quantization | None) -> None:
-    """Refuse what can't work under the Trainer's engine, before anything is changed.
+    """Refuse settings that cannot work under the Trainer's engine, before anything is changed.
 
     Args:
         trainer: The Trainer as its user configured it.
@@ -55,18 +55,18 @@ def check_engine(trainer: Trainer, quantization: Quantization | None) -> None:
     """
     _check_processes(trainer)
     _check_device_map(trainer)
-    plugin = _fsdp_plugin(trainer)
+    plugin = _find_fsdp_plugin(trainer)
     if plugin is None:
         if trainer.args.fsdp:
             warnings.warn(
-                f"fsdp={trainer.args.fsdp!r} was asked for and accelerate runs {_engine(trainer)} instead: "
+                f"fsdp={trainer.args.fsdp!r} was asked for and accelerate runs {_name_engine(trainer)} instead: "
                 "every process will hold the whole model. FSDP needs an accelerator and several processes.",
                 PreparationWarning,
                 stacklevel=4,
             )
     elif getattr(plugin, "fsdp_version", 1) != 2:
         raise UnsupportedTraining(
-            "FSDP version 1 flattens parameters, so frozen and trained, float and quantized ones can't be told apart "
+            "FSDP version 1 flattens parameters, so frozen and trained, float and quantized ones cannot be told apart "
             "any more. Use version 2: leave 'version' out of fsdp_config, or set it to 2."
         )
     elif quantization is not None and plugin.cpu_ram_efficient_loading:
@@ -76,7 +76,7 @@ def check_engine(trainer: Trainer, quantization: Quantization | None) -> None:
         )
     if quantization is not None and any(hasattr(p, "to_local") for p in trainer.model.parameters()):
         raise UnsupportedTraining(
-            f"The model was sharded while it was loaded (distributed_config=), so its layers can't be quantized with "
+            f"The model was sharded while it was loaded (distributed_config=), so its layers cannot be quantized with "
             f"{quantization.name} any more. Load it without distributed_config= and give the Trainer fsdp=True, "
             "or leave quantization out."
         )
@@ -121,25 +121,25 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
         model: Its prepared model.
     """
     quantized = [module for module in model.modules() if owner_of(module) is not None]
-    plugin = _fsdp_plugin(trainer)
+    plugin = _find_fsdp_plugin(trainer)
     if not quantized or (plugin is None and not trainer.is_deepspeed_enabled):
         return
     _check_layers(trainer, quantized)
     module: Any
     for module in quantized:
-        module.register_state_dict_post_hook(_plain_state)
+        module.register_state_dict_post_hook(_keep_plain_state)
     if plugin is not None:
-        plugin.ignored_modules = [*_ignored(plugin.ignored_modules, model), *quantized]
-    if plugin is not None or _zero_stage(trainer) == 3:
-        _say_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
+        plugin.ignored_modules = [*_find_ignored(plugin.ignored_modules, model), *quantized]
+    if plugin is not None or _read_zero_stage(trainer) == 3:
+        _warn_of_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
 
 
-def _say_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
+def _warn_of_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
     if not layers:
         return
     size = sum(p.numel() * p.element_size() for module in layers for p in module.parameters())
     warnings.warn(
-        f"{_engine(trainer)} does not divide these quantized weights: each of the {trainer.args.world_size} "
+        f"{_name_engine(trainer)} does not divide these quantized weights: each of the {trainer.args.world_size} "
         f"processes holds all {len(layers)} layers ({size:,} bytes). Only what stays in float is sharded.",
         PreparationWarning,
         stacklevel=5,
@@ -161,7 +161,7 @@ def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
     others = [quantizer.name for quantizer in plugin_host().quantizers() if engine in quantizer.engines]
     ways = "DDP or FSDP2" if engine == "deepspeed" else "DDP or DeepSpeed"
     raise UnsupportedTraining(
-        f"Layers of {owner.name} can't be trained under {_engine(trainer)}. Backends that can: "
+        f"Layers of {owner.name} can't be trained under {_name_engine(trainer)}. Backends that can: "
         f"{', '.join(others)}. Use one of them, or train with {ways}."
     )
 
@@ -177,7 +177,7 @@ def _fails_under(engine: str, layer: nn.Module) -> bool:
     return type(layer).state_dict is not nn.Module.state_dict
 
 
-def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _keep_plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Leave of a quantized layer's state its parameters and buffers, each under its own name."""
     own = {prefix + name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     for key in [key for key in state if key.startswith(prefix) and key not in own]:
@@ -186,7 +186,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
         state.setdefault(key, tensor.detach())
 
 
-def _ignored(given: Any, model: nn.Module) -> list[nn.Module]:
+def _find_ignored(given: Any, model: nn.Module) -> list[nn.Module]:
     """The modules that the user has already excluded from sharding, by a pattern or as a list."""
     if isinstance(given, str):
         return [module for name, module in model.named_modules() if re.fullmatch(given, name)]
@@ -205,7 +205,7 @@ def meet_to_save(trainer: Trainer) -> None:
 
 def write_whole_adapters(trainer: Trainer, folder: Path) -> None:
     """Write the adapter that FSDP2's sharded checkpoint lacks; under any other engine the Trainer has written it."""
-    plugin = _fsdp_plugin(trainer)
+    plugin = _find_fsdp_plugin(trainer)
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         write_adapters(trainer.model, folder, write=trainer.args.should_save)
 
@@ -221,7 +221,7 @@ def meet(trainer: Trainer, what: str) -> None:
     if trainer.accelerator.num_processes == 1:
         return
     try:
-        dist.monitored_barrier(_meeting_point(trainer), timeout=MEETING_TIME, wait_all_ranks=True)
+        dist.monitored_barrier(_find_meeting_point(trainer), timeout=MEETING_TIME, wait_all_ranks=True)
     except RuntimeError as error:
         raise ProcessMissing(
             f"{what} gathers a model that is spread over {trainer.args.world_size} processes, so each of them must "
@@ -230,7 +230,7 @@ def meet(trainer: Trainer, what: str) -> None:
         ) from error
 
 
-def _meeting_point(trainer: Trainer) -> Any:
+def _find_meeting_point(trainer: Trainer) -> Any:
     """A group of all processes over gloo, which knows who is missing; made once, when all are there."""
     group = vars(trainer).get("_lora_plugins_meeting_point")
     if group is None:
@@ -242,7 +242,7 @@ def _meeting_point(trainer: Trainer) -> Any:
 
 
 @contextlib.contextmanager
-def raising_together(trainer: Trainer) -> Iterator[None]:
+def raise_together(trainer: Trainer) -> Iterator[None]:
     """Let an error of ours on one process end the others too, which would wait for it for ever.
 
     Raises:
@@ -266,7 +266,7 @@ def hides_gradients(trainer: Trainer) -> bool:
     return bool(trainer.is_deepspeed_enabled)
 
 
-def gradient_norm(trainer: Trainer) -> float | None:
+def read_gradient_norm(trainer: Trainer) -> float | None:
     """Norm of the last step's gradient where the engine hides gradients and knows it, else ``None``."""
     if not hides_gradients(trainer):
         return None
@@ -274,18 +274,18 @@ def gradient_norm(trainer: Trainer) -> float | None:
     return None if norm is None else float(norm)
 
 
-def _fsdp_plugin(trainer: Trainer) -> Any:
+def _find_fsdp_plugin(trainer: Trainer) -> Any:
     return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
 
 
-def _zero_stage(trainer: Trainer) -> int:
+def _read_zero_stage(trainer: Trainer) -> int:
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     return int(plugin.zero_stage) if plugin is not None else 0
 
 
-def _engine(trainer: Trainer) -> str:
+def _name_engine(trainer: Trainer) -> str:
     """The engine's name as users know it."""
-    stage = _zero_stage(trainer)
+    stage = _read_zero_stage(trainer)
     if stage:
         return f"ZeRO-{stage}"
     return "FSDP2" if trainer.is_fsdp_enabled else str(trainer.accelerator.distributed_type.value)

@@ -157,11 +157,11 @@ class MovementWatch:
         watched = []
         for name, parameter in model.named_parameters():
             # A rank may hold no part of a sharded tensor.
-            if not parameter.requires_grad or not is_lora(name) or not _local(parameter).numel():
+            if not parameter.requires_grad or not is_lora(name) or not _take_local_part(parameter).numel():
                 continue
             is_b = "lora_B" in name or "lora_embedding_B" in name
-            by_chance = _reached_by_chance(name, parts)
-            from_zero = not bool(torch.count_nonzero(_local(parameter)))
+            by_chance = _is_reached_by_chance(name, parts)
+            from_zero = not bool(torch.count_nonzero(_take_local_part(parameter)))
             due = PATIENT_STEPS if everything else 1 if is_b else 2
             watched.append(Watched(name, parameter, due, by_chance, from_zero))
         return cls(watched, [item.parameter for item in watched])
@@ -192,7 +192,7 @@ class MovementWatch:
                 item.visible = item.had_gradient and _is_visible(
                     item.parameter, (rates or {}).get(id(item.parameter), rate)
                 )
-                item.before = _fingerprint(item.parameter)
+                item.before = _sum_values(item.parameter)
 
     def after_step(self, skipped: bool, *, norm: float | None = None) -> None:
         """Compare with the values before.
@@ -216,7 +216,7 @@ class MovementWatch:
         still: list[Watched] = []
         stuck: list[Watched] = []
         for item in self.watched:
-            if _fingerprint(item.parameter) != item.before:
+            if _sum_values(item.parameter) != item.before:
                 continue
             still.append(item)
             if item.is_stuck(self.counted, self.rate):
@@ -284,7 +284,7 @@ def is_lora(name: str) -> bool:
 _LAYER_DROP = re.compile(r"layer_?drop|drop_?layer|skip_?layer|layer_?skip")
 
 
-def _reached_by_chance(name: str, parts: set[str]) -> bool:
+def _is_reached_by_chance(name: str, parts: set[str]) -> bool:
     path = name.split(".")
     return "experts" in path or any(part in path or f".{part}." in f".{name}." for part in parts)
 
@@ -298,7 +298,7 @@ def _drops_layers(model: nn.Module) -> bool:
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def _take_local_part(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
     if hasattr(parameter, "ds_tensor"):
         # What is gathered may be there still and be older.
@@ -309,20 +309,20 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def has_gradient(parameter: torch.Tensor) -> bool:
     """Whether any value of a parameter's gradient is not zero."""
     gradient = parameter.grad
-    return gradient is not None and bool(torch.count_nonzero(_local(gradient)))
+    return gradient is not None and bool(torch.count_nonzero(_take_local_part(gradient)))
 
 
 def _is_visible(parameter: torch.Tensor, rate: float) -> bool:
     """Whether a plain step with the gradient, capped at 1, changes any value in the parameter's precision."""
-    values = _local(parameter).detach()
-    gradient = _local(parameter.grad) if parameter.grad is not None else torch.zeros_like(values)
+    values = _take_local_part(parameter).detach()
+    gradient = _take_local_part(parameter.grad) if parameter.grad is not None else torch.zeros_like(values)
     step = gradient.to(values.dtype).clamp(-1, 1) * rate
     return not torch.equal(values - step, values)
 
 
-def _fingerprint(parameter: torch.Tensor) -> tuple[float, float]:
+def _sum_values(parameter: torch.Tensor) -> tuple[float, float]:
     """Two sums that differ when any value has changed, without keeping a copy of the tensor."""
-    values = _local(parameter).detach().to(torch.float64).flatten()
+    values = _take_local_part(parameter).detach().to(torch.float64).flatten()
     # Weights that depend on the position make a swap of two values visible as well.
     positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
     return (values.sum().item(), (values * positions.sqrt()).sum().item())

@@ -1,4 +1,4 @@
-"""Detect NaN, infinite and dead losses per batch; the Trainer's log hides them."""
+"""Detect NaN, infinite and dead losses, which the Trainer's log hides."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ class LossWatch:
             return f"The loss became non-finite on another rank in step {number}; its message has the cause."
         return (
             f"The loss is {values[index]} in step {number}, batch {index + 1} of {len(values)} in the step. "
-            f"{self._cause(batches[index])} The Trainer's log would have shown the mean of earlier losses instead."
+            f"{self._find_cause(batches[index])} The Trainer's log would have shown the mean of earlier losses instead."
         )
 
-    def _cause(self, batch: _Batch) -> str:
+    def _find_cause(self, batch: _Batch) -> str:
         if batch.ignored is not None and bool(batch.ignored):
             return "Every label of this batch is -100, so there is nothing to average over: drop such examples."
         for name, finite in batch.finite_inputs.items():

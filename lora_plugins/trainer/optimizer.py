@@ -28,7 +28,7 @@ class OptimizerRebuild:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._given = _given_optimizer(trainer)
+        self._given = _find_given_optimizer(trainer)
         self._groups: dict[str, int] = {}
         self._values: dict[str, dict[str, Any]] = {}
         if self._given is None:
@@ -43,8 +43,8 @@ class OptimizerRebuild:
             if id(parameter) in places:
                 index, position = places[id(parameter)]
                 group = self._groups_of_user[index]
-                self._groups[_module_of(name)] = index
-                self._values[_module_of(name)] = {key: group[key][position] for key in self._lists(group)}
+                self._groups[_find_module(name)] = index
+                self._values[_find_module(name)] = {key: group[key][position] for key in self._find_lists(group)}
 
     @property
     def is_given(self) -> bool:
@@ -61,7 +61,7 @@ class OptimizerRebuild:
         kept = {key for key, (name, p) in named.items() if p.requires_grad or is_lora(name)}
         missing = {key: named[key] for key in named if named[key][1].requires_grad}
         for group in self._groups_of_user:
-            lists = ["params", *self._lists(group)]
+            lists = ["params", *self._find_lists(group)]
             places = [place for place, p in enumerate(group["params"]) if id(p) in kept]
             for parameter in group["params"]:
                 missing.pop(id(parameter), None)
@@ -74,7 +74,7 @@ class OptimizerRebuild:
         assert self._given is not None, "only called for an optimizer of the user's"
         return self._given.param_groups
 
-    def _lists(self, group: dict[str, Any]) -> list[str]:
+    def _find_lists(self, group: dict[str, Any]) -> list[str]:
         """Names of what a group holds once per tensor, beside the tensors: ``param_names`` and its like."""
         assert self._given is not None, "only called for an optimizer of the user's"
         size = len(group["params"])
@@ -87,7 +87,7 @@ class OptimizerRebuild:
         Raises:
             OptimizerConflict: The group holds something for each tensor that is not known for this one.
         """
-        module = _module_of(name)
+        module = _find_module(name)
         group = self._groups_of_user[self._groups.get(module, 0)]
         known = {**self._values.get(module, {}), "param_names": name}
         lists = {key for values in self._values.values() for key in values if isinstance(group.get(key), list)}
@@ -122,7 +122,7 @@ def _drop_optimizer(trainer: Trainer) -> None:
     trainer.callback_handler.lr_scheduler = None
 
 
-def _module_of(parameter_name: str) -> str:
+def _find_module(parameter_name: str) -> str:
     """The base model's module that a parameter belongs to or adapts.
 
     ``base_model.model.layers.0.q.lora_A.default.weight`` and ``layers.0.q.weight`` are both ``layers.0.q``.
@@ -134,7 +134,7 @@ def _module_of(parameter_name: str) -> str:
     return module if last in ("weight", "bias") else name
 
 
-def _given_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
+def _find_given_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
     """Return the optimizer that the user passed in, ``None`` when the Trainer makes (or made) its own.
 
     Raises:
@@ -152,7 +152,7 @@ def _given_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
     same = type(inner) is expected and all(inner.defaults.get(k, v) == v for k, v in kwargs.items())
     if not same:
         raise OptimizerConflict(
-            f"This Trainer has already trained with an optimizer of its user ({type(inner).__name__}); adapters can't "
+            f"This Trainer has already trained with an optimizer of its user ({type(inner).__name__}); adapters cannot "
             "join it now. Make a new Trainer."
         )
     return None

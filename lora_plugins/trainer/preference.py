@@ -1,4 +1,4 @@
-"""TRL's preference trainers: what their reference is when the adapters come from here."""
+"""Give TRL's preference trainers the reference they compare with."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -
         settings: What was asked for.
 
     Raises:
-        UnsupportedTraining: PEFT can't hold a second adapter of this kind.
+        UnsupportedTraining: PEFT cannot hold a second adapter of this kind.
     """
     if settings.adapter is None or not has_reference(trainer) or REFERENCE in model.peft_config:
         return
@@ -63,7 +63,7 @@ def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -
         copy_adapter(model, settings.adapter_name, REFERENCE, trainer.args.seed)
     except ValueError as error:
         raise UnsupportedTraining(
-            "A preference run that continues from an adapter needs a frozen copy of it as reference, and PEFT can't "
+            "A preference run that continues from an adapter needs a frozen copy of it as reference, and PEFT cannot "
             f"add one: {error} Merge the adapter into the base model and start from that."
         ) from error
     record = preparation_of(model)

@@ -1,4 +1,4 @@
-"""Refuse Trainer settings under which a LoRA run would fail or learn nothing."""
+"""Refuse Trainer settings under which a run would fail or learn nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNCHECKABLE_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_
 
 
 def check_supported(trainer: Trainer, adapter_name: str) -> None:
-    """Refuse what can't be made to work with adapters, before anything is changed.
+    """Refuse settings that cannot work with adapters, before anything is changed.
 
     Args:
         trainer: The Trainer as its user configured it.
@@ -28,8 +28,8 @@ def check_supported(trainer: Trainer, adapter_name: str) -> None:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if any(optimizer == name for name in _UNCHECKABLE_OPTIMIZERS):
         raise UnsupportedTraining(
-            f"optim={optimizer!r} updates weights outside its parameter groups, so nobody can tell whether it holds "
-            "the adapters. Use adamw_torch, adafactor, or a bitsandbytes optimizer."
+            f"optim={optimizer!r} updates weights outside its parameter groups, so it cannot be checked whether it "
+            "holds the adapters. Use adamw_torch, adafactor, or a bitsandbytes optimizer."
         )
     if getattr(args, "fp16_full_eval", False) or getattr(args, "bf16_full_eval", False):
         name = "fp16_full_eval" if getattr(args, "fp16_full_eval", False) else "bf16_full_eval"

@@ -54,9 +54,9 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     return {
         "versions": {name: version for name in _PACKAGES if (version := _find_version(name))},
         "quantization": quantization.name if quantization is not None else None,
-        "optim": _plain(trainer.args.optim),
+        "optim": _unwrap_enum(trainer.args.optim),
         "data": {
-            **{name: _plain(getattr(trainer.args, name)) for name in _ORDER if hasattr(trainer.args, name)},
+            **{name: _unwrap_enum(getattr(trainer.args, name)) for name in _ORDER if hasattr(trainer.args, name)},
             "rows": len(rows) if hasattr(rows, "__len__") else None,
         },
     }
@@ -74,7 +74,7 @@ def _find_version(package: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _unwrap_enum(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
@@ -94,7 +94,7 @@ def around_load_from_checkpoint(
         _compare(trainer, folder)
     ours = checkpoints.is_loadable(trainer)
     if ours and adapters.find_adapter_file(folder, trainer.model.active_adapters[0]) is not None:
-        checkpoints.load_adapters(trainer.model, folder, f"The checkpoint {folder} can't be resumed")
+        checkpoints.load_adapters(trainer.model, folder, f"The checkpoint {folder} cannot be resumed")
     else:
         load(checkpoint, *(() if model is None else (model,)))
 
@@ -167,18 +167,18 @@ def _compare_values(
 ) -> Iterator[str]:
     """Yield what differs; by default in all that both know."""
     for name in sorted(before.keys() & now.keys() - _SILENT) if names is None else names:
-        old, new = _comparable(before.get(name)), _comparable(now.get(name))
+        old, new = _normalize(before.get(name)), _normalize(now.get(name))
         if old != new:
             yield f"{prefix}{name} was {old!r} and is {new!r}"
 
 
-def _comparable(value: Any) -> Any:
+def _normalize(value: Any) -> Any:
     """Return a value as JSON would give it back, sets and lists of names in one order."""
-    value = _plain(value)
+    value = _unwrap_enum(value)
     if isinstance(value, Mapping):
-        return {str(key): _comparable(item) for key, item in value.items()} or None
+        return {str(key): _normalize(item) for key, item in value.items()} or None
     if isinstance(value, (set, frozenset, list, tuple)):
-        return sorted((_comparable(item) for item in value), key=str)
+        return sorted((_normalize(item) for item in value), key=str)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

@@ -46,7 +46,7 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
             return owner
         frame = frame.f_back
     raise TrainerNotFound(
-        f"{type(callback).__name__} can't find the Trainer that it belongs to. "
+        f"{type(callback).__name__} cannot find the Trainer that it belongs to. "
         "Make the Trainer first and call lora_plugins.attach(trainer, …) instead of passing the callback."
     )
 

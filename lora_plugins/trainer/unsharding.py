@@ -1,4 +1,4 @@
-"""Taking a model out of an engine again: whole parameters on every process, and no engine in its forward pass.
+"""Take a model out of FSDP2 or DeepSpeed again, whole on every process.
 
 Neither FSDP2 nor DeepSpeed can undo what it has done to a model, so this knows where they keep it. The tests under
 both engines fail when that moves.
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from lora_plugins.models.sharding import is_part, whole
+from lora_plugins.models.sharding import gather, is_part
 
 __all__ = ["leave_engine"]
 
@@ -37,7 +37,7 @@ def _leave_zero(model: nn.Module) -> None:
     for parameter in list(model.parameters()):
         if not is_part(parameter):
             continue
-        with whole([parameter]):
+        with gather([parameter]):
             data = parameter.data.clone()
         parameter.data = data
         # DeepSpeed notes what it knows on the parameter, and hangs its functions there.
