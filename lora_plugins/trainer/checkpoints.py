@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,13 @@ from transformers import Trainer
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
 from lora_plugins.models.sharding import gather_state, is_part, is_sharded
-from lora_plugins.trainer import engines
 
 __all__ = [
-    "around_load_best_model",
-    "around_save_model",
     "check_checkpoint",
     "is_loadable",
     "load_adapters",
     "restore_best",
 ]
-
-
-def around_save_model(
-    trainer: Trainer,
-    callback: Any,
-    save: Callable[..., None],
-    output_dir: str | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """Save, on all processes where parameters are spread, and compare the files with the model.
-
-    Raises:
-        BrokenCheckpoint: A file does not hold what the model does.
-        ProcessMissing: The model is spread over processes and not all of them call this.
-    """
-    engines.meet_to_save(trainer)
-    save(output_dir, *args, **kwargs)
-    folder = Path(output_dir or trainer.args.output_dir)
-    engines.write_whole_adapters(trainer, folder)
-    with callback.checks.report(), engines.raise_together(trainer):
-        check_checkpoint(trainer.model, folder, read=trainer.args.should_save)
-
-
-def around_load_best_model(trainer: Trainer, callback: Any, load: Callable[[], None]) -> None:
-    """Restore every adapter of the best checkpoint.
-
-    The Trainer finds only an adapter called "default", and one of several; for others it keeps the last step's weights
-    and still reports the best checkpoint: https://github.com/huggingface/transformers/pull/36201
-    """
-    best = Path(trainer.state.best_model_checkpoint)
-    if not is_loadable(trainer):
-        load()
-    if isinstance(trainer.model, PeftModel):
-        with callback.checks.report(), engines.raise_together(trainer):
-            restore_best(trainer.model, best)
 
 
 def is_loadable(trainer: Trainer) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from lora_plugins.adapters import files as adapters
 from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint, LivenessWarning, ResumeConflict
 from lora_plugins.text import write_json
-from lora_plugins.trainer import checkpoints
 
-__all__ = ["RUN_FILE", "around_load_from_checkpoint", "around_load_optimizer", "describe_run", "write_run"]
+__all__ = ["RUN_FILE", "compare_runs", "describe_run", "has_optimizer", "write_run"]
 
 
 #: What a checkpoint holds about the run that wrote it.
@@ -78,47 +77,12 @@ def _unwrap_enum(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def around_load_from_checkpoint(
-    trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str, model: Any = None
-) -> None:
-    """Compare this run with the checkpoint's, then load every adapter of it.
-
-    The Trainer loads only the first active adapter for training and switches the others off.
-
-    Raises:
-        ResumeConflict: The runs differ.
-        BrokenCheckpoint: The adapters cannot be loaded.
-    """
-    folder = Path(checkpoint)
-    with callback.checks.report():
-        _compare(trainer, folder)
-    ours = checkpoints.is_loadable(trainer)
-    if ours and adapters.find_adapter_file(folder, trainer.model.active_adapters[0]) is not None:
-        checkpoints.load_adapters(trainer.model, folder, f"The checkpoint {folder} cannot be resumed")
-    else:
-        load(checkpoint, *(() if model is None else (model,)))
+def has_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint holds the state of an optimizer."""
+    return any(any(folder.glob(name)) for name in _OPTIMIZER_FILES)
 
 
-def around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str | None) -> None:
-    """Load the optimizer's state, which must be in the checkpoint.
-
-    Raises:
-        BrokenCheckpoint: It is not.
-    """
-    with callback.checks.report():
-        if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in _OPTIMIZER_FILES):
-            raise BrokenCheckpoint(
-                f"The checkpoint {checkpoint} has no state of the optimizer (save_only_model=True?), so this would be "
-                f"another run and not the rest of that one. To start anew from its adapter, use "
-                f"LoraCallback(adapter={checkpoint!r})."
-            )
-        if checkpoint is not None and trainer.is_deepspeed_enabled:
-            # DeepSpeed loads a model in its own way, past the method where others are compared.
-            _compare(trainer, Path(checkpoint))
-    load(checkpoint)
-
-
-def _compare(trainer: Trainer, folder: Path) -> None:
+def compare_runs(trainer: Trainer, folder: Path) -> None:
     """Raise `ResumeConflict` for what decides about the run; warn of releases that differ."""
     differences = list(_compare_adapters(trainer.model, folder)) if isinstance(trainer.model, PeftModel) else []
     file = folder / RUN_FILE

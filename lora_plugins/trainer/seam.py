@@ -6,15 +6,18 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from lora_plugins.errors import TrainerNotFound
+from lora_plugins.adapters import files as adapters
+from lora_plugins.errors import BrokenCheckpoint, TrainerNotFound
 from lora_plugins.models.wrapping import base_of
-from lora_plugins.trainer import checkpoints, chunked_loss, losses, resuming
+from lora_plugins.trainer import checkpoints, chunked_loss, engines, losses, resuming
 
 __all__ = [
     "WRAPPERS",
@@ -121,16 +124,92 @@ def _prepare_made_model(
     return prepared
 
 
+def _around_save_model(
+    trainer: Trainer,
+    callback: Any,
+    save: Callable[..., None],
+    output_dir: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save, on all processes where parameters are spread, and compare the files with the model.
+
+    Raises:
+        BrokenCheckpoint: A file does not hold what the model does.
+        ProcessMissing: The model is spread over processes and not all of them call this.
+    """
+    engines.meet_to_save(trainer)
+    save(output_dir, *args, **kwargs)
+    folder = Path(output_dir or trainer.args.output_dir)
+    engines.write_whole_adapters(trainer, folder)
+    with callback.checks.report(), engines.raise_together(trainer):
+        checkpoints.check_checkpoint(trainer.model, folder, read=trainer.args.should_save)
+
+
+def _around_load_best_model(trainer: Trainer, callback: Any, load: Callable[[], None]) -> None:
+    """Restore every adapter of the best checkpoint.
+
+    The Trainer finds only an adapter called "default", and one of several; for others it keeps the last step's weights
+    and still reports the best checkpoint: https://github.com/huggingface/transformers/pull/36201
+    """
+    best = Path(trainer.state.best_model_checkpoint)
+    if not checkpoints.is_loadable(trainer):
+        load()
+    if isinstance(trainer.model, PeftModel):
+        with callback.checks.report(), engines.raise_together(trainer):
+            checkpoints.restore_best(trainer.model, best)
+
+
+def _around_load_from_checkpoint(
+    trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str, model: Any = None
+) -> None:
+    """Compare this run with the checkpoint's, then load every adapter of it.
+
+    The Trainer loads only the first active adapter for training and switches the others off.
+
+    Raises:
+        ResumeConflict: The runs differ.
+        BrokenCheckpoint: The adapters cannot be loaded.
+    """
+    folder = Path(checkpoint)
+    with callback.checks.report():
+        resuming.compare_runs(trainer, folder)
+    ours = checkpoints.is_loadable(trainer)
+    if ours and adapters.find_adapter_file(folder, trainer.model.active_adapters[0]) is not None:
+        checkpoints.load_adapters(trainer.model, folder, f"The checkpoint {folder} cannot be resumed")
+    else:
+        load(checkpoint, *(() if model is None else (model,)))
+
+
+def _around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., None], checkpoint: str | None) -> None:
+    """Load the optimizer's state, which must be in the checkpoint.
+
+    Raises:
+        BrokenCheckpoint: It is not.
+    """
+    with callback.checks.report():
+        if checkpoint is not None and not resuming.has_optimizer(Path(checkpoint)):
+            raise BrokenCheckpoint(
+                f"The checkpoint {checkpoint} has no state of the optimizer (save_only_model=True?), so this would be "
+                f"another run and not the rest of that one. To start anew from its adapter, use "
+                f"LoraCallback(adapter={checkpoint!r})."
+            )
+        if checkpoint is not None and trainer.is_deepspeed_enabled:
+            # DeepSpeed loads a model in its own way, past the method where others are compared.
+            resuming.compare_runs(trainer, Path(checkpoint))
+    load(checkpoint)
+
+
 #: Everything that a preparing callback puts over a Trainer's methods. Of two rows for one method, the later is outside.
 WRAPPERS = (
     Wrapper("call_model_init", _prepare_made_model, "train() and each search trial make a new, plain model"),
     Wrapper("training_step", chunked_loss.around_training_step, "the logits of a whole batch are a step's largest"),
     Wrapper("prediction_step", chunked_loss.around_prediction_step, "so they are in an evaluation of the loss alone"),
     Wrapper("training_step", losses.around_training_step, "the log shows earlier losses in place of one that is NaN"),
-    Wrapper("save_model", checkpoints.around_save_model, "PEFT's files lack what it does not know to be trained"),
-    Wrapper("_load_best_model", checkpoints.around_load_best_model, "it finds one adapter, if it is called default"),
-    Wrapper("_load_from_checkpoint", resuming.around_load_from_checkpoint, "it loads one adapter, compares nothing"),
-    Wrapper("_load_optimizer_and_scheduler", resuming.around_load_optimizer, "it passes over a state that is missing"),
+    Wrapper("save_model", _around_save_model, "PEFT's files lack what it does not know to be trained"),
+    Wrapper("_load_best_model", _around_load_best_model, "it finds one adapter, if it is called default"),
+    Wrapper("_load_from_checkpoint", _around_load_from_checkpoint, "it loads one adapter, compares nothing"),
+    Wrapper("_load_optimizer_and_scheduler", _around_load_optimizer, "it passes over a state that is missing"),
 )
 
 
