@@ -1,4 +1,4 @@
-"""Turn an existing Hugging Face Trainer into a quantized LoRA run, with one callback.
+"""Turn a Hugging Face Trainer into a quantized LoRA run by one callback.
 
 Importing this package loads neither torch nor transformers nor peft; what needs them is loaded at first use.
 """

@@ -1,4 +1,4 @@
-"""Former place of the command line, which is in `lora_plugins.commands.cli`."""
+"""Former place of the command line, now `lora_plugins.commands.cli`."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ class FrozenHead(LivenessError):
 
 
 class ModelReplaced(LivenessError):
-    """The model in the Trainer is no longer the one that got the adapters."""
+    """The model in the Trainer is not the one that got the adapters."""
 
 
 class AdapterNotMoving(LivenessError):

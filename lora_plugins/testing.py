@@ -1,4 +1,4 @@
-"""For the tests of plugin authors: one call that shows an architecture or a quantization backend to work."""
+"""Test the architectures and quantization backends of a plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that many modules need: suggestions, dtype names, one line, JSON files."""
+"""Write suggestions, dtype names, texts on one line, and JSON files."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ OPTIONAL = ("bitsandbytes", "deepspeed", "hqq", "matplotlib", "optimum", "torch.
 PRIVATE = ("peft.utils.transformers_weight_conversion", "torch.utils._python_dispatch", "torch.utils._pytree")
 
 MOST_MODULES = 14
-MOST_FLOORS_IN_A_ROOM = 8
+MOST_FLOORS_IN_A_ROOM = 4
 MOST_IMPORTS_IN_FUNCTIONS = 200
 
 
@@ -320,7 +320,7 @@ def test_every_room_says_what_it_is_for() -> None:
         assert docstring, f"{name} has no docstring"
 
 
-@pytest.mark.parametrize("package", ["registry"])
+@pytest.mark.parametrize("package", sorted(FLOORS))
 def test_first_lines_are_short(package: str) -> None:
     """The first line of a module's docstring has at most 72 characters."""
     first = {

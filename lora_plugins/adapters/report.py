@@ -124,7 +124,7 @@ class ParameterReport:
         """Print the table on a terminal, the one line elsewhere.
 
         Args:
-            table_only: Print nothing where there is no terminal.
+            table_only: Print nothing outside a terminal.
         """
         console = Console()
         if console.is_terminal or console.is_jupyter:

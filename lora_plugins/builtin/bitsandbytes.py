@@ -1,4 +1,4 @@
-"""Former place of the bitsandbytes backends, which are in `lora_plugins.builtin.quantizers`."""
+"""Former place of the bitsandbytes backends, now in `quantizers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-plugins new-plugin``: write a package with a plugin and a passing test."""
+"""``lora-plugins new-plugin``: write a plugin package with a passing test."""
 
 from __future__ import annotations
 

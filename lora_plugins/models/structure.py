@@ -253,7 +253,7 @@ class Structure:
         """Whether a repeated item is a stage that holds the blocks proper, as in hierarchical vision models.
 
         A stage has nearly all of its layers in one list of equal blocks. Lists of experts, of small adapters and
-        of the two halves of a block are no such lists.
+        of the two halves of a block are not such lists.
         """
         for name, child in item.named_modules():
             inner = f"{path}.{name}".rstrip(".")
@@ -265,7 +265,7 @@ class Structure:
         return False
 
     def _numbered_siblings(self) -> Iterator[tuple[str, nn.Module]]:
-        """Blocks kept as attributes with numbered names (``h0``, ``h1``, …), where there is no container."""
+        """Blocks kept as attributes with numbered names (``h0``, ``h1``, …), without a container."""
         for path, module in [("", self.model), *self.modules.items()]:
             children = {
                 f"{path}.{name}".lstrip("."): child

@@ -20,7 +20,7 @@ class Row:
         checkpointing: Whether blocks are computed again in the backward pass.
         memory: Bytes on each device.
         quantized_share: Share of the float base's bytes that the backend stores in its own way, 0 to 1.
-        fits: Whether it fits the memory, ``None`` when no memory was named and there is no GPU.
+        fits: Whether it fits the memory, ``None`` without a GPU and without ``memory``.
         unavailable: Why the backend can't run on this machine, empty when it can.
     """
 

@@ -49,7 +49,7 @@ class Plan(PlanFigures):
 
 # -- tables ---------------------------------------------------------------------------------------
 
-#: Columns of the text where there is no terminal.
+#: Columns of the text outside a terminal.
 _WIDTH = 120
 
 _ANSWERS = {True: "yes", False: "no", None: "?"}

@@ -52,7 +52,7 @@ def read_json(path: Path, error: Callable[[str], Exception], most_bytes: int = 6
         most_bytes: Larger files are refused.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     try:
         content = json.loads(read_text(path, most_bytes))

@@ -55,8 +55,8 @@ def make_template(text: str, columns: Features | list[str], tokenizer: PreTraine
         tokenizer: Fills ``{eos_token}`` and ``{bos_token}``, or has the chat template.
 
     Raises:
-        TemplateError: It names no column, one that is not there, or one that holds lists; or there is no chat
-            template.
+        TemplateError: It names no column, one that is not there, or one that holds lists; or the tokenizer has
+            no chat template.
     """
     return _ChatTemplate(columns, tokenizer) if text == CHAT else _TextTemplate(text, columns, tokenizer)
 

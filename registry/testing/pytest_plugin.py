@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from registry.testing.loopback import LoopbackHub
+    from registry.testing import LoopbackHub
 
 __all__ = ["loopback_hub"]
 
@@ -22,7 +22,7 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
 
     During the test huggingface_hub is not offline (loopback is no network) and doesn't use xet (the hub has none).
     """
-    from registry.testing.loopback import LoopbackHub
+    from registry.testing import LoopbackHub
 
     try:
         from huggingface_hub import constants

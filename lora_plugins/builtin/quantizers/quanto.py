@@ -178,8 +178,8 @@ def _why_not_compiled() -> str | None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return (
-            f"optimum-quanto compiles a C++ extension at its first use on a CPU and there is no compiler {compiler!r}; "
-            "install one, for example with `apt-get install g++`, or name another in CXX"
+            f"optimum-quanto compiles a C++ extension at its first use on a CPU and the compiler {compiler!r} is not "
+            "installed; install one, for example with `apt-get install g++`, or name another in CXX"
         )
     if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
         return (
