@@ -470,6 +470,44 @@ def test_aliases_are_written_and_read(moved: Adapter) -> None:
     assert named.manifest.content_digest == moved.manifest.content_digest
 
 
+def test_a_base_that_is_gone_loads_through_an_alias_with_its_fingerprint(tmp_path: Path) -> None:
+    for name, seed in (("new", 0), ("wrong", 1)):
+        repository = tmp_path / "cache" / f"models--org--{name}"
+        tiny.llama(seed=seed).save_pretrained(repository / "snapshots" / ("d" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("d" * 40)
+    given: dict[str, Any] = {"base_model": f"org/gone@{'c' * 40}"}
+    right = pulled(adapted(tiny.llama()), tmp_path / "right", base_aliases=["org/lost", "org/new"], **given)
+    assert right.manifest.base.aliases == ("org/lost", "org/new")
+    cache: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert torch.equal(logits(right.load(**cache)), logits(adapted(tiny.llama())))
+    wrong = pulled(adapted(tiny.llama()), tmp_path / "other", base_aliases="org/wrong", **given)
+    with pytest.raises(BaseMismatch, match="same shapes and other weights"):
+        wrong.load(**cache)
+
+
+@pytest.mark.parametrize(
+    ("aliases", "message"),
+    [
+        (["org/new@main"], "'org/new@main' is not the id of a model"),
+        (["./folder"], "is not the id of a model"),
+        ([f"org/base{number}" for number in range(17)], "has 17 ids, and may have 16"),
+    ],
+)
+def test_an_alias_that_could_not_be_read_again_is_refused_at_push(
+    aliases: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownBase, match=message):
+        pulled(adapted(tiny.llama()), tmp_path / "a", base_model=f"org/base@{'c' * 40}", base_aliases=aliases)
+
+
+def test_aliases_of_a_base_without_id_or_fingerprint_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownBase, match="further ids of a base that has one"):
+        pulled(adapted(tiny.llama()), tmp_path / "a", base_aliases=["org/new"])
+    with pytest.raises(UnknownBase, match="fingerprint matches, and org/base has none"):
+        pulled(folder, tmp_path / "b", base_model=f"org/base@{'c' * 40}", base_aliases=["org/new"])
+
+
 def test_peft_still_overwrites_the_base_by_itself(folder: Path, tmp_path: Path) -> None:
     """Once this fails, PEFT refuses such tensors and the check of the contract is doubled."""
     name = "base_model.model.model.norm.weight"

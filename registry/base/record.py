@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from registry.base.fitting import choose_candidate
 from registry.base.stored import StoredAdapter
 from registry.errors import BaseMismatch, HubError, RegistryError, RepositoryNotFound, UnknownBase
 from registry.formats.fields import COMMIT
-from registry.formats.manifest import BASE_ID
+from registry.formats.manifest import BASE_ID, MAX_ALIASES
 from registry.formats.records import BaseKind, BaseRecord, Fingerprint
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from registry.formats.adapter_config import AdapterConfig
     from registry.hubs.protocol import Hub
 
-__all__ = ["base_of_folder", "base_of_model", "require_known", "with_given"]
+__all__ = ["base_of_folder", "base_of_model", "require_known", "with_aliases", "with_given"]
 
 
 def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
@@ -150,6 +152,31 @@ def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
             'base is on the Hub: push_adapter(…, base_model="org/base@revision")'
         )
     return BaseRecord(None, None, record.fingerprint)
+
+
+def with_aliases(record: BaseRecord, aliases: str | Sequence[str]) -> BaseRecord:
+    """Return the base with other ids under which `Adapter.load` may find it, should its own be gone.
+
+    Raises:
+        UnknownBase: An alias is not the id of a model, there are too many, or the base has no id or no fingerprint by
+            which what lies under an alias could be recognized.
+    """
+    given = dict.fromkeys((aliases,) if isinstance(aliases, str) else aliases)
+    if not given:
+        return record
+    wrong = next((name for name in given if not isinstance(name, str) or BASE_ID.fullmatch(name) is None), None)
+    if wrong is not None:
+        raise UnknownBase(f"base_aliases: {wrong!r} is not the id of a model on a hub: give org/name, without revision")
+    if len(given) > MAX_ALIASES:
+        raise UnknownBase(f"base_aliases has {len(given)} ids, and may have {MAX_ALIASES}")
+    if not is_hub_id(record.id):
+        raise UnknownBase('base_aliases are further ids of a base that has one: say base_model="org/base@revision" too')
+    if record.fingerprint is None or not record.fingerprint.tensors:
+        raise UnknownBase(
+            f"base_aliases count only where the base's fingerprint matches, and {record.id} has none here. Push the "
+            "model itself, or load the base once so that it is in the local cache, then push"
+        )
+    return replace(record, aliases=tuple(name for name in given if name != record.id) or None)
 
 
 def _is_commit(text: object) -> bool:

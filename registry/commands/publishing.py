@@ -28,6 +28,9 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="org/base or org/base@revision, where the base has another id or none.")
     ] = None,
+    base_alias: Annotated[
+        list[str] | None, typer.Option(help="Other id of the base, should its own be gone; can be given again.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Result as name=number; can be given again.")] = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="Module whose tensors may be large although they are not LoRA's.")
@@ -74,6 +77,7 @@ def push(
             version=version,
             hub=hub,
             base_model=base_model,
+            base_aliases=base_alias or (),
             metrics=_metrics(metric) if metric else None,
             allow=allow or (),
             private=private,

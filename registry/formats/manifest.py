@@ -33,7 +33,7 @@ from registry.formats.records import (
 )
 from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
-__all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_MANIFEST", "Manifest"]
+__all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_ALIASES", "MAX_MANIFEST", "Manifest"]
 
 #: The format that this release of the package writes; a newer one is not read.
 FORMAT = 1
@@ -42,7 +42,7 @@ MAX_MANIFEST = 8 * 1024 * 1024
 #: Bytes that a file of a release may have.
 MAX_FILE = 100 * 1024**3
 _MAX_FILES = 64
-_MAX_ALIASES = 16
+MAX_ALIASES = 16
 
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
@@ -169,8 +169,8 @@ def _base(fields: Fields) -> BaseRecord:
 
 def _aliases(fields: Fields, key: str) -> tuple[str, ...]:
     found = fields.texts(key)
-    if len(found) > _MAX_ALIASES or not all(BASE_ID.fullmatch(name) for name in found):
-        raise fields.refuse(key, f"at most {_MAX_ALIASES} ids of models, such as org/name")
+    if len(found) > MAX_ALIASES or not all(BASE_ID.fullmatch(name) for name in found):
+        raise fields.refuse(key, f"at most {MAX_ALIASES} ids of models, such as org/name")
     return found
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 #: Where an adapter is kept that could not be published, below the output folder.
 UNPUBLISHED = "unpublished-adapter"
 #: Options of `push_adapter` that decide whether something can be published, known before the training.
-_CHECKED = ("adapter_name", "allow", "base_model", "token")
+_CHECKED = ("adapter_name", "allow", "base_aliases", "base_model", "token")
 
 
 class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
@@ -79,9 +79,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
             raise InvalidAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
         if not state.is_world_process_zero:
             return
-        told = {
-            key: self.options[key] for key in ("token", "base_model", "adapter_name", "allow") if key in self.options
-        }
+        told = {key: self.options[key] for key in _CHECKED if key in self.options}
         check_push(_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
 
     def on_train_end(

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from registry.base.record import base_of_model, require_known, with_given
+from registry.base.record import base_of_model, require_known, with_aliases, with_given
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
 from registry.formats.tensors import other_tensors
 from registry.hubs import open_hub
@@ -36,6 +36,7 @@ def push_adapter(
     base_model: str | None = None,
     base_hub: Hub | str | os.PathLike[str] | None = None,
     base_token: str | bool | None = None,
+    base_aliases: str | Sequence[str] = (),
     adapter_name: str | None = None,
     metrics: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -66,6 +67,8 @@ def push_adapter(
         base_model: ``org/base`` or ``org/base@revision``, where the base model has no id or another one.
         base_hub: Where ``base_model`` is, to find its commit and compare it; by default the registry, if that is a hub.
         base_token: For that hub; by default ``token``.
+        base_aliases: Other ids of the base, such as a mirror's. If its own id is gone, loading takes the first of these
+            that is there, and refuses it unless its fingerprint is the recorded one.
         adapter_name: Which adapter of a model; the active one by default.
         metrics: Results for manifest and card; those of the last evaluation by default.
         training: More facts about the training for manifest and card, JSON values by name.
@@ -86,6 +89,7 @@ def push_adapter(
     Raises:
         InvalidReference: The name or the version is malformed.
         RepositoryConflict: The repository holds a base model, or files of others where those of a release have to go.
+        UnknownBase: Nobody could find the base model, or an alias is not an id.
         VersionExists: Other content has been published under this version.
         PublishError: The adapter would be of no use, or others publish at the same time, again and again.
         UnsafeFile: A file is not what it should be.
@@ -102,6 +106,7 @@ def push_adapter(
         on_hub=not place.local,
         base_model=base_model,
         base_hub=bases,
+        base_aliases=base_aliases,
         adapter_name=adapter_name,
         metrics=metrics,
         training=training,
@@ -135,6 +140,7 @@ def check_push(
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     base_model: str | None = None,
+    base_aliases: str | Sequence[str] = (),
     adapter_name: str | None = None,
     allow: Sequence[str] = (),
 ) -> None:
@@ -149,6 +155,7 @@ def check_push(
         hub: Which registry.
         token: For the registry.
         base_model: See `push_adapter`.
+        base_aliases: See `push_adapter`.
         adapter_name: See `push_adapter`.
         allow: See `push_adapter`.
 
@@ -172,7 +179,7 @@ def check_push(
     base, _ = base_of_model(model.get_base_model(), config)
     if base_model is not None:
         base = with_given(base, base_model.partition("@")[0], None)
-    require_known(base, on_hub=not place.local)
+    with_aliases(require_known(base, on_hub=not place.local), base_aliases)
 
 
 def _bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.contract import check_contract
 from registry.base.files import find_cached_snapshots, is_hub_id
 from registry.base.peft_fields import describe_lost
-from registry.base.record import base_of_folder, base_of_model, require_known, with_given
+from registry.base.record import base_of_folder, base_of_model, require_known, with_aliases, with_given
 from registry.base.stored import StoredAdapter
 from registry.disk.machine import temporary_folder
 from registry.errors import IdentityWarning, InvalidAdapter
@@ -62,6 +62,7 @@ def collect(
     on_hub: bool,
     base_model: str | None = None,
     base_hub: Hub | None = None,
+    base_aliases: str | Sequence[str] = (),
     adapter_name: str | None = None,
     metrics: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -74,6 +75,7 @@ def collect(
         on_hub: Whether it will be published where others can only load bases by their id.
         base_model: ``org/base`` or ``org/base@revision``, where the base has no id or another one.
         base_hub: Where base models are, to resolve ``base_model`` and compare it; ``None`` to do neither.
+        base_aliases: Other ids under which the base may be found, should its own be gone.
         adapter_name: Which adapter of a model; the active one by default.
         metrics: Results; those of the last evaluation by default.
         training: More facts about the training, JSON values.
@@ -96,7 +98,7 @@ def collect(
         tensors = check_tensors(folder / ADAPTER_WEIGHTS, config, allow)
         given = _find_branch(found.base, config) if base_model is None else base_model
         record = found.base if given is None else with_given(found.base, given, base_hub)
-        base = require_known(record, on_hub=on_hub)
+        base = with_aliases(require_known(record, on_hub=on_hub), base_aliases)
         if given is None:
             _warn_of_unseen(base)
         if found.live is not None:
