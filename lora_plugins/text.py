@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["did_you_mean", "dtype_name", "forward_names", "one_line", "write_json"]
+__all__ = ["did_you_mean", "dtype_name", "find_near", "forward_names", "one_line", "write_json"]
+
+
+def find_near(name: object, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the known names nearest to a wrong one, best first; see `did_you_mean` for the arguments."""
+    return difflib.get_close_matches(str(name), list(known), n=most, cutoff=cutoff)
 
 
 def did_you_mean(
@@ -31,7 +36,7 @@ def did_you_mean(
         cutoff: Similarity that a name must have, 0 to 1.
         show: How a name is written in the sentence.
     """
-    near = difflib.get_close_matches(str(name), list(known), n=most, cutoff=cutoff)
+    near = find_near(name, known, most=most, cutoff=cutoff)
     return f" Did you mean {' or '.join(map(show, near))}?" if near else ""
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_plugins.models.images import read_image_shape
+
 __all__ = ["PROBE_TEXT", "Batch", "make_batches"]
 
 
@@ -119,20 +121,13 @@ def _other_input(model: Any, accepted: Mapping[str, Any]) -> tuple[str, dict[str
     """Return an image or a sound, and what it is, for a model that takes one."""
     generator = torch.Generator().manual_seed(0)
     makers: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
-        "pixel_values": ("image", lambda: torch.randn(1, *_image_shape(model.config), generator=generator)),
+        "pixel_values": ("image", lambda: torch.randn(1, *read_image_shape(model.config), generator=generator)),
         "input_values": ("sound", lambda: torch.randn(1, _SAMPLES, generator=generator)),
         "input_features": ("sound", lambda: torch.randn(1, *_sound_shape(model.config), generator=generator)),
     }
     main = getattr(model, "main_input_name", "input_ids")
     name = next((one for one in (main, *makers) if one in makers and one in accepted), None)
     return (makers[name][0], {name: makers[name][1]()}) if name else ("", {})
-
-
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    part = next((getattr(config, name) for name in ("vision_config", "encoder") if hasattr(config, name)), config)
-    size = getattr(part, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(part, "num_channels", None) or 3, height, width
 
 
 def _sound_shape(config: Any) -> tuple[int, int]:

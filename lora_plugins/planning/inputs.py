@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plugins.models.images import read_image_shape
 from lora_plugins.models.wrapping import base_of
 
 __all__ = ["make_batch"]
@@ -55,17 +56,10 @@ def _makers(config: Any, batch_size: int, length: int) -> dict[str, Callable[[],
     return {
         "input_ids": lambda: ids(batch_size, length),
         "bbox": lambda: ids(batch_size, length, 4),
-        "pixel_values": lambda: floats(batch_size, *_image_shape(config)),
+        "pixel_values": lambda: floats(batch_size, *read_image_shape(config)),
         "input_features": lambda: floats(batch_size, bins, _FRAMES),
         "input_values": lambda: floats(batch_size, length * _SAMPLES_PER_TOKEN),
     }
-
-
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    part = next((getattr(config, name) for name in ("vision_config", "encoder") if hasattr(config, name)), config)
-    size = getattr(part, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(part, "num_channels", None) or 3, height, width
 
 
 def _labels(base: Any, accepted: Mapping[str, Any], batch_size: int, length: int) -> dict[str, torch.Tensor]:

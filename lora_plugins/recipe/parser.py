@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from lora_plugins.recipe.arguments import (
     held_out_share,
 )
 from lora_plugins.recipe.config_file import read_flags
-from lora_plugins.text import did_you_mean
+from lora_plugins.text import did_you_mean, find_near
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -211,7 +210,7 @@ def _describe_unknown(unknown: Sequence[str], parser: HfArgumentParser) -> Argum
 def _hint(name: str, names: Sequence[str]) -> str:
     if name in FORMER_NAMES:
         return f" Use {FORMER_NAMES[name]}."
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+    near = find_near(name, names, most=3, cutoff=0.7)
     near += [known for known in names if len(name) > 3 and name in known and known not in near][: 3 - len(near)]
     return f" Did you mean {' or '.join('--' + other for other in near)}?" if near else ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from lora_plugins.models.structure import matches
 from lora_plugins.models.wrapping import base_of, plain_path
 from lora_plugins.targets.patterns import match_paths
 from lora_plugins.targets.tasks import PEFT_HEADS
+from lora_plugins.text import find_near
 
 __all__ = ["check_fields", "check_names"]
 
@@ -106,7 +106,7 @@ class _Scene:
         """The name, with those that are spelt alike."""
         last = name.rpartition(".")[2]
         leaves = sorted(leaf for path in among if not (leaf := path.rpartition(".")[2]).isdigit() and leaf != last)
-        close = difflib.get_close_matches(last, dict.fromkeys(leaves), n=2, cutoff=0.5)
+        close = find_near(last, dict.fromkeys(leaves), most=2, cutoff=0.5)
         return f"{name!r} (near: {', '.join(close)})" if close else repr(name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections import Counter
@@ -30,7 +29,7 @@ from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import PEFT_HEADS, task_type
 from lora_plugins.targets.written import keep_written, resolve_tables
-from lora_plugins.text import did_you_mean
+from lora_plugins.text import did_you_mean, find_near
 
 __all__ = ["Resolver"]
 
@@ -290,7 +289,7 @@ class Resolver:
         stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
         if stacked:
             return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
-        near = difflib.get_close_matches(name, self._leaves(), n=3, cutoff=0.5)
+        near = find_near(name, self._leaves(), most=3, cutoff=0.5)
         return f"{name!r} (near: {', '.join(near) or 'nothing'})"
 
     def _permitted(self, name: str, paths: list[str]) -> list[str]:
