@@ -140,7 +140,7 @@ def _enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         setattr(module, _CAME_IN, getattr(module, _AROUND))
         return inputs
     setattr(module, _CAME_IN, first.dtype)
-    return (first.to(_own_dtype(module)), *inputs[1:])
+    return (first.to(_own_dtype(module, first.dtype)), *inputs[1:])
 
 
 def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -152,7 +152,7 @@ def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
     if not inputs or not isinstance(inputs[0], torch.Tensor) or not inputs[0].is_floating_point():
         return None
     x = inputs[0]
-    dtype = _own_dtype(module)
+    dtype = _own_dtype(module, x.dtype)
     if x.dtype == dtype or (torch.is_autocast_enabled(x.device.type) and not _refuses(module, x)):
         return None
     return (x.to(dtype), *inputs[1:])
