@@ -164,7 +164,7 @@ def _refuses(module: nn.Module, x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and all(p.dim() == 1 and p.dtype in _HALF for p in own)
 
 
-def _own_dtype(module: nn.Module) -> torch.dtype:
-    own = next((p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point()), None)
-    # PEFT parametrizes a weight that it adapts as a parameter, for as long as the forward pass takes.
-    return own if own is not None else module.weight.dtype  # type: ignore[return-value]
+def _own_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a layer's own tensors; PEFT takes the parameters of experts away while they are in use."""
+    own = (p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+    return next(own, default)
