@@ -337,7 +337,9 @@ def test_a_checkpoint_is_continued(old: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     before = load_file(f"run/checkpoint-2/{WEIGHTS}")
     assert any((before[name] - tensor).abs().max() > 1e-3 for name, tensor in found.items())
-    assert report.items() <= json.loads(Path("run/parameter_report.json").read_text()).items()
+    new = json.loads(Path("run/parameter_report.json").read_text())
+    # A later version may have more to note; every figure stays.
+    assert {**report, "notes": []} == {**{name: new[name] for name in report}, "notes": []}
 
 
 def test_a_run_of_the_train_command_is_resumed(old: Path) -> None:

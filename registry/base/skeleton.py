@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,9 +35,11 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int,
     if linear is not None:
         modules[id(module)] = linear
         return linear
-    clone = copy.copy(module)
+    # Not copy.copy: a parametrized module (weight norm of speech models) refuses to be copied by its state.
+    clone: nn.Module = object.__new__(type(module))
+    clone.__dict__.update(vars(module))
     modules[id(module)] = clone
-    # copy.copy shares these; PEFT puts modules, parameters and hooks into them.
+    # Shared until here; PEFT puts modules, parameters and hooks into them.
     for key, value in vars(module).items():
         if isinstance(value, dict):
             clone.__dict__[key] = type(value)(value)
