@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## Train, publish, pull and reload a small model on this mach
 test: $(INSTALLED) ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-one: $(INSTALLED) ## Run one file or one test: make test-one TEST=tests/test_plan.py
+test-one: $(INSTALLED) ## Run one file or one test: make test-one TEST=tests/test_planning.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x $(TEST)
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes each.
@@ -46,7 +46,7 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes each.
 
 # Types are spread one by one over the processes.
 test-architectures: $(INSTALLED) ## Train, save and reload a small model of every type.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m "slow or not slow" tests/test_architectures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m "slow or not slow" tests/test_builtin_architectures.py
 
 # DeepSpeed and Ray, in an environment that lies over the first one and adds only what is missing there.
 install-engines: $(ENGINES)/.installed ## Make .venv-engines with DeepSpeed and Ray.
@@ -63,7 +63,7 @@ $(ENGINES)/.installed: $(INSTALLED)
 # DeepSpeed compiles an extension in its first run and keeps it here.
 test-engines: $(ENGINES)/.installed ## Run the tests of DeepSpeed and Ray.
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
-		$(ENGINES)/bin/python -m pytest tests/test_deepspeed.py tests/test_ray.py
+		$(ENGINES)/bin/python -m pytest tests/test_trainer_engines_deepspeed.py tests/test_trainer_engines_ray.py
 
 check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/ruff check
@@ -89,7 +89,7 @@ dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check 
 	$(BIN)/python -m twine check --strict dist/*
 
 # Tests of optional libraries, and of the documentation as it is made with the newest ones.
-OPTIONAL_TESTS := backends backends_smollm2 benchmarks docs engines examples project search trackers trl wheel
+OPTIONAL_TESTS := benchmarks builtin_quantizers builtin_quantizers_smollm2 docs plugins_examples project trainer_engines trainer_search trainer_trackers trainer_trl wheel
 CORE_ONLY := $(OPTIONAL_TESTS:%=--ignore=tests/test_%.py)
 
 # What the ranges in pyproject.toml promise: the lowest releases, and the newest ones with the newest Python. Both take another

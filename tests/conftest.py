@@ -12,16 +12,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 #: The files that take longest. They begin first, so that at the end no process waits for one of them.
 LONGEST = (
-    "test_engines.py",
+    "test_trainer_engines.py",
     "test_smollm2.py",
-    "test_backends_smollm2.py",
-    "test_demo.py",
-    "test_train.py",
-    "test_architectures.py",
+    "test_builtin_quantizers_smollm2.py",
+    "test_commands_demo.py",
+    "test_recipe_train.py",
+    "test_builtin_architectures.py",
     "test_trainer_options.py",
-    "test_plan.py",
-    "test_registry_processes.py",
-    "test_push_to_hub.py",
+    "test_planning.py",
+    "test_registry_publishing_processes.py",
+    "test_trainer_push_to_hub.py",
     "test_wheel.py",
 )
 

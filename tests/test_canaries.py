@@ -1,6 +1,6 @@
 """Each test fails when a workaround of ours is no longer needed, and says which: take the workaround out then.
 
-accelerate's is ``test_the_shim_is_still_needed`` in ``test_engines.py``, which needs a process of its own.
+accelerate's is ``test_the_shim_is_still_needed`` in ``test_trainer_engines.py``, which needs a process of its own.
 """
 
 from __future__ import annotations

@@ -85,3 +85,29 @@ def test_every_imported_library_is_declared() -> None:
     outside = imported - set(sys.stdlib_module_names) - {"lora_plugins", "registry"}
     distributions = {"yaml": "pyyaml", "optimum": "optimum_quanto", "google": "protobuf", "OpenSSL": "pyopenssl"}
     assert {name for name in outside if distributions.get(name, name).lower() not in _required()} == set()
+
+
+#: Tests of the whole product, which no single room owns.
+WHOLE = {
+    "benchmarks",
+    "canaries",
+    "docs",
+    "numbers",
+    "old_releases",
+    "project",
+    "registry",
+    "registry_attacks",
+    "rooms",
+    "smollm2",
+    "text",
+    "wheel",
+}
+
+
+def test_tests_are_found_from_the_room_that_they_test() -> None:
+    """A file is named after its room: ``test_trainer_liveness.py``, ``test_registry_hubs_client.py``."""
+    rooms = [*_folders("lora_plugins"), *(f"registry_{room}" for room in {*_folders("registry"), "text"})]
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")} - WHOLE
+    assert {name for name in names if not any(f"{name}_".startswith(f"{room}_") for room in rooms)} == set()
+    untested = {room for room in rooms if not any(f"{name}_".startswith(f"{room}_") for name in names)}
+    assert untested <= {"models", "registry_catalog", "registry_disk"}

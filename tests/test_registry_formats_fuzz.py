@@ -1,7 +1,7 @@
 """Mutated input: every parser, and a whole pull, ends with a typed error or a result, and in two seconds.
 
 The mutator knows the formats: it changes values of JSON documents by kind, moves bytes of headers, cuts and joins. A
-few hundred inputs are part of every run; ``pytest -m slow tests/test_registry_fuzz.py`` takes a hundred thousand.
+few hundred inputs are part of every run; the slow test takes a hundred thousand.
 """
 
 from __future__ import annotations
