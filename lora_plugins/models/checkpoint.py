@@ -1,4 +1,4 @@
-"""Read which tensors, of which shape, a model's checkpoint holds."""
+"""Read the names and shapes of the tensors in a model's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Checkpoint", "find_checkpoint", "find_pretrained"]
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-#: Tensors whose values are compared before a checkpoint is believed to be the one that a model was loaded from.
+#: How many tensors are compared at most to decide whether a model was loaded from a checkpoint.
 _SAMPLES = 16
 
 
 class Checkpoint:
-    """The headers of a checkpoint on this machine; values are read only where they are asked for.
+    """The headers of a local checkpoint; values are read on demand.
 
     Args:
         files: Its safetensors files.
@@ -42,7 +42,7 @@ class Checkpoint:
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
     def rows(self, name: str, shape: tuple[int, ...]) -> int | None:
-        """Return the rows of an embedding in the files, ``None`` if none of the tensors can be it.
+        """Return the number of rows of an embedding in the files, ``None`` if no tensor matches it.
 
         Args:
             name: Name of the embedding's weight in the model; the files may put it under another prefix.
@@ -54,20 +54,20 @@ class Checkpoint:
         return max(sizes, default=None)
 
     def holds(self, name: str, value: torch.Tensor) -> bool:
-        """Whether the files have these values under this name; constant tensors prove nothing."""
+        """Whether the files hold these values under this name; a constant tensor never counts as a match."""
         if name not in self.shapes or self.shapes[name] != tuple(value.shape) or not value.ndim or value.is_meta:
             return False
         row = self.shapes[name][0] // 2
         with safe_open(str(self._file_of[name]), "pt") as opened:
             stored = opened.get_slice(name)[row : row + 1]
         live = value.detach()[row : row + 1].cpu()
-        # One of the two may have been cast, and the coarser dtype decides.
+        # Either may have been cast: compare in the coarser dtype.
         coarse = min((stored.dtype, live.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
         stored, live = stored.to(coarse), live.to(coarse)
         return bool((stored != stored.flatten()[0]).any()) and torch.equal(stored, live)
 
     def is_source_of(self, model: nn.Module) -> bool:
-        """Whether the model holds values of these files, as far as that can be seen."""
+        """Whether the model holds values of these files; assumed for a model with parameters on the meta device."""
         prefix = getattr(model, "base_model_prefix", "") + "."
         tried = 0
         for name, value in model.named_parameters():
@@ -85,14 +85,14 @@ class Checkpoint:
 
 
 def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel] | None:
-    """Return the path and the part of a model that transformers loads and resizes, ``None`` if it has none."""
+    """Return the first `PreTrainedModel` in a model and its path, ``None`` if there is none."""
     return next(((path, part) for path, part in model.named_modules() if isinstance(part, PreTrainedModel)), None)
 
 
 def find_checkpoint(model: nn.Module) -> Checkpoint | None:
-    """Return the headers of the checkpoint that a model names as its own, ``None`` unless it is on this machine.
+    """Return the headers of the checkpoint that a model names as its source, ``None`` unless it is on this machine.
 
-    The folder or the Hub's cache is read; the network is never asked.
+    Only the folder or the Hub's cache is read; there are no network requests.
     """
     config: Any = getattr(model, "config", None)
     source = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
@@ -102,7 +102,7 @@ def find_checkpoint(model: nn.Module) -> Checkpoint | None:
         files = _find_files(source, getattr(config, "_commit_hash", None))
         return Checkpoint(files) if files else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        # A checkpoint that can't be read proves nothing; whoever loads it says what is wrong with it.
+        # An unreadable checkpoint tells nothing here; loading it reports what is wrong.
         return None
 
 

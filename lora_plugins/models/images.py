@@ -1,4 +1,4 @@
-"""Read the shape of the images that a model takes."""
+"""Read the shape of the images that a model takes as input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["read_image_shape"]
 
 
 def read_image_shape(config: Any) -> tuple[int, int, int]:
-    """Return channels, height and width in pixels; 3, 224 and 224 where the configuration names none."""
+    """Return an image's channels, height and width in pixels; 3, 224 and 224 where the configuration has no value."""
     part = next((getattr(config, name) for name in ("vision_config", "encoder") if hasattr(config, name)), config)
     size = getattr(part, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size

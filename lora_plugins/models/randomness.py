@@ -1,4 +1,4 @@
-"""Random numbers from a seed that leave the caller's generators alone."""
+"""Draw seeded random numbers without advancing the caller's generators."""
 
 from __future__ import annotations
 

@@ -13,28 +13,28 @@ from torch import nn
 __all__ = ["gather", "gather_state", "is_adapter_tensor", "is_part", "is_sharded", "write_adapters"]
 
 
-#: Parts of the names that PEFT gives to an adapter's parameters.
+#: Substrings that mark the name of an adapter's parameter in PEFT.
 _MARKERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether a parameter's name is one that PEFT gives to an adapter's."""
+    """Whether a name is that of an adapter's parameter in PEFT."""
     return any(marker in name for marker in _MARKERS)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 has spread parameters of the model over the processes."""
+    """Whether FSDP2 or ZeRO-3 has sharded parameters of the model."""
     return any(is_part(parameter) for parameter in model.parameters())
 
 
 def is_part(parameter: Any) -> bool:
-    """Whether a parameter is spread over processes, so that its data here is a part of it."""
+    """Whether a parameter is sharded over processes, so that this one holds only a part of it."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "to_local")
 
 
 @contextlib.contextmanager
 def gather(parameters: Iterable[Any]) -> Iterator[None]:
-    """Gather parameters that ZeRO-3 has partitioned, for as long as the context is open.
+    """Gather the parameters that ZeRO-3 has partitioned while the context is open.
 
     Every process must enter it, with the same parameters in the same order.
     """
@@ -49,10 +49,10 @@ def gather(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 def gather_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return whole copies on the CPU of everything in a model that an adapter file may hold.
+    """Return full copies on the CPU of every tensor that an adapter file may hold, by name in the model.
 
-    Those are the trained parameters and those of adapters that are not trained, under their names in the
-    model. Every process must call it, and each gets all of it.
+    These are all trained parameters and the parameters of frozen adapters. Every process must call it, and
+    each gets all tensors.
     """
     own = [(name, p) for name, p in model.named_parameters() if p.requires_grad or is_adapter_tensor(name)]
     with gather(parameter for _, parameter in own):
@@ -60,12 +60,12 @@ def gather_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
-    """Write the adapters of a model that is spread over processes, as ``save_pretrained`` does.
+    """Write the adapters of a sharded model, as ``save_pretrained`` does.
 
     Args:
         model: The wrapped model.
-        folder: Where to.
-        write: Whether this process writes; every process must call.
+        folder: Output folder.
+        write: Whether this process writes the files; every process must call.
     """
     state = gather_state(model)
     if write:

@@ -1,7 +1,7 @@
 """Read linear layers, blocks, experts and heads from a module tree.
 
-Nothing here looks at the shape of a linear layer's weight: it may be packed by a quantization backend, or
-empty under DeepSpeed ZeRO-3. Sizes come from the layers' own attributes.
+Sizes come from the layers' attributes and not from the shape of a weight, which may be packed by a
+quantization backend or empty under DeepSpeed ZeRO-3.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Block", "BlockKind", "Linear", "Structure", "collapse", "is_under", 
 
 @dataclass(frozen=True)
 class BlockKind:
-    """Repeated blocks of one build: same stack, same class, same linear layers inside.
+    """A kind of repeated block: same stack, same class, same linear layers inside.
 
     Attributes:
-        stack: Path of the container, with ``*`` for indices in it: ``"model.layers"``.
-        name: Class of the blocks, and what sets them apart where a stack mixes several.
+        stack: Path of the container, with ``*`` for indices: ``"model.layers"``.
+        name: Class of the blocks, with the parts that distinguish them where a stack mixes several kinds.
     """
 
     stack: str
@@ -45,7 +45,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer, of whatever class and in whatever storage."""
+    """One linear layer of any class and storage format."""
 
     path: str
     in_features: int
@@ -59,17 +59,17 @@ class Linear:
 
 
 def collapse(path: str) -> str:
-    """Return a dotted path with ``*`` in place of every index: what is alike in all layers is one string."""
+    """Return a dotted path with ``*`` for every index, so that equal modules of all layers share one string."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def matches(path: str, name: str) -> bool:
-    """Whether a name means this path, as in PEFT: it is the path, or the end of it at a dot."""
+    """Whether a name matches a path as in PEFT: it equals the path or a dotted suffix of it."""
     return path == name or path.endswith("." + name)
 
 
 def is_under(path: str, names: Iterable[str]) -> bool:
-    """Whether a path runs through one of the dotted names, at whatever depth they start."""
+    """Whether a path contains one of the dotted names, at any depth."""
     dotted = f".{path}."
     return any(f".{name}." in dotted for name in names)
 
@@ -77,12 +77,12 @@ def is_under(path: str, names: Iterable[str]) -> bool:
 def linear_features(module: Any) -> tuple[int, int] | None:
     """Return ``(in_features, out_features)`` of a linear layer, ``None`` for anything else.
 
-    A layer counts as linear when it says both sizes and has no parts of its own: ``nn.Linear``, the packed
-    layers of quantization backends, GPT-2's ``Conv1D``.
+    A layer counts as linear when it has both attributes and no submodules: ``nn.Linear``, the packed layers of
+    quantization backends, GPT-2's ``Conv1D``.
     """
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
         nx = getattr(module, "nx", None)
-        # Releases before 4.44 do not keep the input size.
+        # transformers before 4.44 does not store the input size.
         return (nx if isinstance(nx, int) else int(module.weight.shape[0]), module.nf)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in sizes) or next(module.children(), None) is not None:
@@ -93,22 +93,22 @@ def linear_features(module: Any) -> tuple[int, int] | None:
 
 
 def _is_layer_class(module: nn.Module) -> bool:
-    """Keep out what says both sizes and computes something else: PEFT could not wrap it."""
+    """Whether a module with both sizes is a linear layer; others compute something else, and PEFT can't wrap them."""
     if isinstance(module, torch.nn.Linear):
         return True
     weight = getattr(module, "weight", None)
-    # A packed layer of a class of its own holds integers, or keeps no `weight` at all.
+    # A backend's packed layer holds integers, or has no `weight` at all.
     return not (isinstance(weight, torch.Tensor) and weight.is_floating_point())
 
 
 class Structure:
-    """The parts of one model.
+    """The linear layers, blocks, experts and heads of one model.
 
     Args:
-        model: The raw base model; live, on the meta device, or quantized.
+        model: The base model without PEFT's wrapper: in memory, on the meta device, or quantized.
 
     Attributes:
-        modules: Every module by path, shared ones once.
+        modules: Every module by path; a shared one is listed once.
         linears: Every linear layer by path.
         blocks: The repeated blocks, in order.
         kinds: Number of blocks of each kind.
@@ -119,22 +119,24 @@ class Structure:
         self.model = model
         self.modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
         self.parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
-        sizes = self._linear_sizes()
-        self._counts = _counts_beneath(sizes)
+        sizes = self._read_linear_sizes()
+        self._counts = _count_beneath(sizes)
         self._sizes = sizes
         self.expert_parameters = [
-            path for path, value in self.parameters.items() if _rank(value) == 3 and _is_expert(path, self.modules)
+            path
+            for path, value in self.parameters.items()
+            if _count_dimensions(value) == 3 and _is_expert(path, self.modules)
         ]
         self.blocks: list[Block] = self._find_blocks()
         self.kinds: Counter[BlockKind] = Counter(block.kind for block in self.blocks)
         by_path = {block.path: block for block in self.blocks}
         self.linears: dict[str, Linear] = {
-            path: Linear(path, *size, block=_owner(path, by_path)) for path, size in sizes.items()
+            path: Linear(path, *size, block=_find_owner(path, by_path)) for path, size in sizes.items()
         }
 
     def block_of(self, path: str) -> Block | None:
-        """Return the block that a module or parameter lies in."""
-        return _owner(path, self._blocks_by_path)
+        """Return the block that contains a module or parameter, ``None`` outside of blocks."""
+        return _find_owner(path, self._blocks_by_path)
 
     @cached_property
     def _blocks_by_path(self) -> dict[str, Block]:
@@ -142,66 +144,66 @@ class Structure:
 
     @cached_property
     def output_heads(self) -> frozenset[str]:
-        """Paths of the output embedding: never part of a scope, often tied to the input embedding."""
-        head = self._embedding("get_output_embeddings")
+        """Paths of the output embedding; it belongs to no scope and is often tied to the input embedding."""
+        head = self._get_embedding("get_output_embeddings")
         return frozenset(path for path, module in self.modules.items() if head is not None and module is head)
 
-    def _embedding(self, getter: str) -> object | None:
+    def _get_embedding(self, getter: str) -> object | None:
         try:
             return getattr(self.model, getter)()
         except (AttributeError, NotImplementedError):
             return None
 
     def inside_block(self, path: str) -> str:
-        """Return the part of a path inside its block; the whole path outside of blocks."""
+        """Return a path relative to its block; the whole path outside of blocks."""
         block = self.block_of(path)
         return path.removeprefix(block.path + ".") if block is not None else path
 
     def is_output_layer_of_attention(self, path: str) -> bool:
-        """Whether this is the output layer of torch's own attention, which reads its weight and never calls it."""
+        """Whether this is the output layer of torch's attention: its weight is read, its forward is never called."""
         return isinstance(self.modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention)
 
     def task_heads(self, known: Iterable[str] = ()) -> list[str]:
-        """Paths of the modules with weights that a task class adds to the base model.
+        """Return the paths of the modules with weights that a task class adds to the base model.
 
-        A language model adds none: the head over its vocabulary was pretrained.
+        A language model adds none: the head over its vocabulary is pretrained.
 
         Args:
-            known: Paths of modules that are heads in any case.
+            known: Paths of modules that always count as heads.
         """
         prefix = getattr(self.model, "base_model_prefix", "")
         stands_beside = prefix in self.modules and not self._is_language_model()
         beside = [name for name, _ in self.model.named_children() if name != prefix] if stands_beside else []
         beside = [name for name in beside if name in self.modules]
-        # A normalisation beside the base model is pretrained, and PEFT would take every module whose name ends alike.
+        # A norm beside the base model is pretrained, and PEFT would match every module whose name ends the same way.
         added = [name for name in beside if "Norm" not in type(self.modules[name]).__name__]
         heads = [name for name in dict.fromkeys([*added, *known]) if name in self.modules]
-        return [path for name in heads for path in self._trainable_parts(name)]
+        return [path for name in heads for path in self._find_trainable_parts(name)]
 
     def _is_language_model(self) -> bool:
-        # A head over classes or characters is called lm_head too, in a model that embeds no vocabulary.
-        vocabulary = isinstance(self._embedding("get_input_embeddings"), torch.nn.Embedding)
+        # Models without token embeddings also name a head over classes or characters lm_head.
+        vocabulary = isinstance(self._get_embedding("get_input_embeddings"), torch.nn.Embedding)
         return vocabulary and bool(self.output_heads)
 
-    def _trainable_parts(self, path: str) -> list[str]:
-        """The module, or what is in it where it is a list, which PEFT can't wrap; nothing without weights."""
+    def _find_trainable_parts(self, path: str) -> list[str]:
+        """Return the path, or those of a list's items, because PEFT can't wrap a list; skip what has no weights."""
         module = self.modules.get(path)
         if module is None:
-            # Shared with another path, under which it is known.
+            # Shared: the module is listed under another path.
             return []
         if not isinstance(module, torch.nn.ModuleList):
             return [path] if next(module.parameters(), None) is not None else []
-        return [part for name, _ in module.named_children() for part in self._trainable_parts(f"{path}.{name}")]
+        return [part for name, _ in module.named_children() for part in self._find_trainable_parts(f"{path}.{name}")]
 
     def expert_share(self) -> float:
-        """Share of all weights that the stacked expert parameters hold, 0 to 1."""
+        """Return the share of all weights that the stacked expert parameters hold, 0 to 1."""
         sizes = {path: int(getattr(value, "ds_numel", 0) or value.numel()) for path, value in self.parameters.items()}
         total = sum(sizes.values())
         return sum(sizes[path] for path in self.expert_parameters) / total if total else 0.0
 
     # -- reading the tree ----------------------------------------------------------------------
 
-    def _linear_sizes(self) -> dict[str, tuple[int, int]]:
+    def _read_linear_sizes(self) -> dict[str, tuple[int, int]]:
         sizes: dict[str, tuple[int, int]] = {}
         for path, module in self.modules.items():
             size = linear_features(module)
@@ -210,15 +212,15 @@ class Structure:
         return sizes
 
     def _find_blocks(self) -> list[Block]:
-        found = list(self._walk(self.model, "")) or list(self._numbered_siblings())
-        signatures = {path: self._signature(path) for path, _ in found}
+        found = list(self._walk(self.model, "")) or list(self._find_numbered_siblings())
+        signatures = {path: self._make_signature(path) for path, _ in found}
         groups: dict[tuple[str, str], dict[frozenset[str], list[str]]] = {}
         for path, module in found:
             stack = collapse(path.rpartition(".")[0])
             groups.setdefault((stack, type(module).__name__), {}).setdefault(signatures[path], []).append(path)
         kinds: dict[str, BlockKind] = {}
         for (stack, class_name), by_signature in groups.items():
-            labels = _labels(list(by_signature))
+            labels = _make_labels(list(by_signature))
             for signature, paths in by_signature.items():
                 name = class_name + (f" ({labels[signature]})" if labels[signature] else "")
                 kinds.update((path, BlockKind(stack, name)) for path in paths)
@@ -229,18 +231,18 @@ class Structure:
             child_path = f"{path}.{name}" if path else name
             if not self._counts[child_path] or child_path in self._sizes:
                 continue
-            items = self._repeated(child, child_path)
+            items = self._find_repeated(child, child_path)
             if not items:
                 yield from self._walk(child, child_path)
             for item_path, item in items:
                 if self._is_stage(item, item_path):
-                    parts = self._repeated(item, item_path)
+                    parts = self._find_repeated(item, item_path)
                     yield from parts or self._walk(item, item_path)
                 else:
                     yield item_path, item
 
-    def _repeated(self, module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-        """The blocks that a container holds; empty when it is not a container of blocks."""
+    def _find_repeated(self, module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+        """Return the blocks in a container; empty for any other module."""
         if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
             return []
         items = [(f"{path}.{name}", child) for name, child in module.named_children()]
@@ -250,22 +252,22 @@ class Structure:
         return items if len(items) > 1 and len({type(child) for _, child in items}) == 1 else []
 
     def _is_stage(self, item: nn.Module, path: str) -> bool:
-        """Whether a repeated item is a stage that holds the blocks proper, as in hierarchical vision models.
+        """Whether a repeated item is a stage that contains the actual blocks, as in hierarchical vision models.
 
-        A stage has nearly all of its layers in one list of equal blocks. Lists of experts, of small adapters and
-        of the two halves of a block are not such lists.
+        A stage has over three quarters of its linear layers in one list of blocks of the same class. Lists of
+        experts, of small adapters and of the two halves of a block do not count.
         """
         for name, child in item.named_modules():
             inner = f"{path}.{name}".rstrip(".")
             if "expert" in name or self._counts[inner] * 4 <= self._counts[path] * 3:
                 continue
-            kinds = {type(part) for _, part in self._repeated(child, inner)}
+            kinds = {type(part) for _, part in self._find_repeated(child, inner)}
             if len(kinds) == 1 and torch.nn.Sequential not in kinds:
                 return True
         return False
 
-    def _numbered_siblings(self) -> Iterator[tuple[str, nn.Module]]:
-        """Blocks kept as attributes with numbered names (``h0``, ``h1``, …), without a container."""
+    def _find_numbered_siblings(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield blocks stored as numbered attributes (``h0``, ``h1``, …) without a container."""
         for path, module in [("", self.model), *self.modules.items()]:
             children = {
                 f"{path}.{name}".lstrip("."): child
@@ -277,14 +279,14 @@ class Structure:
                 yield from children.items()
                 return
 
-    def _signature(self, path: str) -> frozenset[str]:
+    def _make_signature(self, path: str) -> frozenset[str]:
         inside = path + "."
         names = [name for name in (*self._sizes, *self.expert_parameters) if name.startswith(inside)]
         return frozenset(collapse(name.removeprefix(inside)) for name in names)
 
 
-def _rank(parameter: object) -> int:
-    # ZeRO-3 keeps the real shape beside an emptied tensor.
+def _count_dimensions(parameter: object) -> int:
+    # ZeRO-3 empties the tensor and keeps its shape in `ds_shape`.
     return len(getattr(parameter, "ds_shape", None) or parameter.shape)  # type: ignore[attr-defined]
 
 
@@ -293,8 +295,8 @@ def _is_expert(path: str, modules: dict[str, nn.Module]) -> bool:
     return "expert" in owner.lower() or "expert" in type(modules.get(owner)).__name__.lower()
 
 
-def _counts_beneath(paths: Iterable[str]) -> Counter[str]:
-    """Number of paths at and beneath every dotted prefix."""
+def _count_beneath(paths: Iterable[str]) -> Counter[str]:
+    """Return the number of paths at and beneath every dotted prefix."""
     counts: Counter[str] = Counter()
     for path in paths:
         parts = path.split(".")
@@ -302,7 +304,7 @@ def _counts_beneath(paths: Iterable[str]) -> Counter[str]:
     return counts
 
 
-def _owner(path: str, blocks: dict[str, Block]) -> Block | None:
+def _find_owner(path: str, blocks: dict[str, Block]) -> Block | None:
     parts = path.split(".")
     for end in range(1, len(parts) + 1):
         block = blocks.get(".".join(parts[:end]))
@@ -311,20 +313,20 @@ def _owner(path: str, blocks: dict[str, Block]) -> Block | None:
     return None
 
 
-def _labels(signatures: list[frozenset[str]]) -> dict[frozenset[str], str]:
-    """Name what each signature has beyond what all share: the parts that set its blocks apart."""
+def _make_labels(signatures: list[frozenset[str]]) -> dict[frozenset[str], str]:
+    """Return a label for each signature: the parts that not all signatures share."""
     if len(signatures) == 1:
         return {signatures[0]: ""}
     shared = frozenset.intersection(*signatures)
     labels = {}
     for number, signature in enumerate(signatures):
-        parts = sorted({_part(name) for name in signature - shared})
+        parts = sorted({_name_part(name) for name in signature - shared})
         labels[signature] = ", ".join(parts[:3]) + (", …" if len(parts) > 3 else "") or "plain"
         if list(labels.values()).count(labels[signature]) > 1:
             labels[signature] += f" #{number + 1}"
     return labels
 
 
-def _part(name: str) -> str:
+def _name_part(name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     return owner or leaf

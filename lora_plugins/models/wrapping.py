@@ -1,4 +1,4 @@
-"""Look under PEFT's wrappers: base model, paths, adapter modules."""
+"""See through PEFT's wrappers: base model, paths, adapter modules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["adapter_modules", "base_of", "module_places", "plain_path"]
 
 
 def base_of(model: Any) -> nn.Module:
-    """Return the base model under a `peft.PeftModel`, and any other model as it is."""
+    """Return the base model of a `peft.PeftModel`; any other model is returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place where each module hangs: a layer shared by two blocks is replaced in both."""
+    """Return the parents and attributes of each module, by its id: a shared layer must be replaced in all of them."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, child in module._modules.items():
@@ -28,7 +28,7 @@ def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def plain_path(path: str) -> str:
-    """The name that a module has in the base model, without what PEFT puts around it."""
+    """Return a module's path in the base model, without the parts that PEFT adds."""
     path = path.removeprefix("base_model.model.")
     for part in (".base_layer", ".original_module", ".token_adapter"):
         path = path.replace(part, "")
@@ -36,7 +36,7 @@ def plain_path(path: str) -> str:
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that belong to adapters: LoRA's own small linears and heads that are trained whole."""
+    """Return the modules that belong to adapters: LoRA's small linear layers and fully trained heads."""
     if "peft" not in sys.modules:
         return set()
     inside: set[nn.Module] = set()

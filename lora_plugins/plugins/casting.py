@@ -1,4 +1,4 @@
-"""A mixin for quantized layers whose matrix product only takes one dtype."""
+"""A mixin for quantized layers whose kernel accepts one input dtype."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["CastsInput"]
 
 
 class CastsInput:
-    """Compute in the layer's own dtype, whatever comes in, and give back the dtype that came in.
+    """Compute in the layer's own dtype and return the input's dtype.
 
     Put it before the layer's class: ``class MyLayer(CastsInput, TheirLinear)``. Inputs differ from the layer's
     dtype under autocast, when norms are held in float32, and when a float32 base gets bfloat16 activations.
-    Autocast is off inside, because it would reach the forward pass of these layers and not their backward pass.
+    Autocast is disabled inside, because it would affect the forward pass of these layers and not the backward pass.
     """
 
     def computes_in(self) -> torch.dtype:
-        """The dtype of the matrix product; by default that of the weight."""
+        """Return the dtype of the matrix product; by default that of the weight."""
         dtype: torch.dtype = self.weight.dtype  # type: ignore[attr-defined]
         return dtype
 

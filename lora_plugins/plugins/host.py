@@ -1,4 +1,4 @@
-"""Load plugins, isolate their failures, settle clashes, list them."""
+"""Load plugins, isolate their failures, resolve name conflicts, list them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lora_plugins.text import did_you_mean, one_line
 if TYPE_CHECKING:
     import typer
 
-#: The distribution both import packages come in; its own entry points count as built-in.
+#: The distribution of both import packages; its own entry points count as built-in.
 DISTRIBUTION = "lora-plugins"
 
 PLUGINS = (
@@ -47,7 +47,7 @@ PLUGINS = (
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 
-#: Loading one of these with a plugin delays every command by seconds, which its listing says.
+#: A plugin that imports one of these delays every command by seconds; its listing says so.
 _HEAVY = ("torch", "transformers")
 
 T = TypeVar("T")
@@ -56,10 +56,10 @@ Record = TypeVar("Record", Architecture, Quantizer)
 
 @dataclass(slots=True)
 class _Loaded:
-    """A plugin with a pluggy manager of its own.
+    """A plugin with its own pluggy manager.
 
-    In a common manager one plugin that raises stops the call for all others, one that fails validation
-    stays registered, and one that can't be hashed breaks the calls of everybody else.
+    In a shared manager (pluggy 1.7.0), a plugin that raises ends the call for all others, one that fails
+    validation stays registered, and one that can't be hashed breaks the calls of all others.
     """
 
     info: PluginInfo
@@ -67,7 +67,7 @@ class _Loaded:
     hooks: pluggy.PluginManager
 
     def implementations(self, hook: str) -> int:
-        """How many functions of the plugin answer a hook."""
+        """Return how many functions of the plugin implement a hook."""
         found = getattr(self.hooks.hook, hook).get_hookimpls()
         return sum(not (impl.wrapper or impl.hookwrapper) for impl in found)
 
@@ -80,8 +80,8 @@ class PluginHost:
     """All plugins of one process, and what they registered.
 
     Args:
-        block: Entry-point or distribution names to leave out, beside those in ``LORA_PLUGINS_BLOCK``.
-        trace: Print every hook call to stderr; default is whether ``LORA_PLUGINS_TRACE`` is set.
+        block: Entry-point or distribution names to skip, in addition to those in ``LORA_PLUGINS_BLOCK``.
+        trace: Print every hook call to stderr; by default, if ``LORA_PLUGINS_TRACE`` is set.
 
     Attributes:
         plugins: Every plugin found, in the order of loading: the built-ins, then by distribution and name.
@@ -92,7 +92,7 @@ class PluginHost:
 
     def __init__(self, block: Iterable[str] = (), *, trace: bool | None = None) -> None:
         self._trace = os.environ.get(TRACE_VARIABLE, "") not in ("", "0") if trace is None else trace
-        self._blocked = {_canonical(name) for name in [*block, *os.environ.get(BLOCK_VARIABLE, "").split(",")]} - {""}
+        self._blocked = {_normalize(name) for name in [*block, *os.environ.get(BLOCK_VARIABLE, "").split(",")]} - {""}
         self._loaded: list[_Loaded] = []
         self.plugins: list[PluginInfo] = []
         self._architectures: Table[Architecture] = Table("architecture", ArchitectureConflict)
@@ -105,11 +105,11 @@ class PluginHost:
     # -- what was registered -------------------------------------------------------------------
 
     def model_types(self) -> list[str]:
-        """Every registered ``model_type``, sorted."""
+        """Return every registered ``model_type``, sorted."""
         return self._architectures.names()
 
     def architecture(self, model_type: str) -> Architecture | None:
-        """Return the record of a model type, ``None`` where nobody registered it.
+        """Return the record of a model type, ``None`` if no plugin registers it.
 
         Raises:
             ArchitectureConflict: Two third-party plugins claim it.
@@ -117,15 +117,15 @@ class PluginHost:
         return self._architectures.get(model_type)
 
     def scopes(self) -> list[str]:
-        """Every name that some architecture has for a group of its modules, sorted."""
+        """Return every scope name that some architecture defines, sorted."""
         return sorted({scope for record in self._architectures.things() for scope in record.scopes})
 
     def quantizer_names(self) -> list[str]:
-        """Every registered backend name, sorted."""
+        """Return every registered backend name, sorted."""
         return self._quantizers.names()
 
     def quantizers(self) -> list[Quantizer]:
-        """Every backend; a name that two plugins claim is left out, and reported when it is asked for."""
+        """Return every backend except those whose name is in conflict; `quantizer` raises for such a name."""
         found = []
         for name in self.quantizer_names():
             with contextlib.suppress(QuantizerConflict):
@@ -149,18 +149,18 @@ class PluginHost:
         raise UnknownQuantizer(f"No quantization backend {name!r}.{hint} Known: {', '.join(known)}.{extra}")
 
     def unknown_blocks(self) -> list[str]:
-        """Names that were to be left out and are neither a plugin nor a distribution with one."""
-        known = {_canonical(name) for info in self.plugins for name in (info.name, info.distribution)}
+        """Return the blocked names that match neither a plugin nor the distribution of one."""
+        known = {_normalize(name) for info in self.plugins for name in (info.name, info.distribution)}
         return sorted(self._blocked - known)
 
     def build_program(self, app: typer.Typer) -> Any:
         """Build a command-line program from ``app`` and the commands of every plugin.
 
-        A plugin that raises, or whose commands can't be built, is disabled and leaves nothing behind.
-        A command that two third parties claim says so when it is called.
+        A plugin that raises, or whose commands can't be built, is disabled and adds no command.
+        A command that two third-party plugins claim raises the conflict when it is called.
 
         Returns:
-            The click group that `typer.main.get_command` makes of ``app``, with the plugins' commands.
+            The click group that `typer.main.get_command` makes from ``app``, with the plugins' commands.
 
         Raises:
             BrokenBuiltin: A plugin that lora-plugins ships fails here.
@@ -176,7 +176,7 @@ class PluginHost:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                self._disable(loaded.info, f"register_commands: {_reason(error)}", error)
+                self._disable(loaded.info, f"register_commands: {_explain(error)}", error)
                 continue
             loaded.info.commands = sorted(commands)
             for name, command in commands.items():
@@ -187,25 +187,25 @@ class PluginHost:
             try:
                 command = table.get(name)
             except PluginError as error:
-                command = _conflict_command(error)
+                command = _make_conflict_command(error)
             program.add_command(command, name)  # type: ignore[attr-defined]
         return program
 
     # -- loading -------------------------------------------------------------------------------
 
     def _load_builtins(self) -> None:
-        version = _own_version()
+        version = _read_own_version()
         for module_name in PLUGINS:
             info = PluginInfo(module_name.rpartition(".")[2], DISTRIBUTION, version, builtin=True)
             self._add(info, functools.partial(importlib.import_module, module_name))
 
     def _load_entry_points(self) -> None:
-        found = [(_plugin_info(entry), entry) for entry in _entry_points()]
-        for info, entry in sorted(found, key=lambda pair: (_canonical(pair[0].distribution), pair[0].name)):
+        found = [(_describe_plugin(entry), entry) for entry in _find_entry_points()]
+        for info, entry in sorted(found, key=lambda pair: (_normalize(pair[0].distribution), pair[0].name)):
             self._add(info, entry.load)
 
     def _add(self, info: PluginInfo, load: Callable[[], Any]) -> None:
-        """Load, register and read one plugin; whatever goes wrong is its own affair."""
+        """Load, register and read one plugin; a failure disables no other plugin."""
         self.plugins.append(info)
         if self._is_blocked(info):
             info.disabled = f"blocked by {BLOCK_VARIABLE} or block="
@@ -222,9 +222,9 @@ class PluginHost:
             _check_unique("quantization backend", [item.name for item in quantizers])
         except KeyboardInterrupt:
             raise
-        # Not only Exception: sys.exit() in a plugin and a panic in a Rust extension are neither.
+        # sys.exit() in a plugin and a panic in a Rust extension are not subclasses of Exception.
         except BaseException as error:
-            self._disable(info, _reason(error), error)
+            self._disable(info, _explain(error), error)
             return
         self._loaded.append(loaded)
         for architecture in architectures:
@@ -239,10 +239,10 @@ class PluginHost:
             info.notes.append(f"imports {' and '.join(heavy)} when it is loaded, which delays every command")
 
     def _is_blocked(self, info: PluginInfo) -> bool:
-        if _canonical(info.name) in self._blocked:
+        if _normalize(info.name) in self._blocked:
             return True
-        # Blocking the distribution "lora-plugins" would leave nothing at all.
-        return not info.builtin and _canonical(info.distribution) in self._blocked
+        # Blocking the distribution "lora-plugins" must not switch off all built-ins.
+        return not info.builtin and _normalize(info.distribution) in self._blocked
 
     def _register(self, info: PluginInfo, plugin: object) -> _Loaded:
         if plugin is None or isinstance(plugin, (str, bytes, int, float)):
@@ -274,13 +274,13 @@ class PluginHost:
 
 
 class _Rejected(Exception):
-    """A plugin breaks a rule of ours; the text is the whole reason."""
+    """A plugin breaks one of the host's rules; the message is the full reason."""
 
 
 def _collect(loaded: _Loaded, hook: str, record: type[Record]) -> list[Record]:
     answers = loaded.call(hook)
     if len(answers) < loaded.implementations(hook):
-        # pluggy leaves `None` out of the answers, and a forgotten `return` would register nothing in silence.
+        # pluggy drops `None` from the results, so a forgotten `return` would silently register nothing.
         raise _Rejected(f"{hook} must return a list of {record.__name__}, not None")
     records: list[Record] = []
     for answer in answers:
@@ -294,23 +294,23 @@ def _collect(loaded: _Loaded, hook: str, record: type[Record]) -> list[Record]:
 
 
 def _collect_commands(loaded: _Loaded, markup: Any) -> dict[str, Any]:
-    """Let one plugin write into an empty program and build that, so that its mistakes stay in there."""
+    """Build one plugin's commands in an empty program, which contains its mistakes."""
     import typer
 
     scratch = typer.Typer(add_completion=False, rich_markup_mode=markup)
-    # Typer makes a program of one command that command itself, unless there is a callback.
-    scratch.callback()(_no_options)
+    # Without a callback, Typer turns a program with a single command into that command.
+    scratch.callback()(_accept_no_options)
     loaded.call("register_commands", app=scratch)
-    if scratch.registered_callback is None or scratch.registered_callback.callback is not _no_options:
+    if scratch.registered_callback is None or scratch.registered_callback.callback is not _accept_no_options:
         raise _Rejected("it sets a callback on `app`, which would replace the program's own options")
     return dict(typer.main.get_command(scratch).commands)  # type: ignore[attr-defined]
 
 
-def _no_options() -> None:
+def _accept_no_options() -> None:
     """Stand in for the program's options while a plugin's commands are built."""
 
 
-def _conflict_command(error: PluginError) -> Any:
+def _make_conflict_command(error: PluginError) -> Any:
     import typer
 
     app = typer.Typer(add_completion=False)
@@ -324,7 +324,7 @@ def _conflict_command(error: PluginError) -> Any:
 
 
 def _check_hooks(loaded: _Loaded) -> None:
-    """Refuse what pluggy accepts: hooks that do not exist, and a plugin without any."""
+    """Reject what pluggy accepts: unknown hooks, and a plugin without hooks."""
     callers = loaded.hooks.get_hookcallers(loaded.plugin) or []
     for caller in callers:
         if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
@@ -354,7 +354,7 @@ def _check_unique(kind: str, names: list[str]) -> None:
         raise _Rejected(f"it registers the {kind} {', '.join(map(repr, twice))} twice")
 
 
-def _reason(error: BaseException) -> str:
+def _explain(error: BaseException) -> str:
     if isinstance(error, _Rejected):
         return str(error)
     if isinstance(error, pluggy.PluginValidationError):
@@ -367,31 +367,31 @@ def _reason(error: BaseException) -> str:
     return f"it raised {type(error).__name__}: {text}" if text else f"it raised {type(error).__name__}"
 
 
-def _canonical(name: str) -> str:
-    """The normal form of a distribution name (PyPA name normalisation), used for plugin names as well."""
+def _normalize(name: str) -> str:
+    """Return the normalized form of a distribution name (PyPA rules), also used for plugin names."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
-    """Return all entry points of our group, also when one installed package has unreadable metadata."""
+def _find_entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    """Return all entry points of our group, even if an installed package has unreadable metadata."""
     try:
         return importlib.metadata.entry_points(group=PROJECT)
     except Exception as error:
         warnings.warn(
-            f"An installed package has metadata that can't be read ({_reason(error)}); it is left out.",
+            f"An installed package has metadata that can't be read ({_explain(error)}); it is left out.",
             PluginWarning,
             stacklevel=2,
         )
-        return _readable_entry_points()
+        return _find_readable_entry_points()
 
 
-def _readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+def _find_readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         try:
             entries = distribution.entry_points.select(group=PROJECT)
             # As on import, the first of several copies on the path counts.
-            name = _canonical(distribution.metadata["Name"])
+            name = _normalize(distribution.metadata["Name"])
         except Exception:
             continue
         if name not in seen:
@@ -399,16 +399,16 @@ def _readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
             yield from entries
 
 
-def _plugin_info(entry: importlib.metadata.EntryPoint) -> PluginInfo:
-    """Describe a plugin before it is loaded; its package may lack name or version."""
+def _describe_plugin(entry: importlib.metadata.EntryPoint) -> PluginInfo:
+    """Describe a plugin before it is loaded; its package may lack a name or version."""
     try:
         distribution, version = entry.dist.name or "?", entry.dist.version or "?"  # type: ignore[union-attr]
     except Exception:
         distribution, version = "?", "?"
-    return PluginInfo(entry.name, distribution, version, builtin=_canonical(distribution) == DISTRIBUTION)
+    return PluginInfo(entry.name, distribution, version, builtin=_normalize(distribution) == DISTRIBUTION)
 
 
-def _own_version() -> str:
+def _read_own_version() -> str:
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -417,7 +417,7 @@ def _own_version() -> str:
 
 @functools.lru_cache(maxsize=1)
 def plugin_host() -> PluginHost:
-    """Return the process's plugin host, loading all plugins at the first call."""
+    """Return the process's plugin host; the first call loads all plugins."""
     return PluginHost()
 
 

@@ -15,45 +15,45 @@ __all__ = ["installed_version", "installed_versions", "missing_package", "missin
 
 
 def missing_package(package: str, minimum: str, module: str | None = None) -> str | None:
-    """Say how to install a package that is not there or too old; nothing is imported.
+    """Return how to install a package that is missing or too old; nothing is imported.
 
-    For what a backend always needs, `Quantizer.requires` is enough. This is for an ``available`` that needs a
-    package for some options only.
+    Use it in an ``available`` that needs a package for some options only. `Quantizer.requires` covers what a
+    backend always needs.
 
     Args:
         package: Name of the distribution, as ``pip install`` takes it.
-        minimum: Lowest version that will do.
-        module: What is imported from it, if that has another name.
+        minimum: Lowest accepted version.
+        module: Name of the import package, if it differs.
 
     Returns:
-        ``None`` when it can be used, else the reason and the command.
+        ``None`` if it can be used, else the reason and the install command.
     """
     requirement = f"{package}>={minimum}"
     try:
         found = importlib.util.find_spec(module or package) is not None
     except (ImportError, ValueError):
-        # A namespace package whose parent is not there can't even be looked for.
+        # Looking up a submodule of a missing parent package raises.
         found = False
     if not found:
-        return f"{package} is not installed; {_command([requirement])}"
+        return f"{package} is not installed; {_make_command([requirement])}"
     return missing_requirements([requirement])
 
 
 def missing_requirements(requirements: Iterable[str]) -> str | None:
-    """Say which of some requirements are not met by what is installed, and how to install them.
+    """Return which requirements the installed packages do not meet, and how to install them.
 
-    Only the metadata of installed packages is read, and nothing is raised.
+    Reads only the metadata of installed packages, and never raises.
 
     Args:
         requirements: Distributions with versions, as ``pip install`` takes them, such as ``"hqq>=0.2.8"``.
 
     Returns:
-        ``None`` when all of them are met, else the reasons and one command.
+        ``None`` if all are met, else the reasons and one install command.
     """
     reasons, wanted = [], []
     for text in requirements:
         try:
-            requirement = _needed_here(text)
+            requirement = _read_requirement(text)
         except ValueError:
             return f"{text!r} in its `requires` is nothing that `pip install` could read"
         if requirement is None:
@@ -66,35 +66,35 @@ def missing_requirements(requirements: Iterable[str]) -> str | None:
         else:
             continue
         wanted.append(text)
-    return f"{' and '.join(reasons)}; {_command(wanted)}" if wanted else None
+    return f"{' and '.join(reasons)}; {_make_command(wanted)}" if wanted else None
 
 
 def installed_versions(requirements: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of each required distribution, ``None`` for one that is not there."""
+    """Return the installed version of each required distribution, ``None`` for a missing one."""
     found = {}
     for text in requirements:
         with contextlib.suppress(ValueError):
-            requirement = _needed_here(text)
+            requirement = _read_requirement(text)
             if requirement is not None:
                 found[requirement.name] = installed_version(requirement.name)
     return found
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, ``None`` where there is none."""
+    """Return the version of an installed distribution, ``None`` if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _needed_here(text: str) -> Requirement | None:
-    """Read a requirement; ``None`` where its marker says that this Python or system does not need it."""
+def _read_requirement(text: str) -> Requirement | None:
+    """Read a requirement; ``None`` if its marker excludes this Python or system."""
     from packaging.requirements import Requirement
 
     requirement = Requirement(text)
     return requirement if requirement.marker is None or requirement.marker.evaluate() else None
 
 
-def _command(requirements: Iterable[str]) -> str:
+def _make_command(requirements: Iterable[str]) -> str:
     return f"run `pip install {' '.join(map(repr, requirements))}`"

@@ -1,4 +1,4 @@
-"""Keep what plugins offer by name, and settle who counts."""
+"""Store what plugins register by name, and resolve conflicts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class PluginInfo:
         architectures: ``model_type`` of each architecture it registers.
         quantizers: Name of each backend it registers.
         commands: Name of each command it adds to the program.
-        disabled: Why it is switched off; ``None`` when it works.
-        notes: Clashes and overrides that concern it, and what it costs every command.
-        requires: The distributions that each of its backends needs, by the backend's name.
+        disabled: Why it is switched off; ``None`` if it is active.
+        notes: Its name conflicts and overrides, and whether it slows down every command.
+        requires: The distributions that each of its backends needs, by backend name.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PluginInfo:
 
 
 class Table(Generic[T]):
-    """Things by name. Third party beats built-in; two third parties for one name are a conflict."""
+    """Entries by name. A third-party entry overrides a built-in one; two third-party entries are a conflict."""
 
     def __init__(self, kind: str, conflict: type[Exception]) -> None:
         self._kind = kind
@@ -60,22 +60,22 @@ class Table(Generic[T]):
         return sorted(self._offers)
 
     def things(self) -> list[T]:
-        """Everything that was offered, clashes and what is overridden too."""
+        """Return every registered entry, including conflicting and overridden ones."""
         return [thing for offers in self._offers.values() for _, thing in offers]
 
-    def _best(self, name: str) -> list[tuple[PluginInfo, T]]:
+    def _choose(self, name: str) -> list[tuple[PluginInfo, T]]:
         offers = self._offers.get(name, [])
         return [offer for offer in offers if not offer[0].builtin] or offers
 
     def get(self, name: str) -> T | None:
-        """The thing that counts for a name; raises the table's conflict error where two claim it."""
-        best = self._best(name)
+        """Return the entry for a name, ``None`` if there is none; raise the table's conflict error if two claim it."""
+        best = self._choose(name)
         if len(best) > 1:
-            raise self._conflict(self._clash(name, [info for info, _ in best]))
+            raise self._conflict(self._describe_clash(name, [info for info, _ in best]))
         return best[0][1] if best else None
 
-    def _clash(self, name: str, infos: list[PluginInfo]) -> str:
-        # Entry points of two packages may share a name, and blocking it would switch off both.
+    def _describe_clash(self, name: str, infos: list[PluginInfo]) -> str:
+        # Entry points of two packages may share a name; blocking that name would switch off both.
         names = [info.name for info in infos]
         handles = names if len(set(names)) == len(names) else [info.distribution for info in infos]
         blocks = " or ".join(f"{BLOCK_VARIABLE}={handle}" for handle in handles)
@@ -85,11 +85,11 @@ class Table(Generic[T]):
         )
 
     def annotate(self) -> None:
-        """Write every clash and override into the notes of the plugins concerned."""
+        """Add every conflict and override to the notes of the plugins concerned."""
         for name, offers in self._offers.items():
-            best = self._best(name)
+            best = self._choose(name)
             if len(best) > 1:
                 for info, _ in best:
-                    info.notes.append("clash: " + self._clash(name, [other for other, _ in best]))
+                    info.notes.append("clash: " + self._describe_clash(name, [other for other, _ in best]))
             elif len(offers) > 1:
                 best[0][0].notes.append(f"overrides the built-in {self._kind} {name!r}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Architecture", "ExpertPolicy", "Quantizer"]
 
 
-#: What happens to the routed experts of mixture-of-experts blocks.
+#: How the routed experts of mixture-of-experts blocks are adapted.
 ExpertPolicy = Literal["none", "routed", "shared"]
 
 
@@ -24,29 +24,28 @@ class Architecture:
     """Where LoRA adapters go in models of one ``model_type``.
 
     The shortest useful record is ``Architecture("mytype", ("q", "v"))``; every other field has a
-    default. A *name* matches a module when it is the module's dotted path or the end of it at a dot,
+    default. A *name* matches a module when it equals the module's dotted path or a dotted suffix of it,
     as in ``peft.LoraConfig.target_modules``: ``"q"`` matches ``blocks.0.mix.q`` and not ``blocks.0.mix.pq``.
 
     Attributes:
-        model_type: ``config.model_type`` of the models this record is for.
+        model_type: ``config.model_type`` of the models that this record describes.
         targets: Names of the modules that get adapters by default.
-        scopes: Names by scope, for ``target_modules="attention"``, ``"mlp"``, or a scope of your own.
-            ``"all-linear"`` needs no entry: it is every linear layer inside the blocks.
+        scopes: Names by scope, for ``target_modules="attention"``, ``"mlp"``, or your own scope.
+            ``"all-linear"`` needs no entry: it means every linear layer inside the blocks.
         experts: Names of the routed-expert parameters (fused 3-D tensors) or expert modules.
         expert_policy: What ``experts="default"`` means for this type.
         text: Prefixes of the language part in a multimodal model; empty when there is only one part.
-        vision: Prefixes of the vision, audio or other encoders; never adapted unless the scope
-            ``"vision"`` is asked for.
+        vision: Prefixes of the vision, audio or other encoders; adapted only with the scope ``"vision"``.
         never: Names that must not get an adapter in any scope: routers, weights read as raw tensors, …
-        heads: Names of the heads made new for a task; trained and saved whole.
+        heads: Names of the newly initialized task heads; trained and saved in full.
         optional: Former name of ``unreached``.
         inner: Attributes of the configuration that hold the configurations of inner models, such as
-            ``"text_config"``. Where an inner model's type is registered, its record names the targets,
-            scopes and experts; ``targets`` is for inner models that nobody registered.
-        input_gradients: Whether the input of the blocks has to ask for a gradient: reversible blocks compute
-            those of their own weights only then. The model needs transformers' ``enable_input_require_grads``.
+            ``"text_config"``. If an inner model's type is registered, its record defines the targets,
+            scopes and experts; ``targets`` is for inner models whose type is not registered.
+        input_gradients: Whether the input of the blocks must require a gradient: reversible blocks compute
+            the gradients of their weights only then. The model needs transformers' ``enable_input_require_grads``.
         unreached: Names of parts that an ordinary batch may not reach, such as cross-attention to images; they
-            may get adapters, and nobody is alarmed when those do not move.
+            may get adapters, and no error is raised if those do not change.
     """
 
     model_type: str
@@ -70,7 +69,7 @@ class Architecture:
             value = getattr(self, item.name)
             if item.name in ("model_type", "scopes", "expert_policy", "input_gradients"):
                 continue
-            object.__setattr__(self, item.name, _names(f"Architecture.{item.name}", value))
+            object.__setattr__(self, item.name, _check_names(f"Architecture.{item.name}", value))
         if not self.targets:
             raise ValueError(f"Architecture({self.model_type!r}) must name targets")
         if set(self.optional) - set(self.unreached):
@@ -81,12 +80,12 @@ class Architecture:
             raise ValueError(
                 f"Architecture.expert_policy must be 'none', 'routed' or 'shared', not {self.expert_policy!r}"
             )
-        scopes = {name: _names(f"Architecture.scopes[{name!r}]", names) for name, names in self.scopes.items()}
+        scopes = {name: _check_names(f"Architecture.scopes[{name!r}]", names) for name, names in self.scopes.items()}
         object.__setattr__(self, "scopes", scopes)
 
 
-def _names(where: str, value: Any) -> tuple[str, ...]:
-    # A bare string is iterable letter by letter, which would register "q", "_", "p", … without a word.
+def _check_names(where: str, value: Any) -> tuple[str, ...]:
+    # A bare string is iterable: it would silently register the names "q", "_", "p", …
     if isinstance(value, str):
         raise TypeError(f"{where} must be a sequence of names, not the string {value!r}; write ({value!r},)")
     names = tuple(value)
@@ -97,31 +96,31 @@ def _names(where: str, value: Any) -> tuple[str, ...]:
 
 
 class Quantizer(ABC):
-    """One way of storing the frozen linear layers of a base model in fewer bits.
+    """A format that stores the frozen linear layers of a base model in fewer bits.
 
     Subclass it, set `name`, implement the four required methods, and return an instance from
-    ``register_quantizers``. Everything else (the walk over the model, which layers to skip, tagging the
-    model as transformers does, freezing, LoRA dispatch, logical counts, merging) is derived by the core,
-    which also runs a short training self-test on a small layer before it trusts a backend.
+    ``register_quantizers``. The core does everything else (the walk over the model, which layers to skip, tagging
+    the model as transformers does, freezing, LoRA dispatch, logical counts, merging). Before it uses a backend, it
+    runs a short training self-test on a small layer.
 
     Attributes:
         name: What users write in ``quantization="…"``.
-        bits: Bits that one weight takes, scales apart; below 8, merging in place is refused.
-        requires: Distributions that it needs beside torch, as ``pip install`` takes them: ``("hqq>=0.2.8",)``. The
-            core refuses the backend with the command where one is missing, before ``available`` is asked, and
-            ``lora-plugins plugins`` lists what is installed of them without importing anything.
+        bits: Bits per weight, without scales; below 8, merging in place is refused.
+        requires: Distributions that it needs besides torch, as ``pip install`` takes them: ``("hqq>=0.2.8",)``. If one
+            is missing, the core refuses the backend with the install command before it calls ``available``.
+            ``lora-plugins plugins`` lists their installed versions without importing anything.
         options: Names of the options that `quantize_linear` understands. A backend that lists
-            ``"compute_dtype"`` is told the dtype of the activations in it, unless the user gave one.
-        unsupported: Fields of ``peft.LoraConfig`` that PEFT can't do over layers of this backend.
-        loss_note: What the losses in a log mean where training and evaluation use different kernels.
-        keeps_input: Whether a layer on a GPU holds its input until its backward pass where gradient checkpointing
-            can't free it: as an attribute instead of a saved tensor. `plan` counts those bytes.
-        copies_weight: Whether a layer holds its weight a second time outside of its parameters, which an engine that
-            divides parameters then leaves whole on every process.
+            ``"compute_dtype"`` gets the dtype of the activations in it, unless the user passed one.
+        unsupported: Fields of ``peft.LoraConfig`` that PEFT doesn't support over layers of this backend.
+        loss_note: How to read logged losses where training and evaluation use different kernels.
+        keeps_input: Whether a layer on a GPU holds its input until the backward pass as an attribute instead of a
+            saved tensor, so that gradient checkpointing can't free it. `plan` counts those bytes.
+        copies_weight: Whether a layer holds a second copy of its weight outside its parameters; an engine that
+            shards parameters leaves that copy whole on every process.
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
-        priority: Which of several backends with the same bits comes first in tables and advice; higher is earlier.
-        loggers: Names of the loggers of its libraries that speak of their own kernels and optional parts; commands
-            and the self-test silence them below an error.
+        priority: Order among backends with the same bits in tables and advice; higher comes first.
+        loggers: Names of its libraries' loggers that report on kernels and optional parts; commands and the
+            self-test silence them below level ERROR.
     """
 
     name: str
@@ -138,9 +137,10 @@ class Quantizer(ABC):
 
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        """Say whether this backend can run; must not raise and must not import heavy packages needlessly.
+        """Return why this backend can't run here, ``None`` if it can.
 
-        What it requires is installed when this is called; here is the place for devices, compilers and options.
+        Must not raise, and must not import heavy packages needlessly. The packages in ``requires`` are installed when
+        this is called; check devices, compilers and options here.
 
         Args:
             device: Where the quantized layers will live.
@@ -148,7 +148,7 @@ class Quantizer(ABC):
             options: Options the user gave.
 
         Returns:
-            ``None`` when it can run, else the reason and how to install what is missing.
+            ``None`` if it can run, else the reason and how to install what is missing.
         """
 
     @abstractmethod
@@ -156,24 +156,24 @@ class Quantizer(ABC):
         """Return the quantized, frozen form of one layer, on the same device.
 
         Args:
-            linear: A float layer with weight of shape ``[out_features, in_features]``. It is not used
-                afterwards, so it may be changed and returned.
+            linear: A float layer with a weight of shape ``[out_features, in_features]``. It is not used
+                afterwards, so it may be modified and returned.
             options: Options the user gave.
 
         Returns:
-            A module with ``in_features`` and ``out_features`` whose forward takes
-            ``[..., in_features]`` and gives ``[..., out_features]`` and lets gradients through to its input.
+            A module with ``in_features`` and ``out_features`` whose forward maps ``[..., in_features]`` to
+            ``[..., out_features]`` and passes gradients to its input.
         """
 
     @abstractmethod
     def owns(self, module: nn.Module) -> bool:
-        """Whether a module is one that this backend made."""
+        """Whether this backend made a module."""
 
     @abstractmethod
     def dequantize(self, module: nn.Module) -> torch.Tensor:
-        """Return the float weight of a module of ours, shape ``[out_features, in_features]``.
+        """Return the float weight of a module of this backend, shape ``[out_features, in_features]``.
 
-        The module must not change: some libraries drop their quantization state here.
+        It must leave the module unchanged: some libraries drop their quantization state when they dequantize.
         """
 
     def load_config(self, options: Mapping[str, Any]) -> Any | None:
@@ -181,43 +181,43 @@ class Quantizer(ABC):
         return None
 
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
-        """Return the options that a model was loaded with: what `load_config` makes a config from, read back.
+        """Return the options that a model was loaded with; the inverse of `load_config`.
 
-        The base of a model that arrives quantized is recorded with them, and can be quantized alike again.
+        They are recorded for a base that was loaded quantized, so that it can be quantized the same way again.
 
         Args:
-            config: ``model.config.quantization_config`` of a model with layers of ours.
+            config: ``model.config.quantization_config`` of a model with layers of this backend.
 
         Returns:
-            Options as users write them, or ``None`` where the config does not say them all.
+            Options as users write them, or ``None`` if the config does not contain all of them.
         """
         return None
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
-        """Return why a layer of this shape stays in float, ``None`` when it can be quantized.
+        """Return why a layer of this shape stays in float, ``None`` if it can be quantized.
 
-        Group sizes that do not divide a layer are told here, before anything is done to it.
+        Called before the layer is changed, for example to reject a group size that does not divide it.
         """
         return None
 
     def lora_layer(self, module: nn.Module) -> type[nn.Module] | None:
-        """Return a LoRA layer class of your own for a module, ``None`` for the one that fits every backend.
+        """Return your own LoRA layer class for a module, ``None`` for the default.
 
-        That one is ``peft.tuners.lora.Linear`` with a merge by way of `dequantize` and `quantize_linear`.
+        The default is ``peft.tuners.lora.Linear``, merging through `dequantize` and `quantize_linear`.
         """
         return None
 
     def extra_tensors(self, module: nn.Module) -> Iterable[torch.Tensor]:
-        """Return what a module of ours stores outside its parameters and buffers, for counting bytes."""
+        """Return the tensors that a module stores outside its parameters and buffers, for counting bytes."""
         return ()
 
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
     ) -> int | None:
-        """Return the bytes of one quantized weight with its scales and tables, for `plan`; the bias is not part of it.
+        """Return the bytes of one quantized weight with its scales and tables, without the bias, for `plan`.
 
-        ``None`` lets the core quantize two small layers and go on from there, which is exact where every row
-        of the weight is stored alike.
+        With ``None`` the core quantizes two small layers and extrapolates, which is exact if every row of the
+        weight is stored the same way.
 
         Args:
             in_features: Columns of the weight.
@@ -228,7 +228,7 @@ class Quantizer(ABC):
         return None
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Set flags that this backend's libraries look for on a model with layers of ours.
+        """Set the flags that this backend's libraries expect on a model with its layers.
 
-        Called after the walk, and also for a model that was loaded already quantized.
+        Called after the walk, and also for a model that was loaded quantized.
         """
