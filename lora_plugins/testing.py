@@ -50,7 +50,7 @@ def check_architecture(
         AssertionError: Something of this does not hold; the message says what.
     """
     host = host or plugin_host()
-    base = _fresh(make_model)
+    base = _make_fresh(make_model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     assert host.architecture(str(model_type)) is not None, (
         f"no plugin registers the model type {model_type!r}; is the package installed, with its entry point in the "
@@ -62,8 +62,8 @@ def check_architecture(
     )
     missed = {kind: pair for kind, pair in plan.coverage.items() if pair[0] < pair[1]}
     assert not missed, f"some blocks get no adapter (adapted, all): {missed}"
-    inputs = dict(batch) if batch is not None else _default_batch(base)
-    _check_training(make_model, base, inputs, {**lora, "target_modules": _names(plan)}, plan)
+    inputs = dict(batch) if batch is not None else _make_default_batch(base)
+    _check_training(make_model, base, inputs, {**lora, "target_modules": _list_names(plan)}, plan)
     return plan
 
 
@@ -110,19 +110,19 @@ def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:
     assert output.dtype == other, f"a layer made from {dtype} turns {other} activations into {output.dtype}"
 
 
-def _fresh(make_model: Callable[[], nn.Module]) -> Any:
+def _make_fresh(make_model: Callable[[], nn.Module]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make_model().eval()
 
 
-def _default_batch(base: Any) -> dict[str, torch.Tensor]:
+def _make_default_batch(base: Any) -> dict[str, torch.Tensor]:
     size = int(getattr(base.config, "vocab_size", 100))
     ids = torch.randint(0, size, (2, 8), generator=torch.Generator().manual_seed(0))
     return {name: ids for name in ("input_ids", "labels") if name in inspect.signature(base.forward).parameters}
 
 
-def _names(plan: TargetPlan) -> list[str] | str:
+def _list_names(plan: TargetPlan) -> list[str] | str:
     # As they were resolved, so that the process's own host, which may not know the plugin, decides nothing.
     return list(plan.target_modules)
 
@@ -131,35 +131,35 @@ def _check_training(
     make_model: Callable[[], nn.Module], base: Any, inputs: dict[str, Any], lora: dict[str, Any], plan: TargetPlan
 ) -> None:
     model: Any = prepare_model(base, **{"r": 2, "lora_dropout": 0.0, **lora})
-    dead = _without_gradient(model, inputs, "lora_B", plan.unreached)
+    dead = _find_without_gradient(model, inputs, "lora_B", plan.unreached)
     assert not dead, f"no gradient reaches {', '.join(dead[:3])}: the model does not call these layers"
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    dead = _without_gradient(model, inputs, "lora_A", plan.unreached)
+    dead = _find_without_gradient(model, inputs, "lora_A", plan.unreached)
     assert not dead, f"no gradient reaches {', '.join(dead[:3])} after a step"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
-        again: Any = PeftModel.from_pretrained(_fresh(make_model), folder)
-        trained, loaded = _output(model, inputs), _output(again.eval(), inputs)
+        again: Any = PeftModel.from_pretrained(_make_fresh(make_model), folder)
+        trained, loaded = _compute_output(model, inputs), _compute_output(again.eval(), inputs)
         with model.disable_adapter():
-            plain = _output(model, inputs)
+            plain = _compute_output(model, inputs)
     assert torch.equal(trained, loaded), (
         "the reloaded adapter gives another output; does make_model() draw other weights?"
     )
     assert not torch.equal(trained, plain), "the trained adapter changes nothing about the output"
 
 
-def _output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def _compute_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     found = model(**inputs)
     output: torch.Tensor = found.logits if getattr(found, "logits", None) is not None else found[0]
     return output
 
 
-def _without_gradient(model: Any, inputs: dict[str, Any], part: str, unreached: tuple[str, ...]) -> list[str]:
+def _find_without_gradient(model: Any, inputs: dict[str, Any], part: str, unreached: tuple[str, ...]) -> list[str]:
     """Run forward and backward; names of the adapters' tensors that got no gradient."""
     model.zero_grad()
     found = model(**inputs)
     loss = getattr(found, "loss", None)
-    loss = loss if loss is not None else _output(model, inputs).float().pow(2).mean()
+    loss = loss if loss is not None else _compute_output(model, inputs).float().pow(2).mean()
     if loss.requires_grad:
         loss.backward()
     return [

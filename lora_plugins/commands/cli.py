@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; default is the process's own.
     """
-    with _short_warnings():
+    with _shorten_warnings():
         try:
             program(arguments)
         except Exception as error:
@@ -81,7 +81,7 @@ def is_expected(error: BaseException | type[BaseException]) -> bool:
 
 
 @contextmanager
-def _short_warnings() -> Iterator[None]:
+def _shorten_warnings() -> Iterator[None]:
     """Show warnings of ours as one line, without the source line that Python adds."""
     with warnings.catch_warnings():
         usual = warnings.showwarning

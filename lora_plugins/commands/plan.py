@@ -72,7 +72,7 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts,
-            **{"r": r, **_targets(target_modules), **_fields(lora or [])},
+            **{"r": r, **_read_targets(target_modules), **_read_fields(lora or [])},
         )
         if chart is not None:
             made.chart(chart)
@@ -86,14 +86,14 @@ def plan(
         typer.echo(str(made))
 
 
-def _targets(names: list[str] | None) -> dict[str, Any]:
+def _read_targets(names: list[str] | None) -> dict[str, Any]:
     """Return ``target_modules`` as in Python: a single scope or pattern as text, module names as a list."""
     from lora_plugins.targets.words import read_words
 
     return {"target_modules": read_words(names)} if names else {}
 
 
-def _fields(given: list[str]) -> dict[str, Any]:
+def _read_fields(given: list[str]) -> dict[str, Any]:
     from lora_plugins.errors import PlanError
 
     fields: dict[str, Any] = {}

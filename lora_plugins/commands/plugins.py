@@ -30,17 +30,19 @@ def plugins(
     """
     host = plugin_host()
     if as_json:
-        typer.echo(json.dumps([_record(info) for info in host.plugins], indent=2))
+        typer.echo(json.dumps([_make_record(info) for info in host.plugins], indent=2))
     elif sys.stdout.isatty():
         _print_table(host)
     else:
         for info in host.plugins:
-            typer.echo("\n    ".join([f"{info}: {'; '.join(_state(info))}", *_packages(info), *info.notes]))
+            typer.echo(
+                "\n    ".join([f"{info}: {'; '.join(_describe_state(info))}", *_list_packages(info), *info.notes])
+            )
     for name in host.unknown_blocks():
         typer.echo(f"warning: {BLOCK_VARIABLE} names {name!r}, which is not a plugin", err=True)
 
 
-def _record(info: PluginInfo) -> dict[str, Any]:
+def _make_record(info: PluginInfo) -> dict[str, Any]:
     """Return all facts about a plugin, with the packages that each backend needs and how to install missing ones."""
     record = dataclasses.asdict(info)
     record["packages"] = {
@@ -50,23 +52,23 @@ def _record(info: PluginInfo) -> dict[str, Any]:
     return record
 
 
-def _state(info: PluginInfo) -> Iterator[str]:
+def _describe_state(info: PluginInfo) -> Iterator[str]:
     """Yield a phrase for each kind of thing that a plugin provides, or why it is disabled."""
     if info.disabled is not None:
         yield f"disabled: {info.disabled}"
         return
     kinds = {"architecture": info.architectures, "quantization backend": info.quantizers, "command": info.commands}
-    provided = [_summary(kind, names) for kind, names in kinds.items() if names]
+    provided = [_summarize(kind, names) for kind, names in kinds.items() if names]
     yield from provided or ["provides nothing"]
 
 
-def _summary(kind: str, names: list[str]) -> str:
+def _summarize(kind: str, names: list[str]) -> str:
     plural = kind if len(names) == 1 else kind + "s"
     more = ", …" if len(names) > SHOWN else ""
     return f"{len(names)} {plural} ({', '.join(names[:SHOWN])}{more})"
 
 
-def _packages(info: PluginInfo) -> Iterator[str]:
+def _list_packages(info: PluginInfo) -> Iterator[str]:
     """Yield a line for each group of backends with the same requirements: what is installed or missing."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, requires in info.requires.items():
@@ -84,7 +86,7 @@ def _print_table(host: PluginHost) -> None:
 
     table = Table("plugin", "distribution", "version", "provides")
     for info in host.plugins:
-        lines = [*_state(info), *_packages(info), *info.notes]
+        lines = [*_describe_state(info), *_list_packages(info), *info.notes]
         style = "red" if info.disabled else ""
         table.add_row(info.name, info.distribution, info.version, Text("\n".join(lines), style=style))
     Console().print(table)

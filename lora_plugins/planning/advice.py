@@ -58,11 +58,11 @@ def nearest_change(
         limit: Bytes that tensors can fill.
     """
     best: tuple[int, str] | None = None
-    groups = [list(group) for group in _groups(scenario, backends)]
+    groups = [list(group) for group in _list_groups(scenario, backends)]
     for count in range(1, min(_MOST_CHANGES, len(groups)) + 1):
         for chosen in itertools.combinations(groups, count):
             for changes in itertools.product(*chosen):
-                size = measure(_changed(scenario, changes))
+                size = measure(_apply_changes(scenario, changes))
                 if size is None:
                     continue
                 words = " and ".join(change.words for change in changes)
@@ -75,40 +75,40 @@ def nearest_change(
     return f"Nothing that was tried makes it fit; the smallest is {show_bytes(best[0])} on each device, with {best[1]}."
 
 
-def _changed(scenario: Scenario, changes: Sequence[Change]) -> Scenario:
+def _apply_changes(scenario: Scenario, changes: Sequence[Change]) -> Scenario:
     for change in changes:
         scenario = change.apply(scenario)
     return scenario
 
 
-def _groups(now: Scenario, backends: Sequence[str]) -> Iterator[list[Change]]:
+def _list_groups(now: Scenario, backends: Sequence[str]) -> Iterator[list[Change]]:
     """Changes that exclude each other, by what they cost: time, precision, money."""
     if not now.checkpointing:
         yield [Change("gradient checkpointing", lambda s: replace(s, checkpointing=True))]
     smaller = [now.batch_size // 2**n for n in range(1, now.batch_size.bit_length())]
     if smaller:
-        yield [_batch(now.batch_size, size) for size in smaller]
+        yield [_change_batch(now.batch_size, size) for size in smaller]
     if not now.quantization and backends:
-        yield [_quantization(name) for name in backends]
+        yield [_change_quantization(name) for name in backends]
     elif now.quantization and backends and backends[-1] != now.quantization:
-        yield [_quantization(backends[-1])]
+        yield [_change_quantization(backends[-1])]
     if now.optim.startswith("adamw_torch"):
         yield [Change("optim='adamw_8bit'", lambda s: replace(s, optim="adamw_8bit"))]
     if now.strategy in ("single", "ddp"):
         counts = [n for n in (2, 4, 8) if n > now.devices] or [now.devices]
         yield [_shard(n) for n in counts]
     if now.length >= 512:
-        yield [_length(now.length // 2**n) for n in (1, 2, 3) if now.length // 2**n >= 256]
+        yield [_change_length(now.length // 2**n) for n in (1, 2, 3) if now.length // 2**n >= 256]
 
 
-def _batch(before: int, size: int) -> Change:
+def _change_batch(before: int, size: int) -> Change:
     steps = -(-before // size)
     return Change(
         f"batch size {size} and {steps} times the gradient accumulation", lambda s: replace(s, batch_size=size)
     )
 
 
-def _quantization(name: str) -> Change:
+def _change_quantization(name: str) -> Change:
     return Change(f"quantization={name!r}", lambda s: replace(s, quantization=name))
 
 
@@ -116,5 +116,5 @@ def _shard(devices: int) -> Change:
     return Change(f"FSDP over {devices} devices", lambda s: replace(s, strategy="fsdp", devices=devices))
 
 
-def _length(tokens: int) -> Change:
+def _change_length(tokens: int) -> Change:
     return Change(f"sequences of {tokens} tokens", lambda s: replace(s, length=tokens))

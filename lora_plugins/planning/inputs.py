@@ -34,16 +34,16 @@ def make_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, torc
     base: Any = base_of(model)
     accepted = inspect.signature(base.forward).parameters
     main = getattr(base, "main_input_name", "input_ids")
-    makers = _makers(base.config, batch_size, length)
+    makers = _list_makers(base.config, batch_size, length)
     names = ["input_ids"] if "input_ids" in accepted and main not in ("input_features", "input_values") else [main]
     if "bbox" in accepted:
         names.append("bbox")
     batch = {name: makers[name]() for name in names if name in makers}
-    batch.update(_labels(base, accepted, batch_size, length))
+    batch.update(_make_labels(base, accepted, batch_size, length))
     return batch
 
 
-def _makers(config: Any, batch_size: int, length: int) -> dict[str, Callable[[], torch.Tensor]]:
+def _list_makers(config: Any, batch_size: int, length: int) -> dict[str, Callable[[], torch.Tensor]]:
     def ids(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.long, device="meta")
 
@@ -62,7 +62,7 @@ def _makers(config: Any, batch_size: int, length: int) -> dict[str, Callable[[],
     }
 
 
-def _labels(base: Any, accepted: Mapping[str, Any], batch_size: int, length: int) -> dict[str, torch.Tensor]:
+def _make_labels(base: Any, accepted: Mapping[str, Any], batch_size: int, length: int) -> dict[str, torch.Tensor]:
     one = torch.empty((batch_size,), dtype=torch.long, device="meta")
     if "start_positions" in accepted:
         return {"start_positions": one, "end_positions": one}

@@ -119,7 +119,7 @@ def make_stand_in_of(module: Any, owner: Quantizer) -> PlannedLinear:
     size = tensor_bytes(module).total
     dtype = bias.dtype if bias is not None else torch.bfloat16
     held = keeps_input(owner, device)
-    own, again = _packed_bytes(module), owner.copies_weight
+    own, again = _count_packed_bytes(module), owner.copies_weight
     return PlannedLinear(module.in_features, module.out_features, bias, held, dtype, size, own, again)
 
 
@@ -143,7 +143,7 @@ def weight_bytes(quantization: Quantization, in_features: int, out_features: int
     own = quantizer.layer_bytes(in_features, out_features, dtype, quantization.options)
     if own is not None:
         return own
-    sample = _sample(_options(quantization), in_features, dtype)
+    sample = _quantize_samples(_make_options(quantization), in_features, dtype)
     if sample is None:
         return int(quantizer.bits * in_features * out_features / 8)
     return _extrapolate([layer.total for layer in sample], out_features)
@@ -157,7 +157,7 @@ def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> 
     if layer.stored_bytes is not None:
         return layer.parameter_bytes, layer.is_copied
     assert quantization is not None, "only a layer that arrived quantized needs no backend"
-    sample = _sample(_options(quantization), layer.in_features, layer.float_dtype)
+    sample = _quantize_samples(_make_options(quantization), layer.in_features, layer.float_dtype)
     if sample is None:
         return 0, False
     return _extrapolate([one.parameters for one in sample], layer.out_features), sample[0].is_copied
@@ -169,7 +169,7 @@ def _extrapolate(sizes: list[int], rows: int) -> int:
     return round(small + (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0]) * (rows - _SAMPLE_ROWS[0]))
 
 
-def _packed_bytes(module: Any) -> int:
+def _count_packed_bytes(module: Any) -> int:
     """Bytes of the parameters of a quantized layer that are not in float."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_floating_point())
 
@@ -189,7 +189,7 @@ class _Options:
         return hash(self._key)
 
 
-def _options(quantization: Quantization) -> _Options:
+def _make_options(quantization: Quantization) -> _Options:
     key = tuple(sorted((name, repr(value)) for name, value in quantization.options.items()))
     return _Options(quantization.quantizer, quantization.options, key)
 
@@ -203,7 +203,7 @@ class _Sample(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def _sample(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_Sample, _Sample] | None:
+def _quantize_samples(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_Sample, _Sample] | None:
     """Two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if why_unavailable(Quantization(backend.quantizer, backend.options), device, dtype) is not None:
@@ -213,5 +213,5 @@ def _sample(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_S
         linear = nn.Linear(in_features, rows, bias=False, dtype=dtype, device=device).requires_grad_(False)
         with torch.no_grad():
             layer = backend.quantizer.quantize_linear(linear, backend.options)
-        samples.append(_Sample(tensor_bytes(layer).total, _packed_bytes(layer), backend.quantizer.copies_weight))
+        samples.append(_Sample(tensor_bytes(layer).total, _count_packed_bytes(layer), backend.quantizer.copies_weight))
     return samples[0], samples[1]

@@ -39,29 +39,29 @@ def check_numbers(config: Any, where: str) -> None:
     Raises:
         PlanError: Names the field, its value and the bound.
     """
-    for name, value in _numbers(config):
+    for name, value in _iterate_numbers(config):
         most = next((most for pattern, most in _COUNTS if pattern.search(name)), _LARGEST)
         if abs(value) > most:
-            raise PlanError(f"{name}={_short(value)} in {where} cannot be planned: the most is {most:,}.")
+            raise PlanError(f"{name}={_shorten(value)} in {where} cannot be planned: the most is {most:,}.")
 
 
-def _numbers(config: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+def _iterate_numbers(config: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
     """Every integer of a configuration with the name of its field; those in lists under the name of the list."""
     if isinstance(config, int) and not isinstance(config, bool):
         yield name, config
     elif depth > 20:
         return
     elif isinstance(config, PreTrainedConfig):
-        yield from _numbers(vars(config), name, depth + 1)
+        yield from _iterate_numbers(vars(config), name, depth + 1)
     elif isinstance(config, Mapping) and name not in ("id2label", "label2id"):
         for key, value in config.items():
-            yield from _numbers(value, str(key), depth + 1)
+            yield from _iterate_numbers(value, str(key), depth + 1)
     elif isinstance(config, (list, tuple)):
         for value in config:
-            yield from _numbers(value, name, depth + 1)
+            yield from _iterate_numbers(value, name, depth + 1)
 
 
-def _short(value: int) -> str:
+def _shorten(value: int) -> str:
     # Python refuses to write out very long integers.
     return f"{value:,}" if abs(value) < 10**30 else "a number of more than 30 digits"
 

@@ -27,16 +27,16 @@ _BLOCK = 256
 _Rule = Callable[[tuple[int, ...], int], int]
 
 
-def _elementwise(states: int, scalars: int = 1) -> _Rule:
+def _make_elementwise_rule(states: int, scalars: int = 1) -> _Rule:
     """States of the tensor's own dtype, and float32 scalars such as the step."""
     return lambda shape, item: states * prod(shape) * item + 4 * scalars
 
 
-def _float32(states: int) -> _Rule:
+def _make_float32_rule(states: int) -> _Rule:
     return lambda shape, item: 4 * states * prod(shape)
 
 
-def _eight_bits(states: int) -> _Rule:
+def _make_8bit_rule(states: int) -> _Rule:
     def rule(shape: tuple[int, ...], item: int) -> int:
         size = prod(shape)
         if size < _SMALLEST_IN_8_BITS:
@@ -46,7 +46,7 @@ def _eight_bits(states: int) -> _Rule:
     return rule
 
 
-def _factored(shape: tuple[int, ...], item: int) -> int:
+def _count_factored(shape: tuple[int, ...], item: int) -> int:
     """Adafactor: a float32 row and column for a matrix, the whole for a vector, and the update's root mean square."""
     if len(shape) < 2:
         return 4 * prod(shape) + 4
@@ -54,14 +54,14 @@ def _factored(shape: tuple[int, ...], item: int) -> int:
 
 
 RULES: dict[str, _Rule] = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), _elementwise(2)),
-    **dict.fromkeys(("adagrad", "rmsprop"), _elementwise(1)),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), _make_elementwise_rule(2)),
+    **dict.fromkeys(("adagrad", "rmsprop"), _make_elementwise_rule(1)),
     "sgd": lambda shape, item: 0,
-    "adafactor": _factored,
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), _eight_bits(2)),
-    "paged_adamw_32bit": _float32(2),
-    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), _eight_bits(1)),
-    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), _float32(1)),
+    "adafactor": _count_factored,
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), _make_8bit_rule(2)),
+    "paged_adamw_32bit": _make_float32_rule(2),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), _make_8bit_rule(1)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), _make_float32_rule(1)),
 }
 
 #: The two tables of 256 float32 values that 8-bit states share, by number of states.

@@ -121,14 +121,16 @@ def plan(
         devices,
     )
     limit = parse_memory(memory) if memory is not None else present_memory()
-    with _expecting_anything(model_or_name):
-        bench = _workbench(model_or_name, settings, _device(device), task, dtype, revision, trust_remote_code)
+    with _translate_errors(model_or_name):
+        bench = _make_workbench(
+            model_or_name, settings, _choose_device(device), task, dtype, revision, trust_remote_code
+        )
         bench.chunked = chunked_loss and chosen.strategy in ("single", "ddp")
         return _Planner(bench, chosen, limit).run()
 
 
 @contextlib.contextmanager
-def _expecting_anything(source: Any) -> Iterator[None]:
+def _translate_errors(source: Any) -> Iterator[None]:
     """Turn any error about a model that only a configuration describes into one of ours: it may be no real model."""
     try:
         yield
@@ -142,11 +144,11 @@ def _expecting_anything(source: Any) -> Iterator[None]:
         ) from error
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def _choose_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _workbench(
+def _make_workbench(
     source: Any,
     settings: Any,
     device: torch.device,
@@ -175,12 +177,12 @@ class _Planner:
         self.chosen = chosen
         self.limit = limit
         self.notes: list[str] = []
-        self.backends = {"": None, **self._backends()}
+        self.backends = {"": None, **self._list_backends()}
         self.gradients = sum(p.numel() * p.element_size() for p in bench.trained)
 
     def run(self) -> Plan:
         bench, chosen = self.bench, self.chosen
-        rows = self._rows()
+        rows = self._make_rows()
         asked = next((row for row in rows if self._is_chosen(row)), None)
         if asked is None:
             raise PlanError("This model has no gradient checkpointing; leave gradient_checkpointing out.")
@@ -190,11 +192,11 @@ class _Planner:
         return Plan(
             model=type(base).__name__,
             model_type=str(getattr(getattr(base, "config", None), "model_type", "")),
-            dtype=_main_dtype(base),
+            dtype=_find_main_dtype(base),
             trainable=count.trainable,
             total=count.total,
             adapter_bytes=bench.file_bytes(),
-            targets=self._targets(),
+            targets=self._list_targets(),
             source=targets.source if targets else "the model's own adapters",
             bare=dict(targets.bare) if targets else {},
             coverage={kind: list(pair) for kind, pair in targets.coverage.items()} if targets else {},
@@ -208,13 +210,13 @@ class _Planner:
             memory_limit=self.limit,
             chosen=asked,
             rows=rows,
-            advice=self._advice(asked),
-            notes=[*(targets.notes if targets else []), *self._precision_notes(), *dict.fromkeys(self.notes)],
+            advice=self._find_advice(asked),
+            notes=[*(targets.notes if targets else []), *self._write_precision_notes(), *dict.fromkeys(self.notes)],
         )
 
-    def _precision_notes(self) -> list[str]:
+    def _write_precision_notes(self) -> list[str]:
         """What is counted in another dtype than that of the checkpoint because of the device."""
-        stored = _main_dtype(base_of(self.bench.base))
+        stored = _find_main_dtype(base_of(self.bench.base))
         held = [self.bench.compute_dtype(quantization) for quantization in self.backends.values() if quantization]
         if stored not in ("float16", "bfloat16") or torch.float32 not in held or not self.bench.by_hardware:
             return []
@@ -223,8 +225,8 @@ class _Planner:
             "For a run elsewhere give the device, such as 'cuda'"
         ]
 
-    def _rows(self) -> list[Row]:
-        rows = [self._row(name, checkpointing) for name in self.backends for checkpointing in (False, True)]
+    def _make_rows(self) -> list[Row]:
+        rows = [self._make_row(name, checkpointing) for name in self.backends for checkpointing in (False, True)]
         return [row for row in rows if row is not None]
 
     def _is_chosen(self, row: Row) -> bool:
@@ -234,7 +236,7 @@ class _Planner:
             return row.checkpointing == self.chosen.checkpointing
         return (row.quantization, row.checkpointing) == wanted
 
-    def _backends(self) -> dict[str, Quantization]:
+    def _list_backends(self) -> dict[str, Quantization]:
         """Every backend by name, the one that was asked for with its options; those with more bits first."""
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
@@ -242,16 +244,16 @@ class _Planner:
             # Its layers can't be quantized again.
             return found
         for quantizer in plugin_host().quantizers():
-            found.setdefault(quantizer.name, Quantization(quantizer, self._common_options()))
+            found.setdefault(quantizer.name, Quantization(quantizer, self._read_common_options()))
         return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, -item[1].quantizer.priority)))
 
-    def _common_options(self) -> dict[str, Any]:
+    def _read_common_options(self) -> dict[str, Any]:
         asked = self.bench.settings.quantization
         return {"skip_modules": asked.options.get("skip_modules", []) if asked is not None else []}
 
-    def _row(self, name: str, checkpointing: bool) -> Row | None:
-        scenario = self._scenario(name, checkpointing)
-        memory = self._memory(scenario)
+    def _make_row(self, name: str, checkpointing: bool) -> Row | None:
+        scenario = self._make_scenario(name, checkpointing)
+        memory = self._measure_memory(scenario)
         if memory is None:
             return None
         quantization = self.backends[name]
@@ -261,19 +263,19 @@ class _Planner:
             memory,
             self.bench.quantized_share(quantization),
             fits(memory, self.limit),
-            self._unavailable(quantization),
+            self._explain_unavailable(quantization),
         )
 
-    def _scenario(self, name: str, checkpointing: bool) -> Scenario:
+    def _make_scenario(self, name: str, checkpointing: bool) -> Scenario:
         now = self.chosen
         return Scenario(name, now.batch_size, now.length, checkpointing, now.optim, now.strategy, now.devices)
 
-    def _unavailable(self, quantization: Quantization | None) -> str:
+    def _explain_unavailable(self, quantization: Quantization | None) -> str:
         if quantization is None:
             return ""
         return why_unavailable(quantization, self.bench.device, torch.bfloat16) or ""
 
-    def _memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
+    def _measure_memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
         """Bytes on each device, ``None`` where the model can't checkpoint."""
         quantization = self.backends[scenario.quantization]
         if activations is None:
@@ -293,33 +295,33 @@ class _Planner:
 
     # -- advice --------------------------------------------------------------------------------
 
-    def _advice(self, asked: Row) -> str:
+    def _find_advice(self, asked: Row) -> str:
         if self.limit is None or asked.fits:
             return ""
-        usable = [name for name in self.backends if name and not self._unavailable(self.backends[name])]
-        return nearest_change(self.chosen, usable, self._size, USABLE * self.limit)
+        usable = [name for name in self.backends if name and not self._explain_unavailable(self.backends[name])]
+        return nearest_change(self.chosen, usable, self._measure_size, USABLE * self.limit)
 
-    def _size(self, scenario: Scenario) -> int | None:
+    def _measure_size(self, scenario: Scenario) -> int | None:
         """Bytes on each device: judged by the step that was simulated, and simulated itself where that fits."""
-        base = self._memory(self._scenario(scenario.quantization, scenario.checkpointing))
+        base = self._measure_memory(self._make_scenario(scenario.quantization, scenario.checkpointing))
         if base is None:
             return None
         tokens = scenario.batch_size * scenario.length / (self.chosen.batch_size * self.chosen.length)
-        rough = self._memory(scenario, round(base.activations * tokens))
+        rough = self._measure_memory(scenario, round(base.activations * tokens))
         if rough is None or not fits(rough, self.limit):
             return rough.total if rough else None
-        exact = self._memory(scenario)
+        exact = self._measure_memory(scenario)
         return exact.total if exact else None
 
     # -- the hit table -------------------------------------------------------------------------
 
-    def _targets(self) -> list[TargetRow]:
+    def _list_targets(self) -> list[TargetRow]:
         if self.bench.targets is None:
             return list_adapters(self.bench.base)
         return list_hits(self.bench.targets.hits)
 
 
-def _main_dtype(model: Any) -> str:
+def _find_main_dtype(model: Any) -> str:
     """Dtype of most of a model's float weights."""
     sizes: dict[str, int] = {}
     for parameter in _iterate_floats(model):

@@ -41,10 +41,10 @@ class Plan(PlanFigures):
         _draw(self, Path(path))
 
     def __str__(self) -> str:
-        return _as_text(self)
+        return _render_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from _tables(self)
+        yield from _make_tables(self)
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -55,18 +55,18 @@ _WIDTH = 120
 _ANSWERS = {True: "yes", False: "no", None: "?"}
 
 
-def _as_text(plan: PlanFigures) -> str:
+def _render_text(plan: PlanFigures) -> str:
     """Return the tables as plain text."""
     stream = io.StringIO()
     Console(file=stream, width=_WIDTH, color_system=None).print(plan)
     return stream.getvalue().rstrip()
 
 
-def _tables(plan: PlanFigures) -> Iterator[Any]:
+def _make_tables(plan: PlanFigures) -> Iterator[Any]:
     """Yield what `rich` prints: the summary, the hit table, the memory, advice and notes."""
-    yield _summary(plan)
-    yield _hits(plan)
-    yield _memory(plan)
+    yield _make_summary(plan)
+    yield _make_hit_table(plan)
+    yield _make_memory_table(plan)
     for name, reason in {row.quantization: row.unavailable for row in plan.rows if row.unavailable}.items():
         yield f"[dim]* {escape(name)} can't be used here: {escape(reason)}[/dim]"
     if plan.advice:
@@ -75,7 +75,7 @@ def _tables(plan: PlanFigures) -> Iterator[Any]:
         yield f"[dim]note:[/dim] {escape(note)}"
 
 
-def _table(title: str, columns: str, *, head: bool = True) -> Table:
+def _make_table(title: str, columns: str, *, head: bool = True) -> Table:
     """A table; a column whose name begins with ``>`` is aligned to the right."""
     table = Table(title=title, title_justify="left", show_header=head)
     for column in columns.split("|"):
@@ -83,8 +83,8 @@ def _table(title: str, columns: str, *, head: bool = True) -> Table:
     return table
 
 
-def _summary(plan: PlanFigures) -> Table:
-    table = _table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
+def _make_summary(plan: PlanFigures) -> Table:
+    table = _make_table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
     rows = [
         ("trainable", f"{plan.trainable:,}"),
         ("all", f"{plan.total:,}"),
@@ -107,8 +107,8 @@ def _summary(plan: PlanFigures) -> Table:
     return table
 
 
-def _hits(plan: PlanFigures) -> Table:
-    table = _table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
+def _make_hit_table(plan: PlanFigures) -> Table:
+    table = _make_table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
     for target in plan.targets:
         table.add_row(escape(target.name), str(target.modules), escape(", ".join(target.shapes)))
     for name, count in plan.bare.items():
@@ -116,17 +116,17 @@ def _hits(plan: PlanFigures) -> Table:
     return table
 
 
-def _memory(plan: PlanFigures) -> Table:
+def _make_memory_table(plan: PlanFigures) -> Table:
     several = "|>communication" if plan.devices > 1 else ""
     known = "|fits" if plan.memory_limit is not None else ""
     columns = f"base|>quantized|>weights|>gradients|>optimizer|>activations{several}|>total{known}"
-    table = _table("Memory on each device", columns)
+    table = _make_table("Memory on each device", columns)
     for row in plan.rows:
-        table.add_row(*_cells(plan, row), style=_style(plan, row))
+        table.add_row(*_make_cells(plan, row), style=_choose_style(plan, row))
     return table
 
 
-def _cells(plan: PlanFigures, row: Row) -> list[str]:
+def _make_cells(plan: PlanFigures, row: Row) -> list[str]:
     memory = row.memory
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
     if plan.devices > 1:
@@ -137,7 +137,7 @@ def _cells(plan: PlanFigures, row: Row) -> list[str]:
     return [*cells, _ANSWERS[row.fits]] if plan.memory_limit is not None else cells
 
 
-def _style(plan: PlanFigures, row: Row) -> str:
+def _choose_style(plan: PlanFigures, row: Row) -> str:
     if row is plan.chosen:
         return "bold"
     return "dim" if row.unavailable else ""

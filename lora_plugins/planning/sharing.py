@@ -50,21 +50,21 @@ class Parts:
     copied: int = 0
 
 
-def _bytes(tensors: Iterable[Sizes]) -> int:
+def _count_bytes(tensors: Iterable[Sizes]) -> int:
     return sum(prod(shape) * item for shape, item in tensors)
 
 
-def _whole(parts: Parts, devices: int) -> Memory:
+def _keep_whole(parts: Parts, devices: int) -> Memory:
     return parts.memory
 
 
-def _replicated(parts: Parts, devices: int) -> Memory:
+def _replicate(parts: Parts, devices: int) -> Memory:
     """DDP: everything on every device, and the buckets through which gradients are averaged."""
     m = parts.memory
     return Memory(m.weights, m.gradients, m.optimizer, m.activations, m.gradients)
 
 
-def _sharded(parts: Parts, devices: int) -> Memory:
+def _shard(parts: Parts, devices: int) -> Memory:
     """FSDP: float parameters divided by rows; the blocks at work, this one and the next, and what is outside are whole.
 
     The first device has the most rows where they can't be divided evenly.
@@ -76,10 +76,10 @@ def _sharded(parts: Parts, devices: int) -> Memory:
         return (-(-rows // devices), *others), item
 
     trained = [shard(tensor) for tensor in parts.trained]
-    whole = _bytes(parts.floats)
-    weights = m.weights - whole + _bytes(map(shard, parts.floats))
+    whole = _count_bytes(parts.floats)
+    weights = m.weights - whole + _count_bytes(map(shard, parts.floats))
     gathered = min(whole, 2 * parts.block + parts.outside)
-    return Memory(weights, _bytes(trained), state_bytes(parts.optim, trained), m.activations, gathered)
+    return Memory(weights, _count_bytes(trained), state_bytes(parts.optim, trained), m.activations, gathered)
 
 
 def _partition(parts: Parts, values: int) -> tuple[int, int, int]:
@@ -91,7 +91,7 @@ def _partition(parts: Parts, values: int) -> tuple[int, int, int]:
     return values * item, 4 * values + state_bytes(parts.optim, [((values,), 4)]), BUCKET * item
 
 
-def _zero2(parts: Parts, devices: int) -> Memory:
+def _share_zero2(parts: Parts, devices: int) -> Memory:
     """ZeRO-2: gradients and optimizer divided; gradients pass through a bucket on their way."""
     m = parts.memory
     # Each part starts at an even place.
@@ -100,18 +100,18 @@ def _zero2(parts: Parts, devices: int) -> Memory:
     return Memory(m.weights, gradients, optimizer, m.activations, bucket)
 
 
-def _zero3(parts: Parts, devices: int) -> Memory:
+def _share_zero3(parts: Parts, devices: int) -> Memory:
     """ZeRO-3: every parameter divided too, packed ones among them.
 
     Gathered at one time are the block at work and the next one, or what is outside of blocks, or what will be
     needed again soon: around the turn from forward to backward those are the last weights. Small weights stay.
     """
     m = parts.memory
-    whole = _bytes(parts.floats) + parts.packed
+    whole = _count_bytes(parts.floats) + parts.packed
     divided = sum(-(-prod(shape) // devices) * item for shape, item in parts.floats) + -(-parts.packed // devices)
     gradients, optimizer, bucket = _partition(parts, sum(-(-prod(shape) // devices) for shape, _ in parts.trained))
     item = max((item for _, item in parts.floats), default=2)
-    small = _bytes((shape, item) for shape, item in parts.floats if prod(shape) <= PERSISTENT)
+    small = _count_bytes((shape, item) for shape, item in parts.floats if prod(shape) <= PERSISTENT)
     at_work = max(2 * (parts.block + parts.packed_block), parts.outside, REUSE_DISTANCE // 2 * item)
     weights = m.weights - whole + divided + parts.copied
     return Memory(weights, gradients, optimizer, m.activations, min(whole, at_work + small) + bucket)
@@ -119,11 +119,11 @@ def _zero3(parts: Parts, devices: int) -> Memory:
 
 #: How devices share the work -> what each of them holds.
 STRATEGIES: dict[str, Callable[[Parts, int], Memory]] = {
-    "single": _whole,
-    "ddp": _replicated,
-    "zero2": _zero2,
-    "zero3": _zero3,
-    "fsdp": _sharded,
+    "single": _keep_whole,
+    "ddp": _replicate,
+    "zero2": _share_zero2,
+    "zero3": _share_zero3,
+    "fsdp": _shard,
 }
 
 
@@ -142,4 +142,4 @@ def per_device(parts: Parts, strategy: str, devices: int) -> Memory:
         raise PlanError(f"Unknown strategy {strategy!r}. Known: {', '.join(STRATEGIES)}.")
     if devices < 1 or (strategy == "single" and devices != 1):
         raise PlanError(f"devices={devices} makes no sense with the strategy {strategy!r}.")
-    return (STRATEGIES[strategy] if devices > 1 else _whole)(parts, devices)
+    return (STRATEGIES[strategy] if devices > 1 else _keep_whole)(parts, devices)

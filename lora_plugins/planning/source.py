@@ -62,7 +62,7 @@ def meta_model(
             raise PlanError("task and dtype belong to a configuration or a name; a live model has both already.")
         return copy_without_data(source)
     config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    return _from_config(config, task, _dtype(dtype, config), trust_remote_code)
+    return _make_model(config, task, _choose_dtype(dtype, config), trust_remote_code)
 
 
 def read_config(source: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -75,7 +75,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
         check_numbers(source, "the configuration")
         return source
     if isinstance(source, Mapping):
-        return _config_of(dict(source), "the mapping")
+        return _make_config(dict(source), "the mapping")
     if not isinstance(source, (str, os.PathLike)):
         raise PlanError(
             f"plan() takes a model, a configuration, a mapping, a file, a folder or a Hub id, not {source!r}"
@@ -83,7 +83,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     path = Path(source)
     if path.is_file():
         try:
-            return _config_of(json.loads(path.read_text(encoding="utf-8")), str(path))
+            return _make_config(json.loads(path.read_text(encoding="utf-8")), str(path))
         except (ValueError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -96,10 +96,10 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
         raise
     except Exception as error:
         # The numbers of a configuration are computed with in the code of each model type, which may raise anything.
-        raise PlanError(f"No configuration for {str(source)!r}: {_brief(error)}") from error
+        raise PlanError(f"No configuration for {str(source)!r}: {_shorten(error)}") from error
 
 
-def _config_of(values: Any, where: str) -> Any:
+def _make_config(values: Any, where: str) -> Any:
     model_type = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(model_type, str):
         raise PlanError(f"{where} names no model_type, so it is not the configuration of a model.")
@@ -108,16 +108,16 @@ def _config_of(values: Any, where: str) -> Any:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:
         # As above.
-        raise PlanError(f"transformers can't read {where}: {_brief(error)}") from error
+        raise PlanError(f"transformers can't read {where}: {_shorten(error)}") from error
 
 
-def _brief(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     """An error's class and message on one line; transformers lists all its model types in some."""
     text = one_line(error)
     return f"{type(error).__name__}: {text if len(text) < 300 else text[:300] + ' …'}"
 
 
-def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
+def _choose_dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
     if wanted is None:
         wanted = getattr(config, "dtype", None) or torch.float32
     if isinstance(wanted, torch.dtype):
@@ -128,8 +128,8 @@ def _dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
     return found
 
 
-def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    make = _factory(config, task, trust_remote_code)
+def _make_model(config: Any, task: str | None, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    make = _find_factory(config, task, trust_remote_code)
     # The caller's object stays as it is: making a model writes into its configuration.
     config = copy.deepcopy(config)
     try:
@@ -147,12 +147,12 @@ def _from_config(config: Any, task: str | None, dtype: torch.dtype, trust_remote
     return model
 
 
-def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
+def _find_factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
     if task is not None and task not in TASKS:
         hint = did_you_mean(task, TASKS)
         raise PlanError(f"Unknown task {task!r}.{hint} Known: {', '.join(TASKS)}.")
     remote = getattr(config, "auto_map", None) or {}
-    named = _named_class(config)
+    named = _find_named_class(config)
     if task is None and named is not None:
         return named._from_config
     for name in [TASKS[task]] if task else TASKS.values():
@@ -168,7 +168,7 @@ def _factory(config: Any, task: str | None, trust_remote_code: bool) -> Any:
     )
 
 
-def _named_class(config: Any) -> Any:
+def _find_named_class(config: Any) -> Any:
     """The class of transformers that a configuration names, ``None`` for anything else that it may hold."""
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, (list, tuple)) and names else None
@@ -194,13 +194,13 @@ def copy_without_data(model: nn.Module) -> nn.Module:
         if owner is not None:
             memo[id(module)] = make_stand_in_of(module, owner)
     for parameter in model.parameters():
-        empty = torch.empty(_shape(parameter), dtype=parameter.dtype, device="meta")
+        empty = torch.empty(_read_shape(parameter), dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(tuple(buffer.shape), dtype=buffer.dtype, device="meta")
     return copy.deepcopy(model, memo)
 
 
-def _shape(parameter: Any) -> tuple[int, ...]:
+def _read_shape(parameter: Any) -> tuple[int, ...]:
     # ZeRO-3 keeps the real shape beside an emptied tensor.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

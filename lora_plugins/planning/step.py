@@ -108,7 +108,7 @@ def activation_bytes(model: Any, batch: dict[str, torch.Tensor], removed: list[B
     with as_on_a_device(), live, contextlib.ExitStack() as cleanup:
         for hook in hooks:
             cleanup.callback(hook.remove)
-        loss = _loss(model(**batch))
+        loss = _compute_loss(model(**batch))
         recorded = {name: dict(found) for name, found in marks.items()}
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -130,7 +130,7 @@ def _count_kept(marks: dict[str, dict[int, int]], block: Block) -> int:
     return found[block.twin + 1] - found[block.twin]
 
 
-def _loss(output: Any) -> torch.Tensor:
+def _compute_loss(output: Any) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
@@ -154,14 +154,14 @@ def removable_blocks(structure: Structure) -> dict[str, tuple[int, list[int]]]:
         if not isinstance(container, nn.ModuleList) or len(container) != len(blocks) or "*" in stack:
             continue
         kinds = [block.kind for block in blocks]
-        kept = _prefix(kinds)
+        kept = _find_prefix(kinds)
         if kept * 2 <= len(kinds):
             twins = {kind: number for number, kind in enumerate(kinds[: kept - 1])}
             found[stack] = (kept, [twins[kind] for kind in kinds[kept:]])
     return found
 
 
-def _prefix(kinds: list[Any]) -> int:
+def _find_prefix(kinds: list[Any]) -> int:
     """Length of the shortest start of a stack that shows each kind twice before its last block."""
     for kept in range(_FEWEST, len(kinds)):
         seen = kinds[: kept - 1]
@@ -212,7 +212,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = self._sizes[key] = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._drop, key)
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Take a tensor's storage out of the count, or leave it out from the start."""
@@ -221,10 +221,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._sizes:
             self.live -= self._sizes[key]
         else:
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._drop, key)
         self._sizes[key] = 0
 
-    def _gone(self, key: int) -> None:
+    def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

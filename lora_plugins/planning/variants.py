@@ -74,7 +74,7 @@ class Workbench:
         self.device = device
         self.chunked = chunked
         self.structure = Structure(base_of(base))
-        self.arrived = bool(_stand_ins(base))
+        self.arrived = bool(_find_stand_ins(base))
         self._config = build_config(settings, targets) if targets is not None else None
         if self._config is not None:
             # How adapters start changes nothing about sizes, and some ways need the values of the weights.
@@ -91,21 +91,21 @@ class Workbench:
 
     def whole(self, quantization: Quantization | None) -> Any:
         """Return the whole prepared model; backends that quantize the same layers share one."""
-        key = self._quantized_layers(quantization)
+        key = self._find_quantized_layers(quantization)
         if key not in self._whole:
             self._whole[key] = self._prepare(copy_without_data(self.base), quantization)
         return self._whole[key]
 
-    def _quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
+    def _find_quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
         """Paths of the layers that a backend would quantize: most take all of them, and some can't take odd sizes."""
         if quantization is None:
             return None
         if quantization.name not in self._layers:
-            found, _ = layers_to_quantize(self.base, quantization, self._never())
+            found, _ = layers_to_quantize(self.base, quantization, self._list_never())
             self._layers[quantization.name] = frozenset(found)
         return self._layers[quantization.name]
 
-    def _never(self) -> tuple[str, ...]:
+    def _list_never(self) -> tuple[str, ...]:
         return (*self.targets.never, *self.heads()) if self.targets is not None else ()
 
     def count(self) -> ParameterCount:
@@ -128,10 +128,10 @@ class Workbench:
 
     def _divide(self, quantization: Quantization | None) -> tuple[list[PlannedLinear], int]:
         """Return the layers that a backend quantizes, and the bytes of everything else."""
-        key = self._quantized_layers(quantization)
+        key = self._find_quantized_layers(quantization)
         if key not in self._divided:
             model = self.whole(quantization)
-            layers = _stand_ins(model)
+            layers = _find_stand_ins(model)
             self._divided[key] = layers, tensor_bytes(model).total - sum(layer.weight.numel() for layer in layers)
         return self._divided[key]
 
@@ -157,13 +157,13 @@ class Workbench:
             optim: Name of the optimizer.
             packed: Whether the parameters of quantized layers are divided too.
         """
-        floats, block, outside = self._float_weights(quantization)
-        total, largest, copied = self._packed_weights(quantization) if packed else (0, 0, 0)
+        floats, block, outside = self._list_float_weights(quantization)
+        total, largest, copied = self._count_packed_weights(quantization) if packed else (0, 0, 0)
         return Parts(alone, floats, _read_sizes(self.trained), block, outside, optim, total, largest, copied)
 
-    def _float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
+    def _list_float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
         """Return the float parameters, and the bytes of those in the largest block and outside of blocks."""
-        key = self._quantized_layers(quantization)
+        key = self._find_quantized_layers(quantization)
         known = self._floats.get(key)
         if known is not None:
             return known
@@ -182,7 +182,7 @@ class Workbench:
         self._floats[key] = found
         return found
 
-    def _packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
+    def _count_packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
         """Return the bytes of quantized parameters, of those in the largest block, and of what is held twice."""
         told = self._add_compute_dtype(quantization)
         total = copied = 0
@@ -199,7 +199,7 @@ class Workbench:
 
     def file_bytes(self) -> int:
         """Return the bytes of the adapter's file."""
-        return file_bytes(self.whole(None), self._adapter_name())
+        return file_bytes(self.whole(None), self._find_adapter_name())
 
     # -- simulating ----------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Workbench:
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
     ) -> Estimate | None:
         """Return the activations of a step, ``None`` where the model can't checkpoint."""
-        key = (self._signature(quantization), batch_size, length, checkpointing)
+        key = (self._make_signature(quantization), batch_size, length, checkpointing)
         if key not in self._estimates:
             found = self._simulate(quantization, batch_size, length, checkpointing)
             if found is None:
@@ -215,12 +215,16 @@ class Workbench:
             self._estimates[key] = found
         return self._estimates[key]
 
-    def _signature(self, quantization: Quantization | None) -> Any:
+    def _make_signature(self, quantization: Quantization | None) -> Any:
         """What of a backend matters to activations."""
         if quantization is None:
             return None
-        layer: Any = _lora_layer(quantization)
-        return self._quantized_layers(quantization), keeps_input(quantization.quantizer, self.device), layer.forward
+        layer: Any = _find_lora_layer(quantization)
+        return (
+            self._find_quantized_layers(quantization),
+            keeps_input(quantization.quantizer, self.device),
+            layer.forward,
+        )
 
     def _simulate(
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
@@ -232,7 +236,7 @@ class Workbench:
                 return None if size is None else Estimate(size)
             except Exception as error:  # noqa: PERF203 - a model's own code may raise anything without data
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        size = self._rough(batch_size * length, checkpointing)
+        size = self._estimate_roughly(batch_size * length, checkpointing)
         return Estimate(size, f"activations are estimated from the sizes of the layers, as no step ran ({reason})")
 
     def simulate(
@@ -247,13 +251,13 @@ class Workbench:
             checkpointing: Whether blocks are computed again.
             short: Whether blocks that are like others are left out and their share added.
         """
-        model, removed = self._step_model(quantization, short)
+        model, removed = self._make_step_model(quantization, short)
         if not _set_checkpointing(model, checkpointing):
             return None
         with chunked_loss(model) if self.chunked else contextlib.nullcontext():
             return activation_bytes(model, make_batch(model, batch_size, length), removed)
 
-    def _rough(self, tokens: int, checkpointing: bool) -> int:
+    def _estimate_roughly(self, tokens: int, checkpointing: bool) -> int:
         """What the linear layers take in and give out, where no step can be simulated."""
         item = 4 if self.settings.compute_dtype == "float32" else 2
         sizes: dict[str, int] = {}
@@ -265,8 +269,8 @@ class Workbench:
         width = min((linear.in_features for linear in self.structure.linears.values()), default=0)
         return tokens * (max(sizes.values(), default=0) + sizes.get("", 0) + width * item * len(sizes))
 
-    def _step_model(self, quantization: Quantization | None, short: bool) -> tuple[Any, list[Block]]:
-        key = (self._signature(quantization), short)
+    def _make_step_model(self, quantization: Quantization | None, short: bool) -> tuple[Any, list[Block]]:
+        key = (self._make_signature(quantization), short)
         if key not in self._steps:
             model = copy_without_data(self.base)
             removed = shorten(base_of(model), removable_blocks(self.structure)) if short else []
@@ -280,7 +284,9 @@ class Workbench:
         if quantization is None and self._config is None and preparation_of(model) is not None:
             # Prepared by us: nothing more would be done to it.
             return model
-        record = Preparation(self._adapter_name(), self.targets, quantization, None, TensorBytes(), heads=self.heads())
+        record = Preparation(
+            self._find_adapter_name(), self.targets, quantization, None, TensorBytes(), heads=self.heads()
+        )
         job = Job(
             model,
             replace(self.settings, quantization=quantization),
@@ -296,7 +302,7 @@ class Workbench:
             base.config.use_cache = False
         return wrapped
 
-    def _adapter_name(self) -> str:
+    def _find_adapter_name(self) -> str:
         wrapped: Any = self.base
         return self.settings.adapter_name if self._config is not None else wrapped.active_adapters[0]
 
@@ -329,11 +335,11 @@ def _read_sizes(tensors: Iterable[torch.Tensor]) -> list[Sizes]:
     return [(tuple(tensor.shape), tensor.element_size()) for tensor in tensors]
 
 
-def _stand_ins(model: nn.Module) -> list[PlannedLinear]:
+def _find_stand_ins(model: nn.Module) -> list[PlannedLinear]:
     return [module for module in model.modules() if isinstance(module, PlannedLinear)]
 
 
-def _lora_layer(quantization: Quantization | None) -> type[nn.Module]:
+def _find_lora_layer(quantization: Quantization | None) -> type[nn.Module]:
     if quantization is None:
         return Linear
     try:
@@ -359,8 +365,8 @@ def quantize_by_stand_ins(job: Job) -> None:
             for parent, attribute in places[id(layer)]:
                 setattr(parent, attribute, new)
         job.record.layers = QuantizedLayers(list(targets), skipped)
-    if _stand_ins(job.base):
-        job.lora_layers = {PlannedLinear: _lora_layer(job.record.quantization)}
+    if _find_stand_ins(job.base):
+        job.lora_layers = {PlannedLinear: _find_lora_layer(job.record.quantization)}
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> bool:

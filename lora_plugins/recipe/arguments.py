@@ -208,10 +208,10 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
 
 def held_out_share(recipe: RecipeArguments) -> float | None:
     """The share of the training split that ``--eval_split`` holds out, ``None`` where it names a split."""
-    return _share(recipe.eval_split) if recipe.eval_split else None
+    return _read_share(recipe.eval_split) if recipe.eval_split else None
 
 
-def _share(text: str) -> float | None:
+def _read_share(text: str) -> float | None:
     try:
         share = float(text)
     except ValueError:

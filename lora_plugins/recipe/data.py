@@ -111,7 +111,7 @@ def _load_path(path: Path) -> dict[str, Dataset]:
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         found = _read_naming(path, lambda: load_from_disk(str(path)))
         return dict(found) if isinstance(found, dict) else {"train": found}
-    files, loader = _data_files(path)
+    files, loader = _find_files(path)
     for file in [one for part in files.values() for one in part]:
         _check_file(file)
 
@@ -126,7 +126,7 @@ def _check_file(path: Path) -> None:
     check_rows(path)
 
 
-def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
+def _find_files(path: Path) -> tuple[dict[str, list[Path]], str]:
     """Return the files by their split, and what ``datasets`` calls their kind."""
     files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     loaders = {LOADERS.get(file.suffix) for file in files}
@@ -139,10 +139,10 @@ def _data_files(path: Path) -> tuple[dict[str, list[Path]], str]:
     if loaders:
         names = ", ".join(file.name for file in files[:5])
         raise DataError(f"The folder {path} mixes kinds of files ({names}). Name one of them, or use a folder each.")
-    return (_by_split(path, files) if path.is_dir() else {"train": files}), loader
+    return (_sort_by_split(path, files) if path.is_dir() else {"train": files}), loader
 
 
-def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+def _sort_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     """Sort files by the split that is a word of their names."""
     found: dict[str, list[Path]] = {}
     nameless = []

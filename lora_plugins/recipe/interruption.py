@@ -75,7 +75,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name}: stopping after this step.\n".encode())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        number = _largest_of_all(self.signal or 0, args)
+        number = _find_largest(self.signal or 0, args)
         if not number:
             return
         self.signal = number
@@ -94,7 +94,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_evaluate = control.should_log = False
 
 
-def _largest_of_all(number: int, args: TrainingArguments) -> int:
+def _find_largest(number: int, args: TrainingArguments) -> int:
     """Let all processes know the signal that any of them got: stopping alone would leave the others waiting."""
     if args.world_size == 1:
         return number

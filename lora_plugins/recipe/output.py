@@ -119,11 +119,11 @@ class Folders:
 def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
     """Return the arguments that decide the weights of a run, as plain data."""
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
-    theirs = {name: _plain(getattr(training, name, None)) for name in _DECISIVE}
+    theirs = {name: _make_plain(getattr(training, name, None)) for name in _DECISIVE}
     return {**ours, **theirs}
 
 
-def _plain(value: Any) -> Any:
+def _make_plain(value: Any) -> Any:
     value = getattr(value, "value", value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 

@@ -115,7 +115,7 @@ def pack(
     """
     if chunk_length < 1:
         raise DataError(f"The chunk length must be at least 1, not {chunk_length!r}")
-    columns = _token_columns(tokenised)
+    columns = _find_token_columns(tokenised)
     offsets = token_offsets(tokenised)
     total = int(offsets[-1])
     counts = PackingCounts(len(tokenised), total, total // chunk_length, chunk_length, total % chunk_length)
@@ -132,9 +132,9 @@ def pack(
         num_proc=num_proc,
         remove_columns=tokenised.column_names,
         # A batch in which no chunk begins would leave the type open.
-        features=_features(tokenised, columns),
+        features=_make_features(tokenised, columns),
         # The function holds the data set itself, whose hash would change.
-        new_fingerprint=_fingerprint(tokenised, chunk_length),
+        new_fingerprint=_make_fingerprint(tokenised, chunk_length),
         desc="Packing",
     )
     return chunks, counts
@@ -146,7 +146,7 @@ def token_offsets(tokenised: Dataset) -> npt.NDArray[np.int64]:
     Raises:
         DataError: ``labels`` and ``input_ids`` of a row have different lengths.
     """
-    lengths = [_row_lengths(tokenised, name) for name in _token_columns(tokenised)]
+    lengths = [_measure_rows(tokenised, name) for name in _find_token_columns(tokenised)]
     for other in lengths[1:]:
         different = np.flatnonzero(lengths[0] != other)
         if len(different):
@@ -208,11 +208,11 @@ class _ChunksOfRows:
         self.length = chunk_length
 
     def __call__(self, batch: Any, indices: list[int]) -> dict[str, Any]:
-        first, last = self._chunks_beginning_in(indices[0], indices[-1] + 1)
+        first, last = self._find_chunks(indices[0], indices[-1] + 1)
         made = self._cut(first, last)
         return {"input_ids": made["input_ids"], "labels": made.get("labels", made["input_ids"])}
 
-    def _chunks_beginning_in(self, start: int, stop: int) -> tuple[int, int]:
+    def _find_chunks(self, start: int, stop: int) -> tuple[int, int]:
         """Return the range of chunks whose first token is in rows ``start`` to ``stop``, without the remainder."""
         whole = int(self.offsets[-1]) // self.length
         first, last = (-(-int(self.offsets[row]) // self.length) for row in (start, stop))
@@ -229,23 +229,23 @@ class _ChunksOfRows:
         skip = begin - int(self.offsets[start])
         made = {}
         for name in self.columns:
-            stream = _flat(table.column(name)).to_numpy()
+            stream = _flatten(table.column(name)).to_numpy()
             made[name] = list(stream[skip : skip + end - begin].reshape(last - first, self.length))
         return made
 
 
-def _token_columns(tokenised: Dataset) -> list[str]:
+def _find_token_columns(tokenised: Dataset) -> list[str]:
     columns = [name for name in TOKEN_COLUMNS if name in tokenised.column_names]
     if TOKEN_COLUMNS[0] not in columns:
         raise DataError(f"A tokenised data set has the column 'input_ids'; there are {tokenised.column_names}")
     return columns
 
 
-def _features(tokenised: Dataset, columns: list[str]) -> Any:
+def _make_features(tokenised: Dataset, columns: list[str]) -> Any:
     return Features({name: tokenised.features[name if name in columns else "input_ids"] for name in TOKEN_COLUMNS})
 
 
-def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
+def _measure_rows(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
     rows = tokenised.with_format("arrow", columns=[name])
     step = 10_000
     parts = [
@@ -254,10 +254,10 @@ def _row_lengths(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _flatten(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
     return pa.chunked_array([part.flatten() for part in column.chunks], type=column.type.value_type)
 
 
-def _fingerprint(tokenised: Dataset, chunk_length: int) -> str:
+def _make_fingerprint(tokenised: Dataset, chunk_length: int) -> str:
     return str(Hasher.hash(("lora_plugins.recipe.packing", 1, tokenised._fingerprint, chunk_length)))

@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
 
     parser = make_parser()
     config, flags = _take_config(list(arguments))
-    tokens = [*(_tokens_of_file(config, parser) if config else []), *flags]
+    tokens = [*(_read_tokens(config, parser) if config else []), *flags]
     values, unknown = parser.parse_known_args(tokens)
     if unknown:
         raise _describe_unknown(unknown, parser)
@@ -95,7 +95,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
 
     # Abbreviations would let a misspelt flag mean another one.
     parser = Parser(
-        _dataclasses(everything=everything),
+        _list_dataclasses(everything=everything),
         prog=PROGRAM,
         allow_abbrev=False,
         description=_DESCRIPTION,
@@ -114,7 +114,7 @@ def _describe_choice(flag: str, value: Any, choices: list[str]) -> str:
     return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
 
 
-def _dataclasses(*, everything: bool) -> list[Any]:
+def _list_dataclasses(*, everything: bool) -> list[Any]:
     if not everything:
         return [RecipeArguments]
     from transformers import TrainingArguments
@@ -171,7 +171,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (paths[0] if paths else None), rest
 
 
-def _tokens_of_file(path: Path, parser: HfArgumentParser) -> list[str]:
+def _read_tokens(path: Path, parser: HfArgumentParser) -> list[str]:
     """Turn a YAML file into flags, so that its values are checked as those of the command line are."""
     actions = {action.dest: action for action in parser._actions}
     names = flag_names(parser)
@@ -179,12 +179,12 @@ def _tokens_of_file(path: Path, parser: HfArgumentParser) -> list[str]:
     for key, (value, line) in read_flags(path).items():
         name = key.replace("-", "_")
         if name not in names:
-            raise ArgumentsError(f"{path}, line {line}: {key!r} is not a flag.{_hint(name, names)}")
-        tokens += _tokens(name, value, actions[name], f"{path}, line {line}")
+            raise ArgumentsError(f"{path}, line {line}: {key!r} is not a flag.{_make_hint(name, names)}")
+        tokens += _make_tokens(name, value, actions[name], f"{path}, line {line}")
     return tokens
 
 
-def _tokens(name: str, value: Any, action: argparse.Action, place: str) -> list[str]:
+def _make_tokens(name: str, value: Any, action: argparse.Action, place: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, bool):
@@ -203,11 +203,11 @@ def _describe_unknown(unknown: Sequence[str], parser: HfArgumentParser) -> Argum
     if not flags:
         return ArgumentsError(f"{unknown[0]!r} stands where a flag was expected. See `{PROGRAM} --help`.")
     names = flag_names(parser)
-    hints = [f"{flag} is not a flag.{_hint(flag.lstrip('-').replace('-', '_'), names)}" for flag in flags]
+    hints = [f"{flag} is not a flag.{_make_hint(flag.lstrip('-').replace('-', '_'), names)}" for flag in flags]
     return ArgumentsError(" ".join(hints) + f" See `{PROGRAM} --help` and `--help-all`.")
 
 
-def _hint(name: str, names: Sequence[str]) -> str:
+def _make_hint(name: str, names: Sequence[str]) -> str:
     if name in FORMER_NAMES:
         return f" Use {FORMER_NAMES[name]}."
     near = find_near(name, names, most=3, cutoff=0.7)

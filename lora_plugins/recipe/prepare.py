@@ -67,7 +67,7 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
         ArgumentsError: There is none at ``--model``.
     """
     load = functools.partial(AutoTokenizer.from_pretrained, recipe.model, revision=recipe.revision or "main")
-    tokenizer: PreTrainedTokenizerBase = _from_model(recipe, "tokenizer", load)
+    tokenizer: PreTrainedTokenizerBase = _load_from_model(recipe, "tokenizer", load)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -82,13 +82,13 @@ def load_base(recipe: RecipeArguments) -> PreTrainedModel:
     load = functools.partial(
         AutoModelForCausalLM.from_pretrained, recipe.model, revision=recipe.revision or "main", dtype="auto"
     )
-    model: PreTrainedModel = _from_model(recipe, "causal language model", load)
+    model: PreTrainedModel = _load_from_model(recipe, "causal language model", load)
     # Nothing is generated in training, and gradient checkpointing would warn about the cache.
     model.config.use_cache = False
     return model
 
 
-def _from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]) -> Any:
+def _load_from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError) as error:
@@ -107,15 +107,15 @@ def prepare_data(
     """
     with training.main_process_first(desc="preparing the data"):
         rows, held_out_rows = load_examples(recipe, training.seed)
-        train, counts = _examples(recipe, rows, tokenizer, "train", say)
+        train, counts = _make_examples(recipe, rows, tokenizer, "train", say)
         found: dict[str, PackingCounts | PaddedCounts] = {"train": counts}
         held_out = None
         if held_out_rows is not None:
-            held_out, found["held_out"] = _examples(recipe, held_out_rows, tokenizer, "held out", say)
+            held_out, found["held_out"] = _make_examples(recipe, held_out_rows, tokenizer, "held out", say)
     return Prepared(train, held_out, found)
 
 
-def _examples(
+def _make_examples(
     recipe: RecipeArguments, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, say: Say
 ) -> tuple[Dataset, PackingCounts | PaddedCounts]:
     template = make_template(recipe.template, rows.features, tokenizer)

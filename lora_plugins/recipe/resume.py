@@ -61,13 +61,13 @@ def find_checkpoints(output: Path, processes: int = 1) -> Checkpoints:
 
 def checkpoint_defect(folder: Path, processes: int = 1) -> str | None:
     """Return why a checkpoint can't be resumed from, ``None`` for a complete one."""
-    return next(_defects(folder, processes), None)
+    return next(_find_defects(folder, processes), None)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
     """Return the folders of checkpoints, newest step first."""
     steps = {path: _NAME.fullmatch(path.name) for path in output.glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, match in steps.items() if match), key=_step, reverse=True)
+    return sorted((path for path, match in steps.items() if match), key=_read_step, reverse=True)
 
 
 def finished_state(checkpoint: Path) -> TrainerState | None:
@@ -76,29 +76,29 @@ def finished_state(checkpoint: Path) -> TrainerState | None:
     return state if state.global_step >= state.max_steps else None
 
 
-def _step(folder: Path) -> int:
+def _read_step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _defects(folder: Path, processes: int) -> Iterator[str]:
+def _find_defects(folder: Path, processes: int) -> Iterator[str]:
     """Yield what is wrong with a checkpoint, cheapest test first."""
     try:
         for name in (_STATE, ADAPTER_CONFIG):
             content = read_json(folder / name, ValueError)
-            if name == _STATE and content["global_step"] != _step(folder):
+            if name == _STATE and content["global_step"] != _read_step(folder):
                 yield f"{_STATE} is of step {content['global_step']}"
         TrainerState.load_from_json(str(folder / _STATE))
     except Exception as error:
         # A state of other fields raises whatever its class does with them.
         yield f"{type(error).__name__}: {one_line(error)}"
         return
-    yield from _tensor_defects(folder / ADAPTER_FILE)
+    yield from _find_tensor_defects(folder / ADAPTER_FILE)
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in ("optimizer.pt", "scheduler.pt", *random):
-        yield from _archive_defects(folder / name)
+        yield from _find_archive_defects(folder / name)
 
 
-def _tensor_defects(file: Path) -> Iterator[str]:
+def _find_tensor_defects(file: Path) -> Iterator[str]:
     try:
         check_regular(file)
         # The header says how long the file must be, and opening compares.
@@ -108,7 +108,7 @@ def _tensor_defects(file: Path) -> Iterator[str]:
         yield f"{file.name}: {error}"
 
 
-def _archive_defects(file: Path) -> Iterator[str]:
+def _find_archive_defects(file: Path) -> Iterator[str]:
     """Yield what is wrong with a file of ``torch.save``: a zip archive, whose checksums show every cut."""
     try:
         check_regular(file)

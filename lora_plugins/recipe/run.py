@@ -80,13 +80,13 @@ class TrainingRun:
     def run(self) -> int:
         """Do all of it; see `run`."""
         prepare.check_lora(self.recipe)
-        publication = Publication.of(self.recipe.push, self._base_on_hub())
-        checkpoint = self._checkpoint()
+        publication = Publication.of(self.recipe.push, self._find_base_on_hub())
+        checkpoint = self._choose_checkpoint()
         # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
-        trainer, interruption = self._trainer()
+        trainer, interruption = self._make_trainer()
         if publication is not None:
             publication.check(trainer.model)
         if self.is_main:
@@ -96,7 +96,7 @@ class TrainingRun:
             # A process that ended while another still writes the checkpoint would have its launcher kill that one.
             trainer.accelerator.wait_for_everyone()
         if interruption.stopped_at is not None:
-            return self._interrupted(interruption)
+            return self._end_interrupted(interruption)
         figures = self._save(trainer)
         unpublished = self._publish(publication, trainer)
         # The trained model is not needed any more and would take the merge's memory.
@@ -109,7 +109,7 @@ class TrainingRun:
             raise unpublished
         return 0
 
-    def _base_on_hub(self) -> str | None:
+    def _find_base_on_hub(self) -> str | None:
         """Return the base that a published adapter names, where the model itself does not say it."""
         recipe = self.recipe
         if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
@@ -127,7 +127,7 @@ class TrainingRun:
             return error
         return None
 
-    def _checkpoint(self) -> str | None:
+    def _choose_checkpoint(self) -> str | None:
         """Return the checkpoint to go on from.
 
         Raises:
@@ -155,7 +155,7 @@ class TrainingRun:
         self.say(f"Going on from {found.newest}")
         return str(found.newest)
 
-    def _trainer(self) -> tuple[Trainer, Interruption]:
+    def _make_trainer(self) -> tuple[Trainer, Interruption]:
         interruption = Interruption()
         callbacks: list[Any] = [LoraCallback(**prepare.lora_arguments(self.recipe)), ParameterReportCallback()]
         if self.recipe.early_stopping_patience:
@@ -192,7 +192,7 @@ class TrainingRun:
         best = state.best_model_checkpoint if self.training.load_best_model_at_end else None
         restore_best(trainer.model, Path(best or checkpoint))
 
-    def _interrupted(self, interruption: Interruption) -> int:
+    def _end_interrupted(self, interruption: Interruption) -> int:
         number = interruption.signal or signal.SIGTERM
         self.say(
             f"Interrupted by {signal.Signals(number).name} after step {interruption.stopped_at}; checkpoint-"
@@ -209,7 +209,7 @@ class TrainingRun:
             return figures
         # A pickle with this machine's paths in it, of no use to anybody who loads the adapter.
         (self.folders.adapter / "training_args.bin").unlink(missing_ok=True)
-        write_json(self.folders.adapter / RECIPE_FILE, self._recipe_record(trainer.model))
+        write_json(self.folders.adapter / RECIPE_FILE, self._make_recipe_record(trainer.model))
         report = self.folders.report
         report.mkdir(parents=True, exist_ok=True)
         write_json(report / "metrics.json", figures)
@@ -220,7 +220,7 @@ class TrainingRun:
         self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
         return figures
 
-    def _recipe_record(self, model: Any) -> dict[str, Any]:
+    def _make_recipe_record(self, model: Any) -> dict[str, Any]:
         """What somebody needs to use or merge the adapter as it was trained."""
         record: dict[str, Any] = {
             "base": self.recipe.model,

@@ -56,7 +56,7 @@ def _check_text(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     scan = _Nesting(path) if path.suffix in (".json", ".jsonl") else None
     line, blank = 1, True
-    for chunk in _chunks(path):
+    for chunk in _read_chunks(path):
         zero = chunk.find(b"\0")
         if zero >= 0:
             raise DataError(f"{path}, line {line + chunk.count(10, 0, zero)}: a NUL byte is not text")
@@ -75,7 +75,7 @@ def _check_text(path: Path) -> None:
         raise DataError(f"The data set {path} can't be read: the file has no rows")
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk

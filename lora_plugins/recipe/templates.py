@@ -72,19 +72,19 @@ class _TextTemplate:
         self.parts = _parse(text)
         self.fields = [name for _, name in self.parts if name is not None and name not in _TOKENS]
         _check_fields(self.fields, columns, text)
-        self.tokens = {name: _special_token(tokenizer, name) for _, name in self.parts if name in _TOKENS}
+        self.tokens = {name: _find_special_token(tokenizer, name) for _, name in self.parts if name in _TOKENS}
         self.identity: tuple[str, ...] = (text,)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        return "".join(self._pieces(row))
+        return "".join(self._make_pieces(row))
 
     def spans(self, row: Mapping[str, Any]) -> list[Span]:
-        pieces = self._pieces(row)
+        pieces = self._make_pieces(row)
         # Each part is a literal and what follows it; the completion begins with the last column's value.
         last = max(index for index, (_, name) in enumerate(self.parts) if name in self.fields)
         return [(len("".join(pieces[: 2 * last + 1])), len("".join(pieces)))]
 
-    def _pieces(self, row: Mapping[str, Any]) -> list[str]:
+    def _make_pieces(self, row: Mapping[str, Any]) -> list[str]:
         pieces = []
         for literal, name in self.parts:
             value = "" if name is None else self.tokens[name] if name in self.tokens else str(row[name])
@@ -132,7 +132,7 @@ def _is_plain(kind: object) -> bool:
     return isinstance(kind, (Value, ClassLabel))
 
 
-def _special_token(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+def _find_special_token(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     token = getattr(tokenizer, name or "", None)
     if not token:
         raise TemplateError(f"The template has {{{name}}} and the tokenizer has none. Leave it out, or set it.")
@@ -156,17 +156,17 @@ class _ChatTemplate:
         self.identity: tuple[str, ...] = (CHAT, str(tokenizer.chat_template))
 
     def text(self, row: Mapping[str, Any]) -> str:
-        return self._text(row[_MESSAGES])
+        return self._render(row[_MESSAGES])
 
     def spans(self, row: Mapping[str, Any]) -> list[Span]:
         messages = row[_MESSAGES]
-        text = self._text(messages)
+        text = self._render(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._text(messages[:index], add_generation_prompt=True)
-            through = self._text(messages[: index + 1])
+            before = self._render(messages[:index], add_generation_prompt=True)
+            through = self._render(messages[: index + 1])
             if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
                 raise TemplateError(
                     f"The chat template writes the conversation differently when turn {index} is the last one, so the "
@@ -178,7 +178,7 @@ class _ChatTemplate:
     def usable(self, row: Mapping[str, Any]) -> bool:
         return any(message["role"] == "assistant" and message["content"] for message in row[_MESSAGES] or ())
 
-    def _text(self, messages: list[Any], **options: Any) -> str:
+    def _render(self, messages: list[Any], **options: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options)) if messages else ""
 
 
@@ -207,11 +207,13 @@ class _Encoder:
         labels = []
         for tokens, places, row in zip(ids, encoded["offset_mapping"], rows, strict=True):
             spans = self.template.spans(row)
-            labels.append([t if _answers(place, spans) else IGNORED for t, place in zip(tokens, places, strict=True)])
+            labels.append(
+                [t if _touches_answer(place, spans) else IGNORED for t, place in zip(tokens, places, strict=True)]
+            )
         return {"input_ids": ids, "labels": labels}
 
 
-def _answers(place: Span, spans: list[Span]) -> bool:
+def _touches_answer(place: Span, spans: list[Span]) -> bool:
     """Whether any of a token's characters is in an answer; tokens without characters are the tokenizer's own.
 
     The first token of an answer often takes the space before it along.
@@ -251,13 +253,13 @@ def encode(
         remove_columns=rows.column_names,
         features=Features({name: List(Value("int64")) for name in ("input_ids", "labels")}),
         # A tokenizer remembers its last call, which would make the hash another one each time.
-        new_fingerprint=_fingerprint(rows, template, tokenizer, completion_only),
+        new_fingerprint=_make_fingerprint(rows, template, tokenizer, completion_only),
         desc="Tokenising",
     )
     return encoded, len(rows) - len(encoded)
 
 
-def _fingerprint(rows: Dataset, template: Template, tokenizer: Any, completion_only: bool) -> str:
+def _make_fingerprint(rows: Dataset, template: Template, tokenizer: Any, completion_only: bool) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     # The first number changes whenever tokens or labels come out differently.

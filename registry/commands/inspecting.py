@@ -73,11 +73,11 @@ def show(
     say(f"{found.release} ({found.release.commit[:12]})")
     if found.release.yanked:
         say(f"withdrawn: {visible(found.release.yanked)}")
-    for key, value in _facts(found.manifest):
+    for key, value in _list_facts(found.manifest):
         say(f"  {key:<14} {visible(value)}")
 
 
-def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _list_facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     base, kind = manifest.base, manifest.architecture
     at = f" at {base.commit}" if base.commit else ""
     yield "base", f"{base.id or 'known by its fingerprint'}{at} ({kind.class_name or kind.model_type or 'unknown'})"
@@ -88,15 +88,15 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "files", ", ".join(f"{name} ({record.size:,})" for name, record in manifest.files.items())
     yield "tensors", f"{len(manifest.tensors)}"
     for title, values in (("config", manifest.config), ("metrics", manifest.metrics), ("training", manifest.training)):
-        for key, value in _flat(values):
+        for key, value in _flatten(values):
             yield title, f"{key} = {value}"
             title = ""
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -127,14 +127,14 @@ def _print_difference(found: Difference) -> None:
         for key, (old, new) in pairs.items():
             if key == "fingerprint":
                 old, new = "one", "another"
-            say(f"  {title}: {visible(key)} {visible(_or_default(old))} -> {visible(_or_default(new))}")
+            say(f"  {title}: {visible(key)} {visible(_show_value(old))} -> {visible(_show_value(new))}")
     print_rows(
         ("layer", "norm before", "norm after", "norm of the change"),
         ((c.name, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.change:.4g}") for c in found.layers),
     )
 
 
-def _or_default(value: object) -> object:
+def _show_value(value: object) -> object:
     return "-" if value is None else value
 
 

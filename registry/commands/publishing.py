@@ -78,14 +78,14 @@ def push(
             hub=hub,
             base_model=base_model,
             base_aliases=base_alias or (),
-            metrics=_metrics(metric) if metric else None,
+            metrics=_read_metrics(metric) if metric else None,
             allow=allow or (),
             private=private,
             commit_message=message,
             create_pr=create_pr,
             force=force,
             dry_run=dry_run,
-            sign=_signing_key(sign, certificate, chain or ()),
+            sign=_make_signing_key(sign, certificate, chain or ()),
             license=license_,
             datasets=dataset or (),
             language=language,
@@ -102,7 +102,7 @@ def push(
         say(f"Published {done} ({done.commit[:12]})" if done.created else f"{done} has this content already")
 
 
-def _signing_key(key: str | None, certificate: str | None, chain: Sequence[str]) -> SigningKey | None:
+def _make_signing_key(key: str | None, certificate: str | None, chain: Sequence[str]) -> SigningKey | None:
     if key is None:
         if certificate or chain:
             raise typer.BadParameter("a certificate needs the private key: --sign", param_hint="--certificate")
@@ -116,7 +116,7 @@ def _list_changes(changes: Changes) -> list[tuple[str, str]]:
     return [(path, what) for what, paths in asdict(changes).items() for path in paths]
 
 
-def _metrics(given: list[str]) -> dict[str, float]:
+def _read_metrics(given: list[str]) -> dict[str, float]:
     metrics = {}
     for item in given:
         name, _, value = item.partition("=")

@@ -36,16 +36,16 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value, records as objects. JSON escapes what is not ASCII, so nothing reaches the terminal raw."""
-    typer.echo(json.dumps(_plain(value), indent=2))
+    typer.echo(json.dumps(_make_plain(value), indent=2))
 
 
-def _plain(value: Any) -> Any:
+def _make_plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return _make_plain(asdict(value))
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _make_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_make_plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

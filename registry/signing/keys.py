@@ -87,8 +87,8 @@ class SigningKey:
             )
         except Exception as error:  # of cryptography, OpenSSL or the library; what each raises is not documented
             raise InvalidKey(
-                f"{os.fspath(self.private_key)!r} cannot sign: {_reason(error)}. It must be {_KINDS}, in PEM, and the "
-                "certificate, if there is one, that of this key"
+                f"{os.fspath(self.private_key)!r} cannot sign: {_describe(error)}. It must be {_KINDS}, in PEM, and "
+                "the certificate, if there is one, that of this key"
             ) from None
 
     def public_pem(self) -> bytes:
@@ -156,7 +156,7 @@ class TrustedKey:
                 return config.use_certificate_verifier(certificate_chain=[self.path])
             return config.use_elliptic_key_verifier(public_key=self.path)
         except Exception as error:
-            raise InvalidKey(f"{str(self.path)!r} cannot verify: {_reason(error)}. It must be {_KINDS}") from None
+            raise InvalidKey(f"{str(self.path)!r} cannot verify: {_describe(error)}. It must be {_KINDS}") from None
 
     def fingerprint(self) -> str:
         """Return the sha256 by which a signature names its public key."""
@@ -205,5 +205,5 @@ def read_pem(path: str | os.PathLike[str]) -> bytes:
         raise InvalidKey(f"{os.fspath(path)!r} cannot be read: {error.strerror or error}") from None
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]

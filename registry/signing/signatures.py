@@ -54,8 +54,8 @@ def sign_manifest(name: str, manifest: bytes, key: SigningKey) -> bytes:
         InvalidKey: The key cannot be used.
         SigningNotInstalled: The library is not there.
     """
-    config = key.configure().set_hashing_config(_hashing())
-    with _staged(name, manifest) as (folder, signature):
+    config = key.configure().set_hashing_config(_configure_hashing())
+    with _stage(name, manifest) as (folder, signature):
         try:
             config.sign(folder, signature)
         except RegistryError:
@@ -128,9 +128,9 @@ def _find_problem(
     if not key.certificate and material["publicKey"]["hint"] != key.fingerprint():
         return stranger
     try:
-        with _staged(name, manifest) as (folder, file):
+        with _stage(name, manifest) as (folder, file):
             file.write_bytes(signature)
-            key.configure().set_hashing_config(_hashing()).verify(folder, file)
+            key.configure().set_hashing_config(_configure_hashing()).verify(folder, file)
     except RegistryError:
         raise
     except NotSigned:
@@ -187,7 +187,7 @@ def _describe_other(name: str, bundle: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _staged(name: str, manifest: bytes) -> Iterator[tuple[Path, Path]]:
+def _stage(name: str, manifest: bytes) -> Iterator[tuple[Path, Path]]:
     """A folder with the manifest as it is signed, and a place for the signature beside it."""
     with temporary_folder() as parent:
         folder = parent / "release"
@@ -197,7 +197,7 @@ def _staged(name: str, manifest: bytes) -> Iterator[tuple[Path, Path]]:
         yield folder, parent / "signature"
 
 
-def _hashing() -> hashing.Config:
+def _configure_hashing() -> hashing.Config:
     from model_signing import hashing
 
     config = hashing.Config().use_file_serialization(hashing_algorithm="sha256", max_workers=1)

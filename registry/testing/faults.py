@@ -196,14 +196,14 @@ class Faults:
 
     def before(self, request: Request) -> Response | None:
         """What a fault answers instead of the route, if one does."""
-        for fault in self._due(request, None):
+        for fault in self._find_due(request, None):
             if fault.before is not None and (answer := fault.before(request)) is not None:
                 return answer
         return None
 
     def after(self, request: Request, response: Response) -> Response:
         """The route's answer as the faults leave it."""
-        for fault in self._due(request, response):
+        for fault in self._find_due(request, response):
             if fault.after is not None:
                 response = fault.after(request, response)
         return response
@@ -212,9 +212,9 @@ class Faults:
         with self._lock:
             self._faults.append(fault)
 
-    def _due(self, request: Request, response: Response | None) -> list[_Fault]:
+    def _find_due(self, request: Request, response: Response | None) -> list[_Fault]:
         """The faults of this request, before there is a response or after; they are used up by being asked for."""
-        path = self._path_of(request)
+        path = self._find_path(request)
         with self._lock:
             due = [
                 fault
@@ -226,7 +226,7 @@ class Faults:
                 fault.spend()
             return due
 
-    def _path_of(self, request: Request) -> str | None:
+    def _find_path(self, request: Request) -> str | None:
         if request.route == "storage":
             return self._storage_paths.get(request.parts["sha256"])
         path = request.parts.get("path")

@@ -42,7 +42,7 @@ class Entry:
     @property
     def pointer_size(self) -> int:
         """Bytes of the git-lfs pointer that stands for the content."""
-        return len(_pointer(self.sha256, self.size))
+        return len(_make_pointer(self.sha256, self.size))
 
     @property
     def unchanged_oid(self) -> str:
@@ -143,7 +143,7 @@ class Store:
         with self.lock:
             if repo_id in self.repos:
                 raise HubFailure(409, "You already created this model repo", extra={"name": repo_id})
-            repo = Repo(repo_id, private, _now(), secrets.token_hex(12))
+            repo = Repo(repo_id, private, _format_now(), secrets.token_hex(12))
             self.repos[repo_id] = repo
             files = {".gitattributes": self.entry(GITATTRIBUTES, lfs=False)}
             self.write_commit(repo, "main", files, title="initial commit", author="system")
@@ -170,8 +170,8 @@ class Store:
         """Store ``content`` and describe it as a file of a commit."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.blobs[sha256] = content
-        in_git = _pointer(sha256, len(content)) if lfs else content
-        return Entry(sha256, len(content), _git_blob_id(in_git), lfs)
+        in_git = _make_pointer(sha256, len(content)) if lfs else content
+        return Entry(sha256, len(content), _hash_git_blob(in_git), lfs)
 
     def lfs_entry(self, sha256: str) -> Entry:
         """Describe an uploaded LFS object as a file of a commit."""
@@ -223,7 +223,7 @@ class Store:
         with self.lock:
             refs = repo.pull_requests if branch.startswith("refs/pr/") else repo.branches
             parent = None if orphan else refs.get(branch)
-            date = _now()
+            date = _format_now()
             content = {path: [entry.sha256, entry.lfs] for path, entry in sorted(files.items())}
             identity = [repo.key, parent, title, message, author, date, len(repo.commits), content]
             oid = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
@@ -254,13 +254,13 @@ class Store:
                 raise HubFailure(404, f"{kind.capitalize()} not found: {name}", "RevisionNotFound")
 
 
-def _pointer(sha256: str, size: int) -> bytes:
+def _make_pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
-def _git_blob_id(content: bytes) -> str:
+def _hash_git_blob(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
-def _now() -> str:
+def _format_now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"

@@ -56,11 +56,11 @@ def collect_garbage(
     """
     place, cache = open_hub(hub, False), Cache(cache_dir)
     problems: list[str] = []
-    in_registry = _unreachable(place, problems) if isinstance(place, FolderHub) else {}
-    forgotten = _forgotten(cache, problems)
+    in_registry = _find_unreachable(place, problems) if isinstance(place, FolderHub) else {}
+    forgotten = _find_forgotten(cache, problems)
     halves = cache.leftovers()
-    size = {path: _size(path) for paths in in_registry.values() for path in paths}
-    size |= {path: _size(path) for path in [*map(cache.path, forgotten), *halves]}
+    size = {path: _measure_folder(path) for paths in in_registry.values() for path in paths}
+    size |= {path: _measure_folder(path) for path in [*map(cache.path, forgotten), *halves]}
     if not dry_run:
         for name, paths in in_registry.items():
             place.remove(name, paths)  # type: ignore[attr-defined]
@@ -72,13 +72,13 @@ def collect_garbage(
     return Garbage(tuple(size), sum(size.values()), not dry_run, tuple(problems))
 
 
-def _unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
+def _find_unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
     """Find commits by repository; a damaged repository keeps nobody from the others."""
-    found = {name: _unreachable_in(hub, name, problems) for name in hub.names()}
+    found = {name: _find_unreachable_in(hub, name, problems) for name in hub.names()}
     return {name: paths for name, paths in found.items() if paths}
 
 
-def _unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path]:
+def _find_unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path]:
     try:
         return hub.unreachable(name)
     except RegistryError as problem:
@@ -86,7 +86,7 @@ def _unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path
         return []
 
 
-def _forgotten(cache: Cache, problems: list[str]) -> list[str]:
+def _find_forgotten(cache: Cache, problems: list[str]) -> list[str]:
     try:
         remembered = {pulled.manifest for seen in cache.records() for pulled in seen.versions.values()}
     except RegistryError as problem:
@@ -95,5 +95,5 @@ def _forgotten(cache: Cache, problems: list[str]) -> list[str]:
     return [digest for digest in cache.digests() if digest not in remembered and not cache.is_leased(digest)]
 
 
-def _size(folder: Path) -> int:
+def _measure_folder(folder: Path) -> int:
     return sum(path.lstat().st_size for path in [folder, *folder.rglob("*")] if not path.is_dir())

@@ -68,14 +68,14 @@ def compare_adapters(before: Adapter, after: Adapter) -> Difference:
     return Difference(
         str(before),
         str(after),
-        _changed(one.config, two.config),
+        _compare_fields(one.config, two.config),
         {key: (one.metrics.get(key), two.metrics.get(key)) for key in sorted({*one.metrics, *two.metrics})},
         {key: pair for key, pair in bases.items() if pair[0] != pair[1]},
-        _layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
+        _compare_layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
     )
 
 
-def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _compare_fields(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     keys = sorted({*one, *two})
     return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
 
@@ -97,11 +97,11 @@ class _Weights:
     def factors(self, name: str) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
         """B, scaled, and A of what the adapter adds to a layer; one pair for each expert. Empty where it adds none."""
         module = self.modules.get(name)
-        return [] if module is None else self._factors(name, module)
+        return [] if module is None else self._read_factors(name, module)
 
-    def _factors(self, name: str, module: LoraModule) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+    def _read_factors(self, name: str, module: LoraModule) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
         first, second = self.tensor(module.first or ""), self.tensor(module.second or "")
-        rank, scaling = self._scaling(name.removeprefix(_PREFIX))
+        rank, scaling = self._read_scaling(name.removeprefix(_PREFIX))
         rows = first.shape[0]
         experts = rows // rank if rank and rows % rank == 0 and self._config.fields.get("target_parameters") else 1
         if experts == 1:
@@ -110,14 +110,14 @@ class _Weights:
         firsts, seconds = first.reshape(experts, rank, -1), second.reshape(-1, rank, experts)
         return [(scaling * seconds[:, :, index], firsts[index]) for index in range(experts)]
 
-    def _scaling(self, name: str) -> tuple[int, float]:
+    def _read_scaling(self, name: str) -> tuple[int, float]:
         fields = self._config.fields
-        rank = int(_pattern(fields.get("rank_pattern"), name, self._config.rank))
-        alpha = float(_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8)))
+        rank = int(_match_pattern(fields.get("rank_pattern"), name, self._config.rank))
+        alpha = float(_match_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8)))
         return rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _match_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value for a layer, as PEFT looks it up; that the expressions are cheap was checked with the configuration."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -125,24 +125,24 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any
     return default
 
 
-def _layers(one: _Weights, two: _Weights) -> tuple[LayerChange, ...]:
+def _compare_layers(one: _Weights, two: _Weights) -> tuple[LayerChange, ...]:
     names = list(dict.fromkeys([*one.modules, *two.modules]))
-    changes = [_layer(name, one.factors(name), two.factors(name)) for name in names]
-    changes += [_other(name, one, two) for name in sorted(one.others | two.others)]
+    changes = [_compare_layer(name, one.factors(name), two.factors(name)) for name in names]
+    changes += [_compare_other(name, one, two) for name in sorted(one.others | two.others)]
     return tuple(changes)
 
 
-def _layer(name: str, one: list[Any], two: list[Any]) -> LayerChange:
+def _compare_layer(name: str, one: list[Any], two: list[Any]) -> LayerChange:
     longest = max(len(one), len(two))
     if {len(one), len(two)} - {0, longest}:
         raise ValueError(f"{name} has {len(one)} experts in one adapter and {len(two)} in the other")
     pairs = [(one[i] if one else None, two[i] if two else None) for i in range(longest)]
-    norms = [[_norm([a]), _norm([b]), _norm([a, _negative(b)])] for a, b in pairs]
+    norms = [[_compute_norm([a]), _compute_norm([b]), _compute_norm([a, _negate(b)])] for a, b in pairs]
     before, after, change = (sum(n[column] ** 2 for n in norms) ** 0.5 for column in range(3))
     return LayerChange(name.removeprefix(_PREFIX), before, after, change)
 
 
-def _other(name: str, one: _Weights, two: _Weights) -> LayerChange:
+def _compare_other(name: str, one: _Weights, two: _Weights) -> LayerChange:
     import numpy
 
     a = one.tensor(name) if name in one.others else None
@@ -153,11 +153,11 @@ def _other(name: str, one: _Weights, two: _Weights) -> LayerChange:
     return LayerChange(name.removeprefix(_PREFIX), norms[0], norms[1], change)
 
 
-def _negative(factors: Any) -> Any:
+def _negate(factors: Any) -> Any:
     return None if factors is None else (-factors[0], factors[1])
 
 
-def _norm(terms: list[Any]) -> float:
+def _compute_norm(terms: list[Any]) -> float:
     """The norm of a sum of products B A, of which the large matrix is never made.
 
     By QR decomposition of the joined factors; differences of squares would lose half of the digits.
@@ -169,7 +169,7 @@ def _norm(terms: list[Any]) -> float:
         return 0.0
     if len({(b.shape[0], a.shape[1]) for b, a in there}) > 1:
         # Layers of different sizes have no difference: the norms of both together.
-        return float(sum(_norm([term]) ** 2 for term in there) ** 0.5)
+        return float(sum(_compute_norm([term]) ** 2 for term in there) ** 0.5)
     left: Any = numpy.linalg.qr(numpy.concatenate([b for b, _ in there], axis=1), mode="r")
     right: Any = numpy.linalg.qr(numpy.concatenate([a for _, a in there], axis=0).T, mode="r")
     return float(numpy.linalg.norm(left @ right.T))

@@ -92,9 +92,9 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys 
     try:
         manifest = read_manifest(fetcher.hub, release, manifests)
         problems += fetcher.compare(release, manifest, refs)
-        problems += _signed(place, release, manifest, keys)
-        others = _others(place, release, manifest)
-        problems += _damaged(place, release, manifest)
+        problems += _check_signed(place, release, manifest, keys)
+        others = _list_others(place, release, manifest)
+        problems += _find_damaged(place, release, manifest)
     except (HubUnavailable, MachineError):
         raise
     except RegistryError as problem:
@@ -102,7 +102,7 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys 
     return Verification(release, manifest, tuple(problems), others)
 
 
-def _signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -> list[str]:
+def _check_signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -> list[str]:
     if keys is None:
         return []
     signature = read_signature(hub, release)
@@ -115,23 +115,23 @@ def _signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -
     return []
 
 
-def _others(hub: Hub, release: Release, manifest: Manifest) -> tuple[str, ...]:
+def _list_others(hub: Hub, release: Release, manifest: Manifest) -> tuple[str, ...]:
     listed = {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE, GIT_ATTRIBUTES}
     return tuple(sorted(path for path in hub.files(release.name, release.commit) if path not in listed))
 
 
-def _damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
+def _find_damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
     check_sizes(manifest)
     with temporary_folder() as folder:
         problems = [
             problem
             for name, record in manifest.files.items()
-            if (problem := _difference(hub, release, folder, name, record)) is not None
+            if (problem := _find_difference(hub, release, folder, name, record)) is not None
         ]
         return problems or list(check_content(folder, manifest))
 
 
-def _difference(hub: Hub, release: Release, folder: Path, name: str, record: FileRecord) -> str | None:
+def _find_difference(hub: Hub, release: Release, folder: Path, name: str, record: FileRecord) -> str | None:
     try:
         with CheckedSink(folder / name) as sink:
             hub.download(release.name, release.commit, name, cast("BinaryIO", sink), record.size)

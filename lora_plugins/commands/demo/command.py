@@ -33,10 +33,10 @@ def demo(
     options = DemoOptions(model, None if quantization == "none" else quantization, steps, output, seed)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = Demo(options).run()
-    typer.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else _text(result))
+    typer.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else _format_result(result))
 
 
-def _text(result: DemoResult) -> str:
+def _format_result(result: DemoResult) -> str:
     lower = 1 - result.perplexity_after / result.perplexity_before
     kernel = f"{result.quantization} base" if result.quantization else "float base"
     lines = [""]

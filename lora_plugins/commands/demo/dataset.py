@@ -74,8 +74,8 @@ def collect_examples(root: Path | None = None) -> list[Example]:
     root = root or Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, Example] = {}
     summaries: set[str] = set()
-    for path in _files(root):
-        for example in _examples_of(path, ".".join(path.relative_to(root).with_suffix("").parts)):
+    for path in _list_files(root):
+        for example in _read_examples(path, ".".join(path.relative_to(root).with_suffix("").parts)):
             summary = example.summary.casefold()
             if summary not in summaries and example.source not in found:
                 summaries.add(summary)
@@ -156,12 +156,12 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Any:
     return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
 
 
-def _files(root: Path) -> list[Path]:
+def _list_files(root: Path) -> list[Path]:
     paths = (path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts))
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _examples_of(path: Path, module: str) -> Iterator[Example]:
+def _read_examples(path: Path, module: str) -> Iterator[Example]:
     try:
         text = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -173,8 +173,8 @@ def _examples_of(path: Path, module: str) -> Iterator[Example]:
     lines = text.splitlines()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            summary = _first_sentence(ast.get_docstring(node) or "")
-            source = _without_docstring(node, lines)
+            summary = _find_first_sentence(ast.get_docstring(node) or "")
+            source = _remove_docstring(node, lines)
             if _fits(len(summary), _SUMMARY_LENGTH) and _fits(len(source), _SOURCE_LENGTH):
                 yield Example(module, source, summary)
 
@@ -183,14 +183,14 @@ def _fits(length: int, bounds: tuple[int, int]) -> bool:
     return bounds[0] <= length <= bounds[1]
 
 
-def _first_sentence(docstring: str) -> str:
+def _find_first_sentence(docstring: str) -> str:
     """Return the text up to the first full stop, on one line; empty if there is none."""
     paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
     sentence = re.match(r"[A-Z][^.:`<>|]*[a-z)'\"]\.(?=\s|$)", paragraph)
     return sentence.group() if sentence else ""
 
 
-def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+def _remove_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     """Return a function's source without its docstring; empty if no body is left."""
     docstring = node.body[0]
     if len(node.body) == 1 or docstring.lineno == node.lineno or docstring.end_lineno is None:

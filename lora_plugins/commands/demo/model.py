@@ -41,7 +41,7 @@ def demo_model() -> Path:
         OSError: The cache can't be written.
     """
     weights = gguf_file()
-    folder = cache_folder() / f"smollm2-135m-instruct-{_digest(weights)[:16]}-{_LAYOUT}"
+    folder = cache_folder() / f"smollm2-135m-instruct-{_hash_file(weights)[:16]}-{_LAYOUT}"
     if not folder.is_dir():
         _convert(weights, folder)
     return folder
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "lora-plugins"
 
 
-def _digest(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

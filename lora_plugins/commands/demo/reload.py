@@ -95,7 +95,7 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
     stored = load_file(reference)
     backend = None if quantization == "none" else quantization
     loaded = load_base(base)
-    folder, identity = (Path(adapter), None) if registry == "none" else _pull_checked(adapter, Path(registry), loaded)
+    folder, identity = (Path(adapter), None) if registry == "none" else _pull_and_check(adapter, Path(registry), loaded)
     model = prepare_model(loaded, quantization=backend, adapter=folder)
     expected, got = stored["logits"], logits(model, stored)
     with model.disable_adapter():
@@ -104,7 +104,7 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
     return Reload(torch.equal(expected, got), difference, difference_off, identity)
 
 
-def _pull_checked(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:
+def _pull_and_check(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:
     """The folder of a release that has been checked against a base model, and what the check says of its identity."""
     from registry import pull_adapter
 

@@ -149,11 +149,11 @@ class Demo:
         self.tokenizer = AutoTokenizer.from_pretrained(self._base)
         self._make_data()
         trainer = self._make_trainer()
-        self._lap("preparing")
+        self._record_time("preparing")
         before = self._measure_before(trainer)
         self.say(f"Training for {self.options.steps} steps of {BATCH_SIZE} functions …")
         trainer.train()
-        self._lap("training")
+        self._record_time("training")
         self._measure_after(trainer, before)
         self._save(trainer)
         self._publish(trainer)
@@ -179,7 +179,7 @@ class Demo:
         from lora_plugins import LoraCallback, ParameterReportCallback
 
         model = load_base(self._base)
-        self.result.loss_float = self._loss(model)
+        self.result.loss_float = self._measure_loss(model)
         arguments = TrainingArguments(
             output_dir=str(self.options.output),
             max_steps=self.options.steps,
@@ -209,23 +209,23 @@ class Demo:
         count = count_parameters(trainer.model)
         self.result.trainable, self.result.total = count.trainable, count.total
         # The adapter is exactly zero before the first step, so this is the base under the same kernel as later.
-        self.result.loss_before = self._loss(trainer.model)
+        self.result.loss_before = self._measure_loss(trainer.model)
         self.result.perplexity_before = math.exp(self.result.loss_before)
         texts = answers(trainer.model, self.shown, self.tokenizer)
-        self._lap("measuring before")
+        self._record_time("measuring before")
         return texts
 
     def _measure_after(self, trainer: Trainer, before: Sequence[str]) -> None:
         result = self.result
         result.training_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        result.loss_after = self._loss(trainer.model)
+        result.loss_after = self._measure_loss(trainer.model)
         result.perplexity_after = math.exp(result.loss_after)
         after = answers(trainer.model, self.shown, self.tokenizer)
         result.samples = [
             Sample(example.module, example.source, example.summary, old, new)
             for example, old, new in zip(self.shown, before, after, strict=True)
         ]
-        self._lap("measuring after")
+        self._record_time("measuring after")
 
     def _save(self, trainer: Trainer) -> None:
         output = self.options.output
@@ -248,7 +248,7 @@ class Demo:
             training={"quantization": self.options.quantization or "none"},
         )
         self.result.release, self.result.content = str(done), done.manifest.content_digest
-        self._lap("publishing")
+        self._record_time("publishing")
 
     @property
     def _registry(self) -> Path:
@@ -265,14 +265,14 @@ class Demo:
             quantization=self.options.quantization,
             registry=self._registry,
         )
-        self._lap("reloading")
+        self._record_time("reloading")
         if not self.result.reload.equal or not self.result.reload.difference_off:
             raise DemoError(f"The reloaded adapter is not the one that was trained: {self.result.reload}")
 
-    def _loss(self, model: Any) -> float:
+    def _measure_loss(self, model: Any) -> float:
         return held_out_loss(model, self.test_data, self.tokenizer)
 
-    def _lap(self, phase: str) -> None:
+    def _record_time(self, phase: str) -> None:
         now = time.perf_counter()
         self.result.seconds[phase] = round(now - self._started, 1)
         self._started = now

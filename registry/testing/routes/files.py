@@ -17,7 +17,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 def resolve(site: Site, request: Request) -> Response:
     """Say where a file's bytes are, and in headers what they are."""
     commit, path, entry = _locate(site, request)
-    headers = _metadata(commit, entry)
+    headers = _make_metadata(commit, entry)
     if site.faults.xet_cas_url is not None and entry.lfs:
         repo = request.parts["repo"]
         headers["X-Xet-Hash"] = entry.sha256
@@ -34,7 +34,7 @@ def resolve(site: Site, request: Request) -> Response:
 def resolve_cache(site: Site, request: Request) -> Response:
     """The bytes of a file that git keeps."""
     commit, _, entry = _locate(site, request)
-    return _bytes(site, request, entry, _metadata(commit, entry))
+    return _send_bytes(site, request, entry, _make_metadata(commit, entry))
 
 
 def raw(site: Site, request: Request) -> Response:
@@ -53,7 +53,7 @@ def storage(site: Site, request: Request) -> Response:
     if sha256 not in site.store.blobs:
         raise HubFailure(404, "The specified key does not exist.")
     entry = Entry(sha256, len(site.store.blobs[sha256]), sha256, lfs=True)
-    return _bytes(site, request, entry, {"ETag": f'"{sha256}"'})
+    return _send_bytes(site, request, entry, {"ETag": f'"{sha256}"'})
 
 
 def _locate(site: Site, request: Request) -> tuple[Commit, str, Entry]:
@@ -68,7 +68,7 @@ def _locate(site: Site, request: Request) -> tuple[Commit, str, Entry]:
     return commit, path, commit.files[path]
 
 
-def _metadata(commit: Commit, entry: Entry) -> dict[str, str]:
+def _make_metadata(commit: Commit, entry: Entry) -> dict[str, str]:
     etag = entry.sha256 if entry.lfs else entry.blob_id
     return {
         "X-Repo-Commit": commit.oid,
@@ -79,23 +79,23 @@ def _metadata(commit: Commit, entry: Entry) -> dict[str, str]:
     }
 
 
-def _bytes(site: Site, request: Request, entry: Entry, headers: dict[str, str]) -> Response:
+def _send_bytes(site: Site, request: Request, entry: Entry, headers: dict[str, str]) -> Response:
     """The content, or the range of it that was asked for."""
     content = site.store.blobs[entry.sha256]
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
     match = _RANGE.fullmatch(request.headers.get("Range") or "")
     if match is None or match.groups() == ("", ""):
-        return _body(request, 200, content, headers)
+        return _make_response(request, 200, content, headers)
     first, last = match.groups()
     start = max(0, len(content) - int(last)) if first == "" else int(first)
     stop = len(content) if first == "" or last == "" else min(len(content), int(last) + 1)
     if start >= stop:
         return Response(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
     headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-    return _body(request, 206, content[start:stop], headers)
+    return _make_response(request, 206, content[start:stop], headers)
 
 
-def _body(request: Request, status: int, content: bytes, headers: dict[str, str]) -> Response:
+def _make_response(request: Request, status: int, content: bytes, headers: dict[str, str]) -> Response:
     if request.method == "HEAD":
         return Response(status, b"", {**headers, "Content-Length": str(len(content))})
     return Response(status, content, headers)

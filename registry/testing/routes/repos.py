@@ -30,14 +30,14 @@ __all__ = [
 
 
 def whoami(site: Site, request: Request) -> Response:
-    user = _known(request)
+    user = _require_user(request)
     orgs = [{"type": "org", "name": name, "fullname": name, "isEnterprise": False} for name in user.orgs]
     token = {"displayName": "loopback", "role": user.role}
     return Response.of({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
 
 
 def create_repo(site: Site, request: Request) -> Response:
-    user, wanted = _known(request), request.json()
+    user, wanted = _require_user(request), request.json()
     namespace = str(wanted.get("organization") or user.name)
     repo_id = f"{namespace}/{wanted.get('name')}"
     if wanted.get("type") not in (None, "model"):
@@ -55,7 +55,7 @@ def create_repo(site: Site, request: Request) -> Response:
 
 
 def delete_repo(site: Site, request: Request) -> Response:
-    user, wanted = _known(request), request.json()
+    user, wanted = _require_user(request), request.json()
     repo_id = f"{wanted.get('organization') or user.name}/{wanted.get('name')}"
     site.store.repo_for(repo_id, user, write=True)
     with site.store.lock:
@@ -75,7 +75,7 @@ def settings(site: Site, request: Request) -> Response:
 def info(site: Site, request: Request) -> Response:
     repo = site.repo(request)
     commit = site.commit(repo, request.parts.get("rev", "main"))
-    return Response.of(_model(site, repo, commit, blobs=bool(request.query.get("blobs"))))
+    return Response.of(_describe_model(site, repo, commit, blobs=bool(request.query.get("blobs"))))
 
 
 def list_models(site: Site, request: Request) -> Response:
@@ -84,11 +84,11 @@ def list_models(site: Site, request: Request) -> Response:
     found = []
     for repo in sorted(site.store.repos.values(), key=lambda repo: repo.id):
         member = request.user is not None and request.user.belongs_to(repo.namespace)
-        model = _model(site, repo, repo.resolve("main"), blobs=False)
+        model = _describe_model(site, repo, repo.resolve("main"), blobs=False)
         seen = (member or not repo.private) and query.get("author", [repo.namespace]) == [repo.namespace]
-        if seen and query.get("search", [""])[0] in repo.id and wanted <= set(_strings(model["tags"])):
+        if seen and query.get("search", [""])[0] in repo.id and wanted <= set(_check_strings(model["tags"])):
             found.append(model)
-    return _page(site, request, found, limit=int(query.get("limit", ["1000"])[0]))
+    return _make_page(site, request, found, limit=int(query.get("limit", ["1000"])[0]))
 
 
 def refs(site: Site, request: Request) -> Response:
@@ -133,7 +133,7 @@ def super_squash(site: Site, request: Request) -> Response:
         name = site.branch(repo, request.parts["rev"])
         title = str(request.json().get("message") or f"Super-squash branch '{name}'")
         files = repo.resolve(name).files
-        site.store.write_commit(repo, name, files, title=title, author=_known(request).name, orphan=True)
+        site.store.write_commit(repo, name, files, title=title, author=_require_user(request).name, orphan=True)
     return Response.of({})
 
 
@@ -141,24 +141,24 @@ def tree(site: Site, request: Request) -> Response:
     repo = site.repo(request)
     commit = site.commit(repo, request.parts["rev"])
     folder = request.parts.get("path") or ""
-    entries = _tree_entries(commit, folder, recursive=request.query.get("recursive") in ("true", "True", "1"))
+    entries = _list_tree_entries(commit, folder, recursive=request.query.get("recursive") in ("true", "True", "1"))
     if folder and not entries:
         raise HubFailure(404, f"{folder} does not exist on {commit.oid}", "EntryNotFound")
-    entries += [_file(path, _invented(site)) for path in site.faults.listing]
-    return _page(site, request, entries, limit=int(request.query.get("limit", site.page_size)))
+    entries += [_describe_file(path, _invent_entry(site)) for path in site.faults.listing]
+    return _make_page(site, request, entries, limit=int(request.query.get("limit", site.page_size)))
 
 
 def paths_info(site: Site, request: Request) -> Response:
     repo = site.repo(request)
     commit = site.commit(repo, request.parts["rev"])
     if "json" in (request.headers.get("Content-Type") or ""):
-        paths = _strings(request.json().get("paths"))
+        paths = _check_strings(request.json().get("paths"))
     else:
         paths = parse_qs(request.body.decode()).get("paths", [])
     found: list[object] = []
     for path in paths:
         if path in commit.files:
-            found.append(_file(path, commit.files[path]))
+            found.append(_describe_file(path, commit.files[path]))
         elif any(name.startswith(f"{path.rstrip('/')}/") for name in commit.files):
             found.append({"type": "directory", "path": path.rstrip("/"), "oid": commit.oid, "size": 0})
     return Response.of(found)
@@ -177,20 +177,20 @@ def commits(site: Site, request: Request) -> Response:
         }
         for commit in history
     ]
-    answer = _page(site, request, listed, limit=int(request.query.get("limit", 50)))
+    answer = _make_page(site, request, listed, limit=int(request.query.get("limit", 50)))
     answer.headers["X-Total-Count"] = str(len(history))
     return answer
 
 
-def _known(request: Request) -> User:
+def _require_user(request: Request) -> User:
     if request.user is None:
         raise HubFailure(401, "Invalid username or password.")
     return request.user
 
 
-def _model(site: Site, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, object]:
-    siblings = [_sibling(path, entry, blobs=blobs) for path, entry in sorted(commit.files.items())]
-    siblings += [_sibling(path, _invented(site), blobs=blobs) for path in site.faults.listing]
+def _describe_model(site: Site, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, object]:
+    siblings = [_describe_sibling(path, entry, blobs=blobs) for path, entry in sorted(commit.files.items())]
+    siblings += [_describe_sibling(path, _invent_entry(site), blobs=blobs) for path in site.faults.listing]
     return {
         "_id": repo.key,
         "id": repo.id,
@@ -202,14 +202,14 @@ def _model(site: Site, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, 
         "disabled": False,
         "downloads": 0,
         "likes": 0,
-        "tags": _card_tags(site, commit),
+        "tags": _read_card_tags(site, commit),
         "createdAt": repo.created,
         "lastModified": commit.date,
         "siblings": siblings,
     }
 
 
-def _card_tags(site: Site, commit: Commit) -> list[str]:
+def _read_card_tags(site: Site, commit: Commit) -> list[str]:
     """The tags that the Hub derives from a model card's front matter, for the two keys that adapters are found by."""
     if "README.md" not in commit.files:
         return []
@@ -232,7 +232,7 @@ def _card_tags(site: Site, commit: Commit) -> list[str]:
     return tags
 
 
-def _sibling(path: str, entry: Entry, *, blobs: bool) -> dict[str, object]:
+def _describe_sibling(path: str, entry: Entry, *, blobs: bool) -> dict[str, object]:
     sibling: dict[str, object] = {"rfilename": path}
     if blobs:
         sibling.update(size=entry.size, blobId=entry.blob_id)
@@ -241,7 +241,7 @@ def _sibling(path: str, entry: Entry, *, blobs: bool) -> dict[str, object]:
     return sibling
 
 
-def _tree_entries(commit: Commit, folder: str, *, recursive: bool) -> list[object]:
+def _list_tree_entries(commit: Commit, folder: str, *, recursive: bool) -> list[object]:
     prefix = f"{folder.rstrip('/')}/" if folder else ""
     entries: list[object] = []
     folders: set[str] = set()
@@ -255,22 +255,22 @@ def _tree_entries(commit: Commit, folder: str, *, recursive: bool) -> list[objec
                 folders.add(parent)
                 entries.append({"type": "directory", "path": parent, "oid": commit.oid, "size": 0})
         if recursive or not parents:
-            entries.append(_file(path, entry))
+            entries.append(_describe_file(path, entry))
     return entries
 
 
-def _file(path: str, entry: Entry) -> dict[str, object]:
+def _describe_file(path: str, entry: Entry) -> dict[str, object]:
     file: dict[str, object] = {"type": "file", "path": path, "oid": entry.blob_id, "size": entry.size}
     if entry.lfs:
         file["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
     return file
 
 
-def _invented(site: Site) -> Entry:
+def _invent_entry(site: Site) -> Entry:
     return site.store.entry(b"hostile\n", lfs=False)
 
 
-def _page(site: Site, request: Request, items: Sequence[object], *, limit: int) -> Response:
+def _make_page(site: Site, request: Request, items: Sequence[object], *, limit: int) -> Response:
     """One page of ``items``, and the address of the next one as the Hub gives it (a ``Link`` header)."""
     size = max(1, min(limit, site.page_size))
     start = int(request.query.get("cursor", 0))
@@ -281,7 +281,7 @@ def _page(site: Site, request: Request, items: Sequence[object], *, limit: int) 
     return answer
 
 
-def _strings(value: object) -> list[str]:
+def _check_strings(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):

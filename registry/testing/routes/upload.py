@@ -38,7 +38,7 @@ def preupload(site: Site, request: Request) -> Response:
     revision = request.parts["rev"]
     current = site.commit(repo, revision)
     answer = []
-    for file in _records(request.json().get("files")):
+    for file in _check_records(request.json().get("files")):
         path, sample = str(file["path"]), base64.b64decode(str(file.get("sample") or ""))
         lfs = site.store.wants_lfs(repo, revision, path, int(str(file["size"])), sample)
         item: dict[str, object] = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
@@ -61,7 +61,7 @@ def xet_token(site: Site, request: Request) -> Response:
 
 def lfs_batch(site: Site, request: Request) -> Response:
     site.repo(request, write=True)
-    return Response.of({"transfer": "basic", "objects": [_actions(site, item) for item in _objects(request)]})
+    return Response.of({"transfer": "basic", "objects": [_list_actions(site, item) for item in _read_objects(request)]})
 
 
 def lfs_upload(site: Site, request: Request) -> Response:
@@ -75,7 +75,7 @@ def lfs_part(site: Site, request: Request) -> Response:
 
 
 def lfs_complete(site: Site, request: Request) -> Response:
-    numbers = [int(str(part["partNumber"])) for part in _records(request.json().get("parts"))]
+    numbers = [int(str(part["partNumber"])) for part in _check_records(request.json().get("parts"))]
     site.store.join_parts(request.parts["sha256"], numbers)
     return Response.of({})
 
@@ -164,12 +164,12 @@ def _check_path(path: str) -> None:
         raise HubFailure(400, f"Invalid path: {path!r}")
 
 
-def _objects(request: Request) -> Iterator[tuple[str, int]]:
-    for item in _records(request.json().get("objects")):
+def _read_objects(request: Request) -> Iterator[tuple[str, int]]:
+    for item in _check_records(request.json().get("objects")):
         yield str(item["oid"]), int(str(item["size"]))
 
 
-def _actions(site: Site, wanted: tuple[str, int]) -> dict[str, object]:
+def _list_actions(site: Site, wanted: tuple[str, int]) -> dict[str, object]:
     """Where an object is to be put; nothing, if it is already here."""
     oid, size = wanted
     answer: dict[str, object] = {"oid": oid, "size": size}
@@ -187,7 +187,7 @@ def _actions(site: Site, wanted: tuple[str, int]) -> dict[str, object]:
     return answer
 
 
-def _records(value: object) -> list[dict[str, object]]:
+def _check_records(value: object) -> list[dict[str, object]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise HubFailure(400, "Expected a list of objects")
     return value
