@@ -1,6 +1,6 @@
 """Versioned, verified LoRA adapters on the Hugging Face Hub or in folders.
 
-Importing this package loads neither torch nor huggingface_hub; what needs them is loaded at first use.
+Importing this package loads neither torch nor huggingface_hub; the modules that need them are loaded on first use.
 """
 
 from __future__ import annotations

@@ -65,16 +65,16 @@ class RegistryError(Exception):
     says_it_all = True
 
     def __str__(self) -> str:
-        """The message on one line, without control characters: it may quote what a stranger wrote."""
+        """Return the message on one line, without control characters: it may quote untrusted text."""
         return visible(super().__str__())
 
 
 class InvalidReference(RegistryError, ValueError):
-    """A reference, or a name, version, range or alias in it, that can't be one."""
+    """A reference, or a name, version, range or alias in it, is malformed."""
 
 
 class VersionNotFound(RegistryError, LookupError):
-    """The repository has no release that a reference asks for."""
+    """The repository has no release that matches a reference."""
 
 
 class AliasNotFound(VersionNotFound):
@@ -86,27 +86,27 @@ class NotAdapter(VersionNotFound):
 
 
 class HubError(RegistryError):
-    """A hub did not do what it was asked for."""
+    """A request to a hub failed."""
 
 
 class HubUnavailable(HubError, ConnectionError):
-    """A hub did not answer in time; what was asked for may have happened all the same."""
+    """A hub did not answer in time; the request may have taken effect all the same."""
 
 
 class Offline(HubUnavailable):
-    """The network is switched off, and this needs it."""
+    """The operation needs the network, which is switched off."""
 
 
 class HubRefused(HubError, PermissionError):
-    """A hub doesn't let this token, or anybody, do that."""
+    """A hub does not allow the operation for this token, or for anyone."""
 
 
 class HostileAnswer(HubError):
-    """A hub answered what no healthy hub answers."""
+    """A hub sent an answer that violates its protocol or a limit."""
 
 
 class RepositoryNotFound(HubError, LookupError):
-    """There is no such repository, or the token may not see it."""
+    """The repository does not exist, or the token may not see it."""
 
 
 class CommitNotFound(HubError, LookupError):
@@ -118,7 +118,7 @@ class HubFileNotFound(HubError, LookupError):
 
 
 class PublishError(RegistryError):
-    """Something can't be published, or not now."""
+    """Something cannot be published, or not at the moment."""
 
 
 class VersionExists(PublishError):
@@ -126,35 +126,35 @@ class VersionExists(PublishError):
 
 
 class PublishConflict(PublishError):
-    """Others changed the repository at the same time, again and again."""
+    """Others changed the repository concurrently during every attempt."""
 
 
 class AliasMoved(PublishConflict):
-    """Somebody else moved an alias at the same time."""
+    """Someone else moved an alias concurrently."""
 
 
 class RepositoryConflict(PublishError):
-    """A repository holds a base model, or files of others where a release's have to go."""
+    """A repository holds a base model, or foreign files with the names of a release's files."""
 
 
 class UnknownBase(PublishError, ValueError):
-    """Nobody could find the base model again."""
+    """The base model is not identified well enough to be found again."""
 
 
 class InvalidAdapter(PublishError, ValueError):
-    """An adapter that would be of no use: empty, all zero, not finite, wrongly shaped, or with foreign keys."""
+    """An adapter is unusable: empty, all zero, not finite, wrongly shaped, or with foreign keys."""
 
 
 class TooLarge(PublishError, ValueError):
-    """An adapter is larger than allowed, or holds large tensors that are not an adapter's."""
+    """An adapter is larger than allowed, or holds large tensors that are not LoRA's."""
 
 
 class UnsafeFile(RegistryError, ValueError):
-    """A file that does not belong into a release: by its name, its kind or its content."""
+    """A file does not belong in a release because of its name, kind or content."""
 
 
 class InvalidManifest(RegistryError, ValueError):
-    """A manifest that is malformed, or not one."""
+    """A manifest is malformed."""
 
 
 class BaseMismatch(RegistryError, ValueError):
@@ -166,15 +166,15 @@ class IntegrityError(RegistryError):
 
 
 class ReleaseMoved(IntegrityError):
-    """A version stands for another commit, or other content, than before."""
+    """A version points to another commit, or other content, than before."""
 
 
 class RepositoryReplaced(IntegrityError):
-    """Under the name of a repository there is another one than before."""
+    """The repository of this name is not the same one as before."""
 
 
 class SignatureError(IntegrityError):
-    """A release does not have the signature that was required."""
+    """A release does not have the required signature."""
 
 
 class SignatureNotFound(SignatureError, LookupError):
@@ -186,11 +186,11 @@ class InvalidSignature(SignatureError, ValueError):
 
 
 class UnknownSigner(SignatureError):
-    """A signature was made with another key than those that are trusted."""
+    """A signature was made with a key that is not trusted."""
 
 
 class SignatureMismatch(SignatureError, ValueError):
-    """A signature is that of another release."""
+    """A signature belongs to another release."""
 
 
 class InvalidKey(RegistryError, ValueError):
@@ -202,9 +202,9 @@ class SigningNotInstalled(RegistryError, ImportError):
 
 
 class MachineError(RegistryError, OSError):
-    """This machine lacks something: space on a disk, memory, open files, a folder that can be written.
+    """This machine lacks a resource: disk space, memory, open files, a writable folder.
 
-    It says nothing about a hub or a release, so nothing else is taken in their place.
+    The error says nothing about a hub or a release, so it triggers no fallback.
     """
 
 
@@ -213,26 +213,26 @@ class CacheError(MachineError):
 
 
 class LockError(RegistryError):
-    """Something is wrong with a lock file."""
+    """A lock file cannot be used, or does not allow the operation."""
 
 
 class InvalidLock(LockError, ValueError):
-    """A lock file that is malformed."""
+    """A lock file is malformed."""
 
 
 class LockMismatch(LockError, ValueError):
-    """A lock holds another version than the one that was asked for."""
+    """A lock file holds another version than the requested one."""
 
 
 class LockEntryNotFound(LockError, LookupError):
-    """A lock is frozen and does not hold what was asked for."""
+    """A frozen lock file has no entry for the requested adapter."""
 
 
 class RegistryWarning(UserWarning):
     """Root of all warnings of registry."""
 
     def __str__(self) -> str:
-        """The message on one line, without control characters."""
+        """Return the message on one line, without control characters."""
         return visible(super().__str__())
 
     #: A command shows the message alone, without the line of code that warned.
@@ -240,26 +240,26 @@ class RegistryWarning(UserWarning):
 
 
 class YankedWarning(RegistryWarning):
-    """A release is used that its publisher has withdrawn."""
+    """A release in use was withdrawn by its publisher."""
 
 
 class StaleWarning(RegistryWarning):
-    """A hub could not be reached, and what is known of it from before is used."""
+    """A hub could not be reached; the cache is used instead."""
 
 
 class IdentityWarning(RegistryWarning):
-    """A base model is compatible, and whether it is the same one could not be verified."""
+    """A base model is compatible, but its identity could not be verified."""
 
 
 class AdapterWarning(RegistryWarning):
-    """An adapter changes nothing, is larger than it has to be, or is not all that was trained; see its message."""
+    """An adapter changes nothing, is larger than necessary, or is only part of what was trained; see the message."""
 
 
 class PlainTokenWarning(RegistryWarning):
-    """A token is sent over a connection that is not encrypted."""
+    """A token is sent over an unencrypted connection."""
 
 
-#: Names of former releases, and what they are called now.
+#: Error names of former releases, with their present names.
 _RENAMED = {
     "BadAdapter": "InvalidAdapter",
     "BaseUnknown": "UnknownBase",

@@ -1,1 +1,1 @@
-"""Which base model an adapter belongs to, and whether the two fit."""
+"""Identify an adapter's base model and check that the two fit."""

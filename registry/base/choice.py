@@ -31,18 +31,18 @@ _SNAPSHOTS = "snapshots"
 
 
 def is_folder(base: object) -> bool:
-    """Return whether a folder is meant. What exists on disk does not decide it."""
+    """Return whether ``base`` denotes a folder; decided by its form, not by what exists on disk."""
     if isinstance(base, str):
         return os.path.isabs(base) or base.startswith((".", "~"))
     return isinstance(base, os.PathLike)
 
 
 def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, token: str | bool | None) -> Base:
-    """Find out what has to be known of a base, given as model, folder, configuration or id.
+    """Describe a base given as a model, folder, configuration or id.
 
     Raises:
         UnknownBase: It is none of these.
-        HubError: The hub does not give it.
+        HubError: The hub does not provide it.
     """
     from torch import nn
 
@@ -58,7 +58,9 @@ def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, toke
         return _describe_on_hub(base, adapter, hub, token)
     if hasattr(base, "to_dict"):
         title = f"a {base.model_type} of this configuration"
-        return Base(title, lambda: find_candidates(base, adapter), _values(base), None, vocabulary=_entries(base))
+        return Base(
+            title, lambda: find_candidates(base, adapter), _read_values(base), None, vocabulary=_count_entries(base)
+        )
     raise UnknownBase(f"{base!r} is not a base model: give a model, a folder, a configuration or an id")
 
 
@@ -68,12 +70,12 @@ def _describe_live(model: nn.Module) -> Base:
     title = f"this {type(model).__name__}" + (f" ({name})" if name else "")
     hub_id, commit = name if name and BASE_ID.fullmatch(name) else None, getattr(config, "_commit_hash", None)
     if hub_id is None and name:
-        # transformers does not say the commit of a folder.
+        # transformers 5.23 leaves _commit_hash unset for a model loaded from a folder.
         hub_id, commit = _find_snapshot(Path(name))
     return Base(
         title,
         lambda: iter([Candidate(None, None, lambda: skeleton(model))]),
-        _values(config),
+        _read_values(config),
         LiveTensors(model),
         vocabulary=original_vocabulary(model),
         id=hub_id,
@@ -82,7 +84,7 @@ def _describe_live(model: nn.Module) -> Base:
 
 
 def _find_snapshot(folder: Path) -> tuple[str | None, str | None]:
-    """The id and commit of a folder of huggingface_hub's cache: models--org--name/snapshots/<commit>."""
+    """Return the id and commit of a folder in huggingface_hub's cache: models--org--name/snapshots/<commit>."""
     found = folder.resolve()
     if found.parent.name != _SNAPSHOTS or not COMMIT.fullmatch(found.name):
         return None, None
@@ -118,10 +120,10 @@ def _describe_files(
     return Base(
         title,
         lambda: find_candidates(config, adapter),
-        _values(config),
+        _read_values(config),
         files,
         local=local,
-        vocabulary=_entries(config),
+        vocabulary=_count_entries(config),
         id=name,
         commit=commit,
     )
@@ -130,22 +132,22 @@ def _describe_files(
 def find_candidates(config: PretrainedConfig, adapter: StoredAdapter) -> Iterator[Candidate]:
     """Yield the classes that a base of this configuration may have, each with the adapter's labels and vocabulary."""
     trained = {original_name(name): adapter.tensors[name].shape for name in other_tensors(adapter.tensors)}
-    own = _entries(config)
+    own = _count_entries(config)
     wanted = adapter.vocabulary if adapter.carries_vocabulary else own
     for model_class in find_classes(adapter.class_name, adapter.config.task_type, config):
         fitting = config_of(model_class, config)
         if trained:
             fitting = with_labels(fitting, model_class, trained)
-        grown = _with_entries(fitting, max(wanted or 0, adapter.config.trained_tokens)) if wanted else fitting
-        yield Candidate(model_class, fitting, _maker(grown, model_class))
+        grown = _resize_vocabulary(fitting, max(wanted or 0, adapter.config.trained_tokens)) if wanted else fitting
+        yield Candidate(model_class, fitting, _defer_empty_model(grown, model_class))
 
 
-def _maker(config: PretrainedConfig, model_class: Any) -> Callable[[], nn.Module]:
+def _defer_empty_model(config: PretrainedConfig, model_class: Any) -> Callable[[], nn.Module]:
     return lambda: empty_model(config, model_class)
 
 
-def _with_entries(config: PretrainedConfig, entries: int) -> PretrainedConfig:
-    if entries == _entries(config):
+def _resize_vocabulary(config: PretrainedConfig, entries: int) -> PretrainedConfig:
+    if entries == _count_entries(config):
         return config
     changed = copy.deepcopy(config)
     for part in {id(part): part for part in (changed, changed.get_text_config())}.values():
@@ -154,10 +156,10 @@ def _with_entries(config: PretrainedConfig, entries: int) -> PretrainedConfig:
     return changed
 
 
-def _entries(config: Any) -> int | None:
+def _count_entries(config: Any) -> int | None:
     size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     return size if isinstance(size, int) else None
 
 
-def _values(config: Any) -> Mapping[str, object]:
+def _read_values(config: Any) -> Mapping[str, object]:
     return config_values(config.to_dict()) if hasattr(config, "to_dict") else {}

@@ -1,4 +1,4 @@
-"""The class of transformers for a base model, also without weights."""
+"""Find a base model's transformers class; build it without weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["config_of", "empty_model", "find_classes", "rows_of_embedding", "with_labels"]
 
-#: PEFT's tasks whose head is not the base's own, and the tables of transformers that know which class has it.
+#: PEFT task types that add a head to the base, with the transformers table of the classes that have it.
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 }
-#: The other tasks: a base that was saved with its own head says its class itself.
+#: The other task types. A base saved with its own head names its class in its configuration.
 _WITHOUT_HEADS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
 }
-#: A model on the meta device takes time for each module: the largest published models have about 100,000.
+#: Building a model on the meta device takes time per module; the largest published models have about 100,000.
 _MOST_MODULES = 200_000
 _MOST_LAYERS = 2_000
 _MOST_LABELS = 10_000_000
@@ -34,12 +34,12 @@ _LAYERS = ("layer", "block", "depth")
 
 
 def find_classes(class_name: str | None, task_type: str | None, config: PretrainedConfig) -> list[Any]:
-    """Return the classes that a base model may have, the likeliest first.
+    """Return the candidate classes of a base model, the likeliest first.
 
-    The class it was trained as comes first; then, for tasks with a head of their own, the task's; then the one that
-    the base's configuration names; then the task's for other tasks; then the model without a head.
+    The order is: the class it was trained as; the task's class, if the task adds a head; the class named in the base's
+    configuration; the task's class for other tasks; the model without a head.
 
-    Names are looked up among the models of transformers and nowhere else.
+    Names are looked up only among the models of transformers.
     """
     found = [
         _find_by_name(class_name),
@@ -69,24 +69,24 @@ def _find_by_task(table: str | None, config: PretrainedConfig) -> Any:
 
 
 def config_of(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the configuration that a class is made from: the text part of a composite one for a text-only class."""
+    """Return the configuration for a class: the text part of a composite one for a text-only class."""
     text = config.get_text_config()
     return text if text is not config and type(text) is model_class.config_class else config
 
 
 def with_labels(config: PretrainedConfig, model_class: Any, shapes: Mapping[str, tuple[int, ...]]) -> PretrainedConfig:
-    """Return a configuration with the number of labels that a trained head has.
+    """Return a configuration with the number of labels of a trained head.
 
-    Which axis of which parameter follows the number of labels is seen by making the model with one label more.
+    Building the model with one more label shows which axis of which parameter depends on the number of labels.
 
     Args:
-        config: Of the base.
+        config: Configuration of the base.
         model_class: The class.
         shapes: Shapes of the trained parameters, by their names in the model.
     """
     more = copy.deepcopy(config)
     more.num_labels = config.num_labels + 1
-    one, other = _shapes(empty_model(config, model_class)), _shapes(empty_model(more, model_class))
+    one, other = _read_shapes(empty_model(config, model_class)), _read_shapes(empty_model(more, model_class))
     found = set()
     for name in one.keys() & other.keys() & shapes.keys():
         axes = [axis for axis, (a, b) in enumerate(zip(one[name], other[name], strict=False)) if a != b]
@@ -99,25 +99,25 @@ def with_labels(config: PretrainedConfig, model_class: Any, shapes: Mapping[str,
     return changed
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _read_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def empty_model(config: PretrainedConfig, model_class: Any) -> nn.Module:
-    """Make a model of a configuration, on the meta device.
+    """Build a model from a configuration on the meta device.
 
     Raises:
-        BaseMismatch: transformers cannot make that class from this configuration, or it would have too many modules.
+        BaseMismatch: transformers cannot build the class from this configuration, or it has too many modules.
     """
     import torch
 
     _check_layers(config)
     try:
-        with torch.device("meta"), _limited_modules():
+        with torch.device("meta"), _limit_modules():
             made: nn.Module = model_class(config)
             return made
     except Exception as error:
-        # Whatever a model's constructor raises for a configuration that isn't its own.
+        # A model's constructor may raise anything for another model's configuration.
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     raise BaseMismatch(
         f"The base is a model of type {config.model_type!r}, of which transformers cannot make a "
@@ -126,7 +126,7 @@ def empty_model(config: PretrainedConfig, model_class: Any) -> nn.Module:
 
 
 def _check_layers(config: PretrainedConfig) -> None:
-    """Refuse numbers of layers that no model has before one is built, which would take hours."""
+    """Refuse an implausible number of layers before the model is built, which would take hours."""
     values: list[tuple[str, Any]] = list(config.to_dict().items())
     while values:
         key, value = values.pop()
@@ -141,7 +141,7 @@ def _check_layers(config: PretrainedConfig) -> None:
 
 
 @contextmanager
-def _limited_modules() -> Iterator[None]:
+def _limit_modules() -> Iterator[None]:
     from torch.nn.modules.module import register_module_module_registration_hook
 
     count = 0
@@ -160,7 +160,7 @@ def _limited_modules() -> Iterator[None]:
 
 
 def rows_of_embedding(model: nn.Module) -> int | None:
-    """Return how many rows the input embedding of a model has; ``None`` for a model without one."""
+    """Return the number of rows of a model's input embedding; ``None`` for a model without one."""
     try:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

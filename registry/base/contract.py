@@ -1,4 +1,4 @@
-"""The contract between adapter and base model: one check for all ways."""
+"""The one check that an adapter fits a base model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["CheckResult", "check_contract", "describe_record"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """An adapter fits a base model.
+    """Result of a passed check.
 
     Attributes:
-        tensors: How many tensors of the adapter have their place in the base.
-        identity: ``"verified"`` where the commit of the base, or tensors of it, were compared with those it was trained
-            on, ``"unverified"`` where only names, shapes and configuration were.
+        tensors: Number of the adapter's tensors.
+        identity: ``"verified"`` if the commit or tensors of the base were compared with those of the training base,
+            ``"unverified"`` if only names, shapes and configuration were.
         compared: What was compared.
         not_compared: What could not be compared, with the reason.
-        ignored: Fields of the configuration that PEFT ignores, and rightly: another trainer wrote them.
+        ignored: Configuration fields that another trainer wrote and that PEFT rightly ignores.
     """
 
     tensors: int
@@ -48,7 +48,7 @@ class CheckResult:
 
     @property
     def details(self) -> str:
-        """What was compared and what could not be, in one sentence."""
+        """What was compared and what could not be, as one line."""
         parts = [f"compared: {', '.join(self.compared)}" if self.compared else ""]
         parts += [f"not compared: {', '.join(self.not_compared)}" if self.not_compared else ""]
         parts += [f"fields that PEFT ignores: {', '.join(self.ignored)}" if self.ignored else ""]
@@ -63,31 +63,31 @@ def check_contract(
     token: str | bool | None = None,
     warn: bool = False,
 ) -> CheckResult:
-    """Check that an adapter belongs to a base model, before a weight is loaded.
+    """Check that an adapter belongs to a base model, before any weight is loaded.
 
-    Every way from a release, or a plain adapter folder, to a model takes this check: ``load``, ``check``,
+    Everything that puts a release or a plain adapter folder on a model runs this check: ``load``, ``check``,
     ``LoraCallback(adapter=)``, ``prepare_model(adapter=)``, merging and planning.
 
-    Compared are the names and shapes of all tensors with the places that PEFT makes for the configuration on this
-    base; fields of the configuration that change the computation; the vocabulary; rows of embeddings that the adapter
-    carries; and the base itself: configuration, commit, and tensors that no adapter changes. Where a plain folder has
-    no manifest, the result says what was not recorded.
+    It compares the names and shapes of all tensors with those that PEFT creates for the configuration on this base;
+    configuration fields that change the computation; the vocabulary; embedding rows that the adapter carries; and the
+    base itself: configuration, commit, and tensors that no adapter changes. For a plain folder without a manifest, the
+    result says what was not recorded.
 
     Args:
         source: A pulled `Adapter`, or an adapter folder.
-        base: A model in memory (quantized or not, with adapters or not), a folder (a path, or a text that begins with
-            ``/``, ``.`` or ``~``), a configuration of transformers, or an id on a hub, with a revision behind ``@``.
-        base_hub: Where base models are; the Hugging Face Hub by default.
-        token: For that hub.
-        warn: Whether to warn where the base of a release fits and cannot be told from others of its shape.
+        base: A model in memory (quantized or not, with adapters or not), a folder (a path, or a string that begins with
+            ``/``, ``.`` or ``~``), a transformers configuration, or an id on a hub, optionally with ``@revision``.
+        base_hub: The hub of the base models; the Hugging Face Hub by default.
+        token: Token for that hub.
+        warn: Whether to warn if the base of a release fits but cannot be distinguished from others of its shape.
 
     Raises:
-        BaseMismatch: It was trained on another base, or does not fit this one; one error says all that differs.
+        BaseMismatch: It was trained on another base, or does not fit this one; the error lists all differences.
         InvalidAdapter: Its tensors are not those of a LoRA adapter.
         IntegrityError: Manifest and configuration of a release do not agree.
         UnsafeFile: A file is malformed.
         UnknownBase: ``base`` is not a base model.
-        HubError: The hub does not give the base.
+        HubError: The hub does not provide the base.
     """
     adapter = StoredAdapter.read(source)
     hub = os.fspath(base_hub) if isinstance(base_hub, os.PathLike) else base_hub
@@ -109,16 +109,18 @@ def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | Non
     identity = compare_identity(adapter.base, base, hub, token)
     _, findings = fit_base(adapter, base.candidates(), base)
     problems = [*findings.problems, identity.configuration]
-    # Which weights differ says nothing where the shapes do.
+    # Differing weights say nothing more if shapes or configuration differ already.
     if not any(problems):
         problems.append(identity.weights)
     told = [problem for problem in problems if problem]
     if told:
         raise BaseMismatch(_describe_mismatch(adapter, base, told))
-    return _result(adapter, identity, findings, ignored)
+    return _make_result(adapter, identity, findings, ignored)
 
 
-def _result(adapter: StoredAdapter, identity: Identity, findings: Findings, ignored: tuple[str, ...]) -> CheckResult:
+def _make_result(
+    adapter: StoredAdapter, identity: Identity, findings: Findings, ignored: tuple[str, ...]
+) -> CheckResult:
     return CheckResult(
         len(adapter.tensors),
         "verified" if identity.verified else "unverified",
@@ -137,7 +139,7 @@ def _describe_mismatch(adapter: StoredAdapter, base: Base, problems: list[str]) 
 
 
 def describe_record(base: BaseRecord, class_name: str | None) -> str:
-    """Say what an adapter was trained on."""
+    """Return a description of the base that an adapter was trained on."""
     at = f" at commit {base.commit[:12]}" if base.commit else ""
     kind = f" ({class_name})" if class_name else ""
     unnamed = "a base known by its fingerprint" if base.fingerprint else "a base that is not recorded"

@@ -1,4 +1,4 @@
-"""A base model's files: its configuration and single tensors."""
+"""Read a base model's configuration and single tensors."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class BaseFiles:
     """The files of a base model, in a folder or on a hub.
 
     Attributes:
-        name: What messages call it.
-        read: Returns bytes of a file from a position on.
-        sizes: The files with their sizes.
+        name: Its name in messages.
+        read: Returns bytes of a file, given its name, a position and a length.
+        sizes: The files with their sizes in bytes.
     """
 
     name: str
@@ -79,7 +79,7 @@ class BaseFiles:
 
     @classmethod
     def in_folder(cls, folder: Path) -> BaseFiles:
-        """Open the files of a folder that ``save_pretrained`` wrote."""
+        """Return the files of a folder that ``save_pretrained`` wrote."""
 
         def read(name: str, start: int, length: int) -> bytes:
             with open(folder / name, "rb") as file:
@@ -91,7 +91,7 @@ class BaseFiles:
 
     @classmethod
     def on_hub(cls, hub: Hub, name: str, commit: str) -> BaseFiles:
-        """Open the files of a commit on a hub."""
+        """Return the files of a commit on a hub."""
 
         def read(file: str, start: int, length: int) -> bytes:
             return hub.read_range(name, commit, file, start, length)
@@ -99,15 +99,15 @@ class BaseFiles:
         return cls(f"{name} at {commit[:12]}", read, hub.files(name, commit))
 
     def config(self) -> PretrainedConfig:
-        """Read its configuration.
+        """Read the model's configuration.
 
         Raises:
             HubFileNotFound: It has none.
-            UnsafeFile: It needs code of its own, or cannot be read.
+            UnsafeFile: It needs custom code, or cannot be read.
         """
         from transformers import AutoConfig
 
-        values = self._document("config.json")
+        values = self._read_document("config.json")
         if "auto_map" in values and "model_type" not in values:
             raise UnsafeFile(f"{self.name} needs code of its own, which is not run: pass the loaded model")
         with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ class BaseFiles:
         """See `registry.formats.records.TensorSource`."""
         import torch
 
-        header, file, found = self._place(name)
+        header, file, found = self._find_tensor(name)
         if header is None or found is None:
             return None
         record, (begin, end) = header.tensors[found], header.offsets[found]
@@ -133,10 +133,10 @@ class BaseFiles:
         data = self.read(file, begin, (end - begin) // record.shape[0] * rows)
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(rows, *record.shape[1:])
 
-    def _place(self, name: str) -> tuple[Header | None, str, str | None]:
-        """The header that has a tensor, its file, and the tensor's name there."""
+    def _find_tensor(self, name: str) -> tuple[Header | None, str, str | None]:
+        """Return the header that lists a tensor, its file, and the tensor's name there."""
         if _INDEX in self.sizes:
-            files = self._document(_INDEX).get("weight_map", {})
+            files = self._read_document(_INDEX).get("weight_map", {})
             found = matching_name(name, files)
             file = files[found] if found is not None else None
             if not isinstance(file, str) or file not in self.sizes:
@@ -150,7 +150,7 @@ class BaseFiles:
         header = self._headers[file]
         return header, file, matching_name(name, header.tensors)
 
-    def _document(self, name: str) -> dict[str, Any]:
+    def _read_document(self, name: str) -> dict[str, Any]:
         if name not in self.sizes:
             raise HubFileNotFound(f"{self.name} has no {name}: it is not a base model that can be checked")
         try:
@@ -163,15 +163,15 @@ class BaseFiles:
 
 
 def is_hub_id(text: str | None) -> bool:
-    """Return whether a base was loaded from a hub by this name, and not from a folder.
+    """Return whether a base name is a hub id rather than a folder.
 
-    transformers takes a folder of that name first, so where there is one it may have been either.
+    transformers prefers a folder of that name, so a name that is also an existing folder does not count.
     """
     return text is not None and BASE_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
 def find_base_folder(model: nn.Module) -> Path | None:
-    """Return the folder that a model was loaded from, in huggingface_hub's cache or where it was said to be."""
+    """Return the folder that a model was loaded from, as named or in huggingface_hub's cache; ``None`` if not here."""
     settings: Any = getattr(model, "config", None)
     name = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not name:
@@ -181,7 +181,7 @@ def find_base_folder(model: nn.Module) -> Path | None:
 
 
 def original_vocabulary(model: nn.Module) -> int | None:
-    """Return the vocabulary size in the files that a model was loaded from; ``None`` if they are not here."""
+    """Return the vocabulary size in the files that a model was loaded from; ``None`` if they cannot be read here."""
     folder = find_base_folder(model)
     if folder is None:
         return None
@@ -194,7 +194,7 @@ def original_vocabulary(model: nn.Module) -> int | None:
 
 
 def find_cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of huggingface_hub's cache in which a model lies; ``None`` if it is not there."""
+    """Return the folder of a model in huggingface_hub's cache; ``None`` if it is not there."""
     from registry.hubs.client import cached_folder
 
     return cached_folder(name, revision or "main")

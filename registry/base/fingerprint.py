@@ -1,4 +1,4 @@
-"""The fingerprint by which a base model is recognized."""
+"""The fingerprint that identifies a base model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare", "fingerprint", "original_name", "prints", "telling"]
 
-#: Rows of a tensor that count: few enough to be read from a Hub in one request.
+#: Rows of a tensor that are hashed: few enough to be read from a hub in one request.
 ROWS = 16
 _VALUES = 8
-#: Relative and absolute difference of two values of one model, one of them in float16.
+#: Relative and absolute tolerance for two copies of one value, one of them in float16.
 _ROUGHLY = (2.0**-7, 2.0**-13)
-#: Keys of a configuration that say where, how and with what a model was loaded, run, trained or labeled.
+#: Configuration keys about how a model was loaded, run, trained or labeled, which do not define the computation.
 _NOT_COMPUTED = re.compile(
     r"_.*|.*dtype|transformers_version|architectures|auto_map|use_cache|cache_implementation|quantization_config"
     r"|output_.*|return_dict|is_encoder_decoder|is_decoder|add_cross_attention|torchscript|use_return_dict"
@@ -31,7 +31,7 @@ _NOT_COMPUTED = re.compile(
     r"|vocab_size|gradient_checkpointing|chunk_size_feed_forward|attn_implementation|experts_implementation|language"
 )
 _NORM = re.compile(r"norm|(^|\.)ln_|_ln(\.|$)", re.IGNORECASE)
-#: What adapters put around a layer: its name without these is the one it had before.
+#: Name parts that adapters and compilation add; without them, a parameter has its original name.
 _WRAPPERS = re.compile(
     r"^base_model\.model\.|\.(base_layer|original_module|token_adapter)(?=\.)|(?<![^.])_orig_mod\.|(?<![^.])module\."
 )
@@ -40,12 +40,12 @@ _DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparing two fingerprints found.
+    """Result of comparing two fingerprints.
 
     Attributes:
-        configuration: Differences of the configuration: key, recorded value, value found.
-        tensors: Names of tensors that differ.
-        verified: Whether at least one tensor could be compared and none differs.
+        configuration: Configuration differences: key, recorded value, value found.
+        tensors: Names of the tensors that differ.
+        verified: Whether at least one tensor was compared and none differs.
         read: Names of the tensors that were compared.
     """
 
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Return the fingerprint of a model in memory, with or without adapters, from the tensors that are not sharded."""
+    """Return the fingerprint of a model in memory, with or without adapters, from its unsharded tensors."""
     config: Any = getattr(model, "config", None)
     values = config_values(config.to_dict()) if hasattr(config, "to_dict") else {}
     found = {}
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a configuration that define the computation, nested ones with dots."""
+    """Return the configuration values that define the computation, nested keys joined with dots."""
     values: dict[str, Any] = {}
     for key, value in config.items():
         if _NOT_COMPUTED.fullmatch(str(key)):
@@ -76,14 +76,14 @@ def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             values.update({f"{key}.{inner}": item for inner, item in config_values(value).items()})
         elif value is not None and _is_plain(value):
-            values[str(key)] = _as_json(value)
+            values[str(key)] = _convert_to_json(value)
     return values
 
 
-def _as_json(value: Any) -> Any:
-    """A plain value as JSON has it: lists for tuples, and names for the numbers that JSON does not have."""
+def _convert_to_json(value: Any) -> Any:
+    """Return a plain value as JSON represents it: lists for tuples, strings for numbers that are not finite."""
     if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
+        return [_convert_to_json(item) for item in value]
     return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -94,7 +94,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def original_name(name: str) -> str:
-    """Return the name of a parameter before adapters and compilation."""
+    """Return a parameter's name before adapters and compilation changed it."""
     previous = None
     while previous != name:
         previous, name = name, _WRAPPERS.sub("", name)
@@ -102,8 +102,8 @@ def original_name(name: str) -> str:
 
 
 def telling(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that tell models apart: the input embedding, the first and the last norm."""
-    embedding = _embedding(model)
+    """Yield the tensors that distinguish models: the input embedding, the first and the last norm."""
+    embedding = _find_embedding(model)
     norms = []
     for name, tensor in model.named_parameters():
         if "modules_to_save." in name or "lora_" in name:
@@ -115,7 +115,7 @@ def telling(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from dict([*norms[:1], *norms[-1:]]).items()
 
 
-def _embedding(model: nn.Module) -> torch.Tensor | None:
+def _find_embedding(model: nn.Module) -> torch.Tensor | None:
     try:
         layer: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -127,7 +127,7 @@ def _embedding(model: nn.Module) -> torch.Tensor | None:
 
 
 def prints(tensor: torch.Tensor) -> TensorPrint | None:
-    """Return the print of a tensor's first rows; ``None`` where its values are not here or not floating-point."""
+    """Return the print of a tensor's first rows; ``None`` if its values are not available or not floating-point."""
     import torch
 
     dtype = _DTYPES.get(str(tensor.dtype))
@@ -144,10 +144,10 @@ def compare(recorded: Fingerprint, config: Mapping[str, object], tensors: Tensor
     """Compare a recorded fingerprint with a base model.
 
     Args:
-        recorded: What the manifest says.
-        config: `config_values` of the base model. Keys that only one of the two has are left out: releases of
-            transformers add some.
-        tensors: Where its tensors can be read, if they can.
+        recorded: The fingerprint in the manifest.
+        config: `config_values` of the base model. Keys that only one of the two has are skipped, because new releases
+            of transformers add keys.
+        tensors: Source of its tensors, if they can be read.
     """
     configuration = tuple(
         (key, value, config[key]) for key, value in recorded.config.items() if key in config and config[key] != value
@@ -159,12 +159,12 @@ def compare(recorded: Fingerprint, config: Mapping[str, object], tensors: Tensor
         if found is None:
             continue
         compared.append(name)
-        if not _same(known, found):
+        if not _is_same(known, found):
             different.append(name)
     return Comparison(configuration, tuple(different), bool(compared) and not different, tuple(compared))
 
 
-def _same(one: TensorPrint, other: TensorPrint) -> bool:
+def _is_same(one: TensorPrint, other: TensorPrint) -> bool:
     if one.sha256 == other.sha256:
         return True
     if one.dtype == other.dtype or "F16" not in (one.dtype, other.dtype) or not one.values:

@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors fit a base, and as which class."""
+"""Find the class of a base that an adapter's tensors fit."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ __all__ = ["Findings", "choose_candidate", "fit_base"]
 
 #: Rows that are compared at a time.
 _CHUNK = 4096
-#: Relative and absolute difference of two values of one model, rounded to different 16-bit formats.
+#: Relative and absolute tolerance for one value rounded to two different 16-bit formats.
 _TOLERANCE = (2.0**-6, 2.0**-12)
 
 
 @dataclass
 class Findings:
-    """What is wrong with an adapter on one base, and what could not be compared."""
+    """Problems of an adapter on one base, and what could not be compared."""
 
     problems: list[str] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
 
 
 def choose_candidate(adapter: StoredAdapter, candidates: Iterator[Candidate]) -> Candidate:
-    """Return the first way to read a base that the adapter's tensors fit; the first of all where none fits.
+    """Return the first candidate class that the adapter's tensors fit; the first candidate if none fits.
 
     Raises:
-        BaseMismatch: transformers can make none of them.
+        BaseMismatch: transformers cannot build any of them.
     """
     return fit_base(adapter, candidates, None)[0]
 
 
 def fit_base(adapter: StoredAdapter, candidates: Iterator[Candidate], base: Base | None) -> tuple[Candidate, Findings]:
-    """Return the first way to read a base that the adapter's tensors fit, or the first of all with what is wrong.
+    """Return the first candidate class that the adapter's tensors fit, or the first candidate with its problems.
 
     Args:
         adapter: The adapter.
-        candidates: Ways to read the base.
-        base: Where its tensors can be read; ``None`` compares names and shapes only.
+        candidates: Candidate classes of the base.
+        base: The base whose tensors are compared; ``None`` compares names and shapes only.
 
     Raises:
-        BaseMismatch: transformers can make none of them.
+        BaseMismatch: transformers cannot build any of them.
     """
     first: tuple[Candidate, Findings] | None = None
     failure: BaseMismatch | None = None
@@ -100,7 +100,7 @@ def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:
 
 
 def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base) -> list[str]:
-    """Rows for added tokens must come with the adapter: nobody else has their values."""
+    """Check that the adapter carries the rows of added tokens: their values exist nowhere else."""
     own, trained = base.vocabulary, adapter.vocabulary
     if own is None or trained is None or trained <= own or not left_out:
         return []
@@ -113,10 +113,10 @@ def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base) -
 
 
 def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, base: Base) -> None:
-    """Check that a whole embedding under a base name holds the base's own rows, and new ones for added tokens.
+    """Check that a whole embedding stored under a base name holds the base's own rows, plus rows for added tokens.
 
-    PEFT saves the embedding and the head as a whole when the vocabulary has grown, and puts them over the base's when
-    it loads them. Training an adapter leaves the old rows as they were.
+    When the vocabulary has grown, PEFT 0.21.2 saves the whole embedding and head, and replaces the base's with them on
+    loading. Training an adapter leaves the old rows unchanged.
     """
     stored = adapter.tensors[name].shape[0]
     count = min(stored, base.vocabulary or stored)
@@ -142,7 +142,7 @@ def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, 
 
 
 def _count_equal(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many rows two tensors agree in, from the first on, as far as 16-bit formats tell."""
+    """Return how many leading rows of two tensors agree within the tolerance of 16-bit formats."""
     relative, absolute = _TOLERANCE
     for start in range(0, len(other), _CHUNK):
         a, b = (part[start : start + _CHUNK].detach().to("cpu").float() for part in (one, other))

@@ -1,4 +1,4 @@
-"""Whether a base model is the one an adapter was trained on."""
+"""Check whether a base model is the one an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["Identity", "compare_identity"]
 
 _EXAMPLES = 3
-#: Keys of a configuration that people know a model by come first.
+#: The best-known configuration keys; messages list them first.
 _KNOWN_BY = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "intermediate_size")
 _BLOBS = "blobs"
 
 
 @dataclass
 class Identity:
-    """What comparing a base with what is recorded of it found.
+    """Result of comparing a base with its record.
 
     Attributes:
-        configuration: A sentence about keys of the configuration that differ; empty if none does.
-        weights: A sentence about weights that differ, or may; empty if none does.
+        configuration: A clause about configuration keys that differ; empty if none differs.
+        weights: A clause about weights that differ, or may differ; empty if none does.
         compared: What was compared.
-        not_compared: What could not be, with the reason.
+        not_compared: What could not be compared, with the reason.
         verified: Whether the base's commit or some of its tensors were compared.
     """
 
@@ -46,16 +46,16 @@ class Identity:
 def compare_identity(
     recorded: BaseRecord, base: Base, hub: Hub | str | None = None, token: str | bool | None = None
 ) -> Identity:
-    """Compare a base with what is recorded of it: configuration, commit, and the tensors it is recognized by.
+    """Compare a base with its record: configuration, commit, and the tensors of its fingerprint.
 
-    Two known commits of one base are two bases, unless the hashes of their weight files and the configuration that
-    defines the computation are equal.
+    Two different commits of one base count as the same only if the hashes of their weight files and the configuration
+    values that define the computation are equal.
 
     Args:
-        recorded: Of the base in training.
-        base: The base at hand.
-        hub: Where base models are; asked only where two commits differ.
-        token: For that hub.
+        recorded: Record of the base in training.
+        base: The base to check.
+        hub: The hub of the base models; used only if two commits differ.
+        token: Token for that hub.
     """
     found = Identity()
     _compare_fingerprint(found, recorded, base)
@@ -110,9 +110,9 @@ def _compare_commits(
         return
     here, there = base.commit[:12], recorded.commit[:12]
     try:
-        same = _same_in_cache(name, commits)
+        same = _compare_in_cache(name, commits)
         if same is None:
-            same = _same_on_hub(open_base_hub(hub, token), name, commits)
+            same = _compare_on_hub(open_base_hub(hub, token), name, commits)
     except RegistryError as error:
         found.weights = found.weights or (
             f"it is at commit {here}, the adapter was trained at {there}, and whether their weights are the same "
@@ -129,29 +129,29 @@ def _compare_commits(
         )
 
 
-def _same_in_cache(name: str, commits: tuple[str, str]) -> bool | None:
-    """Whether two commits in huggingface_hub's cache have the same weights; ``None`` unless both are there as links."""
+def _compare_in_cache(name: str, commits: tuple[str, str]) -> bool | None:
+    """Whether two commits have equal weights in huggingface_hub's cache; ``None`` unless both are there as links."""
     from registry.hubs.client import cached_folder
 
     folders = [cached_folder(name, commit) for commit in commits]
     if folders[0] is None or folders[1] is None:
         return None
     one, other = (_read_links(folder) for folder in folders if folder is not None)
-    if not _weights_of(one) or not _weights_of(other):
+    if not _select_weights(one) or not _select_weights(other):
         return None
     configurations = [_read_values(BaseFiles.in_folder(folder)) for folder in folders if folder is not None]
-    return _weights_of(one) == _weights_of(other) and configurations[0] == configurations[1]
+    return _select_weights(one) == _select_weights(other) and configurations[0] == configurations[1]
 
 
 def _read_links(folder: Path) -> dict[str, str]:
-    """The files of a snapshot that are links to blobs, which are named by their hash."""
+    """Return the files of a snapshot that link to blobs, with the hashes by which blobs are named."""
     found = {path.name: path.resolve() for path in folder.iterdir() if path.is_symlink()}
     return {name: path.name for name, path in found.items() if path.parent.name == _BLOBS}
 
 
-def _same_on_hub(hub: Hub, name: str, commits: tuple[str, str]) -> bool:
+def _compare_on_hub(hub: Hub, name: str, commits: tuple[str, str]) -> bool:
     one, other = (hub.hashes(name, commit) for commit in commits)
-    if not _weights_of(one) or _weights_of(one) != _weights_of(other):
+    if not _select_weights(one) or _select_weights(one) != _select_weights(other):
         return False
     if one.get("config.json") == other.get("config.json"):
         return True
@@ -164,8 +164,8 @@ def _read_values(files: BaseFiles) -> Mapping[str, object]:
     return config_values(files.config().to_dict())
 
 
-def _weights_of(hashes: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of a model's weight files: safetensors, else pickles."""
+def _select_weights(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of a model's weight files: safetensors, or else pickles."""
     for suffix in (".safetensors", ".bin"):
         found = {name: value for name, value in hashes.items() if name.endswith(suffix) and "/" not in name}
         if found:

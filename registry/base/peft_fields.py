@@ -1,4 +1,4 @@
-"""An adapter's configuration as the installed PEFT understands it."""
+"""Turn an adapter's configuration into the installed PEFT's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from registry.formats.strict_json import shown
 
 __all__ = ["describe_lost", "read_peft_config"]
 
-#: Fields of PEFT's first releases that changed the computation, and that no later release knows.
+#: Fields of early PEFT releases that changed the computation; no later release knows them.
 _REMOVED = ("enable_lora",)
-#: Values of ``init_lora_weights`` that leave the base as it is.
+#: Values of ``init_lora_weights`` that do not change the base.
 _PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
-#: Those that change the base, and that PEFT repeats with the same result when it loads the adapter.
+#: Values that change the base, and that PEFT repeats with the same result when it loads the adapter.
 _REPEATED = ("pissa", "olora")
 
 
@@ -26,8 +26,8 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
     """Return an adapter's ``peft.LoraConfig``, and the fields that PEFT ignores because another trainer wrote them.
 
     Raises:
-        BaseMismatch: It has fields, not at their default, that a newer PEFT knows and this one would drop; or PEFT
-            cannot make a configuration of its fields; or its base was changed when it was initialised.
+        BaseMismatch: It has non-default fields that a newer PEFT knows and this one would drop; or PEFT rejects its
+            fields; or its initialization changed the base.
     """
     import peft
 
@@ -40,14 +40,14 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
     lost = describe_lost(fields.get("init_lora_weights", True))
     if lost:
         raise BaseMismatch(f"{adapter.title}: {lost}")
-    # The values come from the file, and some initialisations read the base's weights.
+    # The adapter's values come from the file; some initializations would read the base's weights.
     values = {key: value for key, value in fields.items() if key in known}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = peft.LoraConfig(**{**values, "auto_mapping": None, "init_lora_weights": True, "loftq_config": {}})
     except Exception as error:
-        # Whatever PEFT raises for fields that do not go together.
+        # PEFT may raise anything for inconsistent fields.
         text = " ".join(str(error).split())[:300] or type(error).__name__
     else:
         return made, tuple(shown(key) for key in unknown)
@@ -55,15 +55,15 @@ def read_peft_config(adapter: StoredAdapter) -> tuple[Any, tuple[str, ...]]:
 
 
 def _is_needed(key: str, adapter: StoredAdapter, installed: Version) -> bool:
-    """Whether dropping an unknown field changes the computation, as far as that can be known."""
+    """Whether dropping an unknown field may change the computation."""
     if key in _REMOVED:
         return True
     writer = _parse_version(adapter.config.peft_version)
     if writer is None or writer <= installed:
-        # The PEFT that wrote the file did not know the field either: another trainer added it.
+        # The PEFT release that wrote the file did not know the field either: another trainer added it.
         return False
     manifest = adapter.manifest
-    # A manifest lists the fields that were not at their default for the PEFT that wrote them.
+    # A manifest lists only fields with non-default values in the PEFT release that wrote them.
     return manifest is None or manifest.peft_version != adapter.config.peft_version or key in manifest.config
 
 
@@ -89,7 +89,7 @@ def _describe_unknown(adapter: StoredAdapter, unknown: list[str]) -> str:
 
 
 def describe_lost(init: object) -> str | None:
-    """Say why an adapter with this ``init_lora_weights`` cannot be loaded; ``None`` where it can."""
+    """Return why an adapter with this ``init_lora_weights`` cannot be loaded; ``None`` if it can."""
     name = init.lower() if isinstance(init, str) else init
     if name in _PLAIN or name in _REPEATED:
         return None

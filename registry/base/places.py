@@ -1,4 +1,4 @@
-"""Where each tensor of an adapter goes in a base model without weights."""
+"""Match an adapter's tensors with the places for them in a base model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass
 class Placement:
-    """What placing the tensors of an adapter found.
+    """Result of matching the tensors of an adapter.
 
     Attributes:
-        problems: Sentences about tensors without a place, places without a tensor, and shapes that differ.
-        copies: Tensors that carry an embedding or head of the base, with the name of that parameter in the base.
+        problems: Clauses about tensors without a place, places without a tensor, and shapes that differ.
+        copies: Tensors that hold an embedding or head of the base, with that parameter's name in the base.
         left_out: Weights of embedding and head that the adapter's file does not hold as a whole.
     """
 
@@ -36,20 +36,20 @@ class Placement:
 
 
 def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Module) -> Placement:
-    """Compare an adapter's tensors with those that PEFT makes for its configuration on this base.
+    """Compare an adapter's tensors with those that PEFT creates for its configuration on this base.
 
     Args:
         stored: The adapter's tensors, by name.
         config: A ``peft.LoraConfig``.
-        base: The base without weights, on the meta device; PEFT changes it.
+        base: The base on the meta device; PEFT modifies it.
     """
     given = {name: record.shape for name, record in stored.items()}
-    ends = _parameters_of_ends(base)
+    ends = _find_end_parameters(base)
     try:
         wrapped, expected = _wrap(base, config)
     except Exception as error:
-        # Whatever PEFT, torch or transformers raise for a configuration that a stranger wrote.
-        return Placement([f"PEFT cannot put it into this model ({_first_line(error)})"])
+        # PEFT, torch and transformers may raise anything for an untrusted configuration.
+        return Placement([f"PEFT cannot put it into this model ({_shorten_error(error)})"])
     shapes = {name: tuple(parameter.shape) for name, parameter in ends.items()}
     found = _compare(given, expected, shapes)
     if found.problems:
@@ -66,7 +66,7 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
     found = Placement()
     extra = []
     for name in sorted(set(given) - set(expected)):
-        # PEFT writes trained embeddings of a grown vocabulary twice, and reads the other one.
+        # PEFT 0.21.2 writes trained embeddings of a grown vocabulary twice, and reads the other copy.
         if given[name] == expected.get(name.replace(".modules_to_save.", ".")):
             continue
         if _is_tied_twin(name, given[name], expected, ends):
@@ -91,7 +91,7 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
 
 
 def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Shapes) -> bool:
-    """Return whether PEFT wrote these trained tokens a second time, for the other end of a tied model."""
+    """Return whether PEFT wrote these trained tokens a second time, for the tied embedding or head."""
     place, found, _ = name.removeprefix("base_model.model.").partition(_TRAINED_TOKENS)
     alike = [other for other in expected if other.endswith(_TRAINED_TOKENS) and expected[other] == shape]
     return bool(found and alike) and f"{place}.weight" in ends
@@ -101,13 +101,13 @@ def _list_first(names: Sequence[str], what: str) -> str:
     return f"{len(names)} {what}, first {names[0]}"
 
 
-def _first_line(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__
 
 
 def ends_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the input embedding and the output head of a model, by every name that they have in it."""
+    """Return the input embedding and the output head of a model, under each of their names."""
     found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -119,8 +119,8 @@ def ends_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _parameters_of_ends(base: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of embedding and head themselves, by name."""
+def _find_end_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the embedding and head modules, without submodules, by name."""
     found: dict[str, nn.Parameter] = {}
     for name, end in ends_of(base).items():
         found |= {f"{name}.{key}": value for key, value in end._parameters.items() if value is not None}
@@ -128,10 +128,10 @@ def _parameters_of_ends(base: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_shapes(base: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors that PEFT makes for a configuration on a base without weights.
+    """Return names and shapes of the tensors that PEFT creates for a configuration on a base without weights.
 
     Raises:
-        ValueError: PEFT cannot adapt this base that way.
+        ValueError: PEFT cannot apply the configuration to this base.
     """
     return _wrap(base, config)[1]
 
@@ -139,7 +139,7 @@ def adapter_shapes(base: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
 def _wrap(base: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
     from peft import get_peft_model, get_peft_model_state_dict
 
-    # Initialisations need values, and a model without weights has none.
+    # Initializations need values, which a model on the meta device lacks.
     config.init_lora_weights = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ def _wrap(base: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, ...]]
 
 
 def _rename_as_peft(given: Shapes, wrapped: Any, config: Any) -> Shapes:
-    """Return the shapes under the names that PEFT gives an older file's tensors while it loads them."""
+    """Return the shapes under the names to which PEFT converts the tensors of an older file on loading."""
     import torch
 
     convert = _find_conversion()
@@ -159,12 +159,12 @@ def _rename_as_peft(given: Shapes, wrapped: Any, config: Any) -> Shapes:
     try:
         converted = convert(wrapped, config, state, "default")
     except Exception:
-        # Conversions concatenate and split tensors; what does not fit has been reported by its name.
+        # Conversions concatenate and split tensors; tensors that do not fit were reported by name.
         return given
-    return {_without_name(name): tuple(tensor.shape) for name, tensor in converted.items()}
+    return {_strip_adapter_name(name): tuple(tensor.shape) for name, tensor in converted.items()}
 
 
-def _without_name(name: str) -> str:
+def _strip_adapter_name(name: str) -> str:
     return name.replace(".default.", ".").removesuffix(".default")
 
 
@@ -172,7 +172,7 @@ def _find_conversion() -> Callable[..., dict[str, torch.Tensor]] | None:
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:
-        # Releases of PEFT for transformers 4 rename nothing.
+        # PEFT releases for transformers 4 rename nothing.
         return None
     found: Callable[..., dict[str, torch.Tensor]] = convert_peft_adapter_state_dict_for_transformers
     return found
@@ -184,7 +184,7 @@ def rename_hint(
     stored: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
 ) -> str | None:
-    """Say which prefix to replace so that all stored tensors find a place of their shape; ``None`` if none would.
+    """Return which prefix to rename so that all stored tensors match a place of their shape; ``None`` if none does.
 
     Args:
         extra: Stored tensors without a place.
@@ -194,7 +194,9 @@ def rename_hint(
     """
     if not extra or len(extra) != len(missing):
         return None
-    candidates = sorted({_prefixes(extra[0], place) for place in missing}, key=lambda pair: len(pair[0] + pair[1]))
+    candidates = sorted(
+        {_split_prefixes(extra[0], place) for place in missing}, key=lambda pair: len(pair[0] + pair[1])
+    )
     free = set(missing)
     for old, new in candidates:
         renamed = {name: new + name.removeprefix(old) for name in extra if name.startswith(old)}
@@ -204,8 +206,8 @@ def rename_hint(
     return None
 
 
-def _prefixes(name: str, place: str) -> tuple[str, str]:
-    """What is left of two names without their common end, cut at dots."""
+def _split_prefixes(name: str, place: str) -> tuple[str, str]:
+    """Return two names without their common suffix of dotted parts."""
     one, other = name.split("."), place.split(".")
     same = 0
     while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:

@@ -1,4 +1,4 @@
-"""What is recorded of the base model that an adapter was trained on."""
+"""Record the base model that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["base_of_folder", "base_of_model", "require_known", "with_aliases", "
 
 
 def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
-    """What a base model in memory says of itself. The id may be a folder; see `require_known`."""
+    """Return record and kind of a base model in memory. The id may be a folder; see `require_known`."""
     settings: Any = getattr(model, "config", None)
     named = [config.base_id, getattr(settings, "_name_or_path", None), getattr(model, "name_or_path", None)]
     name = next((text for text in named if text), None)
@@ -41,7 +41,7 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
 
 
 def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
-    """Return what an adapter folder says of its base, and what is found of that on this machine."""
+    """Return record and kind of the base that an adapter folder names, as far as it is found on this machine."""
     config = adapter.config
     name, revision = config.base_id, config.fields.get("revision")
     if name is None:
@@ -55,12 +55,12 @@ def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
         kind, found = _read(BaseFiles.in_folder(folder), adapter)
     except RegistryError:
         return record, BaseKind()
-    # What the cache holds of a branch now need not be what the adapter was trained on.
+    # The cached commit of a branch may differ from the one that the adapter was trained on.
     return (record if is_hub_id(name) and not pinned else BaseRecord(name, record.commit, found)), kind
 
 
 def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerprint]:
-    """The kind and the fingerprint of a base model, by its files and the adapter's tensors."""
+    """Return kind and fingerprint of a base model from its files and the adapter's tensors."""
     settings = files.config()
     candidate = choose_candidate(adapter, find_candidates(settings, adapter))
     model = candidate.make_empty()
@@ -75,13 +75,13 @@ def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerpri
 
 
 def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
-    """The base that the caller names, as ``org/base`` or ``org/base@revision``, compared with what was trained on.
+    """Return a record for the base that the caller names, as ``org/base`` or ``org/base@revision``, after comparing it.
 
-    Where the hub can't be reached, a commit is taken on trust; without a revision, none is recorded.
+    If the hub cannot be reached, a given commit is accepted unchecked; without a revision, no commit is recorded.
 
     Raises:
-        UnknownBase: It is not an id, the hub has no such model or revision, or a branch can't be resolved.
-        BaseMismatch: The model under that id is another one.
+        UnknownBase: It is not an id, the hub has no such model or revision, or a branch cannot be resolved.
+        BaseMismatch: The model under that id is not the one trained on.
     """
     name, _, revision = given.partition("@")
     if BASE_ID.fullmatch(name) is None:
@@ -91,30 +91,30 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
         if commit is None and record.fingerprint is not None:
             commit = _find_commit(name, revision, record.fingerprint)
         if revision and commit is None:
-            raise _unresolved(name, revision, "no hub is asked for bases, and the local cache doesn't tell")
+            raise _explain_unresolved(name, revision, "no hub is asked for bases, and the local cache doesn't tell")
         return BaseRecord(name, commit, record.fingerprint)
     try:
         if commit is None:
-            commit = _resolved(hub, name, revision or "main")
+            commit = _resolve(hub, name, revision or "main")
         if record.fingerprint is not None:
             _compare(record.fingerprint, BaseFiles.on_hub(hub, name, commit))
     except RepositoryNotFound:
         raise UnknownBase(f"base_model={given!r}: {hub.location} shows no such model to this token") from None
     except HubError as error:
         if revision and commit is None:
-            raise _unresolved(name, revision, str(error)) from None
-        # Not reachable now.
+            raise _explain_unresolved(name, revision, str(error)) from None
+        # The hub cannot be reached.
     return BaseRecord(name, commit, record.fingerprint)
 
 
-def _unresolved(name: str, revision: str, reason: str) -> UnknownBase:
+def _explain_unresolved(name: str, revision: str, reason: str) -> UnknownBase:
     return UnknownBase(
         f"{revision!r} of {name} is a branch or a tag, and which commit it stands for can't be found out ({reason}). "
         f'Say the commit: base_model="{name}@<40 hex digits>"'
     )
 
 
-def _resolved(hub: Hub, name: str, revision: str) -> str:
+def _resolve(hub: Hub, name: str, revision: str) -> str:
     refs = hub.refs(name)
     commit = refs.branches.get(revision) or refs.tags.get(revision)
     if commit is None:
@@ -133,10 +133,10 @@ def _compare(recorded: Fingerprint, files: BaseFiles) -> None:
 
 
 def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
-    """The base as it is published: by an id that others can load, or by its fingerprint.
+    """Return the base as published: by an id that others can load, or by its fingerprint.
 
     Raises:
-        UnknownBase: It has neither; or, on a hub, no id.
+        UnknownBase: It has neither; or it has no id and is published on a hub.
     """
     if is_hub_id(record.id):
         return record
@@ -155,11 +155,11 @@ def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
 
 
 def with_aliases(record: BaseRecord, aliases: str | Sequence[str]) -> BaseRecord:
-    """Return the base with other ids under which `Adapter.load` may find it, should its own be gone.
+    """Return the base with further ids that `Adapter.load` tries if its own id is gone.
 
     Raises:
-        UnknownBase: An alias is not the id of a model, there are too many, or the base has no id or no fingerprint by
-            which what lies under an alias could be recognized.
+        UnknownBase: An alias is not a model id, there are too many, or the base has no id, or no fingerprint to verify
+            the model under an alias.
     """
     given = dict.fromkeys((aliases,) if isinstance(aliases, str) else aliases)
     if not given:
@@ -184,15 +184,15 @@ def _is_commit(text: object) -> bool:
 
 
 def _find_commit(name: str, revision: str | None, known: Fingerprint) -> str | None:
-    """The commit that a model was loaded from, by its tensors: transformers doesn't say it.
+    """Find the commit that a model was loaded from by comparing tensors, where transformers does not record it.
 
-    Compared are the commits in the local cache: that of the revision, if one is named, else all, for nobody says that
-    it was ``main``. ``None`` where none has these tensors, or several that differ in other files.
+    The tensors are compared with the cached commit of the revision if one is named, else with all cached commits, since
+    the revision need not have been ``main``. ``None`` if no commit matches, or several with different weight files do.
     """
     named = find_cached_folder(name, revision) if revision else None
     folders = [named] if named is not None else [] if revision else find_cached_snapshots(name)
     matches = [folder for folder in folders if _is_loaded_from(folder, known)]
-    if len({_weights_of(folder) for folder in matches}) != 1:
+    if len({_list_weights(folder) for folder in matches}) != 1:
         return None
     main = find_cached_folder(name, None)
     return (main if main in matches else matches[-1]).name if matches else None
@@ -207,6 +207,6 @@ def _is_loaded_from(folder: Path, known: Fingerprint) -> bool:
     return found.verified and not found.configuration
 
 
-def _weights_of(folder: Path) -> tuple[tuple[str, str], ...]:
-    """The weight files of a commit in the cache, each with the content that it leads to."""
+def _list_weights(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return the weight files of a cached commit, each with the blob that it links to."""
     return tuple(sorted((path.name, str(path.resolve())) for path in folder.glob("*.safetensors")))

@@ -1,4 +1,4 @@
-"""A copy of a model on the meta device, to try an adapter on."""
+"""Copy a model to the meta device, to try an adapter on it."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ __all__ = ["skeleton"]
 def skeleton(model: nn.Module) -> nn.Module:
     """Copy a model to the meta device, without adapters and quantization; the model is not changed.
 
-    What stands for a quantized layer is a plain linear layer of its logical shape.
+    A quantized layer becomes a plain linear layer of its logical shape.
     """
-    return _copied(_without_peft(model), {}, {})
+    return _copy_module(_unwrap_peft(model), {}, {})
 
 
-def _without_peft(model: nn.Module) -> nn.Module:
+def _unwrap_peft(model: nn.Module) -> nn.Module:
     from peft import PeftModel
 
     model = getattr(model, "_orig_mod", model)
     return model.base_model.model if isinstance(model, PeftModel) else model
 
 
-def _copied(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Any]) -> nn.Module:
-    module = _bare(module)
+def _copy_module(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Any]) -> nn.Module:
+    module = _unwrap_layer(module)
     known = modules.get(id(module))
     if known is not None:
         return known
-    linear = _linear(module)
+    linear = _make_linear(module)
     if linear is not None:
         modules[id(module)] = linear
         return linear
-    # Not copy.copy: a parametrized module (weight norm of speech models) refuses to be copied by its state.
+    # Not copy.copy: in torch 2.13, parametrized modules (weight norm of speech models) refuse to be copied by state.
     clone: nn.Module = object.__new__(type(module))
     clone.__dict__.update(vars(module))
     modules[id(module)] = clone
-    # Shared until here; PEFT puts modules, parameters and hooks into them.
+    # Copy the dicts, which are still shared: PEFT adds modules, parameters and hooks to them.
     for key, value in vars(module).items():
         if isinstance(value, dict):
             clone.__dict__[key] = type(value)(value)
     for name, parameter in module._parameters.items():
-        clone._parameters[name] = _meta(parameter, tensors)
+        clone._parameters[name] = _make_meta(parameter, tensors)
     for name, buffer in module._buffers.items():
-        clone._buffers[name] = _meta(buffer, tensors)
+        clone._buffers[name] = _make_meta(buffer, tensors)
     for name, child in module._modules.items():
-        clone._modules[name] = None if child is None else _copied(child, modules, tensors)
+        clone._modules[name] = None if child is None else _copy_module(child, modules, tensors)
     return clone
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """What is under an adapter layer, or under a head that is trained along."""
+def _unwrap_layer(module: nn.Module) -> nn.Module:
+    """Return the module inside an adapter layer or a fully trained head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -66,8 +66,8 @@ def _bare(module: nn.Module) -> nn.Module:
             return module
 
 
-def _linear(module: nn.Module) -> nn.Module | None:
-    """The plain layer that a quantized one stands for; ``None`` for any other module."""
+def _make_linear(module: nn.Module) -> nn.Module | None:
+    """Return a plain linear layer for a quantized one; ``None`` for any other module."""
     from torch import nn
 
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -75,19 +75,19 @@ def _linear(module: nn.Module) -> nn.Module | None:
         return None
     weight = getattr(module, "weight", None)
     packed = weight is None or tuple(weight.shape) != (sizes[1], sizes[0]) or not weight.dtype.is_floating_point
-    # Subclasses, quantized ones among them, may do more at injection than can be done without values.
+    # Subclasses, such as quantized layers, may need values at injection.
     if not packed and type(module) is nn.Linear:
         return None
     return nn.Linear(*sizes, bias=getattr(module, "bias", None) is not None, device="meta")  # type: ignore[arg-type]
 
 
-def _meta(tensor: torch.Tensor | None, tensors: dict[int, Any]) -> Any:
+def _make_meta(tensor: torch.Tensor | None, tensors: dict[int, Any]) -> Any:
     import torch
 
     if tensor is None:
         return None
     if id(tensor) not in tensors:
-        # The logical shape: FSDP and ZeRO-3 hold parts.
+        # The logical shape: under ZeRO-3 and FSDP each process holds a part.
         shape = getattr(tensor, "ds_shape", None) or tensor.shape
         empty = torch.empty(tuple(shape), dtype=tensor.dtype, device="meta")
         if isinstance(tensor, torch.nn.Parameter):

@@ -29,8 +29,8 @@ class StoredAdapter:
     """An adapter as its files describe it.
 
     Attributes:
-        title: How messages name it.
-        folder: Where its files are.
+        title: Its name in messages.
+        folder: Folder of its files.
         config: Its configuration.
         tensors: Dtype and shape of its tensors, by name.
         manifest: The manifest of its release; ``None`` for a plain adapter folder.
@@ -44,14 +44,14 @@ class StoredAdapter:
 
     @classmethod
     def read(cls, source: Any) -> StoredAdapter:
-        """Read an adapter; a source with an attribute ``manifest`` is a pulled release, any other one a folder.
+        """Read an adapter; a source with a ``manifest`` attribute is a pulled release, any other source is a folder.
 
-        The values of a plain folder are read once; those of a release were read when it was pulled.
+        The values of a plain folder are checked here; those of a release were checked when it was pulled.
 
         Raises:
             InvalidAdapter: A file is missing, or the tensors are not those of a LoRA adapter.
-            UnsafeFile: A file is not a regular file, or malformed.
-            InvalidManifest: The folder has a manifest that is malformed.
+            UnsafeFile: A file is not a regular file, or is malformed.
+            InvalidManifest: The folder has a malformed manifest.
             IntegrityError: The folder has a manifest of another adapter.
         """
         folder = Path(os.fspath(source)).expanduser()
@@ -62,7 +62,7 @@ class StoredAdapter:
         weights = folder / ADAPTER_WEIGHTS
         _require_regular(weights)
         header = read_file_header(weights)
-        # Float64 is read like any other; a push refuses it.
+        # float64 is accepted here; a push refuses it.
         check_values(weights, header, double=True)
         if (folder / MANIFEST_FILE).exists():
             manifest = Manifest.parse(_read_regular(folder / MANIFEST_FILE, MAX_MANIFEST))
@@ -75,7 +75,7 @@ class StoredAdapter:
 
     @property
     def base(self) -> BaseRecord:
-        """What is recorded of its base model: by the manifest, else by the configuration."""
+        """The record of its base model: from the manifest, else from the configuration."""
         if self.manifest is not None:
             return self.manifest.base
         revision = self.config.fields.get("revision")
@@ -84,22 +84,22 @@ class StoredAdapter:
 
     @property
     def class_name(self) -> str | None:
-        """The class of the base model, as far as manifest or configuration name it."""
+        """The class of the base model, if manifest or configuration name it."""
         recorded = self.manifest.architecture.class_name if self.manifest is not None else None
         return recorded or self.config.base_class
 
     @property
     def vocabulary(self) -> int | None:
-        """How many entries the vocabulary had in training: by the tensors, else by the manifest."""
+        """The vocabulary size in training: from the tensors, else from the manifest."""
         return vocabulary_of(self.tensors) or (self.manifest.architecture.vocab_size if self.manifest else None)
 
     @property
     def carries_vocabulary(self) -> bool:
-        """Whether the tensors hold the rows of a vocabulary, so that a base of another size can be brought to it."""
+        """Whether the tensors hold the rows of a vocabulary, so that a base of another size can be resized to it."""
         return vocabulary_of(self.tensors) is not None
 
     def rows(self, name: str, count: int) -> torch.Tensor:
-        """Read the first rows of one of its tensors."""
+        """Read the first ``count`` rows of one of its tensors."""
         from safetensors import safe_open
 
         with safe_open(self.folder / ADAPTER_WEIGHTS, "pt") as file:
@@ -122,7 +122,7 @@ def _require_regular(path: Path) -> None:
 
 
 def _read_regular(path: Path, limit: int) -> bytes:
-    """At most one byte more than ``limit``, which whoever parses it then refuses."""
+    """Return at most ``limit + 1`` bytes of a regular file; the parser refuses more than ``limit``."""
     _require_regular(path)
     try:
         with open(path, "rb") as file:

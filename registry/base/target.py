@@ -1,4 +1,4 @@
-"""What a check needs to know of a base model, wherever it is."""
+"""Description of a base model for a check, wherever the model is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Base", "Candidate", "open_base_hub"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to read a base model's configuration: as a class of transformers.
+    """One transformers class that a base model may have.
 
     Attributes:
         model_class: The class; ``None`` for a model in memory.
         config: The configuration with the adapter's number of labels; ``None`` for a model in memory.
-        make_empty: Makes the model without weights, with the adapter's vocabulary.
+        make_empty: Builds the model without weights, with the adapter's vocabulary.
     """
 
     model_class: Any
@@ -38,13 +38,13 @@ class Base:
     """A base model to check against.
 
     Attributes:
-        title: What messages call it.
-        candidates: Makes the ways to read it, the likeliest first.
-        values: Its configuration, the part that defines the computation.
-        tensors: Where single tensors can be read, if they can.
-        local: Whether reading whole tensors costs no network.
-        vocabulary: How many entries its own vocabulary has, before any were added.
-        id: What it is called on a hub.
+        title: Its name in messages.
+        candidates: Yields its candidate classes, the likeliest first.
+        values: The configuration values that define the computation.
+        tensors: Source of its tensors, if they can be read.
+        local: Whether tensors can be read without the network.
+        vocabulary: Size of its own vocabulary, before any tokens were added.
+        id: Its id on a hub.
         commit: Its commit there.
     """
 
@@ -59,7 +59,7 @@ class Base:
 
 
 def open_base_hub(hub: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub:
-    """Open the hub that base models are on. ``LORA_REGISTRY`` says where adapters are, and counts for nothing here."""
+    """Open the hub of the base models. ``LORA_REGISTRY`` names the hub of the adapters and is ignored here."""
     from registry.hubs import open_hub
     from registry.hubs.huggingface import HuggingFaceHub
 

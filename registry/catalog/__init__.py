@@ -1,1 +1,1 @@
-"""Which releases a repository has: index, state, aliases, withdrawals."""
+"""The releases of a repository: index, state, aliases, withdrawals."""

@@ -16,7 +16,7 @@ from registry.hubs.protocol import Hub, Refs
 
 __all__ = ["ANY", "aliases", "remove_alias", "set_alias"]
 
-#: For ``expect=``: whatever the alias stands for when the call begins.
+#: For ``expect=``: the version that the alias points to when the call begins.
 ANY = "any"
 
 
@@ -28,22 +28,22 @@ def set_alias(
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> Release:
-    """Let an alias stand for the release that a reference means now.
+    """Point an alias at the release that a reference resolves to now.
 
-    It moves only if it stands for what the caller thinks, so that of two who move it at once one is told.
+    The alias moves only if it points to the expected version, so of two concurrent callers one gets an error.
 
     Args:
         reference: The release, for example ``org/name@1.2.0``.
         alias: The name.
-        expect: The version that the alias stands for, ``None`` if it should be new; by default what it stands for when
-            the call begins.
-        hub: Which registry.
+        expect: The version that the alias must point to; ``None`` if it must be new. By default, the version that it
+            points to when the call begins.
+        hub: The registry.
         token: For the registry.
 
     Raises:
-        AliasMoved: It stands for something else.
-        InvalidReference: It is not a valid alias.
-        VersionNotFound: The reference means no release.
+        AliasMoved: It points to another version than expected.
+        InvalidReference: The alias is invalid.
+        VersionNotFound: No release matches the reference.
     """
     parsed, place = Reference.parse(reference), open_hub(hub, token)
     release = read_index(place, parsed.name).resolve(parsed)
@@ -59,11 +59,11 @@ def remove_alias(
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Let an alias stand for nothing; its history stays.
+    """Remove an alias; its history stays.
 
     Raises:
-        AliasNotFound: It stands for nothing already.
-        AliasMoved: It stands for something else than expected.
+        AliasNotFound: The alias does not exist.
+        AliasMoved: It points to another version than expected.
     """
     _move(open_hub(hub, token), check_name(name), check_alias(alias), None, expect)
 
@@ -71,13 +71,13 @@ def remove_alias(
 def aliases(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> Mapping[str, tuple[Move, ...]]:
-    """All aliases of an adapter with the versions they stood for, oldest first."""
+    """Return all aliases of an adapter, each with the versions it pointed to, oldest first."""
     place = open_hub(hub, token)
     return read_state(place, check_name(name), place.refs(name)).aliases
 
 
 def _move(hub: Hub, name: str, alias: str, version: str | None, expect: str | None) -> None:
-    # What it stands for at the first look is what the caller expects, if nothing was said.
+    # Without ``expect``, the version found on the first read is the expected one.
     expected: list[str | None] = [] if expect == ANY else [_normalize(expect)]
     manifests = Manifests(hub, name)
 

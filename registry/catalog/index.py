@@ -1,7 +1,7 @@
-"""The releases of a repository at one moment, and which one is meant.
+"""The releases of a repository at one moment, and reference resolution.
 
-Anybody may set tags, so a tag that looks like a version is a release only if its commit holds the manifest of that
-version. Manifests are read where the answer depends on them: the newest version first, until one is a release.
+Tags can be set by others, so a tag that looks like a version is a release only if its commit holds the manifest of
+that version. Manifests are read only as needed: the newest version first, until one is a release.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from registry.hubs.protocol import MAIN, Hub, Refs
 __all__ = ["Index", "Manifests", "Release", "index_of", "line_of", "read_index", "read_manifest"]
 
 _SHOWN = 5
-#: Manifests that are read at the same time.
+#: Manifests that are read concurrently.
 _READERS = 8
 
 
@@ -39,10 +39,10 @@ class Release:
 
     Attributes:
         name: ``org/name``.
-        version: Of the adapter.
-        commit: That holds it.
-        yanked: Why it was withdrawn; ``None`` if it wasn't.
-        aliases: That stand for it.
+        version: Version of the adapter.
+        commit: Commit holding the release.
+        yanked: Reason for its withdrawal; ``None`` if it was not withdrawn.
+        aliases: Aliases that point to it.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Release:
 
     @property
     def prerelease(self) -> bool:
-        """Whether it is only chosen when it is asked for."""
+        """Whether it is a pre-release, which is chosen only on request."""
         return Version(self.version).is_prerelease
 
     def __str__(self) -> str:
@@ -64,9 +64,9 @@ class Manifests:
     """The manifests of one repository, each read once.
 
     Args:
-        hub: Where it is.
+        hub: The hub of the repository.
         name: ``org/name``.
-        known: Versions that are known to be releases, so that their manifests need not be read.
+        known: Versions known to be releases; their manifests need not be read.
     """
 
     def __init__(self, hub: Hub, name: str, known: Iterable[str] = ()) -> None:
@@ -77,7 +77,7 @@ class Manifests:
         """Return the manifest in a commit; ``None`` if it has none.
 
         Raises:
-            InvalidManifest: It has one that can't be read.
+            InvalidManifest: Its manifest is malformed.
         """
         if commit not in self._found:
             self._found[commit] = self._read(commit)
@@ -87,14 +87,14 @@ class Manifests:
         return found
 
     def read_ahead(self, commits: Iterable[str]) -> None:
-        """Read several at the same time."""
+        """Read the manifests of several commits concurrently."""
         missing = sorted({commit for commit in commits if commit not in self._found})
         if len(missing) > 1:
             with ThreadPoolExecutor(_READERS) as readers:
                 self._found.update(zip(missing, readers.map(self._read, missing), strict=True))
 
     def is_known(self, version: Version) -> bool:
-        """Whether a version has been seen as a release before."""
+        """Whether a version is known to be a release."""
         return version_text(version) in self._known
 
     def _read(self, commit: str) -> Manifest | InvalidManifest | None:
@@ -108,14 +108,14 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Index:
-    """The tags of a repository that look like versions, and what is known of the releases among them.
+    """The version tags of a repository, and what is known of the releases among them.
 
     Attributes:
         name: ``org/name``.
-        versions: The versions that tags stand for, with their commits. Some may be foreign.
+        versions: The versions named by tags, with their commits. Some may be foreign.
         state: Withdrawn versions and aliases.
-        manifests: Where the manifests are read by which releases are told from foreign tags; ``None`` if all versions
-            are releases.
+        manifests: Reads the manifests that distinguish releases from foreign tags; ``None`` if all versions are
+            releases.
         branches: The branches with their commits.
     """
 
@@ -126,24 +126,24 @@ class Index:
     branches: Mapping[str, str] = field(default_factory=dict)
 
     def releases(self) -> list[Release]:
-        """All releases, oldest version first."""
+        """Return all releases, oldest version first."""
         self._read_ahead()
         return [self.release(version) for version in sorted(self.versions) if self.is_release(version)]
 
     def foreign_tags(self) -> dict[str, str]:
-        """Tags that look like versions and hold no release, with their commits."""
+        """Return the version tags whose commits hold no release, with these commits."""
         self._read_ahead()
         return {tag_of(v): self.versions[v] for v in sorted(self.versions) if not self.is_release(v)}
 
     def is_release(self, version: Version) -> bool:
-        """Whether a version is a release, and not somebody's tag.
+        """Whether a version is a release rather than a foreign tag.
 
-        A tag at the commit of another release is foreign, too, unless a branch holds its own version: then it has been
-        moved away from its release, which is an error for whoever asks for it. So is a commit with the manifest of a
-        version that has no tag there.
+        A tag at the commit of another release is foreign, unless a branch holds the tag's own version: then the tag was
+        moved off its release, and fetching that version raises an error. The same holds for a commit whose manifest
+        names a version without a tag there.
 
         Raises:
-            HubError: The hub didn't answer.
+            HubError: The hub does not answer.
         """
         if self.manifests is None or self.manifests.is_known(version):
             return True
@@ -151,13 +151,13 @@ class Index:
         try:
             held = self.manifests.read(commit)
         except InvalidManifest:
-            return True  # whoever asks for it is told why it can't be read
+            return True  # fetching it raises an error with the reason
         if held is None or Version(held.version) == version:
             return held is not None
         return self.versions.get(Version(held.version)) != commit or self._is_on_its_branch(version)
 
     def newest_of(self, versions: Iterable[Version]) -> Version | None:
-        """The newest of these versions that is a release."""
+        """Return the newest of these versions that is a release."""
         return next((version for version in sorted(versions, reverse=True) if self.is_release(version)), None)
 
     def _is_on_its_branch(self, version: Version) -> bool:
@@ -165,10 +165,10 @@ class Index:
         return any(
             Version(manifest.version) == version
             for line in (MAIN, line_of(version))
-            if (manifest := self._manifest_at(self.branches.get(line))) is not None
+            if (manifest := self._read_manifest_at(self.branches.get(line))) is not None
         )
 
-    def _manifest_at(self, commit: str | None) -> Manifest | None:
+    def _read_manifest_at(self, commit: str | None) -> Manifest | None:
         try:
             return None if commit is None or self.manifests is None else self.manifests.read(commit)
         except InvalidManifest:
@@ -180,7 +180,7 @@ class Index:
             self.manifests.read_ahead(unknown)
 
     def release(self, version: Version) -> Release:
-        """The release of a version that is there."""
+        """Return the release of a version in this index."""
         text = version_text(version)
         yank = self.state.yanked.get(text)
         return Release(
@@ -188,51 +188,53 @@ class Index:
         )
 
     def newest(self) -> Release | None:
-        """The newest stable release that is not withdrawn."""
-        version = self.newest_of(v for v in self._offered() if is_in(None, v))
+        """Return the newest stable release that is not withdrawn."""
+        version = self.newest_of(v for v in self._list_offered() if is_in(None, v))
         return None if version is None else self.release(version)
 
     def resolve(self, reference: Reference) -> Release:
-        """The release that a reference means.
+        """Return the release that a reference resolves to.
 
         Raises:
-            VersionNotFound: There is none; the message says which there are.
+            VersionNotFound: No release matches; the message lists the known ones.
         """
         if reference.commit is not None:
-            return self._by_commit(reference.commit)
+            return self._find_by_commit(reference.commit)
         version = reference.version
         if reference.alias is not None:
-            version = self._by_alias(reference.alias)
+            version = self._find_by_alias(reference.alias)
         if version is not None:
-            return self._by_version(version)
-        version = self.newest_of(v for v in self._offered() if is_in(reference.range, v))
+            return self._find_by_version(version)
+        version = self.newest_of(v for v in self._list_offered() if is_in(reference.range, v))
         if version is None:
             raise self._explain_none(reference)
         return self.release(version)
 
-    def _offered(self) -> list[Version]:
+    def _list_offered(self) -> list[Version]:
         if not self.state.yanked:
             return list(self.versions)
         return [version for version in self.versions if version_text(version) not in self.state.yanked]
 
-    def _by_version(self, version: Version) -> Release:
+    def _find_by_version(self, version: Version) -> Release:
         if version not in self.versions:
-            raise VersionNotFound(f"{self.name} has no version {version_text(version)}; it has {self._known()}")
-        # One that holds another version's manifest is refused with both versions named when it is read.
-        if not self.is_release(version) and self._manifest_at(self.versions[version]) is None:
+            raise VersionNotFound(f"{self.name} has no version {version_text(version)}; it has {self._list_known()}")
+        # A commit with another version's manifest is refused when it is read; that error names both versions.
+        if not self.is_release(version) and self._read_manifest_at(self.versions[version]) is None:
             raise NotAdapter(
                 f"{self.name} has no release {version_text(version)}: the tag {tag_of(version)} is foreign, its commit "
-                f"holds no {MANIFEST_FILE}. Releases are {self._known()}"
+                f"holds no {MANIFEST_FILE}. Releases are {self._list_known()}"
             )
         return self.release(version)
 
-    def _by_commit(self, commit: str) -> Release:
+    def _find_by_commit(self, commit: str) -> Release:
         found = self.newest_of(version for version, candidate in self.versions.items() if candidate == commit)
         if found is None:
-            raise NotAdapter(f"{self.name}: commit {commit} is not a published version; releases are {self._known()}")
+            raise NotAdapter(
+                f"{self.name}: commit {commit} is not a published version; releases are {self._list_known()}"
+            )
         return self.release(found)
 
-    def _by_alias(self, alias: str) -> Version:
+    def _find_by_alias(self, alias: str) -> Version:
         version = self.state.version_of(alias)
         if version is None:
             aliases = sorted(known for known in self.state.aliases if self.state.version_of(known))
@@ -248,9 +250,9 @@ class Index:
             if foreign:
                 return NotAdapter(f"{self.name} has no release: its tags ({foreign}) were not set by this registry")
             return VersionNotFound(f"{self.name} has no published version yet")
-        text = f"{self.name} has {asked}; it has {self._known()}"
-        # A range that names a pre-release takes any.
-        offered = [v for v in self._offered() if v in known]
+        text = f"{self.name} has {asked}; it has {self._list_known()}"
+        # A range that names a pre-release allows all pre-releases.
+        offered = [v for v in self._list_offered() if v in known]
         with_pre = [v for v in offered if reference.range is None or reference.range.contains(v, True)]
         if with_pre:
             text += f". Pre-releases are taken by name: {self.name}@{version_text(max(with_pre))}"
@@ -258,7 +260,7 @@ class Index:
             text += ". Withdrawn versions are taken by name only"
         return VersionNotFound(text)
 
-    def _known(self) -> str:
+    def _list_known(self) -> str:
         newest = sorted((parse_version(release.version) for release in self.releases()), reverse=True)
         if not newest:
             return "none"
@@ -271,15 +273,15 @@ class Index:
 
 
 def line_of(version: Version) -> str:
-    """The branch of a version that is not the newest stable one."""
+    """Return the branch of a version that is not the newest stable one."""
     return f"release-{version_text(version)}"
 
 
 def read_index(hub: Hub, name: str) -> Index:
-    """What a repository holds now.
+    """Read the current index of a repository.
 
     Args:
-        hub: Where it is.
+        hub: The hub of the repository.
         name: ``org/name``.
 
     Raises:
@@ -290,7 +292,7 @@ def read_index(hub: Hub, name: str) -> Index:
 
 
 def index_of(name: str, refs: Refs, state: State, manifests: Manifests) -> Index:
-    """The releases that tags publish."""
+    """Return the index of the releases that tags publish."""
     versions = {version: refs.tags[tag] for version, tag in versions_in(refs.tags).items()}
     return Index(name, versions, state, manifests, refs.branches)
 
@@ -299,14 +301,14 @@ def read_manifest(hub: Hub, release: Release, manifests: Manifests | None = None
     """Read the manifest of a release from its hub.
 
     Args:
-        hub: Where it is.
+        hub: The hub of the release.
         release: The release.
-        manifests: Those of its repository that have been read.
+        manifests: Manifests of its repository that were read before.
 
     Raises:
-        NotAdapter: It has none.
-        InvalidManifest: It has none that can be read.
-        IntegrityError: It has that of another version.
+        NotAdapter: Its commit has no manifest.
+        InvalidManifest: The manifest is malformed.
+        IntegrityError: The manifest is that of another version.
     """
     try:
         manifest = (manifests or Manifests(hub, release.name)).read(release.commit)

@@ -1,4 +1,4 @@
-"""List adapters and versions, and show what their manifests say."""
+"""List adapters and versions, and show their manifests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Described", "foreign_tags", "list_adapters", "show", "versions"]
 
 @dataclass(frozen=True)
 class Described:
-    """A release with its manifest, whose files have not been downloaded."""
+    """A release with its manifest; its files are not downloaded."""
 
     release: Release
     manifest: Manifest
@@ -38,7 +38,7 @@ class Described:
 def versions(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> list[Release]:
-    """All releases of an adapter, oldest version first, withdrawn ones among them, foreign tags not.
+    """Return all releases of an adapter, oldest version first; withdrawn ones are included, foreign tags are not.
 
     Raises:
         RepositoryNotFound: There is no such adapter.
@@ -51,7 +51,7 @@ def versions(
 def foreign_tags(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> dict[str, str]:
-    """Tags of a repository that look like versions and hold no release, with their commits.
+    """Return the version tags of a repository whose commits hold no release, with these commits.
 
     Raises:
         RepositoryNotFound: There is no such adapter.
@@ -64,10 +64,10 @@ def foreign_tags(
 def show(
     reference: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> Described:
-    """What the manifest of a release says.
+    """Return a release and its manifest.
 
     Raises:
-        VersionNotFound: The reference means no release.
+        VersionNotFound: No release matches the reference.
     """
     place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
     with limit_operation():
@@ -82,11 +82,11 @@ def list_adapters(
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> Iterator[Described]:
-    """The newest stable release of each adapter in a registry.
+    """Yield the newest stable release of each adapter in a registry.
 
     Args:
-        base: Only adapters for this base model (its id).
-        hub: Which registry.
+        base: Id of a base model; only its adapters are listed.
+        hub: The registry.
         token: For the registry.
     """
     place, token = open_hub(hub, token), None
@@ -94,7 +94,7 @@ def list_adapters(
         names = list(place.names(base))
     patience = Deadline(OPERATION)
     for name in names:
-        found = _newest(place, name)
+        found = _find_newest(place, name)
         if found is not None and (base is None or found.manifest.base.id == base):
             yield found
             patience = Deadline(OPERATION)
@@ -102,7 +102,7 @@ def list_adapters(
             raise HubUnavailable(f"The list of {place.location} has brought no adapter for {OPERATION:.0f} seconds")
 
 
-def _newest(place: Hub, name: str) -> Described | None:
+def _find_newest(place: Hub, name: str) -> Described | None:
     try:
         with limit_operation():
             index = read_index(place, check_name(name))
@@ -111,4 +111,4 @@ def _newest(place: Hub, name: str) -> Described | None:
     except (HubUnavailable, MachineError):
         raise
     except RegistryError:
-        return None  # somebody else's repository, or one that was deleted meanwhile
+        return None  # a foreign repository, or one deleted meanwhile

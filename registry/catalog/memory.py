@@ -1,7 +1,7 @@
-"""Remember what was seen of a repository, to notice a rollback.
+"""Remember what was seen of a repository, to detect a rollback.
 
-A hub can be rolled back to an earlier state, or be made to hide its newest releases. Somebody who has been there before
-notices: every version, the commit of each, and every state of withdrawn versions and aliases is remembered.
+A hub can be rolled back to an earlier state, or be made to hide its newest releases. A client that used it before can
+detect this: it remembers every version with its commit, and every state of withdrawn versions and aliases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_STATES = 1000
 
 @dataclass(frozen=True)
 class Pulled:
-    """The commit and the manifest's digest that a version had when it was pulled first."""
+    """The commit and the manifest digest of a version when it was first pulled."""
 
     commit: str
     manifest: str
@@ -37,11 +37,11 @@ class Seen:
 
     Attributes:
         identity: The hub's id for it.
-        versions: What was pulled.
-        tags: Every tag of a version that was seen, with its commit.
+        versions: The versions that were pulled.
+        tags: Every version tag that was seen, with its commit.
         state: Withdrawn versions and aliases.
         state_commit: The commit that holds this state.
-        former_states: The commits that held earlier ones, oldest first.
+        former_states: The commits of earlier states, oldest first.
     """
 
     identity: str | None = None
@@ -52,11 +52,11 @@ class Seen:
     former_states: tuple[str, ...] = ()
 
     def with_tags(self, tags: Mapping[str, str]) -> Seen:
-        """Return the record with tags added; none is forgotten."""
+        """Return the record with tags added; none is removed."""
         return replace(self, tags={**self.tags, **tags})
 
     def with_state(self, state: State, commit: str | None) -> Seen:
-        """Return the record with a newer state; one that another process has left behind already changes nothing."""
+        """Return the record with a newer state; a state that is already superseded changes nothing."""
         if commit == self.state_commit or commit in self.former_states:
             return self
         former = self.former_states if self.state_commit is None else (*self.former_states, self.state_commit)
@@ -64,11 +64,11 @@ class Seen:
 
 
 def parse_record(data: bytes) -> Seen:
-    """Read a record. It is whole, or refused: what a damaged one has lost, nobody would notice.
+    """Parse a record. A damaged record is refused as a whole, because its losses would go unnoticed.
 
     Raises:
-        JsonRefused: It is damaged.
-        HostileAnswer: The state in it is.
+        JsonRefused: The record is damaged.
+        HostileAnswer: The state in it is malformed.
     """
     fields = Fields(parse(data, MAX_RECORD))
     fields.integer("format", _FORMAT, least=1)
@@ -92,7 +92,7 @@ def parse_record(data: bytes) -> Seen:
 
 
 def write_record(seen: Seen) -> bytes:
-    """Return the file of a record."""
+    """Return a record as the bytes of its file."""
     return canonical(
         {
             "format": _FORMAT,
@@ -107,12 +107,12 @@ def write_record(seen: Seen) -> bytes:
 
 
 def find_lost_tags(seen: Seen, tags: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the tags that were seen and are not where they were, with the commit that each stands at now, if any."""
+    """Return the remembered tags that moved or vanished, each with its commit now, or ``None``."""
     return {tag: tags.get(tag) for tag, commit in seen.tags.items() if tags.get(tag) != commit}
 
 
 def find_lost_state(seen: Seen, state: State, commit: str | None) -> list[str]:
-    """Return what a newly read state has lost of the one before, one clause each; nothing, if it follows on it."""
+    """Return what a newly read state lost compared with the remembered one, one clause each; empty if nothing."""
     if seen.state_commit is None or commit == seen.state_commit:
         return []
     found = []

@@ -1,6 +1,6 @@
 """State of a repository: withdrawn versions, and aliases with history.
 
-It is one file, ``registry.json``, on a branch of its own, changed by compare-and-swap.
+The state is one file, ``registry.json``, on its own branch, changed by compare-and-swap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from registry.hubs.protocol import MAIN, Conflict, Hub, Refs
 
 __all__ = ["STATE_BRANCH", "STATE_FILE", "Move", "State", "Yank", "change_state", "now", "read_state"]
 
-#: Where the state of a repository lives.
+#: Branch and file that hold the state of a repository.
 STATE_BRANCH = "registry"
 STATE_FILE = "registry.json"
 _FORMAT = 1
@@ -28,7 +28,7 @@ _LIMIT = 16 * 1024 * 1024
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _MOST = 100_000
 _LONGEST_REASON = 500
-#: Attempts to change the state while others do, too.
+#: Attempts to change the state while others change it.
 _ATTEMPTS = 20
 
 
@@ -42,7 +42,7 @@ class Yank:
 
 @dataclass(frozen=True)
 class Move:
-    """One step in the life of an alias: since ``time`` it stands for ``version``; ``None`` when it was removed."""
+    """One change of an alias: from ``time`` on it points to ``version``; ``None`` if it was removed."""
 
     version: str | None
     time: str
@@ -52,8 +52,8 @@ class Move:
 class State:
     """Withdrawn versions, and the moves of each alias, oldest first.
 
-    ``serial`` counts the changes, so that a state can be told from an earlier one; 0 where it was not counted.
-    ``stored`` is false where no file holds it, because nothing was changed yet.
+    ``serial`` counts the changes and so identifies an earlier state; 0 if they were not counted. ``stored`` is false if
+    no file holds the state because nothing has changed yet.
     """
 
     yanked: Mapping[str, Yank] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class State:
 
     @classmethod
     def parse(cls, data: bytes) -> State:
-        """Read ``registry.json``.
+        """Parse ``registry.json``.
 
         Raises:
             HostileAnswer: It is malformed, or of a newer format.
@@ -73,19 +73,20 @@ class State:
             if fields.integer("format", 2**31, least=1) > _FORMAT:
                 raise fields.refuse("format", f"at most {_FORMAT}; a newer lora-plugins wrote it, and can read it")
             yanked = {
-                version_text(parse_version(version)): Yank(_reason(entry), entry.text("time", _TIME, "a time"))
+                version_text(parse_version(version)): Yank(_read_reason(entry), entry.text("time", _TIME, "a time"))
                 for version, entry in fields.table("yanked", _MOST)
             }
             serial = fields.integer("serial", 2**53) if fields.has("serial") else 0
             aliases = {
-                check_alias(alias): tuple(_moves(alias, moves)) for alias, moves in fields.json_table("aliases").items()
+                check_alias(alias): tuple(_read_moves(alias, moves))
+                for alias, moves in fields.json_table("aliases").items()
             }
         except (JsonRefused, InvalidReference) as reason:
             raise HostileAnswer(f"{STATE_FILE}: {reason}") from None
         return cls(yanked, aliases, serial)
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Return the state as the bytes of its file."""
         return canonical(
             {
                 "format": _FORMAT,
@@ -101,37 +102,37 @@ class State:
         )
 
     def version_of(self, alias: str) -> str | None:
-        """The version that an alias stands for."""
+        """Return the version that an alias points to."""
         moves = self.aliases.get(alias)
         return moves[-1].version if moves else None
 
     def aliases_of(self, version: str) -> tuple[str, ...]:
-        """The aliases of a version."""
+        """Return the aliases of a version."""
         return tuple(sorted(alias for alias in self.aliases if self.version_of(alias) == version))
 
 
 def read_state(hub: Hub, name: str, refs: Refs) -> State:
-    """The state of a repository at the moment of ``refs``."""
+    """Read the state of a repository at ``refs``."""
     commit = refs.branches.get(STATE_BRANCH)
     if commit is None or _is_fresh(refs, commit):
         return State(stored=False)
     try:
         return State.parse(hub.read(name, commit, STATE_FILE, _LIMIT))
     except HubFileNotFound:
-        return State(stored=False)  # started from what main held before
+        return State(stored=False)  # the branch was started from main and has no state yet
 
 
 def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], message: str) -> State:
-    """Change the state, again and again until nobody else has changed it in between.
+    """Change the state, and retry while others change it concurrently.
 
     Args:
-        hub: Where the repository is.
+        hub: The hub of the repository.
         name: ``org/name``.
-        change: Makes the new state of the old one; may be called several times, and may raise to give up.
-        message: For the history of the branch.
+        change: Returns the new state for the old one; may be called several times, and may raise to give up.
+        message: Commit message.
 
     Raises:
-        PublishConflict: Others changed it at the same time, every time.
+        PublishConflict: Others changed it during every attempt.
     """
     for attempt in range(_ATTEMPTS):
         refs = hub.refs(name)
@@ -141,10 +142,10 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
             return before
         if STATE_BRANCH not in refs.branches:
             hub.create_branch(name, STATE_BRANCH, refs.branches[MAIN])
-            continue  # somebody else may have started it, and gone on
+            continue  # another process may have created it and committed to it
         after = replace(after, serial=before.serial + 1)
         parent = refs.branches[STATE_BRANCH]
-        # A branch that was just started holds copies of what main holds. Anything else in it belongs to others.
+        # A new branch holds copies of the files on main. Files committed later belong to others.
         inherited = hub.files(name, parent) if _is_fresh(refs, parent) else ()
         others = tuple(path for path in inherited if path not in (STATE_FILE, GIT_ATTRIBUTES))
         try:
@@ -153,7 +154,7 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
             )
         except Conflict:
             made = None
-        # Hubs exist that don't compare the parent: what counts is what stands there afterwards.
+        # Some hubs do not compare the parent, so the branch is read again.
         if made is not None and hub.refs(name).branches.get(STATE_BRANCH) == made:
             return after
         time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
@@ -161,18 +162,18 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
 
 
 def _is_fresh(refs: Refs, commit: str) -> bool:
-    """Whether the state's branch still stands where it was started."""
+    """Whether nothing has been committed to the state branch since it was created."""
     released = {refs.tags[tag] for tag in versions_in(refs.tags).values()}
     return commit == refs.branches.get(MAIN) or commit in released
 
 
 def now() -> str:
-    """The time as manifests and states have it."""
+    """Return the current time in the format of manifests and states."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def check_reason(reason: str) -> str:
-    """``reason``, if it can be kept and shown.
+    """Return ``reason`` if it is valid.
 
     Raises:
         InvalidReference: It is empty, too long, or has control characters.
@@ -182,11 +183,11 @@ def check_reason(reason: str) -> str:
     return reason
 
 
-def _reason(entry: Fields) -> str:
+def _read_reason(entry: Fields) -> str:
     return check_reason(entry.text("reason"))
 
 
-def _moves(alias: str, moves: object) -> list[Move]:
+def _read_moves(alias: str, moves: object) -> list[Move]:
     if not isinstance(moves, list) or len(moves) > _MOST:
         raise JsonRefused(f"the moves of {alias} are not a list")
     found = []

@@ -1,4 +1,4 @@
-"""Yank a version, or offer it again.
+"""Yank or unyank a version.
 
 Ranges skip a yanked version; exact pins and locks still resolve to it, with a warning.
 """
@@ -28,12 +28,12 @@ def yank(
 
     Args:
         reference: ``org/name@version`` (or an alias, or a commit).
-        reason: One line that everybody sees who uses it.
-        hub: Which registry.
+        reason: One line, shown to everyone who uses the version.
+        hub: The registry.
         token: For the registry.
 
     Raises:
-        InvalidReference: The reference may mean several releases, or the reason is not a line of text.
+        InvalidReference: The reference may match several releases, or the reason is not one line of text.
         VersionNotFound: There is no such release.
     """
     return _change(reference, Yank(check_reason(reason), now()), open_hub(hub, token))
@@ -42,7 +42,7 @@ def yank(
 def unyank(
     reference: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> Release:
-    """Take back that a version was withdrawn.
+    """Undo the withdrawal of a version.
 
     Raises:
         VersionNotFound: There is no such release.

@@ -23,16 +23,16 @@ __all__ = [
 ]
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-#: Files of the registry's own (refs, locks, descriptions) are smaller.
+#: Bytes; the registry's own small files (refs, locks, descriptions) stay below.
 _SMALL = 1_000_000
 
 
 class PlantedLink(OSError):
-    """Something in a registry's folder is a symbolic link or no regular file, where the registry made neither."""
+    """A registry's folder contains a symbolic link or a special file; the registry creates neither."""
 
 
 def inside(root: Path, path: Path) -> Path:
-    """``path``, which lies below ``root``, if no part of it below ``root`` is a symbolic link.
+    """Return ``path`` after checking that none of its parts below ``root`` is a symbolic link.
 
     Raises:
         PlantedLink: One is.
@@ -50,14 +50,14 @@ def inside(root: Path, path: Path) -> Path:
 
 
 def open_regular(path: Path) -> int:
-    """A file descriptor for reading a regular file.
+    """Return a file descriptor for reading a regular file.
 
     Raises:
-        PlantedLink: It is something else.
-        FileNotFoundError: There is nothing.
+        PlantedLink: It is not a regular file.
+        FileNotFoundError: It does not exist.
     """
     try:
-        # Not blocking, because opening a FIFO would wait for its writer.
+        # Non-blocking, because opening a FIFO would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise
@@ -72,16 +72,16 @@ def open_regular(path: Path) -> int:
 
 
 def read_small(path: Path, limit: int = _SMALL) -> bytes:
-    """The first ``limit`` bytes of a regular file: all of it, for the registry's own."""
+    """Return at most the first ``limit`` bytes of a regular file."""
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read(limit)
 
 
 def entries(folder: Path) -> Iterator[tuple[str, int]]:
-    """The regular files below a folder with their sizes, by relative path with slashes.
+    """Yield the files below a folder: relative path with slashes, and size in bytes.
 
     Raises:
-        PlantedLink: There is something else than files and folders.
+        PlantedLink: It contains something other than regular files and folders.
     """
     for parent, folders, files in os.walk(folder, followlinks=False):
         for name in [*folders, *files]:
@@ -95,7 +95,7 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file, and wait until it is on disk."""
+    """Write a new file and wait until it is on disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -104,7 +104,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def temporary_file(folder: Path, content: bytes) -> Path:
-    """Write a new file in ``folder`` under a name that nobody looks for; nothing is left of it when that fails."""
+    """Write a new file in ``folder`` under a temporary name; a failed write leaves nothing behind."""
     path = folder / new_name("tmp-")
     try:
         write_file(path, content)
@@ -115,7 +115,7 @@ def temporary_file(folder: Path, content: bytes) -> Path:
 
 
 def create_exclusively(path: Path, content: bytes) -> bool:
-    """Create a file with all of its content at once; whether it was created, which it isn't when it exists."""
+    """Create a file with all of its content atomically; return ``False`` if it exists already."""
     temporary = temporary_file(path.parent, content)
     try:
         os.link(temporary, path, follow_symlinks=False)
@@ -130,7 +130,7 @@ def create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def _create_without_links(path: Path, content: bytes) -> bool:
-    # The content comes a moment after the name. Readers take an empty file for one that isn't there yet.
+    # The name appears before the content. Readers treat an empty file as missing.
     try:
         write_file(path, content)
     except FileExistsError:
@@ -140,7 +140,7 @@ def _create_without_links(path: Path, content: bytes) -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Let a file have other content; whoever reads it finds the old or the new one."""
+    """Replace a file's content atomically: readers see the old or the new content."""
     temporary = temporary_file(path.parent, content)
     try:
         os.replace(temporary, path)
@@ -151,9 +151,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Wait until the folder's entries are on disk."""
     if os.name == "nt":
-        return  # folders can't be opened there
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Errors of this machine, told apart from those of a hub or a release."""
+"""Separate errors of this machine from those of a hub or a release."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from registry.errors import CacheError, MachineError, RegistryError
 
 __all__ = ["READ_ONLY", "CheckedSink", "find_home", "lacks_something", "temporary_folder"]
 
-#: What a folder answers that may be read and not written.
+#: Error numbers of writing to a read-only folder.
 READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _LACKING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG, errno.EROFS})
 _PREFIX = "lora-plugins-"
 
 
 def lacks_something(error: BaseException) -> OSError | None:
-    """Return the error, or the one that led to it, that says this machine ran out of something."""
+    """Return the error in the chain that says this machine ran out of a resource; ``None`` without one."""
     chain: BaseException | None = error
     seen: set[int] = set()
     while chain is not None and id(chain) not in seen:
@@ -36,10 +36,10 @@ def lacks_something(error: BaseException) -> OSError | None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a private folder for as long as the block runs, and remove those that killed processes left.
+    """Create a private folder for the duration of the block, and remove those that killed processes left.
 
     Raises:
-        MachineError: There is no place for temporary files, or it is full.
+        MachineError: There is no folder for temporary files, or its disk is full.
     """
     try:
         parent = Path(tempfile.gettempdir())
@@ -47,7 +47,7 @@ def temporary_folder() -> Iterator[Path]:
         folder = parent / new_name(_PREFIX)
         folder.mkdir(0o700)
     except OSError as error:
-        raise _no_room(error) from error
+        raise _explain_no_room(error) from error
     try:
         yield folder
     except RegistryError:
@@ -55,17 +55,17 @@ def temporary_folder() -> Iterator[Path]:
     except OSError as error:
         if lacks_something(error) is None:
             raise
-        raise _no_room(error) from error
+        raise _explain_no_room(error) from error
     except Exception as error:
-        # safetensors writes in Rust, and has an error of its own for a full disk.
+        # safetensors 0.8.0 reports a full disk as its own exception from Rust.
         if f"(os error {errno.ENOSPC})" not in str(error):
             raise
-        raise _no_room(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        raise _explain_no_room(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
     finally:
         delete(folder)
 
 
-def _no_room(error: OSError) -> MachineError:
+def _explain_no_room(error: OSError) -> MachineError:
     return MachineError(
         f"Temporary files cannot be written ({error.strerror or error}). Set TMPDIR to a folder with enough space; it "
         f"is {os.environ.get('TMPDIR') or 'not set'}"
@@ -73,7 +73,7 @@ def _no_room(error: OSError) -> MachineError:
 
 
 class CheckedSink:
-    """A file that is written to, whose errors are this machine's and not the hub's that the bytes come from."""
+    """A file open for writing whose errors are reported as this machine's, not as the hub's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -107,14 +107,14 @@ class CheckedSink:
         return self._file.tell()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position; buffered bytes are written."""
+        """Move to a position; buffered bytes are written first."""
         try:
             return self._file.seek(offset, whence)
         except OSError as error:
             raise self._error(error) from error
 
     def truncate(self, size: int | None = None) -> int:
-        """Cut the file off; buffered bytes are written."""
+        """Truncate the file; buffered bytes are written first."""
         try:
             return self._file.truncate(size)
         except OSError as error:
@@ -125,10 +125,10 @@ class CheckedSink:
 
 
 def find_home(path: str | os.PathLike[str], variable: str) -> Path:
-    """Return a path with ``~`` replaced by the user's folder, as a whole path.
+    """Return an absolute path with ``~`` replaced by the user's home folder.
 
     Raises:
-        MachineError: Nobody knows that folder: the user has no entry in the list of users, and ``HOME`` is not set.
+        MachineError: The home folder is unknown: the user is not in the user database, and ``HOME`` is not set.
     """
     try:
         return Path(path).expanduser().absolute()

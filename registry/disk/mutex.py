@@ -1,7 +1,7 @@
-"""A lock file in a folder, for processes of several hosts.
+"""A lock file in a folder, for processes on several hosts.
 
-The lock is a small file that says who holds it. Creating it is atomic even where ``flock`` is not passed on to other
-hosts. An owner that died is recognised: on this host because its process is gone, elsewhere by the age of the file.
+The lock is a small file that names its holder. Creating it is atomic even on file systems that do not share ``flock``
+between hosts. A dead holder is detected by its process id on this host, and by the age of the file on other hosts.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from registry.text import visible
 
 __all__ = ["LockTimeout", "exclude", "folder_lock"]
 
-#: Who holds the lock renames a few files, which takes milliseconds; after this many seconds another host's is dead.
+#: Seconds after which a lock of another host is stale. A holder renames a few files, which takes milliseconds.
 LEASE = 60.0
 _NAME = "lock"
 
 
 class LockTimeout(Exception):
-    """Somebody held the lock for too long; the message says who."""
+    """The lock was not released in time; the message names its holder."""
 
 
 @contextmanager
 def folder_lock(folder: Path, timeout: float = 30.0, *, name: str = _NAME) -> Iterator[None]:
-    """Hold a lock of ``folder``; who gets it removes what dead processes left there.
+    """Hold a lock on ``folder``; acquiring it removes what dead processes left there.
 
     Args:
-        folder: Where the file of the lock is.
+        folder: The folder of the lock file.
         timeout: Seconds to wait.
-        name: Of that file.
+        name: Name of the lock file.
 
     Raises:
-        LockTimeout: It was not free in time.
-        PlantedLink: Something else than a file has its name.
+        LockTimeout: The lock was not released in time.
+        PlantedLink: The lock file is not a regular file.
     """
-    lock, mine = folder / name, _description()
+    lock, mine = folder / name, _describe_owner()
     end, delay = time.monotonic() + timeout, 0.002
     while not create_exclusively(lock, mine):
-        if _stale(lock):
+        if _is_stale(lock):
             _break(lock)
             continue
         if time.monotonic() > end:
             raise LockTimeout(
-                f"{lock} is held by {visible(_owner(lock), 200) or 'an unknown process'} for more than {timeout:.0f} "
-                "seconds. If nobody is working there, delete that file"
+                f"{lock} is held by {visible(_read_owner(lock), 200) or 'an unknown process'} for more than "
+                f"{timeout:.0f} seconds. If nobody is working there, delete that file"
             )
         time.sleep(delay)
         delay = min(delay * 1.5, 0.05)
@@ -60,46 +60,46 @@ def folder_lock(folder: Path, timeout: float = 30.0, *, name: str = _NAME) -> It
         sweep(folder)
         yield
     finally:
-        # Whoever took it for stale has put a lock of its own there.
-        if _content(lock) == mine:
+        # A process that judged this lock stale has put its own there.
+        if _read_content(lock) == mine:
             with contextlib.suppress(FileNotFoundError):
                 lock.unlink()
 
 
-def _description() -> bytes:
+def _describe_owner() -> bytes:
     owner = {"host": host(), "pid": os.getpid(), "started": started(os.getpid()), "nonce": secrets.token_hex(8)}
     return json.dumps(owner, sort_keys=True).encode()
 
 
-def _stale(lock: Path) -> bool:
-    content = _content(lock)
+def _is_stale(lock: Path) -> bool:
+    content = _read_content(lock)
     if content is None:
         return False
     try:
         owner = json.loads(content)
         where, pid, began = str(owner["host"]), int(owner["pid"]), owner["started"]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _age(lock) > LEASE  # nothing that says who
+        return _measure_age(lock) > LEASE  # names no holder
     if where != host():
-        return _age(lock) > LEASE
-    # A process id that has been given to another process has another time of start.
+        return _measure_age(lock) > LEASE
+    # A reused process id has another start time.
     return not is_alive(pid) or started(pid) != began
 
 
 def _break(lock: Path) -> None:
-    """Remove a stale lock, and not the fresh one that somebody else puts into its place at this moment."""
+    """Remove a stale lock, but not a fresh one that another process has just put in its place."""
     with exclude(lock.with_name(f"{lock.name}.guard")):
-        if _stale(lock):
+        if _is_stale(lock):
             with contextlib.suppress(FileNotFoundError):
                 lock.unlink()
 
 
 @contextmanager
 def exclude(guard: Path) -> Iterator[None]:
-    """Exclude other processes of this host where the system can; the kernel lets go when a process dies.
+    """Exclude other processes of this host where the system supports it; the kernel releases it when a process dies.
 
     Raises:
-        OSError: The guard's file cannot be made.
+        OSError: The guard file cannot be created.
     """
     try:
         import fcntl
@@ -108,28 +108,28 @@ def exclude(guard: Path) -> Iterator[None]:
         return
     descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        with contextlib.suppress(OSError):  # file systems without it
+        with contextlib.suppress(OSError):  # file systems without flock
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def _content(lock: Path) -> bytes | None:
+def _read_content(lock: Path) -> bytes | None:
     try:
         return read_small(lock)
     except FileNotFoundError:
         return None
 
 
-def _owner(lock: Path) -> str:
-    return (_content(lock) or b"").decode("utf-8", "replace")
+def _read_owner(lock: Path) -> str:
+    return (_read_content(lock) or b"").decode("utf-8", "replace")
 
 
-def _age(lock: Path) -> float:
-    """Return seconds between now and the lock's time, by the clock of the file system: another host's may differ.
+def _measure_age(lock: Path) -> float:
+    """Return the age of the lock in seconds by the file system's clock, which other hosts share.
 
-    A time that lies ahead counts as one that has passed, or a lock from tomorrow would be held until then.
+    The difference is absolute, so that a lock dated in the future expires too.
     """
     try:
         made = lock.lstat().st_mtime

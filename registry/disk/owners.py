@@ -1,7 +1,7 @@
-"""Temporary names that say who made them, and leftovers of the dead.
+"""Temporary names that identify their owner, and cleanup after dead ones.
 
-A killed process cannot tidy up. What it was writing carries its host, process id and start time in its name, so the
-next call in the same folder sees that nobody is working on it any more, and removes it.
+A killed process cannot clean up. Its temporary files carry its host, process id and start time in their names, so the
+next call in the same folder recognizes them as abandoned and removes them.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pathlib import Path
 
 __all__ = ["delete", "find_leftovers", "host", "is_alive", "is_old", "new_name", "started", "sweep"]
 
-#: Seconds after which what another host was writing, or an earlier release of this package, is taken for abandoned.
+#: Seconds after which temporary files of another host or an earlier release of this package count as abandoned.
 _ABANDONED = 24 * 3600.0
 _PREFIXES = (".tmp-", "tmp-", "lora-plugins-")
 _NAME = re.compile(
     r"(?:\.tmp|tmp|lora-plugins)-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,10})-(?P<started>\d{0,20})-[0-9a-f]{16}"
 )
-#: Names that earlier releases gave.
+#: Temporary names of earlier releases.
 _FORMER = re.compile(r"\.?tmp-[0-9a-f]{16}")
 
 
 def new_name(prefix: str = ".tmp-") -> str:
-    """Return a name for something temporary of this process."""
+    """Return a name for a temporary file or folder of this process."""
     pid = os.getpid()
-    return f"{prefix}{_short_host()}-{pid}-{started(pid)}-{secrets.token_hex(8)}"
+    return f"{prefix}{_hash_host()}-{pid}-{started(pid)}-{secrets.token_hex(8)}"
 
 
 def find_leftovers(folder: Path) -> list[Path]:
-    """Find what dead processes were writing in a folder; its subfolders are not looked at."""
+    """Return the temporary files and folders that dead processes left in a folder, without its subfolders."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(_PREFIXES)]
     except (FileNotFoundError, NotADirectoryError):
@@ -47,14 +47,14 @@ def find_leftovers(folder: Path) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead processes were writing in a folder."""
+    """Remove the temporary files and folders that dead processes left in a folder."""
     for path in find_leftovers(folder):
         with contextlib.suppress(OSError):
             delete(path)
 
 
 def delete(path: Path) -> None:
-    """Remove a folder that may be read-only, or a file or link in its place; a link is not followed."""
+    """Remove a file, a link or a folder, read-only folders included; links are not followed."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -65,14 +65,14 @@ def delete(path: Path) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
-    if match is None or match["host"] != _short_host():
+    if match is None or match["host"] != _hash_host():
         return (match or _FORMER.fullmatch(path.name)) is not None and is_old(path)
     pid = int(match["pid"])
     return not is_alive(pid) or started(pid) != match["started"]
 
 
 def is_old(path: Path) -> bool:
-    """Whether something was changed more than a day ago, or has a time that far ahead."""
+    """Whether a path's modification time is more than a day in the past or the future."""
     try:
         return abs(time.time() - os.lstat(path).st_mtime) > _ABANDONED
     except FileNotFoundError:
@@ -80,33 +80,33 @@ def is_old(path: Path) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host lives. Ids that no process can have are dead."""
+    """Whether a process of this host is alive; invalid ids count as dead."""
     try:
         if pid <= 0:
-            return False  # to kill(), groups of processes
+            return False  # kill() takes these for process groups
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        pass  # it belongs to somebody else
+        pass  # the process belongs to another user
     return True
 
 
 def started(pid: int) -> str:
-    """When a process was started, in a unit of the system; empty where that is not known."""
+    """Return the start time of a process in clock ticks of the system; empty where it is not known."""
     with contextlib.suppress(OSError, IndexError, OverflowError):
         content = Path(f"/proc/{pid}/stat").read_bytes()
-        # The name, in brackets, may hold spaces; the 22nd field counts from the one after it.
+        # The second field, the name in parentheses, may hold spaces; the start time is the 22nd field.
         return content.rpartition(b")")[2].split()[19].decode("ascii")
     return ""
 
 
 def host() -> str:
-    """Return this machine since it was started; process ids mean something only within one such."""
-    return " ".join(_host_parts())
+    """Return an id of this machine's boot and process namespace, within which process ids are comparable."""
+    return " ".join(_read_host_parts())
 
 
-def _host_parts() -> Iterator[str]:
+def _read_host_parts() -> Iterator[str]:
     yield platform.node()
     with contextlib.suppress(OSError):
         yield Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -114,5 +114,5 @@ def _host_parts() -> Iterator[str]:
 
 
 @functools.cache
-def _short_host() -> str:
+def _hash_host() -> str:
     return hashlib.sha256(host().encode()).hexdigest()[:8]

@@ -140,10 +140,10 @@ def _check(fields: Fields, values: Mapping[str, Any]) -> None:
     _check_tables(fields)
     for key in ("modules_to_save", "target_parameters"):
         if fields.has(key):
-            _names(fields, values, key)
+            _read_names(fields, values, key)
     _check_numbers(fields, values)
     _check_imports(fields, values)
-    costly = find_costly(_expressions(fields, values))
+    costly = find_costly(_list_expressions(fields, values))
     if costly is not None:
         raise JsonRefused(
             f"{costly[0]} has the expression {shown(costly[1])}, which can take forever; name the modules instead"
@@ -166,7 +166,7 @@ def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
     if layers is not None and not _are_indices(layers if isinstance(layers, list) else [layers], _MAX_LAYERS):
         raise fields.refuse("layers_to_transform", f"indices of at most {_MAX_LAYERS:,} layers")
     ranges = values.get("layer_replication")
-    if ranges is not None and not (isinstance(ranges, list) and _replicated(ranges) <= _MAX_LAYERS):
+    if ranges is not None and not (isinstance(ranges, list) and _count_replicated(ranges) <= _MAX_LAYERS):
         raise fields.refuse("layer_replication", f"ranges [start, end] of together at most {_MAX_LAYERS:,} layers")
     tokens = values.get("trainable_token_indices")
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens] if tokens is not None else []
@@ -174,7 +174,7 @@ def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
         raise fields.refuse("trainable_token_indices", "indices of tokens, or such lists by the name of an embedding")
 
 
-def _replicated(ranges: list[Any]) -> int:
+def _count_replicated(ranges: list[Any]) -> int:
     """How many layers ranges repeat; more than any model has where one is malformed."""
     pairs = [item for item in ranges if isinstance(item, list) and len(item) == 2 and _are_indices(item, _MAX_LAYERS)]
     return sum(end - start for start, end in pairs) if len(pairs) == len(ranges) else _MAX_LAYERS + 1
@@ -205,21 +205,21 @@ def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
     )
 
 
-def _expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _PATTERNS:
         value = values.get(key)
         # In a list, target_modules and exclude_modules are names; the other two are patterns all the same.
         if isinstance(value, str):
             yield key, value
         elif value is not None:
-            names = _names(fields, values, key)
+            names = _read_names(fields, values, key)
             yield from ((key, name) for name in names if key in ("layers_pattern", "modules_to_save"))
     for key in _TABLES:
         for name in fields.json_table(key) if fields.has(key) else ():
             yield key, name
 
 
-def _names(fields: Fields, values: Mapping[str, Any], key: str) -> list[str]:
+def _read_names(fields: Fields, values: Mapping[str, Any], key: str) -> list[str]:
     value = values.get(key)
     if not isinstance(value, list) or len(value) > _MAX_NAMES:
         raise fields.refuse(key, f"a list of at most {_MAX_NAMES:,} names")

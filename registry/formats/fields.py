@@ -31,7 +31,7 @@ class Fields:
     def refuse(self, key: str, expected: str) -> JsonRefused:
         """The error for a value that is not as expected."""
         found = shown(self._values[key]) if key in self._values else "missing"
-        return JsonRefused(f"{self._path(key)} is {found}; expected {expected}")
+        return JsonRefused(f"{self._join_path(key)} is {found}; expected {expected}")
 
     def has(self, key: str) -> bool:
         """Whether there is a value other than null."""
@@ -85,7 +85,7 @@ class Fields:
         table = self.json_table(key)
         for name, value in table.items():
             if not _is_number(value):
-                raise JsonRefused(f"{self._path(key)}.{shown(name)} is {shown(value)}; expected a number")
+                raise JsonRefused(f"{self._join_path(key)}.{shown(name)} is {shown(value)}; expected a number")
         return table
 
     def json_table(self, key: str) -> dict[str, Any]:
@@ -97,17 +97,17 @@ class Fields:
 
     def inner(self, key: str) -> Fields:
         """The object under a key."""
-        return Fields(self._values.get(key), self._path(key))
+        return Fields(self._values.get(key), self._join_path(key))
 
     def table(self, key: str, most: int) -> Iterator[tuple[str, Fields]]:
         """The entries of an object of objects."""
         entries: Mapping[str, Any] = self.json_table(key)
         if len(entries) > most:
-            raise JsonRefused(f"{self._path(key)} has {len(entries):,} entries, and may have {most:,}")
+            raise JsonRefused(f"{self._join_path(key)} has {len(entries):,} entries, and may have {most:,}")
         for name, value in entries.items():
-            yield name, Fields(value, f"{self._path(key)}.{shown(name)}")
+            yield name, Fields(value, f"{self._join_path(key)}.{shown(name)}")
 
-    def _path(self, key: str) -> str:
+    def _join_path(self, key: str) -> str:
         return f"{self._where}.{key}" if self._where else key
 
 

@@ -102,15 +102,15 @@ class Manifest:
         if fields.integer("format", 2**31, least=1) > FORMAT:
             raise fields.refuse("format", f"at most {FORMAT}; a newer lora-plugins wrote it, and can read it")
         return cls(
-            version=_version(fields, "version"),
-            base=_base(fields.inner("base")),
-            architecture=_architecture(fields.inner("architecture")),
+            version=_read_version(fields, "version"),
+            base=_read_base(fields.inner("base")),
+            architecture=_read_architecture(fields.inner("architecture")),
             config=fields.json_table("config"),
-            files=_files(fields),
-            tensors=_tensors(fields),
+            files=_read_files(fields),
+            tensors=_read_tensors(fields),
             created=fields.text("created", _CREATED, "a time such as 2026-01-31T12:00:00Z"),
-            parent_version=fields.optional("parent_version", lambda key: _version(fields, key)),
-            peft_version=fields.optional("peft_version", lambda key: _version(fields, key)),
+            parent_version=fields.optional("parent_version", lambda key: _read_version(fields, key)),
+            peft_version=fields.optional("peft_version", lambda key: _read_version(fields, key)),
             tokenizer_hash=fields.optional("tokenizer_hash", lambda key: fields.text(key, SHA256, "a sha256")),
             training=fields.json_table("training"),
             metrics=fields.number_table("metrics"),
@@ -119,7 +119,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The bytes it was parsed from; else the one way in which it is written."""
         known: bytes | None = getattr(self, "_bytes", None)
-        return canonical({"format": FORMAT, **_plain(self)}) if known is None else known
+        return canonical({"format": FORMAT, **_convert_to_json(self)}) if known is None else known
 
     @property
     def digest(self) -> str:
@@ -138,17 +138,17 @@ class Manifest:
             CARD_BESIDE,
         )  # the configuration counts by its fields; PEFT adds its version to the file
         content = {
-            "architecture": _plain(self.architecture),
-            "base": {key: value for key, value in _plain(self.base).items() if key != "aliases"},
+            "architecture": _convert_to_json(self.architecture),
+            "base": {key: value for key, value in _convert_to_json(self.base).items() if key != "aliases"},
             "config": dict(self.config),
-            "files": {n: _plain(f) for n, f in self.files.items() if n not in told and not is_picture(n)},
-            "tensors": {name: _plain(tensor) for name, tensor in self.tensors.items()},
+            "files": {n: _convert_to_json(f) for n, f in self.files.items() if n not in told and not is_picture(n)},
+            "tensors": {name: _convert_to_json(tensor) for name, tensor in self.tensors.items()},
             "tokenizer_hash": self.tokenizer_hash,
         }
         return hashlib.sha256(canonical(content)).hexdigest()
 
 
-def _version(fields: Fields, key: str) -> str:
+def _read_version(fields: Fields, key: str) -> str:
     text = fields.text(key, expected="a version")
     try:
         if len(text) <= 128 and str(Version(text)) == text:
@@ -158,25 +158,25 @@ def _version(fields: Fields, key: str) -> str:
     raise fields.refuse(key, "a normalized version such as 1.2.0")
 
 
-def _base(fields: Fields) -> BaseRecord:
+def _read_base(fields: Fields) -> BaseRecord:
     return BaseRecord(
         id=fields.optional("id", lambda key: fields.text(key, BASE_ID, "the id of a model, such as org/name")),
         commit=fields.optional("commit", lambda key: fields.text(key, COMMIT, "a commit")),
-        fingerprint=_fingerprint(fields.inner("fingerprint")) if fields.has("fingerprint") else None,
-        aliases=fields.optional("aliases", lambda key: _aliases(fields, key)),
+        fingerprint=_read_fingerprint(fields.inner("fingerprint")) if fields.has("fingerprint") else None,
+        aliases=fields.optional("aliases", lambda key: _read_aliases(fields, key)),
     )
 
 
-def _aliases(fields: Fields, key: str) -> tuple[str, ...]:
+def _read_aliases(fields: Fields, key: str) -> tuple[str, ...]:
     found = fields.texts(key)
     if len(found) > MAX_ALIASES or not all(BASE_ID.fullmatch(name) for name in found):
         raise fields.refuse(key, f"at most {MAX_ALIASES} ids of models, such as org/name")
     return found
 
 
-def _fingerprint(fields: Fields) -> Fingerprint:
+def _read_fingerprint(fields: Fields) -> Fingerprint:
     tensors = {
-        _tensor_name(name): TensorPrint(
+        _check_tensor_name(name): TensorPrint(
             entry.text("sha256", SHA256, "a sha256"),
             entry.text("dtype", _DTYPE, "a dtype such as BF16"),
             entry.numbers("values", 64),
@@ -186,7 +186,7 @@ def _fingerprint(fields: Fields) -> Fingerprint:
     return Fingerprint(fields.json_table("config"), tensors)
 
 
-def _architecture(fields: Fields) -> BaseKind:
+def _read_architecture(fields: Fields) -> BaseKind:
     return BaseKind(
         fields.optional("model_type", fields.text),
         fields.optional("class_name", fields.text),
@@ -195,7 +195,7 @@ def _architecture(fields: Fields) -> BaseKind:
     )
 
 
-def _files(fields: Fields) -> dict[str, FileRecord]:
+def _read_files(fields: Fields) -> dict[str, FileRecord]:
     files = {}
     for name, entry in fields.table("files", _MAX_FILES):
         if not listed_in_manifest(name):
@@ -207,9 +207,9 @@ def _files(fields: Fields) -> dict[str, FileRecord]:
     return files
 
 
-def _tensors(fields: Fields) -> dict[str, TensorRecord]:
+def _read_tensors(fields: Fields) -> dict[str, TensorRecord]:
     tensors = {
-        _tensor_name(name): TensorRecord(entry.text("dtype", _DTYPE, "a dtype such as F32"), entry.shape("shape"))
+        _check_tensor_name(name): TensorRecord(entry.text("dtype", _DTYPE, "a dtype such as F32"), entry.shape("shape"))
         for name, entry in fields.table("tensors", MAX_TENSORS)
     }
     if not tensors:
@@ -217,19 +217,19 @@ def _tensors(fields: Fields) -> dict[str, TensorRecord]:
     return tensors
 
 
-def _tensor_name(name: str) -> str:
+def _check_tensor_name(name: str) -> str:
     if not is_tensor_name(name):
         raise JsonRefused(f"tensors has {shown(name)}, which is not a valid name of a tensor")
     return name
 
 
-def _plain(value: Any) -> Any:
+def _convert_to_json(value: Any) -> Any:
     """A record as JSON values, without what is not known."""
     if hasattr(value, "__dataclass_fields__"):
-        found = {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        found = {name: _convert_to_json(getattr(value, name)) for name in value.__dataclass_fields__}
         return {name: item for name, item in found.items() if item is not None}
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _convert_to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_convert_to_json(item) for item in value]
     return value

@@ -112,32 +112,32 @@ class _Bound:
         """Go through a sequence."""
         for operator, argument in _join_literals(tree):
             if isinstance(operator, str):
-                self._literal(operator)
+                self._walk_literal(operator)
             elif operator in _ONE_CHARACTER or operator is _constants.AT:
                 self.spend(1)
             elif operator in _REPEATS:
-                self._repeat(*argument)
+                self._walk_repeat(*argument)
             elif operator is _constants.BRANCH:
-                self._branch(argument[1])
+                self._walk_branch(argument[1])
             elif operator is _constants.SUBPATTERN:
                 self.walk(argument[-1])
             elif operator is getattr(_constants, "ATOMIC_GROUP", None):
                 self.walk(argument)
             elif operator in (_constants.ASSERT, _constants.ASSERT_NOT):
-                self.spend(_inside(argument[1])[1])
+                self.spend(_bound_part(argument[1])[1])
             else:
                 raise _NotVouchedFor
 
-    def _literal(self, text: str) -> None:
+    def _walk_literal(self, text: str) -> None:
         self.spend(1)
         if self.places > 1:
-            self.ways, self.places = self.ways * min(self.places, _occurrences(text)), 1.0
+            self.ways, self.places = self.ways * min(self.places, _count_occurrences(text)), 1.0
 
-    def _repeat(self, least: Any, most: Any, tree: Any) -> None:
+    def _walk_repeat(self, least: Any, most: Any, tree: Any) -> None:
         if len(tree) == 1 and tree[0][0] in _ONE_CHARACTER:
             ways, steps, width = 1.0, 1.0, 1
         else:
-            ways, steps = _inside(tree)
+            ways, steps = _bound_part(tree)
             width = tree.getwidth()[0]
         # What can be empty is tried as often as it is asked for, and never gets anywhere.
         longest = int(most) if width == 0 else min(int(most), _NAME // width)
@@ -152,10 +152,10 @@ class _Bound:
         self.spend(longest * steps * ways ** min(longest - 1, 64))
         self.ways, self.places = self.total * every, 1.0
 
-    def _branch(self, branches: list[Any]) -> None:
-        words = [_word(branch) for branch in branches]
+    def _walk_branch(self, branches: list[Any]) -> None:
+        words = [_read_word(branch) for branch in branches]
         if self.places > 1 and all(words):
-            found = min(sum(map(_occurrences, words)), 8 + len(words))
+            found = min(sum(map(_count_occurrences, words)), 8 + len(words))
             self.spend(len(words))
             self.ways, self.places = self.ways * min(self.places, found), 1.0
             return
@@ -170,7 +170,7 @@ class _Bound:
         self.ways, self.places = total, 1.0
 
 
-def _inside(tree: Any) -> tuple[float, float]:
+def _bound_part(tree: Any) -> tuple[float, float]:
     """Return the ways and the steps of a part by itself."""
     bound = _Bound()
     bound.walk(tree)
@@ -192,7 +192,7 @@ def _join_literals(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield text, None
 
 
-def _word(tree: Any) -> str | None:
+def _read_word(tree: Any) -> str | None:
     """Return the text that a part is, if it is nothing else."""
     parts = list(_join_literals(tree))
     return parts[0][0] if len(parts) == 1 and isinstance(parts[0][0], str) else None
@@ -203,5 +203,5 @@ def _is_prefix(words: list[str | None]) -> bool:
     return any(after.startswith(before) for before, after in pairwise(known))
 
 
-def _occurrences(text: str | None) -> float:
+def _count_occurrences(text: str | None) -> float:
     return 4.0 if text is not None and sum(char.isalpha() for char in text) >= 3 else 16.0

@@ -82,8 +82,8 @@ class Reference:
         if not rest:
             return cls(name)
         if rest[0] != "@":
-            return cls(name, range=_range(rest, text))
-        return _pinned(name, rest[1:], text)
+            return cls(name, range=_parse_range(rest, text))
+        return _parse_pin(name, rest[1:], text)
 
     def __str__(self) -> str:
         if self.range is not None:
@@ -237,7 +237,7 @@ def check_alias(alias: str) -> str:
     return alias
 
 
-def _pinned(name: str, pin: str, text: str) -> Reference:
+def _parse_pin(name: str, pin: str, text: str) -> Reference:
     if not pin:
         raise InvalidReference(f"{text!r} ends with '@': a version, an alias or a commit has to follow")
     if pin[0] in _OPERATORS:
@@ -255,7 +255,7 @@ def _pinned(name: str, pin: str, text: str) -> Reference:
     return Reference(name, alias=check_alias(pin))
 
 
-def _range(rest: str, text: str) -> SpecifierSet:
+def _parse_range(rest: str, text: str) -> SpecifierSet:
     try:
         found = SpecifierSet(rest)
     except InvalidSpecifier:

@@ -29,10 +29,10 @@ def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
         text = data.decode("utf-8")
         value = json.loads(
             text,
-            object_pairs_hook=_once,
-            parse_constant=_not_finite,
-            parse_int=_integer,
-            parse_float=_number,
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_read_integer,
+            parse_float=_read_number,
         )
     except JsonRefused:
         raise
@@ -59,7 +59,7 @@ def shown(text: object, length: int = 80) -> str:
     return quoted if len(quoted) <= length else f"{quoted[: length - 1]}…"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -68,17 +68,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _not_finite(text: str) -> NoReturn:
+def _refuse_constant(text: str) -> NoReturn:
     raise JsonRefused(f"it has the number {text}")
 
 
-def _integer(text: str) -> int:
+def _read_integer(text: str) -> int:
     if len(text.lstrip("-")) > _MAX_DIGITS:
         raise JsonRefused(f"it has a number of {len(text)} digits")
     return int(text)
 
 
-def _number(text: str) -> float:
+def _read_number(text: str) -> float:
     value = float(text) if len(text) <= 64 else math.inf
     if not math.isfinite(value):
         raise JsonRefused(f"it has the number {shown(text)}")
@@ -102,17 +102,17 @@ def _check_depth(value: Any, depth: int) -> None:
 
 def _check_text(value: Any) -> None:
     if isinstance(value, str):
-        _encodable(value)
+        _check_encodable(value)
     elif isinstance(value, list):
         for item in value:
             _check_text(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _encodable(key)
+            _check_encodable(key)
             _check_text(item)
 
 
-def _encodable(text: str) -> None:
+def _check_encodable(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

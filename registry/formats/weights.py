@@ -73,7 +73,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
             raise JsonRefused(f"its header should have {length:,} bytes, and the file has {size:,}")
         if length > MAX_HEADER:
             raise JsonRefused(f"its header has {length:,} bytes, and may have {MAX_HEADER:,}")
-        return _header(parse(read(8, length), MAX_HEADER, depth=4), 8 + length, size)
+        return _parse_header(parse(read(8, length), MAX_HEADER, depth=4), 8 + length, size)
     except JsonRefused as reason:
         raise UnsafeFile(f"{name} is not a safetensors file that can be read safely: {reason}") from None
 
@@ -105,10 +105,10 @@ def bits_of(dtype: str) -> int:
     return _BITS[dtype]
 
 
-def _header(document: object, start: int, size: int) -> Header:
+def _parse_header(document: object, start: int, size: int) -> Header:
     if not isinstance(document, dict):
         raise JsonRefused("its header is not an object")
-    metadata = _metadata(document.pop("__metadata__", {}))
+    metadata = _parse_metadata(document.pop("__metadata__", {}))
     if len(document) > MAX_TENSORS:
         raise JsonRefused(f"it has {len(document):,} tensors, and may have {MAX_TENSORS:,}")
     tensors: dict[str, TensorRecord] = {}
@@ -116,7 +116,7 @@ def _header(document: object, start: int, size: int) -> Header:
     for name, entry in document.items():
         if not is_tensor_name(name):
             raise JsonRefused(f"{shown(name)} is not the name of a tensor")
-        tensors[name], begin, end = _entry(name, entry)
+        tensors[name], begin, end = _parse_entry(name, entry)
         offsets[name] = (start + begin, start + end)
     position = start
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
@@ -130,14 +130,14 @@ def _header(document: object, start: int, size: int) -> Header:
     return Header(tensors, offsets, metadata)
 
 
-def _entry(name: str, entry: object) -> tuple[TensorRecord, int, int]:
+def _parse_entry(name: str, entry: object) -> tuple[TensorRecord, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise JsonRefused(f"{shown(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise JsonRefused(f"{shown(name)} has the dtype {shown(dtype)}")
-    if not _sizes(shape) or len(shape) > 8 or not _sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
         raise JsonRefused(f"{shown(name)} has the shape {shown(shape)} and the offsets {shown(offsets)}")
     begin, end = offsets
     if end - begin != prod(shape) * bits // 8:
@@ -145,11 +145,11 @@ def _entry(name: str, entry: object) -> tuple[TensorRecord, int, int]:
     return TensorRecord(dtype, tuple(shape)), begin, end
 
 
-def _sizes(value: object) -> bool:
+def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _metadata(value: object) -> dict[str, str]:
+def _parse_metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise JsonRefused("its metadata is not text")
     if sum(len(key) + len(text) for key, text in value.items()) > _MAX_METADATA:
@@ -185,7 +185,7 @@ def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
     begin, end = header.offsets[name]
     with open(path, "rb") as file:
         file.seek(begin)
-        values = _floats(file.read(end - begin), header.tensors[name].dtype)
+        values = _read_floats(file.read(end - begin), header.tensors[name].dtype)
     return values.reshape(header.tensors[name].shape)
 
 
@@ -244,7 +244,7 @@ _FLOATS = {
 }
 
 
-def _floats(chunk: bytes, dtype: str) -> numpy.ndarray:
+def _read_floats(chunk: bytes, dtype: str) -> numpy.ndarray:
     import numpy
 
     if dtype == "BF16":

@@ -73,7 +73,7 @@ class Repositories:
         self._token = token
         self._timeout = timeout
         self.clean = cleaner(token.values)
-        self._reader = Reader(endpoint, timeout, _session, HTTPError, token, self.clean)
+        self._reader = Reader(endpoint, timeout, _get_session, HTTPError, token, self.clean)
 
     def __repr__(self) -> str:
         return f"Repositories({self.endpoint})"
@@ -82,17 +82,17 @@ class Repositories:
 
     def refs(self, repo: str) -> tuple[dict[str, str], dict[str, str]]:
         """The branches and the tags, each with the commit that it points to."""
-        found = self._document(f"{_api(repo)}/refs")
+        found = self._read_document(f"{_make_api_path(repo)}/refs")
         return _read_targets(found, "branches"), _read_targets(found, "tags")
 
     def info(self, repo: str, revision: str) -> dict[str, Any]:
         """What the hub says about a repository: ``id``, ``sha``, ``private``, ``gated``, ``siblings``, …"""
-        return self._document(f"{_api(repo)}/revision/{_quote(revision)}")
+        return self._read_document(f"{_make_api_path(repo)}/revision/{_quote(revision)}")
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
         """The files of a commit, by path. The paths are whatever the hub says: nobody has checked them."""
         files: dict[str, RemoteFile] = {}
-        for page in self._reader.pages(f"{_api(repo)}/tree/{_quote(revision)}?recursive=true"):
+        for page in self._reader.pages(f"{_make_api_path(repo)}/tree/{_quote(revision)}?recursive=true"):
             for item in _read_records(page):
                 if item.get("type") == "file":
                     file = _read_file(item)
@@ -140,7 +140,7 @@ class Repositories:
         """
 
         def send(api: Any) -> str:
-            with _operations(files, delete, as_objects=self.endpoint != HUGGINGFACE) as operations:
+            with _make_operations(files, delete, as_objects=self.endpoint != HUGGINGFACE) as operations:
                 done = api.create_commit(
                     repo, operations, commit_message=message, revision=branch, parent_commit=parent
                 )
@@ -150,18 +150,18 @@ class Repositories:
             head = self.refs(repo)[0].get(branch)
             return head if head not in (None, parent) and self._holds(repo, head, files, delete) else None
 
-        return self._write(send, landed, _size(files))
+        return self._write(send, landed, _count_bytes(files))
 
     def propose(self, repo: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
         """Open a pull request with these files; its address. Tried once: a second try would open a second one."""
 
         def send(api: Any) -> str:
-            with _operations(files, (), as_objects=self.endpoint != HUGGINGFACE) as operations:
+            with _make_operations(files, (), as_objects=self.endpoint != HUGGINGFACE) as operations:
                 done = api.create_commit(repo, operations, commit_message=message, parent_commit=parent, create_pr=True)
                 return str(done.pr_url)
 
         deadline = Deadline(self._timeout)
-        deadline.allow(_size(files))
+        deadline.allow(_count_bytes(files))
         result, failure = self._attempt(deadline, send)
         if failure is not None or result is None:
             raise failure or hostile("the answer names no pull request")
@@ -209,17 +209,17 @@ class Repositories:
         def work() -> tuple[_Result | None, HubFailed | None]:
             try:
                 marker = f"call-{secrets.token_hex(8)}"
-                with limit_answers(_session(), deadline, marker):
-                    return action(self._api(marker)), None
+                with limit_answers(_get_session(), deadline, marker):
+                    return action(self._make_api(marker)), None
             except Exception as error:
-                return None, self._failure(error)
+                return None, self._explain_failure(error)
 
         try:
             return call_within(deadline, work)
         except TimeoutError as error:
             return None, HubFailed(str(error), transient=True)
 
-    def _api(self, marker: str) -> Any:
+    def _make_api(self, marker: str) -> Any:
         _check_online()
         hide_in_logs()
         # False, not None: with None the client would look for a token by itself.
@@ -230,7 +230,7 @@ class Repositories:
             user_agent={"lora-plugins": marker},
         )
 
-    def _failure(self, error: BaseException) -> HubFailed:
+    def _explain_failure(self, error: BaseException) -> HubFailed:
         if isinstance(error, HubFailed):
             return error
         chain: BaseException | None = error
@@ -243,7 +243,7 @@ class Repositories:
             chain = chain.__cause__ or chain.__context__
         return HubFailed(self.clean(f"{type(error).__name__}: {error}"))
 
-    def _document(self, path: str) -> dict[str, Any]:
+    def _read_document(self, path: str) -> dict[str, Any]:
         found = self._reader.document(path)
         if not isinstance(found, dict):
             raise hostile(f"the answer to {path} is not an object")
@@ -254,10 +254,10 @@ class Repositories:
         there = self.files(repo, commit)
         if any(path in there for path in delete):
             return False
-        return all(path in there and _same(there[path], content) for path, content in files.items())
+        return all(path in there and _is_same(there[path], content) for path, content in files.items())
 
 
-def _session() -> Any:
+def _get_session() -> Any:
     _check_online()
     hide_in_logs()
     _trust_bundle()
@@ -283,7 +283,9 @@ def _check_online() -> None:
 
 
 @contextmanager
-def _operations(files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, as_objects: bool) -> Iterator[list[Any]]:
+def _make_operations(
+    files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, as_objects: bool
+) -> Iterator[list[Any]]:
     """The operations of a commit, for as long as its files are open.
 
     With ``as_objects`` all contents are open file objects. Of those the client uploads none through xet, whatever is
@@ -301,12 +303,12 @@ def _operations(files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, a
                 source = content
             operations.append(CommitOperationAdd(path, source))
         if as_objects:
-            stack.enter_context(_without_advice())
+            stack.enter_context(_silence_advice())
         yield operations
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def _silence_advice() -> Iterator[None]:
     """Without the client's warning that file objects don't go through xet: that is what they are for."""
 
     def unless_advice(record: logging.LogRecord) -> bool:
@@ -350,11 +352,11 @@ def cached_snapshots(repo: str) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _size(files: Mapping[str, Path | bytes]) -> int:
+def _count_bytes(files: Mapping[str, Path | bytes]) -> int:
     return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
 
 
-def _same(file: RemoteFile, content: Path | bytes) -> bool:
+def _is_same(file: RemoteFile, content: Path | bytes) -> bool:
     data = content if isinstance(content, bytes) else content.read_bytes()
     if file.size != len(data):
         return False
@@ -367,7 +369,7 @@ def _quote(text: str) -> str:
     return quote(text, safe="")
 
 
-def _api(repo: str) -> str:
+def _make_api_path(repo: str) -> str:
     return f"/api/models/{quote(repo)}"
 
 

@@ -77,7 +77,7 @@ class FolderHub:
     local = True
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = _root(root)
+        self.root = _parse_root(root)
 
     def __repr__(self) -> str:
         return f"FolderHub({str(self.root)!r})"
@@ -91,29 +91,29 @@ class FolderHub:
 
     def refs(self, name: str) -> Refs:
         """All branches and tags at one moment."""
-        with _errors(name):
-            return self._refs(name)
+        with _translate_errors(name):
+            return self._read_refs(name)
 
     def identity(self, name: str) -> str:
         """The id that the repository got when it was made."""
-        with _errors(name):
-            path = self._repository(name) / _IDENTITY
-            identity = _object(path, folder_files.read_small(path)).get("id")
+        with _translate_errors(name):
+            path = self._find_repository(name) / _IDENTITY
+            identity = _parse_object(path, folder_files.read_small(path)).get("id")
             if not isinstance(identity, str) or not 0 < len(identity) <= 100 or not identity.isprintable():
                 raise _explain_damage(path, "it does not say which repository this is")
             return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
         """The files of a commit with their sizes."""
-        with _errors(name):
-            return dict(sorted(folder_files.entries(self._commit(name, commit))))
+        with _translate_errors(name):
+            return dict(sorted(folder_files.entries(self._find_commit(name, commit))))
 
     def hashes(self, name: str, commit: str) -> Mapping[str, str]:
         """The files of a commit with their sha256."""
         found = {}
         for path in self.files(name, commit):
             digest = hashlib.sha256()
-            with _errors(name), self._file(name, commit, path) as file:
+            with _translate_errors(name), self._open_file(name, commit, path) as file:
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
             found[path] = digest.hexdigest()
@@ -121,7 +121,7 @@ class FolderHub:
 
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
         """The content of a file of at most ``limit`` bytes."""
-        with _errors(name), self._file(name, commit, path) as file:
+        with _translate_errors(name), self._open_file(name, commit, path) as file:
             content = file.read(limit + 1)
             if len(content) > limit:
                 raise HostileAnswer(f"{name}: {path} has more than the {limit} bytes that it may have")
@@ -129,7 +129,7 @@ class FolderHub:
 
     def download(self, name: str, commit: str, path: str, sink: BinaryIO, limit: int) -> None:
         """Copy a file of at most ``limit`` bytes."""
-        with _errors(name), self._file(name, commit, path) as file:
+        with _translate_errors(name), self._open_file(name, commit, path) as file:
             copied = 0
             while chunk := file.read(_CHUNK):
                 copied += len(chunk)
@@ -139,13 +139,13 @@ class FolderHub:
 
     def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
         """A part of a file."""
-        with _errors(name), self._file(name, commit, path) as file:
+        with _translate_errors(name), self._open_file(name, commit, path) as file:
             file.seek(start)
             return file.read(length)
 
     def names(self, base: str | None = None) -> Iterator[str]:
         """All repositories; a folder keeps no list of what they are for."""
-        with _errors("this registry"):
+        with _translate_errors("this registry"):
             found = [
                 f"{repository.parent.parent.name}/{repository.parent.name}"
                 for repository in sorted(self.root.glob(f"*/*/{_IDENTITY}"))
@@ -158,18 +158,18 @@ class FolderHub:
 
     def create(self, name: str, *, private: bool | None = None) -> None:
         """Make a repository, if there is none. A folder is as private as the file system makes it."""
-        with _errors(name):
-            folder = self._folder(check_name(name))
+        with _translate_errors(name):
+            folder = self._find_folder(check_name(name))
             if (folder / _IDENTITY).exists():
                 return
             self._refuse_twin(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _stage(folder.parent) as stage:
-                first = _commit_id({}, f"{secrets.token_hex(16)}")
+                first = _make_commit_id({}, f"{secrets.token_hex(16)}")
                 (stage / _COMMITS / first).mkdir(parents=True)
                 identity = {"format": 1, "id": secrets.token_hex(16), "name": name}
                 folder_files.write_file(stage / _IDENTITY, _encode(identity))
-                folder_files.write_file(stage / _REFS, _refs_file(Refs({MAIN: first}, {})))
+                folder_files.write_file(stage / _REFS, _encode_refs(Refs({MAIN: first}, {})))
                 folder_files.fsync_folder(stage)
                 try:
                     os.rename(stage, folder)
@@ -192,15 +192,15 @@ class FolderHub:
         """Write the files of a commit, then let the branch stand at it; ``message`` is not kept."""
         for path in files:
             _check_path(path)
-        with _errors(name):
-            repository = self._repository(name)
-            if (head := self._refs(name).branches.get(branch)) != parent:
+        with _translate_errors(name):
+            repository = self._find_repository(name)
+            if (head := self._read_refs(name).branches.get(branch)) != parent:
                 raise Conflict(branch, head)
             with _stage(repository) as stage:
                 written = {path: _write(stage / path, content) for path, content in files.items()}
-                for path, _ in folder_files.entries(self._commit(name, parent)):
+                for path, _ in folder_files.entries(self._find_commit(name, parent)):
                     if path not in written and path not in delete:
-                        written[path] = _write(stage / path, self._commit(name, parent) / path)
+                        written[path] = _write(stage / path, self._find_commit(name, parent) / path)
                 _fsync_tree(stage)
                 return self._land(name, branch, parent, stage, written)
 
@@ -219,8 +219,8 @@ class FolderHub:
             return refs if branch in refs.branches else replace(refs, branches={**refs.branches, branch: commit})
 
         _check_ref(branch)
-        with _errors(name):
-            self._commit(name, commit)
+        with _translate_errors(name):
+            self._find_commit(name, commit)
             self._change(name, add)
 
     def create_tag(self, name: str, tag: str, commit: str) -> None:
@@ -233,8 +233,8 @@ class FolderHub:
             return replace(refs, tags={**refs.tags, tag: commit})
 
         _check_ref(tag)
-        with _errors(name):
-            self._commit(name, commit)
+        with _translate_errors(name):
+            self._find_commit(name, commit)
             self._change(name, add)
 
     def unreachable(self, name: str) -> list[Path]:
@@ -242,8 +242,8 @@ class FolderHub:
 
         What is being written at this moment is not among them.
         """
-        with _errors(name):
-            repository, refs = self._repository(name), self._refs(name)
+        with _translate_errors(name):
+            repository, refs = self._find_repository(name), self._read_refs(name)
             kept = {*refs.branches.values(), *refs.tags.values()}
             commits = folder_files.inside(self.root, repository / _COMMITS)
             found = [path for path in commits.iterdir() if path.name not in kept]
@@ -251,7 +251,7 @@ class FolderHub:
 
     def remove(self, name: str, paths: list[Path]) -> None:
         """Delete what ``unreachable`` found, except what has become reachable since."""
-        with _errors(name), folder_lock(self._repository(name)):
+        with _translate_errors(name), folder_lock(self._find_repository(name)):
             still = set(self.unreachable(name))
             for path in paths:
                 if path in still:
@@ -259,12 +259,12 @@ class FolderHub:
 
     # -- how -----------------------------------------------------------------------------------------------------
 
-    def _folder(self, name: str) -> Path:
+    def _find_folder(self, name: str) -> Path:
         return folder_files.inside(self.root, self.root.joinpath(*check_name(name).split("/")))
 
-    def _repository(self, name: str) -> Path:
+    def _find_repository(self, name: str) -> Path:
         try:
-            folder = self._folder(name)
+            folder = self._find_folder(name)
         except InvalidReference as error:
             raise RepositoryNotFound(str(error)) from None
         # Where lower and upper case are the same to the file system, they are not to us.
@@ -284,16 +284,16 @@ class FolderHub:
                     "both are one"
                 )
 
-    def _refs(self, name: str) -> Refs:
-        path = self._repository(name) / _REFS
-        found = _object(path, folder_files.read_small(path, _REFS_LIMIT))
+    def _read_refs(self, name: str) -> Refs:
+        path = self._find_repository(name) / _REFS
+        found = _parse_object(path, folder_files.read_small(path, _REFS_LIMIT))
         branches, tags = found.get("branches"), found.get("tags")
         if not _are_commits(branches) or not _are_commits(tags) or MAIN not in branches:  # type: ignore[operator]
             raise _explain_damage(path, f"it does not list branches, {MAIN} among them, and tags")
         return Refs(branches, tags)  # type: ignore[arg-type]
 
-    def _commit(self, name: str, commit: str) -> Path:
-        folder = self._repository(name) / _COMMITS / commit
+    def _find_commit(self, name: str, commit: str) -> Path:
+        folder = self._find_repository(name) / _COMMITS / commit
         if commit.isalnum() and not folder_files.inside(self.root, folder).is_dir():
             self._restore_empty(name, folder)
         if not commit.isalnum() or not folder_files.inside(self.root, folder).is_dir():
@@ -302,14 +302,14 @@ class FolderHub:
 
     def _restore_empty(self, name: str, folder: Path) -> None:
         """Make the folder of a repository's first commit again: it is empty, and git and some archives keep no such."""
-        refs = self._refs(name)
+        refs = self._read_refs(name)
         if folder.name in refs.branches.values() and folder.name not in refs.tags.values():
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True)
 
     @contextmanager
-    def _file(self, name: str, commit: str, path: str) -> Iterator[BinaryIO]:
-        folder = self._commit(name, commit)
+    def _open_file(self, name: str, commit: str, path: str) -> Iterator[BinaryIO]:
+        folder = self._find_commit(name, commit)
         try:
             _check_path(path)
             descriptor = folder_files.open_regular(folder_files.inside(self.root, folder / path))
@@ -320,19 +320,19 @@ class FolderHub:
 
     def _change(self, name: str, change: Callable[[Refs], Refs]) -> None:
         """Exchange the refs under the lock."""
-        repository = self._repository(name)
+        repository = self._find_repository(name)
         with folder_lock(repository):
-            before = self._refs(name)
+            before = self._read_refs(name)
             after = change(before)
             if after != before:
-                folder_files.replace_file(repository / _REFS, _refs_file(after))
+                folder_files.replace_file(repository / _REFS, _encode_refs(after))
 
     def _land(self, name: str, branch: str, parent: str, stage: Path, written: Mapping[str, _Copy]) -> str:
         """Rename the complete commit into place and let the branch stand at it, if it still stands at ``parent``."""
-        commits = self._repository(name) / _COMMITS
-        commit = written[_MANIFEST].sha256 if _MANIFEST in written else _commit_id(written, branch + parent)
-        if (commits / commit).exists() and _copies(commits / commit) != written:
-            commit = _commit_id(written, branch + parent)
+        commits = self._find_repository(name) / _COMMITS
+        commit = written[_MANIFEST].sha256 if _MANIFEST in written else _make_commit_id(written, branch + parent)
+        if (commits / commit).exists() and _hash_files(commits / commit) != written:
+            commit = _make_commit_id(written, branch + parent)
 
         def advance(refs: Refs) -> Refs:
             if refs.branches.get(branch) != parent:
@@ -346,7 +346,7 @@ class FolderHub:
         return commit
 
 
-def _root(root: str | os.PathLike[str]) -> Path:
+def _parse_root(root: str | os.PathLike[str]) -> Path:
     if not isinstance(root, str):
         return Path(root).expanduser().absolute()
     parts = urlsplit(root)
@@ -359,7 +359,7 @@ def _root(root: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
+def _translate_errors(name: str) -> Iterator[None]:
     """The errors of the file system as those of a hub."""
     try:
         yield
@@ -411,7 +411,7 @@ def _copy_and_hash(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
     return _Copy(size, digest.hexdigest())
 
 
-def _copies(commit: Path) -> dict[str, _Copy]:
+def _hash_files(commit: Path) -> dict[str, _Copy]:
     """What is in a commit that is there already."""
     found = {}
     for path, _ in folder_files.entries(commit):
@@ -425,7 +425,7 @@ def _fsync_tree(folder: Path) -> None:
         folder_files.fsync_folder(Path(parent))
 
 
-def _commit_id(written: Mapping[str, _Copy], context: str) -> str:
+def _make_commit_id(written: Mapping[str, _Copy], context: str) -> str:
     listing = [[path, copy.size, copy.sha256] for path, copy in sorted(written.items())]
     return hashlib.sha256(json.dumps([context, listing]).encode()).hexdigest()
 
@@ -443,7 +443,7 @@ def _check_ref(ref: str) -> None:
         raise InvalidReference(f"{ref[:200]!r} is not the name of a branch or tag")
 
 
-def _refs_file(refs: Refs) -> bytes:
+def _encode_refs(refs: Refs) -> bytes:
     return _encode({"format": 1, "branches": dict(refs.branches), "tags": dict(refs.tags)})
 
 
@@ -451,7 +451,7 @@ def _encode(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _object(path: Path, content: bytes) -> dict[str, object]:
+def _parse_object(path: Path, content: bytes) -> dict[str, object]:
     try:
         found = parse(content, _REFS_LIMIT)
     except JsonRefused as reason:

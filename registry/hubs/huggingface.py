@@ -59,7 +59,7 @@ class HuggingFaceHub:
         given, token = (huggingface.Secret(token), None) if isinstance(token, str) else (None, token)
         # From here on no frame holds the token itself: printers of tracebacks show local variables.
         own = huggingface.configured_endpoint()
-        self.location = _address(own if endpoint is None else endpoint)
+        self.location = _parse_address(own if endpoint is None else endpoint)
         if given is not None:
             secret = given
         elif token is True:
@@ -79,7 +79,7 @@ class HuggingFaceHub:
 
     def refs(self, name: str) -> Refs:
         """All branches and tags at one moment."""
-        with self._errors(name):
+        with self._translate_errors(name):
             branches, tags = self._repositories.refs(name)
             if any(COMMIT.fullmatch(commit) is None for commit in (*branches.values(), *tags.values())):
                 raise hostile("a tag or branch does not point to a commit")
@@ -87,7 +87,7 @@ class HuggingFaceHub:
 
     def identity(self, name: str) -> str:
         """The id that the hub gave the repository; when it was made, where a hub gives none."""
-        with self._errors(name):
+        with self._translate_errors(name):
             found = self._repositories.info(name, "main")
             identity = str(found.get("_id") or found.get("createdAt") or "")
             if len(identity) > 100 or not identity.isprintable():
@@ -96,41 +96,41 @@ class HuggingFaceHub:
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
         """The files of a commit with their sizes."""
-        with self._errors(name):
+        with self._translate_errors(name):
             return {path: file.size for path, file in sorted(self._repositories.files(name, commit).items())}
 
     def hashes(self, name: str, commit: str) -> Mapping[str, str]:
         """The files of a commit with their sha256, or git's hash for small ones."""
-        with self._errors(name):
+        with self._translate_errors(name):
             found = self._repositories.files(name, commit)
             return {path: file.sha256 or file.git_sha1 for path, file in sorted(found.items())}
 
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
         """The content of a file of at most ``limit`` bytes."""
-        with self._errors(name, path):
+        with self._translate_errors(name, path):
             return self._repositories.content(name, commit, path, limit)
 
     def download(self, name: str, commit: str, path: str, sink: BinaryIO, limit: int) -> None:
         """Write a file of at most ``limit`` bytes to ``sink``."""
-        with self._errors(name, path):
+        with self._translate_errors(name, path):
             self._repositories.download(name, commit, path, sink, limit)
 
     def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
         """A part of a file."""
-        with self._errors(name, path):
+        with self._translate_errors(name, path):
             return self._repositories.part(name, commit, path, start, length)
 
     def names(self, base: str | None = None) -> Iterator[str]:
         """The models that the hub lists as ours, for ``base`` if it is given."""
         tags = [f"base_model:adapter:{base}"] if base is not None else []
-        with self._errors("the list of adapters"):
+        with self._translate_errors("the list of adapters"):
             yield from self._repositories.names([_TAG, *tags])
 
     # -- writing -------------------------------------------------------------------------------------------------
 
     def create(self, name: str, *, private: bool | None = None) -> None:
         """Create a repository, if there is none."""
-        with self._errors(name):
+        with self._translate_errors(name):
             self._repositories.create(name, private=private)
 
     def commit(
@@ -144,7 +144,7 @@ class HuggingFaceHub:
         delete: tuple[str, ...] = (),
     ) -> str:
         """One commit on top of ``parent``."""
-        with self._errors(name):
+        with self._translate_errors(name):
             try:
                 return self._repositories.commit(name, branch, files, parent=parent, message=message, delete=delete)
             except HubFailed as failure:
@@ -159,17 +159,17 @@ class HuggingFaceHub:
 
     def propose(self, name: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
         """Open a pull request."""
-        with self._errors(name):
+        with self._translate_errors(name):
             return self._repositories.propose(name, files, parent=parent, message=message)
 
     def create_branch(self, name: str, branch: str, commit: str) -> None:
         """Start a branch, unless it exists."""
-        with self._errors(name):
+        with self._translate_errors(name):
             self._repositories.branch(name, branch, commit)
 
     def create_tag(self, name: str, tag: str, commit: str) -> None:
         """Let a new tag stand at a commit."""
-        with self._errors(name):
+        with self._translate_errors(name):
             try:
                 return self._repositories.tag(name, tag, commit)
             except HubFailed as failure:
@@ -180,7 +180,7 @@ class HuggingFaceHub:
     # -- how -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _errors(self, name: str, path: str = "") -> Iterator[None]:
+    def _translate_errors(self, name: str, path: str = "") -> Iterator[None]:
         """The failures of requests as errors of the registry; neither holds what the HTTP client raised."""
         try:
             yield
@@ -216,7 +216,7 @@ class HuggingFaceHub:
         return HubError(f"{what}: {failure}")
 
 
-def _address(endpoint: str) -> str:
+def _parse_address(endpoint: str) -> str:
     try:
         parts = urlsplit(endpoint)
         port = parts.port

@@ -80,7 +80,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         told = {key: self.options[key] for key in _CHECKED if key in self.options}
-        check_push(_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
+        check_push(_find_peft_model(kwargs.get("model")), self.name, version=self.version, hub=self.hub, **told)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,9 +90,9 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
             return
         model = kwargs.get("model")
         try:
-            source = self._source(args, state, model, kwargs.get("processing_class"))
+            source = self._choose_source(args, state, model, kwargs.get("processing_class"))
             metrics = (
-                self.metrics if self.metrics is not None else _best_metrics(state) if self._is_best(args) else None
+                self.metrics if self.metrics is not None else _find_best_metrics(state) if self._is_best(args) else None
             )
             self.published = push_adapter(
                 source, self.name, version=self.version, hub=self.hub, metrics=metrics, **self.options
@@ -104,10 +104,10 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
     def _is_best(self, args: TrainingArguments) -> bool:
         return self.when == "best" or bool(args.load_best_model_at_end)
 
-    def _source(self, args: TrainingArguments, state: TrainerState, model: Any, tokenizer: Any) -> Run | Path:
+    def _choose_source(self, args: TrainingArguments, state: TrainerState, model: Any, tokenizer: Any) -> Run | Path:
         loaded = self.when == "end" or args.load_best_model_at_end
         if loaded and not _is_spread(model):
-            return Run(_peft_model(model), args, state, tokenizer)
+            return Run(_find_peft_model(model), args, state, tokenizer)
         folder = state.best_model_checkpoint if self._is_best(args) else None
         folder = folder or Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.when == "best" and state.best_model_checkpoint is None:
@@ -127,7 +127,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         if _is_spread(model):
             return error
         try:
-            _peft_model(model).save_pretrained(str(folder))
+            _find_peft_model(model).save_pretrained(str(folder))
         except Exception as other:
             return type(error)(f"{error} The adapter could not be saved to {folder} either: {other}")
         return type(error)(
@@ -136,7 +136,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def _peft_model(model: Any) -> Any:
+def _find_peft_model(model: Any) -> Any:
     while model is not None and not isinstance(model, PeftModel):
         model = getattr(model, "module", getattr(model, "_orig_mod", None))
     if model is None:
@@ -149,7 +149,7 @@ def _is_spread(model: Any) -> bool:
     return any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _best_metrics(state: TrainerState) -> dict[str, float] | None:
+def _find_best_metrics(state: TrainerState) -> dict[str, float] | None:
     """What the evaluation of the best checkpoint found."""
     step = getattr(state, "best_global_step", None)
     entries: Sequence[Mapping[str, Any]] = [entry for entry in state.log_history if entry.get("step") == step]

@@ -109,23 +109,25 @@ def model_card(
     """
     facts = list(_flatten(training))
     sections = [
-        f"# {_text(name)} {_text(version)}" if name and version else "# LoRA adapter",
-        _about(base, base_commit, published=name is not None),
-        _table(("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]),
-        "## Results\n\n" + _table(("metric", "value"), list(metrics.items())) if metrics else "",
-        "## Training\n\n" + _table(("setting", "value"), facts) if facts else "",
+        f"# {_escape_text(name)} {_escape_text(version)}" if name and version else "# LoRA adapter",
+        _write_about(base, base_commit, published=name is not None),
+        _write_table(
+            ("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]
+        ),
+        "## Results\n\n" + _write_table(("metric", "value"), list(metrics.items())) if metrics else "",
+        "## Training\n\n" + _write_table(("setting", "value"), facts) if facts else "",
         f"![Training loss by step]({LOSS_CURVE})" if picture else "",
-        _usage(name, version, base, task_type) if name and version else _plain_usage(base, task_type),
+        _write_usage(name, version, base, task_type) if name and version else _write_plain_usage(base, task_type),
     ]
     body = "\n\n".join(section.strip() for section in sections if section)
     told = fields or CardFields()
     pipeline = told.pipeline_tag or _find_pipeline(class_name, task_type)
-    return write_readme(_front_matter(name, base, metrics, told, pipeline), body)
+    return write_readme(_make_front_matter(name, base, metrics, told, pipeline), body)
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
     """A picture (PNG) of the training and evaluation loss in a Trainer's log; ``None`` if there is no curve."""
-    curves = {label: _points(log, key) for label, key in (("training", "loss"), ("evaluation", "eval_loss"))}
+    curves = {label: _read_points(log, key) for label, key in (("training", "loss"), ("evaluation", "eval_loss"))}
     if not any(len(points) > 1 for points in curves.values()):
         return None
     return _draw(tuple(curves.items()))
@@ -152,7 +154,7 @@ def _draw(curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]) -> by
     return picture.getvalue()
 
 
-def _points(log: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+def _read_points(log: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
     found = [(entry.get("step"), entry.get(key)) for entry in log if isinstance(entry, Mapping)]
     return tuple(
         (step, loss) for step, loss in found if isinstance(step, (int, float)) and isinstance(loss, (int, float))
@@ -165,7 +167,7 @@ def _find_pipeline(class_name: str | None, task_type: str | None) -> str | None:
     return next((task for end, task in _PIPELINES_BY_CLASS.items() if class_name.endswith(end)), None)
 
 
-def _front_matter(
+def _make_front_matter(
     name: str | None, base: str | None, metrics: Mapping[str, float], fields: CardFields, pipeline: str | None
 ) -> dict[str, Any]:
     # huggingface_hub takes long to load.
@@ -199,31 +201,31 @@ def _front_matter(
     return dict(data.to_dict())
 
 
-def _about(base: str | None, commit: str | None, *, published: bool) -> str:
+def _write_about(base: str | None, commit: str | None, *, published: bool) -> str:
     if base is None:
         if not published:
             return "A LoRA adapter. Its base model was loaded from a folder."
         return "A LoRA adapter. Its base model is known by its fingerprint only; `adapter_manifest.json` has it."
-    pinned = f" at commit `{_code(commit)}`" if commit else ""
-    return f"A LoRA adapter for `{_code(base)}`{pinned}."
+    pinned = f" at commit `{_escape_code(commit)}`" if commit else ""
+    return f"A LoRA adapter for `{_escape_code(base)}`{pinned}."
 
 
-def _usage(name: str, version: str, base: str | None, task_type: str | None) -> str:
+def _write_usage(name: str, version: str, base: str | None, task_type: str | None) -> str:
     tag = f"v{Version(version)}"
     reference = json.dumps(f"{name}@{version}")
     load = "load()" if base else "load(base)  # a model or a folder"
     return (
         "## Use\n\nVerified, with the base model that it was trained on:\n\n"
         f"```python\nfrom registry import pull_adapter\n\nmodel = pull_adapter({reference}).{load}\n```\n\n"
-        "With PEFT alone:\n\n" + _peft_code(base, task_type, f"{json.dumps(name)}, revision={json.dumps(tag)}")
+        "With PEFT alone:\n\n" + _write_peft_code(base, task_type, f"{json.dumps(name)}, revision={json.dumps(tag)}")
     )
 
 
-def _plain_usage(base: str | None, task_type: str | None) -> str:
-    return "## Use\n\n" + _peft_code(base, task_type, '"."  # the folder or repository of this file')
+def _write_plain_usage(base: str | None, task_type: str | None) -> str:
+    return "## Use\n\n" + _write_peft_code(base, task_type, '"."  # the folder or repository of this file')
 
 
-def _peft_code(base: str | None, task_type: str | None, place: str) -> str:
+def _write_peft_code(base: str | None, task_type: str | None, place: str) -> str:
     auto = _AUTO_CLASSES.get(task_type or "", "AutoModel")
     place, _, comment = place.partition("  #")
     model = f"{auto}.from_pretrained({json.dumps(base)})" if base else "...  # the model it was trained on"
@@ -233,15 +235,15 @@ def _peft_code(base: str | None, task_type: str | None, place: str) -> str:
     )
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+def _write_table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(
-        "| " + " | ".join(cell if row is lines[1] else _cell(cell) for cell in row) + " |" for row in lines
+        "| " + " | ".join(cell if row is lines[1] else _format_cell(cell) for cell in row) + " |" for row in lines
     )
 
 
-def _cell(value: Any) -> str:
-    return _text(f"{value:.6g}" if isinstance(value, float) else str(value))
+def _format_cell(value: Any) -> str:
+    return _escape_text(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -254,10 +256,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return rows
 
 
-def _text(text: str) -> str:
+def _escape_text(text: str) -> str:
     """Text in which nothing is Markdown or HTML, on one line, in the direction in which it is read."""
     return html.escape(_MARKDOWN.sub(r"\\\1", visible(text)), quote=False)
 
 
-def _code(text: str) -> str:
+def _escape_code(text: str) -> str:
     return visible(text).replace("`", "'")

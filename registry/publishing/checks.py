@@ -55,7 +55,7 @@ def check_tensors(file: Path, config: AdapterConfig, allow: Sequence[str]) -> Ma
     if checked.warnings:
         raise InvalidAdapter(checked.warnings[0])
     tensors = checked.header.tensors
-    check_size({name: _size(tensors[name]) for name in other_tensors(tensors)}, allow, file.stat().st_size)
+    check_size({name: _count_bytes(tensors[name]) for name in other_tensors(tensors)}, allow, file.stat().st_size)
     return tensors
 
 
@@ -145,5 +145,5 @@ def record_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, digest.hexdigest())
 
 
-def _size(record: TensorRecord) -> int:
+def _count_bytes(record: TensorRecord) -> int:
     return prod(record.shape) * _BYTES.get(record.dtype, 8)

@@ -38,7 +38,7 @@ def make_release(
     curve = loss_curve(collected.training.log)
     if curve is not None:
         files[LOSS_CURVE] = curve
-    files[CARD] = _card(collected, name, version, fields, picture=curve is not None).encode()
+    files[CARD] = _make_card(collected, name, version, fields, picture=curve is not None).encode()
     manifest = Manifest(
         version=version,
         parent_version=parent_version,
@@ -65,7 +65,7 @@ def _record_bytes(files: Mapping[str, Path | bytes]) -> dict[str, FileRecord]:
     }
 
 
-def _card(collected: Collected, name: str, version: str, fields: CardFields | None, *, picture: bool) -> str:
+def _make_card(collected: Collected, name: str, version: str, fields: CardFields | None, *, picture: bool) -> str:
     return model_card(
         name=name,
         version=version,

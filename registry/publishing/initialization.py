@@ -65,9 +65,9 @@ def make_plain(
             "machine to make a plain LoRA of the adapter. Load the base from a folder or by its id, then push."
         )
     changed = dict(state)
-    for name, layer in _layers(model, adapter_name):
+    for name, layer in _find_layers(model, adapter_name):
         _widen(changed, name, layer, adapter_name, originals, config)
-    return changed, _plain_config(config)
+    return changed, _make_plain_config(config)
 
 
 def _find_originals(model: PeftModel) -> BaseFiles | None:
@@ -75,7 +75,7 @@ def _find_originals(model: PeftModel) -> BaseFiles | None:
     return BaseFiles.in_folder(folder) if folder is not None else None
 
 
-def _layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Any]]:
+def _find_layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -162,7 +162,7 @@ def _decompose(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 
-def _plain_config(config: LoraConfig) -> LoraConfig:
+def _make_plain_config(config: LoraConfig) -> LoraConfig:
     """The configuration with twice the rank and the same scaling."""
     factor = math.sqrt(2) if config.use_rslora else 2
     config.r *= 2

@@ -52,7 +52,7 @@ class _Task:
 
     def attempt(self, refs: Refs, version: Version, draft: Draft) -> Published | None:
         """Publish, as things stand; ``None`` when somebody else has changed them."""
-        line = self._line(refs, version)
+        line = self._choose_line(refs, version)
         if line is None:
             return None
         self._check_first(refs)
@@ -64,7 +64,7 @@ class _Task:
         if held is not None and Version(held.version) == version:
             if held.content_digest == draft.manifest.content_digest:
                 return self._tag(version, head, held)
-            if not self._abandoned(version, line, head):
+            if not self._is_abandoned(version, line, head):
                 return None
         placed, changes = self.plan(refs, head, draft)
         try:
@@ -81,7 +81,7 @@ class _Task:
         Raises:
             RepositoryConflict: Files of others are in its way.
         """
-        return plan_changes(self.hub, self.name, draft, self._head(refs, head), force=self.force)
+        return plan_changes(self.hub, self.name, draft, self._read_head(refs, head), force=self.force)
 
     def look(self, refs: Refs, version: Version, draft: Draft) -> Published:
         """What `attempt` would do, without doing it.
@@ -118,14 +118,14 @@ class _Task:
         newer = [v for v in index.versions if v > version and not v.is_prerelease]
         return version.is_prerelease or index.newest_of(newer) is not None
 
-    def _head(self, refs: Refs, commit: str) -> Head:
+    def _read_head(self, refs: Refs, commit: str) -> Head:
         return read_head(self.hub, self.name, commit, frozenset(refs.tags.values()))
 
     def _check_first(self, refs: Refs) -> None:
         """Refuse to publish the first release of a repository into a base model's."""
         index = self.index(refs)
         if not self.force and index.newest_of(index.versions) is None:
-            check_repository(self.hub, self.name, self._head(refs, refs.branches[MAIN]))
+            check_repository(self.hub, self.name, self._read_head(refs, refs.branches[MAIN]))
 
     def existing(self, version: Version, commit: str, content_digest: str) -> Published:
         """The release that stands already, if it has the same content.
@@ -146,7 +146,7 @@ class _Task:
             )
         return Published(self.name, version_text(version), commit, held, created=False)
 
-    def _line(self, refs: Refs, version: Version) -> str | None:
+    def _choose_line(self, refs: Refs, version: Version) -> str | None:
         """The branch to publish on: ``main`` for the newest stable version, else one of its own.
 
         ``None`` when main has moved while it was waited for.
@@ -158,9 +158,9 @@ class _Task:
         if held is None or Version(held.version) <= version or tag_of(Version(held.version)) in refs.tags:
             return MAIN
         # Somebody is publishing a newer one, or has died over it.
-        return MAIN if self._abandoned(Version(held.version), MAIN, head) else None
+        return MAIN if self._is_abandoned(Version(held.version), MAIN, head) else None
 
-    def _abandoned(self, version: Version, line: str, head: str) -> bool:
+    def _is_abandoned(self, version: Version, line: str, head: str) -> bool:
         """Whether a commit has no tag, and gets none in time; ``False`` as soon as anything happens."""
         end, delay = time.monotonic() + PATIENCE, 0.02
         while time.monotonic() < end:
@@ -211,7 +211,7 @@ class _Task:
         manifest = manifest_at(self.hub, self.name, commit)
         if manifest is None:
             return
-        head = self._head(refs, refs.branches[MAIN])
+        head = self._read_head(refs, refs.branches[MAIN])
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path | bytes] = {MANIFEST_FILE: manifest.to_bytes()}
             for name, record in manifest.files.items():

@@ -100,7 +100,7 @@ def push_adapter(
     fields = CardFields(license, datasets, language, pipeline_tag)
     wanted = version if version in BUMPS else parse_version(version)
     place, signer = open_hub(hub, token), Signer.of(name, sign)
-    bases = _bases(place, base_hub, token if base_token is None else base_token)
+    bases = _open_bases(place, base_hub, token if base_token is None else base_token)
     with collect(
         source,
         on_hub=not place.local,
@@ -182,7 +182,7 @@ def check_push(
     with_aliases(require_known(base, on_hub=not place.local), base_aliases)
 
 
-def _bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
+def _open_bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
     """Where base models are; pushing to a folder asks nobody, unless it is said whom."""
     if given is not None:
         return open_hub(given, token)

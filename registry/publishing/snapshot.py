@@ -51,12 +51,12 @@ def copy_adapter(source: Path, target: Path) -> None:
         )
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
     if missing:
-        raise InvalidAdapter(f"{source} has no {' and no '.join(missing)}.{_hint(source, names)}")
+        raise InvalidAdapter(f"{source} has no {' and no '.join(missing)}.{_make_hint(source, names)}")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         _copy(source / name, target / name, MAX_FILE)
 
 
-def _hint(source: Path, names: Iterable[str]) -> str:
+def _make_hint(source: Path, names: Iterable[str]) -> str:
     nested = sorted(name for name in names if (source / name / ADAPTER_CONFIG).is_file())
     if nested:
         return f" It has adapters in {', '.join(nested[:5])}: name one of them."
@@ -115,7 +115,7 @@ def save_model(
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, str(target / ADAPTER_WEIGHTS), metadata={"format": "pt"})
-    config.save_pretrained(str(target), auto_mapping_dict=_auto_mapping(model, adapter_name))
+    config.save_pretrained(str(target), auto_mapping_dict=_make_auto_mapping(model, adapter_name))
 
 
 def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -179,7 +179,7 @@ def read_config(model: PeftModel, adapter_name: str) -> AdapterConfig:
     return AdapterConfig.parse(json.dumps(plain, default=str).encode(), own=True)
 
 
-def _auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
+def _make_auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
     """How PEFT's auto class finds the class of a base whose task isn't named."""
     if model.peft_config[adapter_name].task_type is not None:
         return None

@@ -141,15 +141,15 @@ def _warn_of_unseen(base: BaseRecord) -> None:
 
 def _copy_source(source: Any, folder: Path, adapter_name: str | None) -> _Found:
     if isinstance(source, (str, os.PathLike)):
-        return _of_folder(Path(source), folder)
+        return _collect_folder(Path(source), folder)
     if isinstance(source, Run):
-        return _of_run(source, folder, adapter_name)
+        return _collect_run(source, folder, adapter_name)
     if hasattr(source, "callback_handler") and hasattr(source, "model"):
-        return _of_trainer(source, folder, adapter_name)
-    return _of_model(source, folder, adapter_name)
+        return _collect_trainer(source, folder, adapter_name)
+    return _collect_model(source, folder, adapter_name)
 
 
-def _of_folder(source: Path, folder: Path) -> _Found:
+def _collect_folder(source: Path, folder: Path) -> _Found:
     # The folder itself may be reached through links ("latest"); what is in it may not.
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
@@ -176,7 +176,7 @@ def find_base_folder(source: Path, name: str | None) -> Path | None:
     return next((parent / name for parent in (source, *source.parents) if (parent / name).is_dir()), None)
 
 
-def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
+def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
     from peft import PeftModel
 
     model = getattr(model, "_orig_mod", model)
@@ -194,7 +194,7 @@ def _of_model(model: Any, folder: Path, adapter_name: str | None) -> _Found:
     return _Found(base, architecture, Training(facts), live=model.get_base_model())
 
 
-def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
+def _collect_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
         raise InvalidAdapter(
             "This Trainer's model is spread over processes (FSDP or DeepSpeed): push the folder of a checkpoint "
@@ -202,11 +202,11 @@ def _of_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
     run = Run(model, trainer.args, trainer.state, getattr(trainer, "processing_class", None))
-    return _of_run(run, folder, adapter_name)
+    return _collect_run(run, folder, adapter_name)
 
 
-def _of_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
-    found = _of_model(run.model, folder, adapter_name)
+def _collect_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
+    found = _collect_model(run.model, folder, adapter_name)
     facts, log = training_facts.of_run(run.args, run.state)
     found.training = Training({**facts, **found.training.facts}, log, training_facts.last_evaluation(log))
     tokenizer = run.processing_class

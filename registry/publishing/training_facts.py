@@ -39,8 +39,8 @@ _TIMES = ("_runtime", "_per_second")
 
 def of_run(args: Any, state: Any) -> tuple[dict[str, Any], list[Any]]:
     """Facts about a training so far, and its log, from the Trainer's arguments and state."""
-    facts = _state_facts(vars(state))
-    arguments = {key: _plain(getattr(args, key, None)) for key in _ARGUMENTS}
+    facts = _read_state_facts(vars(state))
+    arguments = {key: _convert_to_json(getattr(args, key, None)) for key in _ARGUMENTS}
     facts["arguments"] = {key: value for key, value in arguments.items() if value is not None}
     facts["processes"] = int(getattr(args, "world_size", 1))
     return facts, list(state.log_history)
@@ -59,10 +59,10 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Any]]:
     if not isinstance(state, dict):
         return {}, []
     log = state.get("log_history")
-    return _state_facts(state), log if isinstance(log, list) else []
+    return _read_state_facts(state), log if isinstance(log, list) else []
 
 
-def _state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
+def _read_state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
     names = {"global_step": "steps", "epoch": "epochs", "num_input_tokens_seen": "tokens", "total_flos": "flos"}
     found = {names[key]: state.get(key) for key in names}
     facts = {name: value for name, value in found.items() if is_finite(value) and value}
@@ -93,10 +93,10 @@ def read_quantization(model: Any) -> str | dict[str, Any]:
 
 def libraries() -> dict[str, str]:
     """The versions of the libraries that took part."""
-    return {name: version for name in _LIBRARIES if (version := _version(name)) is not None}
+    return {name: version for name in _LIBRARIES if (version := _find_version(name)) is not None}
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def metrics_in(entry: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _convert_to_json(value: Any) -> Any:
     value = getattr(value, "value", value)
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -163,7 +163,7 @@ class Adapter(os.PathLike[str]):
         from transformers import AutoConfig
 
         reason = ""
-        for place, revision in self._places(base):
+        for place, revision in self._list_places(base):
             # trust_remote_code stays the caller's decision: no manifest can make it.
             told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
             told = {key: value for key, value in told.items() if value is not None}
@@ -176,12 +176,12 @@ class Adapter(os.PathLike[str]):
             'adapter.load("org/name"), or a folder; its configuration and weights are compared with those recorded.'
         )
 
-    def _places(self, base: Any) -> list[tuple[str, str | None]]:
+    def _list_places(self, base: Any) -> list[tuple[str, str | None]]:
         """Where to look for the base: where the caller or the manifest says, and under the manifest's other ids."""
         others = self.manifest.base.aliases or () if base is None else ()
-        return [self._place(base), *((name, None) for name in others)]
+        return [self._find_place(base), *((name, None) for name in others)]
 
-    def _place(self, base: Any) -> tuple[str, str | None]:
+    def _find_place(self, base: Any) -> tuple[str, str | None]:
         recorded = self.manifest.base
         if base is None:
             if recorded.id is None:

@@ -92,11 +92,11 @@ class Cache:
         Raises:
             IntegrityError: A file is missing, differs, is a link, or is not of the release.
         """
-        with contextlib.suppress(OSError), exclude(self._guard()):  # the cache may be one that is only read
+        with contextlib.suppress(OSError), exclude(self._make_guard()):  # the cache may be one that is only read
             if os.path.lexists(self.path(manifest.digest)):
                 self._touch(manifest.digest)
         self.check(manifest)
-        return self._notes(manifest.digest)
+        return self._read_notes(manifest.digest)
 
     def add(
         self,
@@ -119,7 +119,7 @@ class Cache:
             IntegrityError: What was downloaded is not what the manifest says. Nothing is left of it.
             CacheError: The folder cannot be written.
         """
-        with _errors(self.folder), self._stage() as stage:
+        with _translate_errors(self.folder), self._stage() as stage:
             for name, record in manifest.files.items():
                 with CheckedSink(stage / name) as sink:
                     download(name, record, cast("BinaryIO", sink))
@@ -129,7 +129,7 @@ class Cache:
             for path in stage.iterdir():
                 path.chmod(0o444)
             stage.chmod(0o555)
-            with exclude(self._guard()):
+            with exclude(self._make_guard()):
                 self._write_notes(manifest.digest, warnings)
             try:
                 self._place(stage, self.path(manifest.digest), manifest)
@@ -146,33 +146,33 @@ class Cache:
     def remove(self, digest: str) -> bool:
         """Delete a release, unless it was handed out less than a day ago; whether it was deleted."""
         aside = self.folder / "releases" / new_name()
-        with _errors(self.folder):
-            with exclude(self._guard()):
+        with _translate_errors(self.folder):
+            with exclude(self._make_guard()):
                 if self.is_leased(digest):
                     return False
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(folder_files.inside(self.folder, self.path(digest)), aside)
-                self._notes_path(digest).unlink(missing_ok=True)
+                self._find_notes(digest).unlink(missing_ok=True)
             delete(aside)
             delete(folder_files.inside(self.folder, self.folder / "signatures" / digest))
         return True
 
     def is_leased(self, digest: str) -> bool:
         """Whether a release was handed out, or put there, less than a day ago."""
-        with _errors(self.folder):
-            path = self._notes_path(digest)
+        with _translate_errors(self.folder):
+            path = self._find_notes(digest)
         return os.path.lexists(path) and not is_old(path)
 
     def digests(self) -> list[str]:
         """Return the releases that are there."""
-        with _errors(self.folder):
+        with _translate_errors(self.folder):
             folder = folder_files.inside(self.folder, self.folder / "releases")
             names = os.listdir(folder) if folder.is_dir() else []
         return sorted(filter(SHA256.fullmatch, names))
 
     def leftovers(self) -> list[Path]:
         """Return halves of downloads that nobody is working on any more."""
-        with _errors(self.folder):
+        with _translate_errors(self.folder):
             return find_leftovers(folder_files.inside(self.folder, self.folder / "releases"))
 
     # -- what was seen -------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Cache:
         before = self.seen(location, name)
         if change(before) == before:
             return
-        with _errors(self.folder):
+        with _translate_errors(self.folder):
             try:
                 folder_files.inside(self.folder, path).parent.mkdir(parents=True, exist_ok=True)
                 with folder_lock(path.parent):
@@ -212,7 +212,7 @@ class Cache:
         Raises:
             CacheError: A record is damaged.
         """
-        with _errors(self.folder):
+        with _translate_errors(self.folder):
             paths = sorted(folder_files.inside(self.folder, self.folder / "seen").glob("*/*/*.json"))
         for path in paths:
             yield self._read_record(path, path.stem)
@@ -232,34 +232,34 @@ class Cache:
         except OSError as error:
             raise _explain_failure(self.folder, "read", error) from error
 
-    def _guard(self) -> Path:
+    def _make_guard(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / "guard"
 
-    def _notes_path(self, digest: str) -> Path:
+    def _find_notes(self, digest: str) -> Path:
         return folder_files.inside(self.folder, self.folder / "checked" / f"{digest}.json")
 
-    def _notes(self, digest: str) -> tuple[str, ...] | None:
+    def _read_notes(self, digest: str) -> tuple[str, ...] | None:
         try:
-            fields = Fields(parse(folder_files.read_small(self._notes_path(digest), _MAX_NOTES), _MAX_NOTES))
+            fields = Fields(parse(folder_files.read_small(self._find_notes(digest), _MAX_NOTES), _MAX_NOTES))
             return fields.texts("warnings") if fields.integer("checks", 2**31) == _CHECKS else None
         except (OSError, JsonRefused):
             return None
 
     def _write_notes(self, digest: str, warnings: tuple[str, ...]) -> None:
-        path = self._notes_path(digest)
+        path = self._find_notes(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         folder_files.replace_file(path, canonical({"checks": _CHECKS, "warnings": list(warnings)}))
 
     def _drop_notes(self, digest: str) -> None:
         """Remove the notes of a release that did not get there."""
-        with contextlib.suppress(OSError), exclude(self._guard()):
+        with contextlib.suppress(OSError), exclude(self._make_guard()):
             if not os.path.lexists(self.path(digest)):
-                self._notes_path(digest).unlink(missing_ok=True)
+                self._find_notes(digest).unlink(missing_ok=True)
 
     def _touch(self, digest: str) -> None:
-        path = self._notes_path(digest)
+        path = self._find_notes(digest)
         try:
             os.utime(path, follow_symlinks=False)
         except FileNotFoundError:
@@ -330,12 +330,12 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
         raise IntegrityError(f"{name} of {folder} is missing") from None
     if size != record.size:
         raise IntegrityError(f"{name} has {size:,} bytes where the manifest says {record.size:,}")
-    found = _sha256(folder / name)
+    found = _hash_file(folder / name)
     if found != record.sha256:
         raise IntegrityError(f"{name} has the sha256 {found} where the manifest says {record.sha256}")
 
 
-def _sha256(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     digest = hashlib.sha256()
     with os.fdopen(folder_files.open_regular(path), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -344,7 +344,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _errors(folder: Path) -> Iterator[None]:
+def _translate_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except RegistryError:

@@ -95,20 +95,22 @@ class Fetcher:
         entry = self.lock.find(reference)
         seen = self.cache.seen(self.hub.location, reference.name)
         if self.offline and not self.hub.local:
-            return self._warn(self._from_cache(reference, entry, seen))
+            return self._warn(self._fetch_from_cache(reference, entry, seen))
         try:
-            return self._warn(self._from_hub(reference, entry, seen))
+            return self._warn(self._fetch_from_hub(reference, entry, seen))
         except (HubUnavailable, RepositoryNotFound) as error:
             if self.offline:
-                return self._warn(self._from_cache(reference, entry, seen))  # the folder is gone, or not mounted
+                return self._warn(self._fetch_from_cache(reference, entry, seen))  # the folder is gone, or not mounted
             if self.hub.local or not isinstance(error, HubUnavailable):
                 raise  # a folder that can't be read is not a network that is down
-            return self._warn(self._without_hub(reference, entry, seen, error))
+            return self._warn(self._fetch_without_hub(reference, entry, seen, error))
 
-    def _without_hub(self, reference: Reference, entry: LockEntry | None, seen: Seen, error: HubUnavailable) -> Fetched:
+    def _fetch_without_hub(
+        self, reference: Reference, entry: LockEntry | None, seen: Seen, error: HubUnavailable
+    ) -> Fetched:
         """Take from the cache what the hub does not answer for."""
         try:
-            fetched = self._from_cache(reference, entry, seen)
+            fetched = self._fetch_from_cache(reference, entry, seen)
         except RegistryError as missing:
             raise (missing if isinstance(error, Offline) else error) from None
         if not isinstance(error, Offline):
@@ -117,23 +119,23 @@ class Fetcher:
 
     # -- from the hub --------------------------------------------------------------------------------------------
 
-    def _from_hub(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
+    def _fetch_from_hub(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
         name = reference.name
         refs = self.hub.refs(name)
-        self._check_tags(name, refs, seen, _pinned(reference, entry))
-        state = self._state(name, refs, seen)
-        manifests = Manifests(self.hub, name, self._known(name, seen))
+        self._check_tags(name, refs, seen, _find_pin(reference, entry))
+        state = self._read_state(name, refs, seen)
+        manifests = Manifests(self.hub, name, self._list_known(name, seen))
         index = index_of(name, refs, state, manifests)
         if entry is None:
             release: Release | None = index.resolve(reference)
         else:
             version = Version(entry.version)
             release = index.release(version) if version in index.versions else None
-        before = self._before(name, release.version if release else str(entry and entry.version), seen)
+        before = self._find_before(name, release.version if release else str(entry and entry.version), seen)
         if release is None or before.commit not in (None, release.commit):
             raise self._explain_move(name, before, release)
-        identity = self._identity(release, before)
-        fetched = self._files(release, before, manifests)
+        identity = self._check_identity(release, before)
+        fetched = self._fetch_files(release, before, manifests)
         self._record(fetched, identity, state, refs)
         return fetched
 
@@ -142,7 +144,7 @@ class Fetcher:
 
         Who names a version, or has locked it, gets it whatever has become of the others.
         """
-        lost = self._lost_tags(name, refs, seen, pinned)
+        lost = self._describe_lost_tags(name, refs, seen, pinned)
         if not lost:
             return
         if seen.identity and self.hub.identity(name) != seen.identity:
@@ -153,17 +155,17 @@ class Fetcher:
             f"its tag, or the registry shows an earlier state of itself. {self._describe_way_out(name)}"
         )
 
-    def _lost_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> list[str]:
+    def _describe_lost_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> list[str]:
         lost = []
         for tag, now in find_lost_tags(seen, refs.tags).items():
             [version] = versions_in([tag]) or [None]
             if version is None or pinned not in (None, version, seen.tags[tag]):
                 continue
-            if version_text(version) in seen.versions or self._held_release(name, seen.tags[tag]):
+            if version_text(version) in seen.versions or self._was_release(name, seen.tags[tag]):
                 lost.append(self._describe_move(name, version_text(version), seen.tags[tag], now))
         return lost
 
-    def _held_release(self, name: str, commit: str) -> bool:
+    def _was_release(self, name: str, commit: str) -> bool:
         """Whether a tag that has moved stood at a release; somebody else's tags may move as they like."""
         try:
             self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST)
@@ -177,12 +179,12 @@ class Fetcher:
         what = f"is commit {now} now" if now else "is not there any more"
         return f"{name}@{version} on {self.hub.location} was commit {before} and {what}"
 
-    def _known(self, name: str, seen: Seen) -> set[str]:
+    def _list_known(self, name: str, seen: Seen) -> set[str]:
         """Versions that have been pulled or locked before: they are releases, whatever their tags stand at now."""
         entry = self.lock.entries().get(name)
         return {*seen.versions, *([entry.version] if entry is not None else [])}
 
-    def _before(self, name: str, version: str, seen: Seen) -> _Before:
+    def _find_before(self, name: str, version: str, seen: Seen) -> _Before:
         pulled, entry = seen.versions.get(version), self.lock.entries().get(name)
         # In a copy of the registry elsewhere commits and ids differ; the bytes may not.
         here = entry if entry is not None and entry.registry == self.hub.location else None
@@ -205,20 +207,20 @@ class Fetcher:
         entry = LockEntry(release.version, release.commit, digest, self.hub.location, identity, base.id, base.commit)
         self.lock.record(release.name, entry)
 
-    def _state(self, name: str, refs: Refs, seen: Seen) -> State:
+    def _read_state(self, name: str, refs: Refs, seen: Seen) -> State:
         """Read which versions are withdrawn and what aliases stand for; it must follow on what was seen before."""
         commit = refs.branches.get(STATE_BRANCH)
         if commit is not None and commit == seen.state_commit:
             return seen.state
         state = read_state(self.hub, name, refs)
-        lost = self._lost_state(name, seen, state, commit)
+        lost = self._describe_lost_state(name, seen, state, commit)
         if lost is None:
             return state
         if seen.identity and self.hub.identity(name) != seen.identity:
             raise self._explain_replacement(name)
         raise ReleaseMoved(f"{lost}. {self._describe_way_out(name)}")
 
-    def _lost_state(self, name: str, seen: Seen, state: State, commit: str | None) -> str | None:
+    def _describe_lost_state(self, name: str, seen: Seen, state: State, commit: str | None) -> str | None:
         lost = find_lost_state(seen, state, commit)
         if not lost:
             return None
@@ -238,7 +240,7 @@ class Fetcher:
             f"{self._describe_way_out(name)}"
         )
 
-    def _identity(self, release: Release, before: _Before) -> str:
+    def _check_identity(self, release: Release, before: _Before) -> str:
         """The id of the repository: as it was, if the release is known, else asked for and compared.
 
         Raises:
@@ -268,7 +270,7 @@ class Fetcher:
         lock = f" and its entry in {self.lock.path}" if self.lock.path else ""
         return f"Ask its owner. If it is meant to be so, delete {record}{lock}."
 
-    def _files(self, release: Release, before: _Before, manifests: Manifests) -> Fetched:
+    def _fetch_files(self, release: Release, before: _Before, manifests: Manifests) -> Fetched:
         """The files of a release: from the cache, if they are there and undamaged."""
         # Whether this hub has what another one had is seen by its manifest only.
         known = before.manifest if before.commit is not None else None
@@ -277,9 +279,9 @@ class Fetcher:
             manifest = read_manifest(self.hub, release, manifests)
             if before.manifest not in (None, manifest.digest):
                 raise self._explain_change(release, manifest, before.manifest)
-        return self._in_cache(release, manifest, download=True)
+        return self._use_cache(release, manifest, download=True)
 
-    def _in_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
+    def _use_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
         """Take the files from the cache if they are there and undamaged, else download them if that is allowed."""
         if self.signature is not None:
             self.signature.check(release, manifest, self.hub if download else None)
@@ -307,9 +309,9 @@ class Fetcher:
         """Return how a release, and the repository it is in, differ from what the lock and the cache say about them."""
         name = release.name
         seen = self.cache.seen(self.hub.location, name)
-        before = self._before(name, release.version, seen)
-        problems = self._lost_tags(name, refs, seen, None)
-        lost = self._lost_state(name, seen, read_state(self.hub, name, refs), refs.branches.get(STATE_BRANCH))
+        before = self._find_before(name, release.version, seen)
+        problems = self._describe_lost_tags(name, refs, seen, None)
+        lost = self._describe_lost_state(name, seen, read_state(self.hub, name, refs), refs.branches.get(STATE_BRANCH))
         problems += [lost] if lost else []
         if before.commit not in (None, release.commit) and not any(f"@{release.version} " in each for each in problems):
             problems.append(str(self._explain_move(release.name, before, release)))
@@ -327,7 +329,7 @@ class Fetcher:
 
     # -- from the cache ------------------------------------------------------------------------------------------
 
-    def _from_cache(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
+    def _fetch_from_cache(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
         """What was pulled before.
 
         Raises:
@@ -346,7 +348,7 @@ class Fetcher:
             manifest = self.cache.manifest(there[release.version].manifest)
         if manifest is None:
             raise self._explain_offline(f"{release} is not in the cache")
-        return self._in_cache(release, manifest, download=False)
+        return self._use_cache(release, manifest, download=False)
 
     def _explain_offline(self, reason: str) -> Offline:
         return Offline(
@@ -362,7 +364,7 @@ class Fetcher:
         return fetched
 
 
-def _pinned(reference: Reference, entry: LockEntry | None) -> Version | str | None:
+def _find_pin(reference: Reference, entry: LockEntry | None) -> Version | str | None:
     """Return the version, or the commit, that is asked for whatever else there is; `None` where the newest is."""
     if entry is not None:
         return Version(entry.version)

@@ -125,7 +125,7 @@ class Lock:
             fields = Fields(parse(data, _LIMIT))
             if fields.integer("format", 2**31, least=1) > _FORMAT:
                 raise fields.refuse("format", f"at most {_FORMAT}; a newer lora-plugins wrote it, and can read it")
-            return {check_name(name): _entry(entry) for name, entry in fields.table("adapters", _MOST)}
+            return {check_name(name): _read_entry(entry) for name, entry in fields.table("adapters", _MOST)}
         except (JsonRefused, InvalidReference) as reason:
             raise InvalidLock(f"{self.path}: {reason}") from None
 
@@ -156,7 +156,7 @@ def _write(entries: Mapping[str, LockEntry]) -> bytes:
     return canonical({"format": _FORMAT, "adapters": adapters})
 
 
-def _entry(fields: Fields) -> LockEntry:
+def _read_entry(fields: Fields) -> LockEntry:
     return LockEntry(
         version=version_text(parse_version(fields.text("version"))),
         commit=fields.text("commit", COMMIT, "a commit"),

@@ -67,19 +67,19 @@ class SignatureRule:
     def _verify(self, release: Release, manifest: Manifest, signature: bytes) -> None:
         verify_signature(release.name, manifest.to_bytes(), signature, self.keys)
 
-    def _path(self, name: str, manifest: Manifest) -> Path:
+    def _find_path(self, name: str, manifest: Manifest) -> Path:
         file = f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.sig"
         return folder_files.inside(self.cache.folder, self.cache.folder / "signatures" / manifest.digest / file)
 
     def _read(self, name: str, manifest: Manifest) -> bytes | None:
         try:
-            return folder_files.read_small(self._path(name, manifest), MAX_SIGNATURE + 1)
+            return folder_files.read_small(self._find_path(name, manifest), MAX_SIGNATURE + 1)
         except OSError:
             return None
 
     def _keep(self, name: str, manifest: Manifest, signature: bytes) -> None:
         try:
-            path = self._path(name, manifest)
+            path = self._find_path(name, manifest)
             path.parent.mkdir(parents=True, exist_ok=True)
             folder_files.replace_file(path, signature)
         except OSError:

@@ -60,7 +60,7 @@ class _Watch:
         if encoding not in ("", "identity"):
             raise hostile(f"an answer is compressed ({encoding}), which was not asked for")
         kind = next(base for base in type(response.stream).__mro__ if base.__name__ == "SyncByteStream")
-        response.stream = _limited(kind)(response.stream, self._check_time)
+        response.stream = _make_limited(kind)(response.stream, self._check_time)
 
     def _is_ours(self, request: Any) -> bool:
         # Files are uploaded to storage by other threads, without a User-Agent of ours.
@@ -75,7 +75,7 @@ class _Watch:
             raise HubFailed(f"no answer within {self._deadline.seconds:.0f} seconds", transient=True)
 
 
-def _limited(kind: Any) -> Any:
+def _make_limited(kind: Any) -> Any:
     """Make a class of byte streams that end with an error; the HTTP client insists on a base class of its own."""
 
     class Limited(kind):  # type: ignore[misc]

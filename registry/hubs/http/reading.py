@@ -51,14 +51,14 @@ class Reader:
 
     def document(self, path: str) -> object:
         """The JSON document at ``path`` of the hub."""
-        return self._page(path, JSON_LIMIT, Deadline(self.timeout))[0]
+        return self._read_page(path, JSON_LIMIT, Deadline(self.timeout))[0]
 
     def pages(self, path: str) -> list[object]:
         """Return the documents of a listing that comes in pages; all pages together have one limit of time and size."""
         found: list[object] = []
         deadline, left, url = Deadline(self.timeout), JSON_LIMIT, path
         for _ in range(_MAX_PAGES):
-            document, size, following = self._page(url, left, deadline)
+            document, size, following = self._read_page(url, left, deadline)
             found.append(document)
             if following is None:
                 return found
@@ -80,7 +80,7 @@ class Reader:
                     sink.seek(start)
                     sink.truncate()
                     done = 0
-                for chunk in self._chunks(response, deadline, limit - done, path):
+                for chunk in self._read_chunks(response, deadline, limit - done, path):
                     sink.write(chunk)
 
         self._insist(deadline, attempt)
@@ -112,15 +112,15 @@ class Reader:
 
         def attempt() -> tuple[bytes, str | None]:
             with self._open(path, deadline, {}) as response:
-                body = b"".join(self._chunks(response, deadline, limit, path))
+                body = b"".join(self._read_chunks(response, deadline, limit, path))
                 return body, response.links.get("next", {}).get("url")
 
         body, following = self._insist(deadline, attempt)
-        return body, following and self._next_page(path, following)
+        return body, following and self._resolve_next_page(path, following)
 
-    def _next_page(self, path: str, link: str) -> str:
+    def _resolve_next_page(self, path: str, link: str) -> str:
         try:
-            url = urljoin(self._url(path), link)
+            url = urljoin(self._make_url(path), link)
             own = same_origin(self.endpoint, url)
         except ValueError:
             own = False
@@ -147,7 +147,7 @@ class Reader:
     @contextmanager
     def _open(self, path: str, deadline: Deadline, extra: dict[str, str]) -> Iterator[Any]:
         """The answer to a GET request, after redirects, its body not yet read."""
-        url = self._url(path)
+        url = self._make_url(path)
         for _ in range(_MAX_REDIRECTS):
             # No compression: a size limit that counts what was sent is a limit on what is kept, too.
             headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, **extra}
@@ -180,7 +180,7 @@ class Reader:
         if encoding not in ("", "identity"):
             raise hostile(self.clean(f"an answer is compressed ({encoding}), which was not asked for"))
 
-    def _chunks(self, response: Any, deadline: Deadline, limit: int, path: str) -> Iterator[bytes]:
+    def _read_chunks(self, response: Any, deadline: Deadline, limit: int, path: str) -> Iterator[bytes]:
         received = 0
         for chunk in response.iter_bytes():
             received += len(chunk)
@@ -192,10 +192,10 @@ class Reader:
             if deadline.passed:
                 raise HubFailed(f"{path} comes too slowly", transient=True)
 
-    def _url(self, path: str) -> str:
+    def _make_url(self, path: str) -> str:
         return self.endpoint + path if path.startswith("/") else path
 
-    def _page(self, path: str, limit: int, deadline: Deadline) -> tuple[object, int, str | None]:
+    def _read_page(self, path: str, limit: int, deadline: Deadline) -> tuple[object, int, str | None]:
         """Return a document, its size, and the address of the next page."""
         body, following = self._read(path, limit, deadline)
         size, found = len(body), self._parse(body)

@@ -22,7 +22,7 @@ def same_origin(one: str, other: str) -> bool:
     Raises:
         ValueError: one of them is no address.
     """
-    return _origin(urlsplit(one)) == _origin(urlsplit(other))
+    return _read_origin(urlsplit(one)) == _read_origin(urlsplit(other))
 
 
 def next_url(endpoint: str, url: str, location: str) -> str:
@@ -41,23 +41,25 @@ def next_url(endpoint: str, url: str, location: str) -> str:
     except ValueError:
         raise RefusedRedirect("a redirect to a malformed address is not followed") from None
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
-        raise RefusedRedirect(f"a redirect to {_shown(parts)} is not followed: only http and https are")
+        raise RefusedRedirect(f"a redirect to {_show_address(parts)} is not followed: only http and https are")
     if urlsplit(endpoint).scheme == "https" and parts.scheme != "https":
-        raise RefusedRedirect(f"a redirect from https to {_shown(parts)} is not followed")
+        raise RefusedRedirect(f"a redirect from https to {_show_address(parts)} is not followed")
     if elsewhere:
         _check_address(urlsplit(endpoint).hostname or "", parts)
     return target
 
 
 def _check_address(own_host: str, parts: SplitResult) -> None:
-    for address in _addresses(parts.hostname or ""):
+    for address in _resolve_addresses(parts.hostname or ""):
         if address.is_link_local:
-            raise RefusedRedirect(f"a redirect to {_shown(parts)} is not followed: {address} is link-local")
-        if not address.is_global and all(own.is_global for own in _addresses(own_host)):
-            raise RefusedRedirect(f"a redirect to {_shown(parts)} is not followed: {address} is not a public address")
+            raise RefusedRedirect(f"a redirect to {_show_address(parts)} is not followed: {address} is link-local")
+        if not address.is_global and all(own.is_global for own in _resolve_addresses(own_host)):
+            raise RefusedRedirect(
+                f"a redirect to {_show_address(parts)} is not followed: {address} is not a public address"
+            )
 
 
-def _addresses(host: str) -> tuple[_Address, ...]:
+def _resolve_addresses(host: str) -> tuple[_Address, ...]:
     """The addresses of a host; none if the name can't be resolved here (a proxy may be able to)."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -66,10 +68,10 @@ def _addresses(host: str) -> tuple[_Address, ...]:
     return tuple(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found)
 
 
-def _origin(parts: SplitResult) -> tuple[str, str, int | None]:
+def _read_origin(parts: SplitResult) -> tuple[str, str, int | None]:
     return parts.scheme, (parts.hostname or "").lower(), parts.port or _DEFAULT_PORTS.get(parts.scheme)
 
 
-def _shown(parts: SplitResult) -> str:
+def _show_address(parts: SplitResult) -> str:
     # Without path and query: signed addresses are secrets.
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
