@@ -37,7 +37,7 @@ def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True)
     Returns:
         Names of the trained tensors that keep another dtype.
     """
-    around = _main_dtype(model)
+    around = _find_main_dtype(model)
     adapter_parts = _find_adapter_parts(model)
     kept: list[str] = []
     for path, module in model.named_modules():
@@ -74,7 +74,7 @@ def _find_adapter_parts(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _main_dtype(model: nn.Module) -> torch.dtype | None:
+def _find_main_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of most frozen float weights outside of quantized layers."""
     sizes: dict[torch.dtype, int] = {}
     for module in model.modules():
@@ -140,7 +140,7 @@ def _enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         setattr(module, _CAME_IN, getattr(module, _AROUND))
         return inputs
     setattr(module, _CAME_IN, first.dtype)
-    return (first.to(_own_dtype(module, first.dtype)), *inputs[1:])
+    return (first.to(_read_dtype(module, first.dtype)), *inputs[1:])
 
 
 def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -152,7 +152,7 @@ def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
     if not inputs or not isinstance(inputs[0], torch.Tensor) or not inputs[0].is_floating_point():
         return None
     x = inputs[0]
-    dtype = _own_dtype(module, x.dtype)
+    dtype = _read_dtype(module, x.dtype)
     if x.dtype == dtype or (torch.is_autocast_enabled(x.device.type) and not _refuses(module, x)):
         return None
     return (x.to(dtype), *inputs[1:])
@@ -164,7 +164,7 @@ def _refuses(module: nn.Module, x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and all(p.dim() == 1 and p.dtype in _HALF for p in own)
 
 
-def _own_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+def _read_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """The dtype of a layer's own tensors; PEFT takes the parameters of experts away while they are in use."""
     own = (p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
     return next(own, default)

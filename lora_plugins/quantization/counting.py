@@ -66,7 +66,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
     host = host or plugin_host()
     seen: set[int] = set()
     trainable = total = quantized = 0
-    for module in _logical_modules(model):
+    for module in _list_logical_modules(model):
         packed = owner_of(module, host) is not None or is_unknown_layer(module, host)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -89,7 +89,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
     return ParameterCount(trainable, total, quantized)
 
 
-def _logical_modules(model: nn.Module) -> Iterator[Any]:
+def _list_logical_modules(model: nn.Module) -> Iterator[Any]:
     """All modules except the frozen originals that PEFT keeps beside a head it trains as a copy."""
     hidden: set[int] = set()
     module: Any
@@ -110,8 +110,8 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
     by_dtype: dict[str, int] = {}
     trainable = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        for part in _parts(tensor):
-            size = _new_bytes(part, seen)
+        for part in _list_parts(tensor):
+            size = _measure_new(part, seen)
             dtype = dtype_name(part.dtype)
             by_dtype[dtype] = by_dtype.get(dtype, 0) + size
             trainable += size if tensor.requires_grad else 0
@@ -119,22 +119,22 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
     for module in model.modules():
         owner = owner_of(module, host)
         if owner is not None:
-            state += sum(_new_bytes(tensor, seen) for tensor in owner.extra_tensors(module))
+            state += sum(_measure_new(tensor, seen) for tensor in owner.extra_tensors(module))
     return TensorBytes(dict(sorted(by_dtype.items())), state, trainable)
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _list_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain tensors that a tensor is made of: some backends wrap weight and scales in one of their own."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     # A tensor that is spread over processes can be flattened too, and is measured by what is here.
     if flatten is not None and not hasattr(tensor, "to_local"):
         for name in flatten()[0]:
-            yield from _parts(getattr(tensor, name))
+            yield from _list_parts(getattr(tensor, name))
     else:
         yield tensor
 
 
-def _new_bytes(tensor: torch.Tensor, seen: set[Any]) -> int:
+def _measure_new(tensor: torch.Tensor, seen: set[Any]) -> int:
     """Bytes of a tensor's storage, 0 when an earlier tensor shares it."""
     if tensor.is_meta:
         key, size = id(tensor), tensor.numel() * tensor.element_size()

@@ -35,21 +35,21 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
     Raises:
         QuantizationError: The model has no quantized layer.
     """
-    wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or _dtype_of(model)
+    wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or _find_dtype(model)
     places = module_places(model)
     replaced = []
     for name, module in list(model.named_modules()):
         quantization = quantization_of(module)
         if quantization is None:
             continue
-        layer = _float_layer(module, quantization.quantizer.dequantize(module).detach().to(wanted))
+        layer = _make_float_layer(module, quantization.quantizer.dequantize(module).detach().to(wanted))
         layer.train(module.training)
         for parent, attribute in places[id(module)]:
             setattr(parent, attribute, layer)
         replaced.append(name)
     if not replaced:
         raise QuantizationError("The model has no quantized layer, so there is nothing to dequantize.")
-    _over_float_layers(model)
+    _refit_lora_layers(model)
     untag_dequantized(base_of(model))
     if hasattr(base_of(model), FACTS_ATTRIBUTE):
         record_facts(model)
@@ -60,7 +60,7 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
     return replaced
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def _find_dtype(model: nn.Module) -> torch.dtype:
     quantized = {id(module) for module in model.modules() if quantization_of(module) is not None}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -69,7 +69,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def _float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
+def _make_float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
     """A layer of the class that was quantized, with this weight of shape ``[out_features, in_features]``."""
     out_features, in_features = weight.shape
     bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
@@ -85,7 +85,7 @@ def _float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
     return layer
 
 
-def _over_float_layers(model: nn.Module) -> None:
+def _refit_lora_layers(model: nn.Module) -> None:
     """Give LoRA layers the class and orientation that fits the float layers now under them."""
     for module in model.modules():
         if isinstance(module, QuantizedLoraLinear):

@@ -44,15 +44,15 @@ def describe_quantization(base: nn.Module) -> dict[str, Any]:
     quantization = detect_quantization(base)
     unknown = unknown_layers(base)
     if quantization is not None:
-        options, complete = _plain_options(quantization)
+        options, complete = _read_plain_options(quantization)
         known = complete and options_known(base, quantization) and not unknown
         return {"quantization": {"name": quantization.name, "options": options}, "known": known}
     if unknown:
-        return {"quantization": {"name": _foreign_name(base, unknown), "options": {}}, "known": False}
+        return {"quantization": {"name": _read_foreign_name(base, unknown), "options": {}}, "known": False}
     return {"quantization": None, "known": True}
 
 
-def _plain_options(quantization: Quantization) -> tuple[dict[str, Any], bool]:
+def _read_plain_options(quantization: Quantization) -> tuple[dict[str, Any], bool]:
     """Options as JSON values, and whether all of them are there."""
     plain: dict[str, Any] = {}
     complete = True
@@ -74,7 +74,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, bool, int, float))
 
 
-def _foreign_name(base: Any, unknown: Mapping[str, str]) -> str:
+def _read_foreign_name(base: Any, unknown: Mapping[str, str]) -> str:
     """What its own library calls the way a base is stored: the method in its config, else the class of its layers."""
     config = getattr(getattr(base, "config", None), "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)

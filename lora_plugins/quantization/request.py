@@ -131,11 +131,11 @@ def parse_quantization(
     skip = options.get("skip_modules") or []
     options["skip_modules"] = [skip] if isinstance(skip, str) else list(skip)
     if isinstance(options.get("compute_dtype"), str):
-        options["compute_dtype"] = _float_dtype(options["compute_dtype"])
+        options["compute_dtype"] = _read_float_dtype(options["compute_dtype"])
     return Quantization(quantizer, options)
 
 
-def _float_dtype(name: str) -> torch.dtype:
+def _read_float_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise QuantizationError(f"compute_dtype must be a float dtype such as 'bfloat16', not {name!r}")

@@ -109,7 +109,7 @@ def layers_to_quantize(
     """
     untouched, kept, told = EXPECTED_REASONS
     reasons = dict.fromkeys(never, untouched)
-    reasons |= dict.fromkeys(_kept_by_model(model), kept)
+    reasons |= dict.fromkeys(_find_kept_by_model(model), kept)
     reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), told)
     trainable = adapter_modules(model)
     targets: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def layers_to_quantize(
             if owner_of(module) is None:
                 skipped[name] = f"{type(module).__name__} is read in its own way"
         else:
-            reason = reason or quantization.quantizer.unsuitable(*_features(module), quantization.options)
+            reason = reason or quantization.quantizer.unsuitable(*_read_features(module), quantization.options)
             if reason:
                 skipped[name] = reason
             else:
@@ -131,7 +131,7 @@ def layers_to_quantize(
     return targets, skipped
 
 
-def _features(layer: Any) -> tuple[int, int]:
+def _read_features(layer: Any) -> tuple[int, int]:
     """Input and output features of an ``nn.Linear`` or of transformers' ``Conv1D``."""
     return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
 
@@ -141,16 +141,16 @@ def _matches(name: str, skip: str) -> bool:
     return name == skip or name.endswith("." + skip) or name.startswith(skip + ".") or f".{skip}." in name
 
 
-def _kept_by_model(model: nn.Module) -> list[str]:
+def _find_kept_by_model(model: nn.Module) -> list[str]:
     """Names that transformers itself would not quantize: output embeddings, tied weights, fp32-only modules."""
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         keep = list(base._keep_in_fp32_modules or []) + list(base._keep_in_fp32_modules_strict or [])
         return [plain_path(name) for name in [*get_keys_to_not_convert(base), *keep]]
-    return _tied_with_embeddings(base)
+    return _find_tied(base)
 
 
-def _tied_with_embeddings(model: nn.Module) -> list[str]:
+def _find_tied(model: nn.Module) -> list[str]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [
         name

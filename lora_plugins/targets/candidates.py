@@ -24,10 +24,10 @@ _VISION = re.compile(r"vision|visual|image_encoder|audio_tower|audio_encoder|spe
 _ROUTED = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp)(\.|$)")
 
-#: What a decoder calls its attention to an encoder.
+#: Names that decoders give to their cross-attention.
 _CROSS_ATTENTION = ("encoder_attn", "cross_attn", "cross_attention", "crossattention")
 
-#: Layers of a state-space mixer that kernels or the code beside them read as bare weights.
+#: Layers of a state-space mixer whose weights fused kernels or the mixer's own code read without calling them.
 _RAW = ("dt_proj", "x_proj", "out_proj")
 
 
@@ -36,7 +36,7 @@ class Candidates:
 
     Args:
         structure: The model's parts.
-        record: Its registered record, ``None`` when nobody registered it.
+        record: Its registered record, ``None`` for an unregistered model.
         heads: Names of the heads that are trained whole.
         exclude: Names, or a pattern for whole paths, to leave out.
         layers: Indices of the blocks to adapt, ``None`` for all.
@@ -61,7 +61,7 @@ class Candidates:
 
     @cached_property
     def adaptable(self) -> list[str]:
-        """Paths of everything that PEFT can wrap, but for heads that are trained whole."""
+        """Paths of all modules that PEFT can wrap, except heads that are trained whole."""
         others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
         return [
             path
@@ -70,12 +70,12 @@ class Candidates:
         ]
 
     def named(self, name: str) -> list[str]:
-        """Paths that a name of a user means: those in the language model, else those in the encoders beside it."""
+        """Return the paths that a user's name matches: in the language model, else in the encoders beside it."""
         found = [path for path in self.adaptable if matches(path, name)]
         return [path for path in found if not self.is_encoder(path)] or found
 
     def registered(self, name: str) -> list[str]:
-        """Paths that a name in a record means: nothing in encoders, nothing that can't take an adapter of any rank."""
+        """Return the paths that a record's name matches, except encoders, routed experts and grouped convolutions."""
         return [
             path
             for path in self.adaptable
@@ -87,20 +87,20 @@ class Candidates:
         ]
 
     def by_regex(self, pattern: str) -> list[str]:
-        """Paths that match a pattern as a whole, wherever they are."""
+        """Return the paths that a pattern matches as a whole, encoders included."""
         return match_paths(pattern, self.adaptable)
 
     # -- by role -------------------------------------------------------------------------------
 
     @cached_property
     def linear(self) -> list[str]:
-        """Linear layers in blocks that a scope may take: no routers, heads, encoders, routed experts."""
+        """Linear layers in blocks that a scope may take: all but routers, heads, encoders and routed experts."""
         return [
             path for path, linear in self.structure.linears.items() if linear.block is not None and self._in_scope(path)
         ]
 
     def outside_blocks(self) -> list[str]:
-        """Linear layers that a scope may take in a model whose layers repeat nowhere."""
+        """Return the linear layers that a scope may take in a model without repeated blocks."""
         return [path for path in self.structure.linears if self._in_scope(path)]
 
     def _in_scope(self, path: str) -> bool:
@@ -115,20 +115,20 @@ class Candidates:
         )
 
     def is_attention(self, path: str) -> bool:
-        """Whether a layer belongs to attention or what stands in its place, by the names around it."""
+        """Whether the names in a path say that a layer belongs to attention or to a mixer in its place."""
         return _ATTENTION.search(self.structure.inside_block(path)) is not None
 
     def encoders(self) -> list[str]:
-        """Linear layers in the blocks of vision, audio and other encoders."""
+        """Return the linear layers in the blocks of vision, audio and other encoders."""
         inside = [p for p, linear in self.structure.linears.items() if linear.block is not None and self.is_encoder(p)]
         return [path for path in inside if not is_under(path, self.heads) and not self.is_forbidden(path)]
 
     def shared_experts(self) -> list[str]:
-        """Linear layers of the experts that every token passes."""
+        """Return the linear layers of the experts that process every token."""
         return [path for path in self.linear if _SHARED.search(self.structure.inside_block(path))]
 
     def routed_layers(self) -> list[str]:
-        """Linear layers of routed experts that are kept as modules."""
+        """Return the linear layers of routed experts that are stored as modules."""
         return [
             path
             for path in self.structure.linears
@@ -138,7 +138,7 @@ class Candidates:
         ]
 
     def routed_parameters(self) -> list[str]:
-        """Stacked weights of routed experts."""
+        """Return the stacked weights of routed experts."""
         names = self.record.experts if self.record else ()
         found = [
             path
@@ -148,7 +148,7 @@ class Candidates:
         return [path for path in found if any(matches(path, name) for name in names)] or found
 
     def unreached(self) -> tuple[str, ...]:
-        """Names of parts that a batch may not reach: encoders, and cross-attention in a decoder that stands alone."""
+        """Return names of parts that a batch may not reach: encoders, and cross-attention of a lone decoder."""
         named = (*self.record.vision, *self.record.unreached) if self.record else ()
         config = getattr(self.structure.model, "config", None)
         alone = not getattr(config, "is_encoder_decoder", False)
@@ -156,14 +156,14 @@ class Candidates:
         attention = [name for name in _CROSS_ATTENTION if any(is_under(path, [name]) for path in paths)]
         return tuple(dict.fromkeys([*named, *attention]))
 
-    # -- what is out of the question -----------------------------------------------------------
+    # -- exclusions ----------------------------------------------------------------------------
 
     def is_encoder(self, path: str) -> bool:
         """Whether a path lies in an encoder beside the language model."""
         if self.record is not None and (self.record.vision or self.record.text):
             outside = bool(self.record.text) and not is_under(path, self.record.text)
             return outside or is_under(path, self.record.vision)
-        # A model that is an encoder as a whole has its blocks under such a name and nothing else.
+        # In a model that is itself an encoder, every block has such a name.
         return bool(_VISION.search(path)) and self._has_other_blocks
 
     @cached_property
@@ -171,7 +171,7 @@ class Candidates:
         return any(not _VISION.search(block.kind.stack) for block in self.structure.blocks)
 
     def is_forbidden(self, path: str) -> bool:
-        """Whether an adapter would be wrong here: the record says so, or the bare weight is read."""
+        """Whether an adapter would be wrong here: the record forbids it, or the weight is read without a call."""
         return is_under(path, self.never) or self.structure.is_output_layer_of_attention(path) or self._read_raw(path)
 
     def _read_raw(self, path: str) -> bool:

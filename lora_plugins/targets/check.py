@@ -20,15 +20,15 @@ from lora_plugins.text import find_near
 __all__ = ["check_fields", "check_names"]
 
 
-#: Blocks that ``layer_replication`` may make.
+#: Most blocks that ``layer_replication`` may create.
 _MOST_BLOCKS = 4096
 
 
 def check_names(model: nn.Module, config: Any, *, strict: bool = True) -> None:
-    """Check a configuration of PEFT against a model that has the adapter, or that PEFT would put it into.
+    """Check a PEFT configuration against the model that has an adapter made from it.
 
     Args:
-        model: A `peft.PeftModel` that has an adapter by this configuration.
+        model: A `peft.PeftModel` with an adapter made from this configuration.
         config: The adapter's configuration, of any of PEFT's methods.
         strict: Whether what touches nothing is an error; else it is a warning.
 
@@ -43,11 +43,11 @@ def check_names(model: nn.Module, config: Any, *, strict: bool = True) -> None:
         if isinstance(module, BaseTunerLayer) and _has_adapter(module, names)
     }
     asked = {name: getattr(config, name, None) for name in (*_CHECKS, "task_type", "r", "lora_alpha")}
-    # The blocks have been multiplied already.
+    # PEFT has already replicated the blocks.
     asked["layer_replication"] = None
     base = base_of(model)
-    if set(_as_list(asked["target_modules"])) == _default_targets(base):
-        # PEFT's own table, which nobody wrote, serves all variants of a model type.
+    if set(_as_list(asked["target_modules"])) == _find_default_targets(base):
+        # These are PEFT's defaults, not the user's choice; the table covers all variants of a model type.
         asked["target_modules"] = None
     check_fields(base, asked, adapted, strict=strict)
 
@@ -56,7 +56,7 @@ def _has_adapter(module: BaseTunerLayer, names: Collection[str]) -> bool:
     return any(name in getattr(module, part, ()) for part in module.adapter_layer_names for name in names)
 
 
-def _default_targets(model: nn.Module) -> set[str]:
+def _find_default_targets(model: nn.Module) -> set[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ()))
 
@@ -90,7 +90,7 @@ def check_fields(base: nn.Module, asked: Mapping[str, Any], adapted: Collection[
 
 
 class _Scene:
-    """The paths of a model that fields are compared with."""
+    """The paths of a model that fields are checked against."""
 
     def __init__(self, base: nn.Module, adapted: Collection[str], asked: Mapping[str, Any]) -> None:
         self.base = base
@@ -103,7 +103,7 @@ class _Scene:
         self.reached = [*self.adapted, *(p for p in self.parameters if any(matches(p, name) for name in stacked))]
 
     def near(self, name: str, among: Iterable[str]) -> str:
-        """The name, with those that are spelt alike."""
+        """Return a name with similar names from ``among``, for a message."""
         last = name.rpartition(".")[2]
         leaves = sorted(leaf for path in among if not (leaf := path.rpartition(".")[2]).isdigit() and leaf != last)
         close = find_near(last, dict.fromkeys(leaves), most=2, cutoff=0.5)
@@ -154,7 +154,7 @@ def _holds_others(base: nn.Module, path: str) -> bool:
 
 
 def _check_saved(scene: _Scene, field: str, value: Any) -> Iterable[str]:
-    # PEFT adds the heads of a task itself, whichever of them a model has.
+    # PEFT 0.21.2 adds the names of a task's heads itself, whether or not the model has them.
     own = PEFT_HEADS.get(str(getattr(scene.asked.get("task_type"), "value", scene.asked.get("task_type"))), ())
     for name in value:
         if name not in own and not any(path.endswith(name) for path in scene.modules):
@@ -191,7 +191,7 @@ def _check_parameters(scene: _Scene, field: str, value: Iterable[str]) -> Iterab
 
 def _check_tokens(scene: _Scene, field: str, value: Any) -> Iterable[str]:
     for name, indices in value.items() if isinstance(value, Mapping) else [(None, value)]:
-        rows = _rows(scene, name)
+        rows = _count_rows(scene, name)
         if rows is None:
             yield f"{field} reaches no embedding by {scene.near(str(name), scene.modules)}"
             continue
@@ -202,8 +202,8 @@ def _check_tokens(scene: _Scene, field: str, value: Any) -> Iterable[str]:
             yield f"{field} is empty" + (f" for {name!r}" if name else "")
 
 
-def _rows(scene: _Scene, name: str | None) -> int | None:
-    """Rows of an embedding by its name, of the input embedding by ``None``."""
+def _count_rows(scene: _Scene, name: str | None) -> int | None:
+    """Return the rows of the embedding called ``name`` (``None``: the input embedding), ``None`` if there is none."""
     if name is None:
         try:
             weight = scene.base.get_input_embeddings().weight  # type: ignore[operator]
@@ -231,7 +231,7 @@ def _check_number(scene: _Scene, field: str, value: float) -> Iterable[str]:
         yield f"{field}={value!r} must be above zero: the adapter would do nothing"
 
 
-#: How each field is checked; what is not here holds neither names nor places.
+#: The check of each field; fields that are not listed hold neither names nor indices.
 _CHECKS: dict[str, Callable[[_Scene, str, Any], Iterable[str]]] = {
     "target_modules": _check_targets,
     "feedforward_modules": _check_targets,

@@ -22,19 +22,19 @@ from lora_plugins.text import find_near
 __all__ = ["Heads", "check_trained", "choose_heads", "choose_tokens", "find_required", "task_heads"]
 
 
-#: Heads of models that nobody registered.
+#: Names of heads in models that are not registered.
 _KNOWN = ("score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What is new in a model, and the modules that hold it.
+    """The newly initialized parts of a model, and the modules that hold them.
 
     Attributes:
         modules: Paths of the modules that are trained and saved whole.
-        names: Names of them for PEFT, which compares them with the end of a path.
+        names: Their names for PEFT, which matches a name against the end of a path.
         required: What a run must train and save.
-        found: What is new, and how that is known.
+        found: The newly initialized parameters, and the evidence.
     """
 
     modules: tuple[str, ...]
@@ -44,7 +44,7 @@ class Heads:
 
 
 def choose_heads(structure: Structure, record: Architecture | None, frozen: Sequence[str] = ()) -> Heads:
-    """Choose the modules to train and save whole, so that nothing that is new stays as it was initialized.
+    """Choose the modules to train and save whole, so that no new parameter keeps its initial values.
 
     Args:
         structure: The base model's parts.
@@ -56,7 +56,7 @@ def choose_heads(structure: Structure, record: Architecture | None, frozen: Sequ
         FrozenHead: A new parameter is in no module that PEFT could save.
     """
     _check_frozen(structure, frozen)
-    known = _known(record)
+    known = _list_heads(record)
     encoders = record.vision if record is not None else ()
     heads = [path for path in structure.task_heads(known) if not is_under(path, (*frozen, *encoders))]
     found = find_initialized(structure.model, heads)
@@ -67,13 +67,13 @@ def choose_heads(structure: Structure, record: Architecture | None, frozen: Sequ
         modules, alone = _hold_new(structure, new)
         if alone:
             raise FrozenHead(_explain_alone(structure.model, alone))
-        # A head that was loaded goes on being trained; what lies deeper is a head only where it is new.
+        # A head from the checkpoint is trained too; a module deeper in the model counts only if it is new.
         modules += [path for path in heads if path in known and "." not in path and path not in modules]
-    return Heads(tuple(modules), tuple(_names(modules, structure)), _require(found, frozen), found)
+    return Heads(tuple(modules), tuple(_find_names(modules, structure)), _require(found, frozen), found)
 
 
 def find_required(model: nn.Module, frozen: Sequence[str] = (), host: PluginHost | None = None) -> Required:
-    """Find what is newly initialized in a base model, which may have adapters of PEFT in it.
+    """Find what is newly initialized in a base model, with or without PEFT adapters in it.
 
     Args:
         model: The base model.
@@ -86,7 +86,7 @@ def find_required(model: nn.Module, frozen: Sequence[str] = (), host: PluginHost
     structure = Structure(model)
     _check_frozen(structure, frozen)
     record = find_record(model, host or plugin_host())
-    return _require(find_initialized(model, structure.task_heads(_known(record))), frozen)
+    return _require(find_initialized(model, structure.task_heads(_list_heads(record))), frozen)
 
 
 def _require(found: Initialized, frozen: Sequence[str]) -> Required:
@@ -95,19 +95,19 @@ def _require(found: Initialized, frozen: Sequence[str]) -> Required:
     return Required(names, dict(found.rows), found.note())
 
 
-def _known(record: Architecture | None) -> tuple[str, ...]:
+def _list_heads(record: Architecture | None) -> tuple[str, ...]:
     return record.heads if record is not None else _KNOWN
 
 
 def check_trained(model: nn.Module, required: Required) -> None:
-    """Refuse a run that would leave something newly initialized as it is.
+    """Refuse a run that would leave newly initialized parameters untrained.
 
     Args:
         model: The base model of the model in the Trainer.
-        required: What was found when it was prepared.
+        required: What was found when the model was prepared.
 
     Raises:
-        FrozenHead: Something new is neither trained nor saved, or an embedding got rows since.
+        FrozenHead: A new parameter is neither trained nor saved, or an embedding has gained untrained rows since.
     """
     missing = find_untrained(model, required.parameters)
     now = find_initialized(model).rows
@@ -149,18 +149,18 @@ def _explain_alone(model: nn.Module, names: list[str]) -> str:
     )
 
 
-def _names(modules: Sequence[str], structure: Structure) -> Iterator[str]:
-    """Names by which PEFT, which looks at the end of a path and not at its dots, finds these modules."""
+def _find_names(modules: Sequence[str], structure: Structure) -> Iterator[str]:
+    """Yield names by which PEFT finds these modules only: it compares the ends of paths, not only at dots."""
     wanted = set(modules)
     seen: set[str] = set()
     for path in modules:
-        name = next(name for name in _ends(path) if name == path or _means_only(name, wanted, structure.modules))
+        name = next(name for name in _list_ends(path) if name == path or _means_only(name, wanted, structure.modules))
         if name not in seen:
             seen.add(name)
             yield name
 
 
-def _ends(path: str) -> Iterator[str]:
+def _list_ends(path: str) -> Iterator[str]:
     parts = path.split(".")
     for start in range(len(parts) - 1, 0, -1):
         end = parts[start:]
@@ -181,65 +181,65 @@ def choose_tokens(
     adapted: Iterable[str],
     frozen: Sequence[str],
 ) -> tuple[dict[str, list[int]] | None, list[str]]:
-    """Return ``trainable_token_indices`` for the rows that an embedding has beyond its checkpoint's, and whole heads.
+    """Return ``trainable_token_indices`` for rows that the checkpoint lacks, and the heads to save whole.
 
-    A head whose bias has new entries too is trained and saved whole. Embeddings that the user trains already, as a
-    whole, by rows or with an adapter, are left to him.
+    A head whose bias has new entries too is trained and saved whole. Embeddings that the user already trains (whole,
+    by rows or with an adapter) are left out.
 
     Args:
         structure: The base model's parts.
         grown: Embeddings with new rows.
         asked: The fields of ``peft.LoraConfig`` that were given.
         adapted: Paths of the modules that get adapters.
-        frozen: Names of what stays as it is on purpose.
+        frozen: Names of new parts that stay as they are on purpose.
     """
     saved = list(asked.get("modules_to_save") or ())
     given = asked.get("trainable_token_indices")
     covered = [*saved, *frozen, *(given if isinstance(given, Mapping) else ())]
-    # PEFT saves the whole of an embedding that it adapts, by these names only.
+    # PEFT 0.21.2 saves an adapted embedding whole, but only under these names.
     covered += [path for path in adapted if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
     left = [item for item in grown if not is_under(item.path, covered)]
     tokens: dict[str, list[int]] = {}
     if given is not None and not isinstance(given, Mapping):
-        # Without a name these are rows of the input embedding, which comes first.
+        # A plain list means rows of the input embedding, which comes first.
         own = [item for item in grown if not structure.output_heads & {item.path}]
         left = [item for item in left if item not in own]
         if not left:
             return None, []
-        tokens = {name: list(given) for name in _short([item.path for item in own], structure)}
+        tokens = {name: list(given) for name in _shorten([item.path for item in own], structure)}
     elif given is not None:
         tokens = {name: list(indices) for name, indices in given.items()}
     whole = [item for item in left if getattr(structure.modules.get(item.path), "bias", None) is not None]
     by_rows = [item for item in left if item not in whole]
     for item in by_rows:
-        tokens[_short([item.path], structure)[0]] = list(range(item.before, item.now))
-    return tokens if by_rows else None, _short([item.path for item in whole], structure)
+        tokens[_shorten([item.path], structure)[0]] = list(range(item.before, item.now))
+    return tokens if by_rows else None, _shorten([item.path for item in whole], structure)
 
 
-def _short(paths: Sequence[str], structure: Structure) -> list[str]:
+def _shorten(paths: Sequence[str], structure: Structure) -> list[str]:
     return [shortest_names([path], structure.modules)[0] for path in paths]
 
 
 def _hold_new(structure: Structure, new: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the modules to train and save so that every new parameter is in one of them, and what is in none.
+    """Return the modules to train and save for the new parameters, and the parameters that none of them holds.
 
-    A module is the largest one that holds new parameters only; a parameter beside loaded ones takes the module that
-    owns it. PEFT saves modules, so that a parameter of the whole model, or of what holds its blocks, is in none.
+    A new parameter gets the largest module that holds new parameters only or, beside loaded parameters, the module
+    that owns it. PEFT saves modules, so a parameter of the model itself, or of a module around its blocks, gets none.
 
     Args:
         structure: The model's parts.
         new: Paths of the new parameters.
     """
     names = set(new)
-    mixed = {path for name in structure.parameters if name not in names for path in _ancestors(name)}
+    mixed = {path for name in structure.parameters if name not in names for path in _list_ancestors(name)}
     blocks = {block.path for block in structure.blocks}
-    around = {path for block in blocks for path in _ancestors(block)}
+    around = {path for block in blocks for path in _list_ancestors(block)}
     # A new block among loaded ones is part of the model's own stack, which PEFT would have to wrap.
     added = {path for path in blocks if path not in mixed and path.rpartition(".")[0] in mixed}
     modules: dict[str, None] = {}
     alone = []
     for name in new:
-        above = [path for path in _ancestors(name) if _can_be_saved(structure.modules.get(path))]
+        above = [path for path in _list_ancestors(name) if _can_be_saved(structure.modules.get(path))]
         whole = [path for path in above if path not in mixed]
         owner = name.rpartition(".")[0]
         if added.intersection(above) or not (whole or (owner in above and owner not in blocks | around)):
@@ -250,8 +250,8 @@ def _hold_new(structure: Structure, new: Iterable[str]) -> tuple[list[str], list
     return sorted(modules, key=order.index), sorted(alone)
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    """Dotted paths above a path, the nearest first."""
+def _list_ancestors(path: str) -> Iterator[str]:
+    """Yield the dotted paths above a path, nearest first."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path

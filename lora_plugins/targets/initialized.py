@@ -1,4 +1,4 @@
-"""Find what no checkpoint gave a model: its newly initialized parts."""
+"""Find newly initialized parameters: those that no checkpoint provided."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from lora_plugins.models.wrapping import plain_path
 __all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in"]
 
 
-#: What transformers sets on a parameter that came from a checkpoint, and on no other.
+#: Attribute that transformers sets on parameters from a checkpoint only.
 _MARK = "_is_hf_initialized"
 
-#: Where the finding is kept on the base model: quantized layers and saved heads lose the marks.
+#: Attribute of the base model that keeps the result: quantized layers and saved heads lose the marks.
 _KEPT = "lora_plugins_initialized"
 
 
@@ -47,11 +47,11 @@ class Grown:
 
 @dataclass(frozen=True)
 class Initialized:
-    """What is new in a model, and how that is known.
+    """The newly initialized parameters of a model, and the evidence.
 
     Attributes:
-        evidence: ``"marks"`` (transformers says so), ``"checkpoint"`` (its headers say so), ``"structure"`` (nothing
-            is known but the shape of the model: only its task's head is taken for new).
+        evidence: ``"marks"`` (set by transformers), ``"checkpoint"`` (its headers), ``"structure"`` (neither is
+            available: only the task's head is assumed to be new).
         parameters: Paths of the new parameters in the base model.
         grown: Embeddings with new rows.
         rows_known: Whether the checkpoint's rows could be read.
@@ -65,7 +65,7 @@ class Initialized:
     rows: dict[str, int] = field(default_factory=dict)
 
     def note(self) -> str:
-        """Say for the report how new parts were told from loaded ones."""
+        """Return a clause for the report on how new parameters were recognised."""
         if self.evidence == "structure":
             return (
                 "the model has neither transformers' marks of loaded weights nor a checkpoint at hand: the head was "
@@ -77,14 +77,14 @@ class Initialized:
 
 
 def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized:
-    """Tell what in a model is newly initialized.
+    """Find the newly initialized parameters of a model.
 
     Evidence, in this order: transformers' marks, which count only if some parameter carries one; the headers of
     the checkpoint that the model names, where it is on this machine and the model holds its values; the structure.
 
     Args:
         model: The base model, which may be quantized, on the meta device, or under adapters of PEFT.
-        heads: Paths of the heads that the structure shows; they are new where nothing else is known.
+        heads: Paths of the task's heads; they are assumed to be new where there is no other evidence.
     """
     kept: Initialized | None = getattr(model, _KEPT, None)
     parameters = {plain_path(name): value for name, value in model.named_parameters() if not _is_adapter(name)}
@@ -94,13 +94,13 @@ def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized
         evidence, new = kept.evidence, kept.parameters
     else:
         evidence, new = _find_new(model, parameters, pretrained, checkpoint, heads)
-    shapes = _embeddings(model, pretrained)
-    before = _rows_before(shapes, checkpoint if evidence != "structure" else None)
-    # A head that was tied is not in the files: it had the rows of the embedding.
+    shapes = _find_embeddings(model, pretrained)
+    before = _read_rows_before(shapes, checkpoint if evidence != "structure" else None)
+    # A tied head is not in the files: it had as many rows as the embedding.
     first = next((rows for rows in before.values() if rows is not None), None)
     then = {path: first if rows is None and f"{path}.weight" not in new else rows for path, rows in before.items()}
     grown = [Grown(path, rows, shapes[path][0]) for path, rows in then.items() if rows and rows < shapes[path][0]]
-    # An embedding that was resized is a new tensor: what is new in it are the rows beyond those of the files.
+    # A resized embedding is a new tensor, but only its rows beyond those in the files are new.
     resized = [path for path, rows in before.items() if rows is not None]
     found = Initialized(
         evidence,
@@ -114,7 +114,7 @@ def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized
     return found
 
 
-def _rows_before(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint | None) -> dict[str, int | None]:
+def _read_rows_before(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint | None) -> dict[str, int | None]:
     return {path: checkpoint.rows(f"{path}.weight", shape) if checkpoint else None for path, shape in shapes.items()}
 
 
@@ -135,11 +135,11 @@ def _find_new(
     heads: Iterable[str],
 ) -> tuple[str, tuple[str, ...]]:
     own = {name: value for name, value in parameters.items() if _can_be_new(value)}
-    # Processes of FSDP that get their weights from the first one mark everything.
+    # Under FSDP, transformers 5.23 marks everything in processes that get their weights from the first one.
     marked = not is_fsdp_enabled() and any(getattr(value, _MARK, False) for value in parameters.values())
     if marked:
         unmarked = [name for name, value in own.items() if not getattr(value, _MARK, False)]
-        ignored = _ignored(pretrained)
+        ignored = _find_ignored(pretrained)
         new = [name for name in unmarked if not (ignored and ignored.search(name))]
         if checkpoint is not None:
             # A weight that was replaced by a copy of itself lost its mark.
@@ -156,19 +156,19 @@ def _find_new(
 
 
 def _can_be_new(value: torch.Tensor) -> bool:
-    # Tensors of a class of their own belong to quantizers, which make them out of loaded ones.
+    # Tensor subclasses belong to quantizers, which make them from loaded weights.
     plain = type(value) is nn.Parameter and type(value.data) is torch.Tensor
     return value.is_floating_point() and (plain or hasattr(value, "ds_id"))
 
 
-def _ignored(pretrained: tuple[str, PreTrainedModel] | None) -> re.Pattern[str] | None:
-    """Names that transformers computes instead of loading."""
+def _find_ignored(pretrained: tuple[str, PreTrainedModel] | None) -> re.Pattern[str] | None:
+    """Return a pattern for names that transformers computes instead of loading."""
     patterns = getattr(pretrained[1], "_keys_to_ignore_on_load_missing", None) if pretrained is not None else None
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
 
 
-def _embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of the input embedding and of an output head that does not share its weight, by path."""
+def _find_embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the input embedding and of an output head that does not share its weight, by path."""
     if pretrained is None:
         return {}
     found: dict[str, tuple[int, ...]] = {}
@@ -178,7 +178,7 @@ def _embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None
             module: Any = getter()
         except (NotImplementedError, AttributeError):
             continue
-        module = _unwrapped(module)
+        module = _unwrap(module)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or id(weight) in seen:
             continue
@@ -195,23 +195,23 @@ def _embeddings(model: nn.Module, pretrained: tuple[str, PreTrainedModel] | None
     return found
 
 
-def _unwrapped(module: Any) -> Any:
-    """The layer under what PEFT puts around it."""
+def _unwrap(module: Any) -> Any:
+    """Return the layer inside PEFT's wrappers."""
     for name in ("original_module", "token_adapter", "base_layer"):
         inner = getattr(module, name, None)
         if isinstance(inner, nn.Module):
-            return _unwrapped(inner)
+            return _unwrap(inner)
     return module
 
 
 def _ask_transformers(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str] | None:
-    """Names of the parameters that the checkpoint would not give a model of this class, renamings included.
+    """Return the parameters that the checkpoint would not provide to a model of this class, renamings included.
 
-    The class loads the headers onto the meta device: nothing is read, drawn or printed.
+    The class loads the headers onto the meta device: no weights are read or initialized. ``None`` if that fails.
     """
     empty = {name: torch.empty(shape, device="meta") for name, shape in checkpoint.shapes.items()}
     try:
-        with _quiet(), warnings.catch_warnings():
+        with _silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, info = type(model).from_pretrained(
                 None,
@@ -222,13 +222,13 @@ def _ask_transformers(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str
                 ignore_mismatched_sizes=True,
             )
     except Exception:
-        # A class of somebody's own may take other arguments, or raise anything.
+        # A custom class may take other arguments, or raise anything.
         return None
     return {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     before = logger.disabled
     logger.disabled = True
@@ -239,18 +239,18 @@ def _quiet() -> Iterator[None]:
 
 
 def find_untrained(model: nn.Module, parameters: Iterable[str]) -> list[str]:
-    """Return those of some parameters of the base model that no training of this model would change or save.
+    """Return the given parameters of the base model that training would neither change nor save.
 
     Args:
         model: The base model of the model in the Trainer.
-        parameters: Their paths in the base model; of an embedding with new rows that of its weight.
+        parameters: Paths in the base model; for an embedding with new rows, that of its weight.
     """
-    trained = {_trained_path(name) for name, value in model.named_parameters() if value.requires_grad}
+    trained = {_find_trained_path(name) for name, value in model.named_parameters() if value.requires_grad}
     return [name for name in parameters if name not in trained]
 
 
-def _trained_path(name: str) -> str:
-    """The base model's parameter that a trained one stands for."""
+def _find_trained_path(name: str) -> str:
+    """Return the path of the base model's parameter that a trained one replaces or updates."""
     name = re.sub(r"\.modules_to_save\.[^.]+", "", name.replace("_orig_mod.", ""))
     # New rows, and the low-rank update that comes with a saved embedding, stand for the embedding's weight.
     name = re.sub(r"\.token_adapter\.trainable_tokens_delta\..+", ".weight", name)

@@ -20,10 +20,10 @@ except ImportError:  # Python 3.10
 __all__ = ["is_cheap", "match_paths"]
 
 
-#: Ways of matching that may be tried over all paths before a pattern is tried in a process of its own; some seconds.
+#: Most ways of matching over all paths (some seconds); a pattern that may need more runs in a process of its own.
 _MOST_WAYS = 10**8
 _LONGEST_PATTERN = 2000
-#: Seconds that such a process gets.
+#: Time limit of that process in seconds.
 _SECONDS = 5.0
 
 _MATCHER = (
@@ -33,7 +33,7 @@ _MATCHER = (
 _REPEATS = tuple(
     getattr(_constants, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(_constants, name)
 )
-#: What takes one character, or none, in one way.
+#: Operators that match one character, or none, in exactly one way.
 _PLAIN = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.AT, _constants.RANGE)
 
 
@@ -44,16 +44,16 @@ class _TooMany(ValueError):
 def is_cheap(pattern: str, paths: Iterable[str], where: str = "target_modules") -> bool:
     """Whether matching a pattern against some paths provably takes little time.
 
-    Every way in which a match can be tried is counted, whether or not these paths lead there.
+    This is an upper bound: every way to try a match is counted, whether or not these paths need it.
 
     Raises:
-        TargetError: It is not a valid regular expression.
+        TargetError: The pattern is not a valid regular expression.
     """
     names = list(paths)
     tree = _parse(pattern, where)
     longest = max(map(len, names), default=0)
     try:
-        return len(pattern) <= _LONGEST_PATTERN and _ways(tree, longest) * max(1, len(names)) <= _MOST_WAYS
+        return len(pattern) <= _LONGEST_PATTERN and _count_ways(tree, longest) * max(1, len(names)) <= _MOST_WAYS
     except (_TooMany, RecursionError):
         return False
 
@@ -61,12 +61,12 @@ def is_cheap(pattern: str, paths: Iterable[str], where: str = "target_modules") 
 def match_paths(pattern: str, paths: Iterable[str], where: str = "target_modules") -> list[str]:
     """Return the paths that a regular expression matches as a whole, as `re.fullmatch` does.
 
-    What can't be shown to be cheap runs in a process of its own, which is ended when it takes too long.
+    A pattern that is not provably cheap runs in a process of its own, with a time limit.
 
     Args:
         pattern: The expression.
-        paths: What is compared with it.
-        where: The field that holds it, for messages.
+        paths: The paths to match.
+        where: The field that holds the expression, for messages.
 
     Raises:
         TargetError: It is not a valid expression, or matching takes too long.
@@ -98,37 +98,37 @@ def _parse(pattern: str, where: str) -> Any:
         raise TargetError(f"{where}={pattern[:80]!r} is not a valid regular expression: {error}") from None
 
 
-def _ways(tree: Any, longest: int) -> int:
-    """How many ways of matching a text of this length a sequence can have."""
+def _count_ways(tree: Any, longest: int) -> int:
+    """Return in how many ways a sequence can match a text of this length, at most."""
     ways = 1
     for operator, argument in tree:
-        ways *= _ways_of(operator, argument, longest)
+        ways *= _count_ways_of(operator, argument, longest)
         if ways > _MOST_WAYS:
             raise _TooMany
     return ways
 
 
-def _ways_of(operator: Any, argument: Any, longest: int) -> int:
+def _count_ways_of(operator: Any, argument: Any, longest: int) -> int:
     if operator in _PLAIN:
         return 1
     if operator is _constants.BRANCH:
-        return sum(_ways(branch, longest) for branch in argument[1])
+        return sum(_count_ways(branch, longest) for branch in argument[1])
     if operator is _constants.SUBPATTERN:
-        return _ways(argument[-1], longest)
+        return _count_ways(argument[-1], longest)
     if operator in (_constants.ASSERT, _constants.ASSERT_NOT):
-        return _ways(argument[1], longest)
+        return _count_ways(argument[1], longest)
     if operator in _REPEATS:
         least, most, inner = argument
-        return _ways_of_repeat(least, most, _ways(inner, longest), longest)
+        return _count_ways_of_repeat(least, most, _count_ways(inner, longest), longest)
     # References to groups and conditions depend on what was matched before.
     raise _TooMany
 
 
-def _ways_of_repeat(least: int, most: Any, inner: int, longest: int) -> int:
+def _count_ways_of_repeat(least: int, most: Any, inner: int, longest: int) -> int:
     if int(most) <= 1:
         return inner + (least == 0)
     if inner == 1:
-        # How often is all there is to choose; beyond the text's length nothing is left to repeat.
+        # Only the number of repetitions is free, and the text's length limits it.
         return max(1, min(int(most), longest) - least + 1)
     if least == int(most) <= 8:
         return inner**least

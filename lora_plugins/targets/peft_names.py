@@ -12,7 +12,7 @@ __all__ = ["rewritten_names", "shortest_names"]
 
 
 def shortest_names(wanted: Iterable[str], existing: Iterable[str], parts: int = 1) -> list[str]:
-    """Return names that mean exactly the wanted paths, by PEFT's rule that a name matches the end of a path at a dot.
+    """Return names that match exactly the wanted paths by PEFT's rule: a name matches the end of a path, at a dot.
 
     A name is the shortest end of a path that no unwanted path shares; where that would hold an index, the whole
     path is used.
@@ -20,17 +20,17 @@ def shortest_names(wanted: Iterable[str], existing: Iterable[str], parts: int = 
     Args:
         wanted: Paths to name.
         existing: All paths that PEFT will compare with the names, ``wanted`` among them.
-        parts: How many parts a name has at least.
+        parts: The fewest parts of a name.
     """
     targets = set(wanted)
-    all_counts = Counter(end for path in existing for end in _ends(path))
-    wanted_counts = Counter(end for path in targets for end in _ends(path))
+    all_counts = Counter(end for path in existing for end in _list_ends(path))
+    wanted_counts = Counter(end for path in targets for end in _list_ends(path))
     clean = {end for end, count in wanted_counts.items() if all_counts[end] == count}
-    return sorted({_shortest(path, clean, parts) for path in targets})
+    return sorted({_find_shortest(path, clean, parts) for path in targets})
 
 
-def _shortest(path: str, clean: set[str], parts: int) -> str:
-    for end in list(_ends(path))[parts - 1 :]:
+def _find_shortest(path: str, clean: set[str], parts: int) -> str:
+    for end in list(_list_ends(path))[parts - 1 :]:
         if any(part.isdigit() for part in end.split(".")):
             break
         if end in clean:
@@ -38,18 +38,18 @@ def _shortest(path: str, clean: set[str], parts: int) -> str:
     return path
 
 
-def _ends(path: str) -> Iterator[str]:
-    """The ends of a dotted path, shortest first."""
+def _list_ends(path: str) -> Iterator[str]:
+    """Return the ends of a dotted path, shortest first."""
     parts = path.split(".")
     return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
 
 
 def rewritten_names(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the names that PEFT would not take as they are.
+    """Return the names that PEFT would rewrite or refuse.
 
-    For mixture-of-experts models whose experts were modules in older releases of transformers, PEFT reads
-    ``gate_proj``, ``up_proj`` and ``down_proj`` as the routed experts of those releases, at whatever place a
-    longer name puts them: shared experts and dense layers can't be named as modules.
+    For mixture-of-experts models whose experts were modules in older releases of transformers, PEFT 0.21.2 reads
+    ``gate_proj``, ``up_proj`` and ``down_proj`` as the routed experts of those releases, even at the end of a
+    longer name, so shared experts and dense layers can't be named as modules.
     """
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -62,7 +62,7 @@ def rewritten_names(model: nn.Module, names: Iterable[str]) -> set[str]:
         try:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:
-            # One half of a fused pair alone: refused instead of rewritten.
+            # PEFT refuses one half of a fused pair on its own.
             rewritten.add(name)
             continue
         if name not in (config.target_modules or ()):

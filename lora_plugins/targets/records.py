@@ -12,12 +12,12 @@ __all__ = ["Required", "TargetHit", "TargetPlan"]
 
 @dataclass(frozen=True)
 class Required:
-    """What a run must train and save, or be refused.
+    """The parameters that a run must train and save.
 
     Attributes:
         parameters: Paths of the newly initialized parameters in the base model, and of embeddings with new rows.
         vocabulary: Rows of the embeddings, by path, when this was found.
-        note: How new parts were told from loaded ones.
+        note: How new parameters were recognised, for the report.
     """
 
     parameters: tuple[str, ...] = ()
@@ -42,24 +42,24 @@ class TargetHit:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """What PEFT is told, and how it was found.
+    """The targets for PEFT, and how they were chosen.
 
     Attributes:
         target_modules: Explicit names: short where the short name matches just the wanted modules, else paths.
         target_parameters: Names of stacked expert parameters.
-        rank_factors: By how much the rank of such a parameter is multiplied: two projections that are
-            stored as one get a decomposition each.
+        rank_factors: Factors for the rank of such parameters: two projections that are stored as one get a
+            decomposition each.
         modules_to_save: Names of heads, trained and saved whole.
-        task_type: The task in PEFT's words, ``None`` where it has no word for it.
-        source: Who named the targets.
+        task_type: PEFT's task type, ``None`` if none of them fits.
+        source: Where the targets come from.
         hits: The hit table.
         bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
         coverage: For each kind of block, how many have an adapter and how many there are.
         never: Names that stay untouched, by quantization as well.
         unreached: Parts of paths that a batch may not reach: encoders, cross-attention without an encoder.
-        input_gradients: Whether the embeddings' output has to ask for a gradient.
-        fields: Fields of ``peft.LoraConfig`` as PEFT gets them: as their user wrote them, where that means the same.
-        required: What is newly initialized, which a run must train and save.
+        input_gradients: Whether the embeddings' output must require a gradient.
+        fields: Fields of ``peft.LoraConfig`` for PEFT, as the user wrote them where PEFT reads them the same way.
+        required: The newly initialized parameters, which a run must train and save.
         notes: Sentences for the report.
     """
 

@@ -1,4 +1,4 @@
-"""Choose target modules and check the choice; names of this room."""
+"""Choose target modules, check the choice; the public names of `targets`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def resolve_targets(
         experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for the architecture's policy.
         exclude_modules: Names, or a regular expression, to leave out.
         layers_to_transform: Indices of the blocks to adapt; all when ``None``.
-        target_parameters: Names of parameters that get adapters besides, as in PEFT.
+        target_parameters: Names of parameters that get adapters as well, as in PEFT.
         frozen: Names of heads and other new parts that stay as they are on purpose.
         literal: Whether the names come from a stored adapter: they then mean all that PEFT finds, in encoders
             and in single blocks too, nothing is added to them, and only names without a match are errors.
@@ -51,12 +51,12 @@ def resolve_targets(
             is not saved twice.
 
     Raises:
-        UnmatchedTargets: A name, pattern or index touches nothing.
-        FrozenHead: Something is newly initialized, and no module that PEFT could save holds it.
-        ForbiddenTargets: A requested name means only modules where an adapter would be wrong.
+        UnmatchedTargets: A name, pattern or index matches nothing.
+        FrozenHead: A newly initialized parameter is in no module that PEFT could save.
+        ForbiddenTargets: A requested name matches only modules where an adapter would be wrong.
         UnevenCoverage: A name is missing in some blocks of a kind.
         NoTargets: Nothing in the model can take an adapter.
-        TargetError: An argument has no meaning.
+        TargetError: An argument is not valid.
     """
     asked = {
         **lora,

@@ -34,14 +34,14 @@ from lora_plugins.text import did_you_mean, find_near
 __all__ = ["Resolver"]
 
 
-#: Share of the weights from which it matters that routed experts get no adapter.
+#: Share of the weights from which routed experts without an adapter are worth a warning.
 _MANY_EXPERTS = 0.1
 
-#: Where targets come from that the user wrote.
+#: Sources of targets that the user wrote.
 _NAMES, _PATTERN = "the names given", "the pattern given"
 
 
-def _paths(hits: Iterable[TargetHit]) -> list[str]:
+def _list_paths(hits: Iterable[TargetHit]) -> list[str]:
     return list(dict.fromkeys(path for hit in hits for path in hit.modules))
 
 
@@ -75,38 +75,38 @@ class Resolver:
         self.notes: list[str] = [self.heads.required.note]
 
     def run(self) -> TargetPlan:
-        """Choose the modules, check the choice, and write down what PEFT is told."""
+        """Choose the modules, check the choice, and return the plan for PEFT."""
         wanted = self.asked.get("target_modules")
         wanted = wanted if wanted is None or isinstance(wanted, str) else list(wanted)
-        hits, source = self._hits(wanted)
-        expert_layers, expert_parameters = self._expert_hits(wanted)
+        hits, source = self._find_hits(wanted)
+        expert_layers, expert_parameters = self._find_experts(wanted)
         module_hits = [*hits, *expert_layers]
-        named_parameters = self._parameter_hits(self.asked.get("target_parameters") or ())
+        named_parameters = self._find_parameters(self.asked.get("target_parameters") or ())
         parameter_hits = [*expert_parameters, *named_parameters]
-        modules, parameters = _paths(module_hits), _paths(parameter_hits)
+        modules, parameters = _list_paths(module_hits), _list_paths(parameter_hits)
         self._check_fields([*modules, *parameters] or self.candidates.adaptable)
         if not modules and not parameters:
             raise NoTargets(
                 f"Nothing in {type(self.model).__name__} can take an adapter for target_modules={wanted!r}. "
-                f"Its linear layers: {', '.join(self._patterns(8)) or 'none'}.{self._experts_hint()}"
+                f"Its linear layers: {', '.join(self._list_patterns(8)) or 'none'}.{self._make_experts_hint()}"
             )
         self._check_even([*module_hits, *parameter_hits])
         self._check_covered(wanted, [*modules, *parameters])
         self._check_experts(wanted, [*modules, *parameters])
         self._note_heads()
-        names, as_parameters = self._names_for_peft(modules)
-        by_policy = [path for path in _paths(expert_parameters) if path not in _paths(named_parameters)]
+        names, as_parameters = self._choose_names(modules)
+        by_policy = [path for path in _list_paths(expert_parameters) if path not in _list_paths(named_parameters)]
         fused = shortest_names(by_policy, self.structure.parameters, parts=2)
         doubled = {name: 2 for name in fused if name.rpartition(".")[2] == "gate_up_proj"}
-        # What its user wrote is what is saved.
+        # The saved configuration keeps the names that the user wrote.
         told = [*(hit.name for hit in named_parameters), *fused, *as_parameters]
-        plan = self._plan(names, told, doubled, source, module_hits, parameter_hits)
+        plan = self._make_plan(names, told, doubled, source, module_hits, parameter_hits)
         as_written = source in (_NAMES, _PATTERN) and not (expert_layers or as_parameters)
-        plan.fields.update(self._fields(plan, modules, as_written=as_written))
+        plan.fields.update(self._make_fields(plan, modules, as_written=as_written))
         return plan
 
     def read(self) -> TargetPlan:
-        """Return the plan of a stored adapter: what PEFT will find by these names, unchanged."""
+        """Return the plan of a stored adapter: the modules that PEFT finds by its names, unchanged."""
         names, parameters = self.asked.get("target_modules") or (), self.asked.get("target_parameters") or ()
         found: dict[str, list[str]] = {}
         for name in [names] if isinstance(names, str) else names:
@@ -115,18 +115,18 @@ class Resolver:
         self._check_missing(found)
         hits = self._keep_asked(found)
         stored = [names] if isinstance(names, str) else list(names)
-        parameter_hits = self._parameter_hits(parameters)
-        adapted = [*_paths(hits), *_paths(parameter_hits)]
+        parameter_hits = self._find_parameters(parameters)
+        adapted = [*_list_paths(hits), *_list_paths(parameter_hits)]
         self._check_fields(adapted)
-        plan = self._plan(stored, list(parameters), {}, "the stored adapter", hits, parameter_hits)
+        plan = self._make_plan(stored, list(parameters), {}, "the stored adapter", hits, parameter_hits)
         if keep_written(self.asked, (), list(self.structure.modules), ()) is None and isinstance(names, str):
-            explicit = shortest_names(_paths(hits), self.structure.modules)
+            explicit = shortest_names(_list_paths(hits), self.structure.modules)
             plan.fields.update(target_modules=set(explicit), exclude_modules=None)
         plan.fields.update(resolve_tables(self.asked, adapted))
         return plan
 
-    def _fields(self, plan: TargetPlan, modules: list[str], *, as_written: bool) -> dict[str, Any]:
-        """Fields of the configuration that PEFT gets, as they were written where PEFT reads the same in them."""
+    def _make_fields(self, plan: TargetPlan, modules: list[str], *, as_written: bool) -> dict[str, Any]:
+        """Return the configuration's fields for PEFT, as the user wrote them where PEFT reads them the same way."""
         saved = list(dict.fromkeys([*(self.asked.get("modules_to_save") or ()), *plan.modules_to_save]))
         paths = list(self.structure.modules)
         written = keep_written(self.asked, modules, paths, saved) if as_written else None
@@ -149,14 +149,14 @@ class Resolver:
         return fields
 
     def _check_fields(self, adapted: Sequence[str]) -> None:
-        """Check the fields that say nothing about which modules are chosen, or only leave some out."""
+        """Check the fields that do not choose modules, or only leave some out."""
         asked = {k: v for k, v in self.asked.items() if k not in ("target_modules", "target_parameters")}
         try:
             check_fields(self.model, asked, adapted)
         except UnmatchedTargets as error:
-            self._problem(UnmatchedTargets, str(error))
+            self._report(UnmatchedTargets, str(error))
 
-    def _plan(
+    def _make_plan(
         self,
         names: list[str],
         parameters: list[str],
@@ -171,12 +171,12 @@ class Resolver:
             target_modules=names,
             target_parameters=parameters,
             rank_factors=rank_factors,
-            modules_to_save=self._saved_heads(),
-            task_type=self._task_type(),
+            modules_to_save=self._list_saved_heads(),
+            task_type=self._choose_task_type(),
             source=source,
             hits=[*module_hits, *parameter_hits],
-            bare=self._bare(set(_paths(module_hits))),
-            coverage=self._coverage(_paths([*module_hits, *parameter_hits])),
+            bare=self._count_bare(set(_list_paths(module_hits))),
+            coverage=self._count_coverage(_list_paths([*module_hits, *parameter_hits])),
             never=(*self.candidates.never, *float_only),
             unreached=self.candidates.unreached(),
             input_gradients=self.record is not None and self.record.input_gradients,
@@ -184,33 +184,33 @@ class Resolver:
             notes=self.notes,
         )
 
-    def _saved_heads(self) -> list[str]:
-        """Names of the heads but for those that the user's own names hold."""
+    def _list_saved_heads(self) -> list[str]:
+        """Return the names of the heads that the user's ``modules_to_save`` does not cover."""
         asked = self.asked.get("modules_to_save") or ()
         left = [path for path in self.heads.modules if not is_under(path, asked)]
         return [name for name in self.heads.names if any(path.endswith(name) for path in left)]
 
-    def _task_type(self) -> str | None:
-        """The task in PEFT's words, unless PEFT's wrapper for it would train a head that stays frozen."""
+    def _choose_task_type(self) -> str | None:
+        """Return PEFT's task type, unless PEFT's wrapper for it would train a head that stays frozen."""
         task = task_type(self.model)
         frozen = [name for name in PEFT_HEADS.get(task or "", ()) if is_under(name, self.frozen)]
         return None if any(name in self.structure.modules for name in frozen) else task
 
     # -- what was asked for --------------------------------------------------------------------
 
-    def _hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], str]:
+    def _find_hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], str]:
         if wanted is None:
-            return self._default()
+            return self._choose_default()
         if isinstance(wanted, str):
-            names = self._scope(wanted)
+            names = self._read_scope(wanted)
             if names is not None:
                 return names, f"scope {wanted!r}"
-            return self._by_pattern(wanted), _PATTERN
-        return self._by_names(list(dict.fromkeys(wanted))), _NAMES
+            return self._find_by_pattern(wanted), _PATTERN
+        return self._find_by_names(list(dict.fromkeys(wanted))), _NAMES
 
-    def _default(self) -> tuple[list[TargetHit], str]:
+    def _choose_default(self) -> tuple[list[TargetHit], str]:
         if self.record is not None:
-            hits = self._by_record(self.record.targets)
+            hits = self._find_by_record(self.record.targets)
             if hits:
                 return hits, f"the registered architecture {self.record.model_type!r}"
             why = (
@@ -227,9 +227,9 @@ class Resolver:
             f"{why}: its structure was read, and all {len(chosen)} {what} in {len(self.structure.blocks)} blocks "
             "were chosen"
         )
-        return self._grouped(chosen), "the model's structure"
+        return self._group(chosen), "the model's structure"
 
-    def _scope(self, name: str) -> list[TargetHit] | None:
+    def _read_scope(self, name: str) -> list[TargetHit] | None:
         own = dict(self.record.scopes) if self.record else {}
         built_in: dict[str, Callable[[], list[str]]] = {
             "all-linear": lambda: self.candidates.linear or self.candidates.outside_blocks(),
@@ -239,64 +239,64 @@ class Resolver:
             "experts": list,
         }
         if name in own and name not in ("all-linear", "experts"):
-            return self._by_record(own[name])
+            return self._find_by_record(own[name])
         if name in built_in:
-            return self._grouped(built_in[name]())
+            return self._group(built_in[name]())
         if re.fullmatch(r"[\w-]+", name) and not self.candidates.by_regex(name):
             known = sorted({*SCOPES, *own})
-            hint = did_you_mean(name, [*known, *self._leaves()])
+            hint = did_you_mean(name, [*known, *self._list_leaves()])
             raise UnknownScope(
                 f"target_modules={name!r} is not a scope and, read as a pattern for whole paths, matches "
                 f"nothing.{hint} Scopes: {', '.join(known)}. For a module name write [{name!r}]."
             )
         return None
 
-    def _by_pattern(self, pattern: str) -> list[TargetHit]:
+    def _find_by_pattern(self, pattern: str) -> list[TargetHit]:
         found = self.candidates.by_regex(pattern)
         if not found:
-            self._problem(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._what_there_is())
-        return self._keep_asked({pattern: self._permitted(pattern, found)})
+            self._report(UnmatchedTargets, f"The pattern {pattern!r} matches no module. " + self._show_layers())
+        return self._keep_asked({pattern: self._keep_permitted(pattern, found)})
 
-    def _by_record(self, names: Sequence[str]) -> list[TargetHit]:
-        """Hits of a record's names: it covers all variants of a type, so that a name may be absent."""
+    def _find_by_record(self, names: Sequence[str]) -> list[TargetHit]:
+        """Find a record's names; it covers all variants of a model type, so a name may be absent."""
         return self._keep_asked({name: self.candidates.registered(name) for name in names})
 
-    def _by_names(self, names: Sequence[str]) -> list[TargetHit]:
+    def _find_by_names(self, names: Sequence[str]) -> list[TargetHit]:
         found = {name: self.candidates.named(name) for name in names}
         self._check_missing(found)
         for name, paths in found.items():
             self._note_encoders(name, paths)
-        return self._keep_asked({name: self._permitted(name, paths) for name, paths in found.items()})
+        return self._keep_asked({name: self._keep_permitted(name, paths) for name, paths in found.items()})
 
     def _check_missing(self, found: dict[str, list[str]]) -> None:
         missing = [name for name, paths in found.items() if not paths]
         if missing:
-            self._problem(
+            self._report(
                 UnmatchedTargets,
-                f"No module that can take an adapter is called {', '.join(map(self._near, missing))}. "
-                + self._what_there_is(),
+                f"No module that can take an adapter is called {', '.join(map(self._show_near, missing))}. "
+                + self._show_layers(),
             )
 
-    def _parameter_hits(self, names: Sequence[str]) -> list[TargetHit]:
-        """Hits of parameters that were named one by one."""
+    def _find_parameters(self, names: Sequence[str]) -> list[TargetHit]:
+        """Find the parameters that were named one by one."""
         found = {name: [path for path in self.structure.parameters if matches(path, name)] for name in names}
         missing = [name for name, paths in found.items() if not paths]
         if missing:
-            self._problem(UnmatchedTargets, f"No parameter is called {', '.join(map(repr, missing))}.")
-        return [self._hit(name, paths) for name, paths in found.items() if paths]
+            self._report(UnmatchedTargets, f"No parameter is called {', '.join(map(repr, missing))}.")
+        return [self._make_hit(name, paths) for name, paths in found.items() if paths]
 
-    def _near(self, name: str) -> str:
+    def _show_near(self, name: str) -> str:
         stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
         if stacked:
             return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
-        near = find_near(name, self._leaves(), most=3, cutoff=0.5)
+        near = find_near(name, self._list_leaves(), most=3, cutoff=0.5)
         return f"{name!r} (near: {', '.join(near) or 'nothing'})"
 
-    def _permitted(self, name: str, paths: list[str]) -> list[str]:
-        """The paths where an adapter makes sense.
+    def _keep_permitted(self, name: str, paths: list[str]) -> list[str]:
+        """Return the paths that may get an adapter.
 
         Raises:
-            ForbiddenTargets: There is none among them.
+            ForbiddenTargets: None of them may.
         """
         allowed = [path for path in paths if not self.candidates.is_forbidden(path)]
         if paths and not allowed:
@@ -317,14 +317,14 @@ class Resolver:
             )
 
     def _keep_asked(self, found: dict[str, list[str]]) -> list[TargetHit]:
-        """The hits without what exclude_modules and layers_to_transform leave out."""
+        """Return the hits without what exclude_modules and layers_to_transform leave out."""
         kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
-        return [self._hit(name, paths) for name, paths in kept.items() if paths]
+        return [self._make_hit(name, paths) for name, paths in kept.items() if paths]
 
     # -- experts -------------------------------------------------------------------------------
 
-    def _expert_hits(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], list[TargetHit]]:
-        """Hits in experts by the policy: layers, and stacked parameters."""
+    def _find_experts(self, wanted: str | Sequence[str] | None) -> tuple[list[TargetHit], list[TargetHit]]:
+        """Find the experts that the policy selects: layers, and stacked parameters."""
         policy = "routed" if wanted == "experts" and self.policy == "none" else self.policy
         named = self.asked_experts == "default" and wanted not in (None, "experts", "all-linear")
         if policy == "none" or named:
@@ -332,18 +332,18 @@ class Resolver:
         layers = self.candidates.shared_experts() if policy == "shared" else self.candidates.routed_layers()
         parameters = self.candidates.routed_parameters() if policy == "routed" else []
         if not layers and not parameters:
-            self._problem(
+            self._report(
                 UnmatchedTargets, f"experts={policy!r}, and {type(self.model).__name__} has no {policy} experts."
             )
-        return self._grouped(layers), self._grouped(parameters)
+        return self._group(layers), self._group(parameters)
 
-    def _experts_hint(self) -> str:
+    def _make_experts_hint(self) -> str:
         if not self.candidates.routed_parameters():
             return ""
         return " Its routed experts are stacked parameters: the scope 'experts' or experts='routed' adapts them."
 
     def _check_experts(self, wanted: str | Sequence[str] | None, taken: list[str]) -> None:
-        """Say how much of the weights lies in routed experts without adapter; loudly where all layers were meant."""
+        """Note the share of weights in routed experts without adapter; warn if the user asked for all layers."""
         if set(self.candidates.routed_parameters()) <= set(taken):
             return
         share = self.structure.expert_share()
@@ -362,19 +362,19 @@ class Resolver:
 
     # -- the result ----------------------------------------------------------------------------
 
-    def _leaves(self) -> list[str]:
+    def _list_leaves(self) -> list[str]:
         return sorted({path.rpartition(".")[2] for path in self.structure.linears})
 
-    def _patterns(self, limit: int) -> list[str]:
+    def _list_patterns(self, limit: int) -> list[str]:
         return list(dict.fromkeys(linear.pattern for linear in self.structure.linears.values()))[:limit]
 
-    def _what_there_is(self) -> str:
-        return f"Linear layers of {type(self.model).__name__}: {', '.join(self._leaves()[:20]) or 'none'}."
+    def _show_layers(self) -> str:
+        return f"Linear layers of {type(self.model).__name__}: {', '.join(self._list_leaves()[:20]) or 'none'}."
 
-    def _hit(self, name: str, paths: list[str]) -> TargetHit:
-        return TargetHit(name, paths, [self._shape(path) for path in paths])
+    def _make_hit(self, name: str, paths: list[str]) -> TargetHit:
+        return TargetHit(name, paths, [self._show_shape(path) for path in paths])
 
-    def _shape(self, path: str) -> str:
+    def _show_shape(self, path: str) -> str:
         linear = self.structure.linears.get(path)
         if linear is not None:
             return f"{linear.in_features} -> {linear.out_features}"
@@ -383,15 +383,15 @@ class Resolver:
         value = self.structure.parameters[path]
         return " x ".join(str(size) for size in getattr(value, "ds_shape", value.shape))
 
-    def _grouped(self, paths: list[str]) -> list[TargetHit]:
-        """One hit for each different name, without what is left out."""
+    def _group(self, paths: list[str]) -> list[TargetHit]:
+        """Return one hit for each different name, without what is left out."""
         groups: dict[str, list[str]] = {}
         for path in paths:
             groups.setdefault(path.rpartition(".")[2], []).append(path)
         return self._keep_asked(groups)
 
-    def _names_for_peft(self, paths: list[str]) -> tuple[list[str], list[str]]:
-        """Names of modules, and of weights where PEFT would read a module's name as something else."""
+    def _choose_names(self, paths: list[str]) -> tuple[list[str], list[str]]:
+        """Return names of modules, and of weights where PEFT would read a module's name as something else."""
         names = shortest_names(paths, self.structure.modules)
         rewritten = rewritten_names(self.model, names)
         if not rewritten:
@@ -409,15 +409,15 @@ class Resolver:
             if alike:
                 self.notes.append(f"with the head {head!r} PEFT also trains and saves {', '.join(alike)}, named alike")
 
-    def _bare(self, adapted: set[str]) -> dict[str, int]:
+    def _count_bare(self, adapted: set[str]) -> dict[str, int]:
         counts = Counter(linear.pattern for path, linear in self.structure.linears.items() if path not in adapted)
         return dict(counts)
 
-    def _coverage(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-        hit = self._blocks_hit(paths)
+    def _count_coverage(self, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+        hit = self._count_blocks(paths)
         return {str(kind): (hit[kind], total) for kind, total in self.structure.kinds.items()}
 
-    def _blocks_hit(self, paths: Iterable[str]) -> Counter[BlockKind]:
+    def _count_blocks(self, paths: Iterable[str]) -> Counter[BlockKind]:
         blocks = {block for path in paths if (block := self.structure.block_of(path)) is not None}
         return Counter(block.kind for block in blocks)
 
@@ -426,10 +426,10 @@ class Resolver:
         if self.partial:
             return
         for hit in hits:
-            for kind, count in self._blocks_hit(hit.modules).items():
+            for kind, count in self._count_blocks(hit.modules).items():
                 total = self.structure.kinds[kind]
                 if count < total:
-                    self._problem(
+                    self._report(
                         UnevenCoverage,
                         f"{hit.name!r} reaches {count} of the {total} blocks of kind {kind} "
                         f"({len(hit.modules)} modules). Name what the other blocks call it, or set "
@@ -437,8 +437,8 @@ class Resolver:
                     )
 
     def _check_covered(self, wanted: str | Sequence[str] | None, paths: list[str]) -> None:
-        """Say which kinds of blocks stay without an adapter; loudly where names leave out part of a stack."""
-        hit = self._blocks_hit(paths)
+        """Note which kinds of blocks have no adapter; warn if the user's names leave out part of a stack."""
+        hit = self._count_blocks(paths)
         stacks = {kind.stack for kind in hit}
         for kind, total in self.structure.kinds.items():
             if hit[kind] or self.candidates.is_encoder(kind.stack) or self.candidates.is_forbidden(kind.stack):
@@ -448,7 +448,7 @@ class Resolver:
             if kind.stack in stacks and not isinstance(wanted, str) and not self.partial:
                 warnings.warn(f"{text}; other blocks of the same stack have.", TargetWarning, stacklevel=2)
 
-    def _problem(self, error: type[TargetError], message: str) -> None:
+    def _report(self, error: type[TargetError], message: str) -> None:
         if self.strict:
             raise error(message)
         warnings.warn(message, TargetWarning, stacklevel=2)

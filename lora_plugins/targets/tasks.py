@@ -1,4 +1,4 @@
-"""Name a model's task in PEFT's words."""
+"""Find PEFT's task type for a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 __all__ = ["PEFT_HEADS", "task_type"]
 
 
-#: What the classes that PEFT has a wrapper for are called, and its word for the task.
+#: Part of a model's class name, and PEFT's task type for it.
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 
-#: Heads that PEFT's wrapper for a task trains and saves, whichever of them a model has.
+#: Names of heads that PEFT's wrapper for a task trains and saves, as far as the model has them.
 PEFT_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -28,22 +28,22 @@ _PASSED = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_att
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return the task of a model in PEFT's words, ``None`` where none of PEFT's wrappers fits.
+    """Return PEFT's task type for a model, ``None`` if none of PEFT's wrappers fits.
 
-    A wrapper fits a model whose ``forward`` takes what it passes.
+    A wrapper fits if the model's ``forward`` takes the arguments that it passes.
     """
-    task = _named_task(model)
+    task = _read_task(model)
     return task if task is not None and _takes_all(model) else None
 
 
-def _named_task(model: nn.Module) -> str | None:
+def _read_task(model: nn.Module) -> str | None:
     name = type(model).__name__
     for part, task in _TASKS.items():
         if part in name:
             return task
     config = getattr(model, "config", None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        # PEFT's wrappers for language models would pass input_ids to a speech or vision model.
+        # PEFT's wrappers for language models (0.21.2) would pass input_ids to a speech or vision model.
         return None
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -55,5 +55,5 @@ def _named_task(model: nn.Module) -> str | None:
 def _takes_all(model: nn.Module) -> bool:
     parameters = inspect.signature(model.forward).parameters
     anything = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
-    # QUESTION_ANS passes start and end positions in place of labels, which every such class takes with them.
+    # QUESTION_ANS passes start and end positions in place of labels; every such class takes them.
     return anything or all(name in parameters for name in _PASSED if name != "labels")

@@ -12,23 +12,23 @@ from lora_plugins.targets.candidates import SCOPES
 __all__ = ["read_words"]
 
 
-#: Characters that names of modules do not have: those of regular expressions, and the hyphen of scopes.
+#: Characters that never occur in module names: those of regular expressions, and the hyphen of scopes.
 _NOT_IN_NAMES = frozenset("*|()[]^$\\+?-")
 
 
 def read_words(words: Sequence[str] | None, host: PluginHost | None = None) -> str | list[str] | None:
     """Return ``target_modules`` as the Python interface takes it, by one rule for every command.
 
-    One word that is a scope, of ours or of any registered architecture, or a regular expression stays a string.
-    Everything else is a list of names; a job whose values are single strings gives it as JSON, which also says
-    that a word that is somebody's scope is meant as a name.
+    A single word stays a string if it is a scope, built in or of any registered architecture, or a regular
+    expression. Everything else is a list of names. A caller that can pass only one string gives the list as JSON,
+    which also marks a word that is a scope as a module name.
 
     Args:
-        words: What was given; ``None`` or nothing for the architecture's default.
+        words: The words; ``None`` or an empty sequence for the architecture's default.
         host: Where scopes are registered; default is the process's plugin host.
 
     Raises:
-        TargetError: A word begins as a JSON list and is not one of names.
+        TargetError: A word begins like a JSON list but is not a JSON list of names.
     """
     if not words:
         return None
@@ -44,7 +44,7 @@ def read_words(words: Sequence[str] | None, host: PluginHost | None = None) -> s
 
 
 def _read_list(word: str) -> list[str] | None:
-    """The names in a JSON list; ``None`` for a regular expression, which may begin with a bracket too."""
+    """Return the names in a JSON list; ``None`` for a regular expression, which may begin with a bracket too."""
     try:
         names = json.loads(word)
     except json.JSONDecodeError as error:

@@ -17,7 +17,7 @@ __all__ = ["keep_written", "matched_by_peft", "resolve_tables"]
 
 #: The fields by which PEFT decides which modules it adapts.
 _FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-#: Alternatives that a pattern for left-out modules may have.
+#: Most alternatives in a pattern for modules to leave out.
 _MOST_PARTS = 4
 
 
@@ -38,7 +38,7 @@ def keep_written(
         asked: The fields of ``peft.LoraConfig`` that were given.
         chosen: Paths of the modules that get adapters.
         paths: Paths of all modules of the model.
-        saved: Names of modules that are saved whole, which PEFT adapts in no case.
+        saved: Names of modules that are saved whole, which PEFT never adapts.
     """
     fields: dict[str, Any] = {name: asked.get(name) for name in _FIELDS}
     names = fields["target_modules"]
@@ -65,23 +65,23 @@ def _is_safe(fields: Mapping[str, Any], paths: Sequence[str]) -> bool:
 
 
 def _leave_out(unwanted: Iterable[str], wanted: Collection[str], paths: Sequence[str]) -> str | None:
-    """A pattern for the largest parts of a model that hold unwanted modules and no wanted one."""
-    above_wanted = {end for path in wanted for end in _beginnings(path)}
-    parts = {next(start for start in _beginnings(path) if start not in above_wanted) for path in unwanted}
+    """Return a pattern for the largest parts of a model that hold unwanted modules and no wanted one."""
+    above_wanted = {end for path in wanted for end in _list_beginnings(path)}
+    parts = {next(start for start in _list_beginnings(path) if start not in above_wanted) for path in unwanted}
     if len(parts) > _MOST_PARTS:
         return None
     names = [re.escape(name) for name in shortest_names(parts, paths)]
     return rf"(.*\.)?({'|'.join(names)})(\..*)?"
 
 
-def _beginnings(path: str) -> Iterable[str]:
-    """A dotted path's beginnings, shortest first, itself the last."""
+def _list_beginnings(path: str) -> Iterable[str]:
+    """Return the beginnings of a dotted path, shortest first, the path itself last."""
     parts = path.split(".")
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def resolve_tables(asked: Mapping[str, Any], paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return rank and alpha patterns in which names stand for every key that may take PEFT long to match.
+    """Return rank and alpha patterns in which names replace every key that PEFT may take long to match.
 
     Args:
         asked: The fields of ``peft.LoraConfig`` that were given.
@@ -97,7 +97,7 @@ def resolve_tables(asked: Mapping[str, Any], paths: Sequence[str]) -> dict[str, 
 def _resolve_keys(table: Mapping[str, Any], paths: Sequence[str], field: str) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
     for key, value in table.items():
-        # PEFT's own composition of a key.
+        # PEFT builds its pattern from a key in this way.
         pattern = rf"(.*\.)?({key})"
         names = [key] if is_cheap(pattern, paths) else [re.escape(p) for p in match_paths(pattern, paths, field)]
         resolved |= {name: resolved.get(name, value) for name in names}

@@ -84,7 +84,7 @@ class Int8(Quantizer):
     def dequantize(self, module: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
-        return bnb.functional.int8_vectorwise_dequant(module.weight.data, _int8_scale(module))
+        return bnb.functional.int8_vectorwise_dequant(module.weight.data, _find_int8_scale(module))
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -96,10 +96,10 @@ class Int8(Quantizer):
         )
 
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
-        return _loaded(config, threshold="llm_int8_threshold", skip_modules="llm_int8_skip_modules")
+        return _read_loaded(config, threshold="llm_int8_threshold", skip_modules="llm_int8_skip_modules")
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
-        return [_int8_scale(module)]
+        return [_find_int8_scale(module)]
 
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
@@ -117,14 +117,14 @@ class Int8(Quantizer):
                 module.__class__ = Int8Linear
 
 
-def _loaded(config: Any, **names: str) -> dict[str, Any] | None:
+def _read_loaded(config: Any, **names: str) -> dict[str, Any] | None:
     """Our options out of transformers' config, under its names; ``None`` for a config of another library."""
     if not all(hasattr(config, name) for name in names.values()):
         return None
     return {option: getattr(config, name) for option, name in names.items() if getattr(config, name) is not None}
 
 
-def _int8_scale(module: Any) -> torch.Tensor:
+def _find_int8_scale(module: Any) -> torch.Tensor:
     # The first forward pass moves the scale from the weight to the layer's state.
     scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
     assert scale is not None, "a Linear8bitLt without scale holds no quantized weight"
@@ -199,7 +199,7 @@ class FourBit(Quantizer):
         )
 
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
-        return _loaded(
+        return _read_loaded(
             config,
             double_quant="bnb_4bit_use_double_quant",
             compute_dtype="bnb_4bit_compute_dtype",

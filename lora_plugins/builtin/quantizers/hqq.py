@@ -39,7 +39,7 @@ class Hqq(Quantizer):
         return None
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
-        size = _group_size(in_features, options)
+        size = _choose_group_size(in_features, options)
         if size is None:
             wanted = options.get("group_size", "a multiple of 8")
             return f"{in_features} input features can't be parted in groups of {wanted}"
@@ -52,7 +52,7 @@ class Hqq(Quantizer):
 
         from lora_plugins.builtin.quantizers.hqq_layer import HQQLinear
 
-        config = BaseQuantizeConfig(nbits=self.bits, group_size=_group_size(linear.in_features, options), axis=1)
+        config = BaseQuantizeConfig(nbits=self.bits, group_size=_choose_group_size(linear.in_features, options), axis=1)
         return HQQLinear(
             linear,
             config,
@@ -63,7 +63,7 @@ class Hqq(Quantizer):
     def owns(self, module: Any) -> bool:
         # A model can only hold these layers once somebody has imported hqq.
         layer = getattr(sys.modules.get("hqq.core.quantize"), "HQQLinear", None)
-        return layer is not None and isinstance(module, layer) and _bits(module) == self.bits
+        return layer is not None and isinstance(module, layer) and _read_bits(module) == self.bits
 
     def dequantize(self, module: Any) -> torch.Tensor:
         return module.dequantize()
@@ -71,7 +71,7 @@ class Hqq(Quantizer):
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
     ) -> int | None:
-        size = _group_size(in_features, options)
+        size = _choose_group_size(in_features, options)
         if size is None:
             return None
         groups = in_features // size * out_features
@@ -86,12 +86,12 @@ class Hqq(Quantizer):
         return [tensor for tensor in kept if isinstance(tensor, torch.Tensor)]
 
 
-def _group_size(in_features: int, options: Mapping[str, Any]) -> int | None:
+def _choose_group_size(in_features: int, options: Mapping[str, Any]) -> int | None:
     sizes = (options["group_size"],) if options.get("group_size") else _GROUP_SIZES
     return next((size for size in sizes if in_features % size == 0), None)
 
 
-def _bits(module: Any) -> int | None:
+def _read_bits(module: Any) -> int | None:
     return module.meta["nbits"] if module.meta else None
 
 

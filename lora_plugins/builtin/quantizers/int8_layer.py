@@ -89,7 +89,7 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     """
     factors = scale.unsqueeze(1).mul(1.0 / 127.0)
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for block in _blocks(weight, _BLOCK):
+    for block in _split_rows(weight, _BLOCK):
         # int8 to float32 and the product are vectorized; int8 times float32 in one go is not.
         if dtype == torch.float32:
             result[block].copy_(weight[block]).mul_(factors[block])
@@ -110,7 +110,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     result = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty(weight.shape[0], dtype=torch.float32)
     # An eighth at most, so that the intermediates take less than the layer itself.
-    for block in _blocks(weight, min(_BLOCK, weight.numel() // 8)):
+    for block in _split_rows(weight, min(_BLOCK, weight.numel() // 8)):
         values = weight[block].to(torch.float16).float()
         largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
         scale[block] = largest
@@ -118,7 +118,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return result, scale
 
 
-def _blocks(weight: torch.Tensor, size: int) -> Iterator[slice]:
+def _split_rows(weight: torch.Tensor, size: int) -> Iterator[slice]:
     """Rows of a weight, some at a time, that hold about ``size`` values."""
     rows = max(1, size // max(1, weight.shape[1]))
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))

@@ -154,7 +154,7 @@ class Int4Quanto(Quanto):
         return -(-groups // 2) * size, 2 * groups
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        return _why_not_compiled() if device.type == "cpu" else None
+        return _explain_not_compiled() if device.type == "cpu" else None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         if linear.weight.device.type == "cpu":
@@ -170,7 +170,7 @@ def _build_folder() -> Path:
     return Path(spec.origin).parent / "library" / "extensions" / "cpp" / "build"
 
 
-def _why_not_compiled() -> str | None:
+def _explain_not_compiled() -> str | None:
     """Why the extension can't be compiled here, ``None`` when it can or is already."""
     folder = _build_folder()
     if any(folder.glob("quanto_cpp*.so")):
@@ -219,14 +219,14 @@ def wait_for_build(folder: Path, patience: float = _BUILD_IS_DEAD) -> None:
     """
     lock = folder / "lock"
     while lock.exists():
-        changed = max(_changed(path) for path in (folder, *folder.iterdir()))
+        changed = max(_read_change_time(path) for path in (folder, *folder.iterdir()))
         if time.time() - changed > patience:
             lock.unlink(missing_ok=True)
             return
         time.sleep(0.5)
 
 
-def _changed(path: Path) -> float:
+def _read_change_time(path: Path) -> float:
     """When a file was last written, 0 for one that is gone again."""
     try:
         return path.stat().st_mtime

@@ -87,7 +87,7 @@ class Torchao(Quantizer):
         if loaded is None:
             return None
         skip = getattr(config, "modules_to_not_convert", None)
-        options = {} if _same_settings(loaded, self.settings({})) else {"config": loaded}
+        options = {} if _are_same_settings(loaded, self.settings({})) else {"config": loaded}
         return {**options, "skip_modules": skip} if skip else options
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ class Torchao(Quantizer):
                 module.__class__ = TorchaoLinear
 
 
-def _same_settings(one: Any, other: Any) -> bool:
+def _are_same_settings(one: Any, other: Any) -> bool:
     """Whether two settings of torchao quantize alike; one of their fields sets how the whole process compiles."""
 
     def fields(settings: Any) -> dict[str, Any]:
