@@ -38,7 +38,7 @@ __all__ = [
 
 
 class MismatchedBase(AdapterMismatch, BaseMismatch):
-    """A stored adapter does not belong to the base model; both the registry's error and the one of this package."""
+    """A stored adapter does not belong to the base model; a subclass of the registry's error and of this package's."""
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -46,9 +46,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_adapter_file(folder: Path, adapter_name: str) -> Path | None:
-    """Return an adapter's weights in a folder that PEFT or the Trainer wrote, ``None`` if there are none.
+    """Return the path of an adapter's weights in a folder that PEFT or the Trainer wrote, ``None`` if there are none.
 
-    PEFT writes the adapter called "default" into the folder and every other one into a subfolder.
+    PEFT writes the adapter "default" into the folder itself and every other one into a subfolder of its name.
     """
     places = [folder / adapter_name, folder] if adapter_name != "default" else [folder, folder / adapter_name]
     for place in places:
@@ -58,11 +58,10 @@ def find_adapter_file(folder: Path, adapter_name: str) -> Path | None:
 
 
 def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
-    """Return the local folder of an adapter that is given as folder or as registry reference.
+    """Return the local folder of an adapter given as a folder or as a registry reference.
 
-    A path object, an absolute path, and a string beginning with ``./``, ``../`` or ``~`` are folders;
-    any other string is a reference like ``org/name@1.2`` and is pulled. What happens to exist on disk
-    decides nothing.
+    A path object, an absolute path, and a string beginning with ``.`` or ``~`` are folders; any other string is a
+    reference like ``org/name@1.2`` and is pulled, even if a folder of that name exists.
 
     Raises:
         PreparationError: The folder holds no adapter.
@@ -78,15 +77,15 @@ def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
 
 
 def check_base(folder: Path, base: nn.Module) -> CheckResult:
-    """Check that a stored adapter belongs to a base model, by the contract that every way to a model takes.
+    """Check that a stored adapter belongs to a base model, with `registry.check_contract`.
 
     Args:
-        folder: The adapter: what a release was pulled to, or any adapter folder.
-        base: The base model, as it is.
+        folder: The adapter: a pulled release, or any adapter folder.
+        base: The base model, without PEFT's wrapper.
 
     Raises:
         MismatchedBase: It was trained on another base, or does not fit this one.
-        InvalidAdapter: Its tensors are not those of a LoRA adapter.
+        InvalidAdapter: Its tensors are not those of a valid LoRA adapter.
         UnsafeFile: A file is malformed.
     """
     try:
@@ -109,12 +108,12 @@ def load_config(folder: Path) -> LoraConfig:
 
 
 def load_weights(model: PeftModel, file: Path, adapter_name: str) -> None:
-    """Load stored adapter weights into an adapter of the model; every key must match, every value arrive.
+    """Load stored weights into an adapter of the model; check that all keys match and all values are loaded.
 
     Args:
         model: A wrapped model that has the adapter.
         file: A safetensors file that ``save_pretrained`` wrote.
-        adapter_name: Which adapter of the model gets them.
+        adapter_name: Name of the adapter to load into.
 
     Raises:
         AdapterMismatch: Names or shapes differ.
@@ -130,16 +129,16 @@ def load_weights(model: PeftModel, file: Path, adapter_name: str) -> None:
 
 
 def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
-    """Add an adapter with the configuration and the values of another one; it is frozen, the other stays active.
+    """Add a frozen copy of an adapter, with its configuration and values; the active adapter stays active.
 
     Args:
         model: A wrapped model.
-        source: Name of the adapter that is there.
-        copy: Name of the new one.
-        seed: Seed of the values that are overwritten, so that the caller's generators do not move.
+        source: Name of the adapter to copy.
+        copy: Name of the copy.
+        seed: Seed of the initial values, which are then overwritten; the caller's random state is unchanged.
 
     Raises:
-        ValueError: PEFT can't hold two adapters of this kind.
+        ValueError: PEFT can't hold two adapters with this configuration.
     """
     active = model.active_adapter
     with seeded(model, seed):
@@ -153,25 +152,26 @@ def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
 def adapter_state(
     model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter under the names that its file has.
+    """Return the tensors of an adapter by their names in its file.
 
     Args:
         model: The wrapped model.
-        adapter_name: Which of its adapters.
-        state: What `gather_state` returned, when it was called before. It is called here otherwise, where
-            parameters are spread over processes, and then each of them must come here.
+        adapter_name: Name of the adapter.
+        state: The result of `gather_state`, if it was called before. Otherwise a sharded model is gathered here,
+            and every process must call this function.
     """
     if state is None and is_sharded(model):
-        # PEFT would gather the whole base model as well.
+        # PEFT 0.21.2 would gather the whole base model as well.
         state = gather_state(model)
-    # "auto" asks the Hub for the base's vocabulary size, which a check must never do.
+    # With "auto", PEFT 0.21.2 asks the Hub for the base's vocabulary size, which a check must never do:
+    # https://github.com/huggingface/peft/issues/1452
     return get_peft_model_state_dict(
         model, None if state is None else dict(state), adapter_name=adapter_name, save_embedding_layers=False
     )
 
 
 def adapter_shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of an adapter under the names that its file has."""
+    """Return the shapes of an adapter's tensors by their names in its file."""
     return {name: tuple(tensor.shape) for name, tensor in adapter_state(model, adapter_name).items()}
 
 
@@ -180,10 +180,10 @@ def check_same_tensors(
 ) -> None:
     """Compare names and shapes of a stored adapter with those in the model.
 
-    Embeddings that PEFT saved along (names without ``lora_`` that the adapter does not have) are allowed.
+    Embeddings that PEFT saved in addition (names without ``lora_`` that the model's adapter lacks) are allowed.
 
     Raises:
-        AdapterMismatch: They differ; the message has counts and the first examples.
+        AdapterMismatch: They differ; the message gives counts and the first examples.
     """
     missing = sorted(set(live) - set(stored))
     extra = sorted(name for name in set(stored) - set(live) if "lora_" in name or "modules_to_save" in name)
@@ -202,7 +202,7 @@ def check_same_tensors(
 
 
 def differing_tensors(stored: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the names of the tensors whose values are not equal, but for rounding to the dtype of either."""
+    """Return the names of the tensors whose values differ by more than rounding to the dtype of either side."""
     return [name for name, tensor in live.items() if name in stored and not _is_same(stored[name], tensor)]
 
 

@@ -1,9 +1,9 @@
-"""A LoRA branch as one function that keeps less for the backward pass.
+"""A LoRA branch as one autograd function that saves less for backward.
 
-PEFT's layer casts its input to float32, keeps that and the dropout mask in float32 for the backward pass, and adds
-the scaled branch in two more passes. Here the input is kept as it came (others keep it too), the mask takes a byte a
-value, and the rest is computed again. On a CPU the mask is drawn from a stream of its own that torch's generator starts
-(see `draw_mask`).
+PEFT 0.21.2's layer casts its input to float32, saves that and the dropout mask in float32 for the backward pass, and
+adds the scaled branch in two more passes. Here the input is saved in its own dtype (the base layer saves it too), the
+mask takes one byte per value, and the rest is recomputed. On a CPU the mask comes from its own random stream, seeded by
+torch's generator (see `draw_mask`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters", "unfuse_adapte
 
 
 def fuse_adapters(model: nn.Module) -> int:
-    """Let the LoRA layers of a model compute their branch as one function while they are trained.
+    """Let the LoRA layers of a model compute their branch as one function during training.
 
-    Classes, weights, names and everything that PEFT does with a layer stay: only ``forward`` is put over, on each
-    layer object. Whatever is not the plain case (several adapters, DoRA and other variants, merged or disabled
-    adapters, evaluation, a mixed batch, a compiled model) goes to PEFT's own ``forward``.
+    Only ``forward`` is replaced, on each layer object; classes, weights and names stay, so PEFT works as before.
+    Every other case (several adapters, DoRA and other variants, merged or disabled adapters, evaluation, a mixed
+    batch, a compiled model) goes to PEFT's own ``forward``.
 
     Returns:
-        How many layers were changed.
+        Number of layers changed.
     """
     count = 0
     for module in model.modules():
@@ -42,7 +42,7 @@ def fuse_adapters(model: nn.Module) -> int:
 
 
 def unfuse_adapters(model: nn.Module) -> int:
-    """Give the LoRA layers of a model the ``forward`` of PEFT back; return how many layers were changed."""
+    """Restore PEFT's ``forward`` on the LoRA layers of a model; return the number of layers changed."""
     count = 0
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is forward:
@@ -51,25 +51,25 @@ def unfuse_adapters(model: nn.Module) -> int:
     return count
 
 
-#: The LoRA layers whose branch is the one that is written here. Subclasses, layers of other backends and of other PEFT
-#: methods keep their own ``forward``: what they change about it can't be seen from outside.
+#: The LoRA layer classes whose branch this module implements. Subclasses, layers of other backends and of other PEFT
+#: methods keep their own ``forward``, because they may have changed it.
 _PLAIN = (Linear, QuantizedLoraLinear)
 
 
-# A bound method is pickled as its object and its name, so this must be called what it stands in for.
+# A bound method is pickled as its object and its name, so this function needs the name of the method it replaces.
 def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Compute ``base_layer(x) + scaling * B(A(dropout(x)))``.
 
     Args:
         layer: A LoRA layer of PEFT over a linear base layer.
         x: Shape ``[..., in_features]``.
-        *args: Go to PEFT's forward.
-        **kwargs: Go to PEFT's forward.
+        *args: Any of these selects PEFT's forward, which gets them.
+        **kwargs: As ``args``.
 
     Returns:
         Shape ``[..., out_features]``, in the dtype of the base layer's output.
     """
-    name = None if args or kwargs else _only_adapter(layer, x)
+    name = None if args or kwargs else _find_only_adapter(layer, x)
     if name is None:
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
@@ -79,13 +79,13 @@ def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
     branch: Any = LoraBranch.apply
-    with _without_autocast(device):
+    with _disable_autocast(device):
         return branch(result, x, a, b, layer.scaling[name], rate, dtype)
 
 
-def _only_adapter(layer: Any, x: torch.Tensor) -> str | None:
-    """Name of the adapter if this is the plain case, else ``None``."""
-    # Without gradients too: the first pass of reentrant checkpointing has to draw the masks of the second.
+def _find_only_adapter(layer: Any, x: torch.Tensor) -> str | None:
+    """Return the adapter's name if the fused branch can be used, else ``None``."""
+    # Also without gradients: the first pass of reentrant checkpointing must draw the same masks as the second.
     if not layer.training or layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -97,7 +97,7 @@ def _only_adapter(layer: Any, x: torch.Tensor) -> str | None:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """Whether the parts of an adapter are what PEFT made: nothing wrapped, sharded, hooked or with a bias."""
+    """Whether an adapter's modules are as PEFT made them: not wrapped, sharded or hooked, and without a bias."""
     if not (_is_plain_linear(layer.lora_A[name]) and _is_plain_linear(layer.lora_B[name])):
         return False
     dropout = layer.lora_dropout[name]
@@ -118,7 +118,7 @@ def _is_hooked(module: Any) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-#: How many values 16 random bits have.
+#: Number of values of 16 random bits.
 _OUTCOMES = 1 << 16
 
 
@@ -132,7 +132,7 @@ class LoraBranch(torch.autograd.Function):
         b: Shape ``[out, r]``.
         scaling: Factor of the branch.
         rate: Probability that a value of ``x`` is dropped, below 1.
-        dtype: Dtype that the branch is computed in.
+        dtype: Dtype in which the branch is computed.
     """
 
     @staticmethod
@@ -152,7 +152,7 @@ class LoraBranch(torch.autograd.Function):
         ctx.save_for_backward(x, mask, inner, a, b)
         ctx.factor, ctx.dtype = factor, dtype
         if torch.promote_types(result.dtype, dtype) == dtype:
-            # Written into a tensor of its final shape: models may change the output in place, but not a view.
+            # Write into a tensor of the final shape: models may modify the output in place, but not a view.
             total = torch.empty(result.shape, dtype=dtype, device=result.device)
             rows = result.reshape(-1, result.shape[-1]).to(dtype)
             torch.addmm(rows, inner, b.to(dtype).T, alpha=factor, out=total.view(rows.shape))
@@ -164,12 +164,12 @@ class LoraBranch(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mask, inner, a, b = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Somebody differentiates this pass (a gradient penalty): what was kept of the first one knows no gradient.
+            # This pass is itself differentiated (a gradient penalty), and the saved `inner` carries no graph.
             inner = _drop(x, mask, ctx.dtype) @ a.to(ctx.dtype).T
         for_result, for_x, for_a, for_b = ctx.needs_input_grad[:4]
         rows = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
         of_x = of_a = of_b = None
-        with _without_autocast(x.device.type):
+        with _disable_autocast(x.device.type):
             of_inner = (rows @ b.to(ctx.dtype)).mul_(ctx.factor)
             if for_b:
                 of_b = (rows.T @ inner).mul_(ctx.factor).to(b.dtype)
@@ -181,17 +181,17 @@ class LoraBranch(torch.autograd.Function):
 
 
 def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """Draw which values of a branch's input stay.
+    """Draw the dropout mask of a branch's input.
 
-    On CPUs other than Intel's torch draws such masks one number after another, a twentieth of a training step and
-    more. So on a CPU 16 random bits decide about each value, from a generator that starts at a number of torch's:
-    ``manual_seed``, a resumed checkpoint and the second pass of gradient checkpointing give the same mask again. On
+    On non-Intel CPUs torch 2.13 draws such masks one number at a time, which takes a twentieth of a training step or
+    more. So on a CPU 16 random bits decide about each value, from a generator that is seeded with a number from
+    torch's: ``manual_seed``, a resumed checkpoint and the second pass of gradient checkpointing reproduce the mask. On
     other devices the mask is that of ``torch.nn.Dropout``.
 
     Args:
         x: Shape ``[..., in]``.
         rate: Probability that a value is dropped, above 0 and below 1.
-        dtype: Dtype that the branch is computed in.
+        dtype: Dtype in which the branch is computed.
 
     Returns:
         The mask as bool, shape ``[rows, in]``, and the exact probability that a value stays, at most 2⁻¹⁶ from
@@ -206,11 +206,11 @@ def draw_mask(x: torch.Tensor, rate: float, dtype: torch.dtype) -> tuple[torch.T
 
 
 def _drop(values: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Values as rows in a dtype, those that were dropped being zero."""
+    """Return the values as rows in a dtype, with dropped ones set to zero."""
     rows = values.reshape(-1, values.shape[-1]).to(dtype)
-    # A product with a bool tensor is not vectorized; one with a float tensor is.
+    # torch 2.13 vectorizes a product with a float tensor, but not one with a bool tensor.
     return rows if mask is None else mask.view(torch.uint8).to(dtype).mul_(rows)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def _disable_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -37,11 +37,11 @@ __all__ = [
 ]
 
 
-#: Initialisations that rewrite the float base weight and leave it a plain weight: quantize afterwards.
+#: Initialisations that rewrite the float base weight in place; the base is quantized afterwards.
 _REWRITE_BASE = ("pissa", "olora")
 
 
-#: Initialisations that need data or a quantization of their own.
+#: Initialisations that need data or their own quantization.
 _NEED_MORE = ("loftq", "eva", "corda", "lora_ga", "mica")
 
 
@@ -50,7 +50,7 @@ def initializes_from_base(init: Any, quantization: Quantization | None, *, alrea
 
     Args:
         init: ``init_lora_weights`` of the configuration.
-        quantization: What the base will be quantized to, or already is.
+        quantization: Backend that quantizes the base, or already has.
         already_quantized: Whether it arrived quantized.
 
     Raises:
@@ -76,9 +76,9 @@ def initializes_from_base(init: Any, quantization: Quantization | None, *, alrea
 
 
 def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
-    """Make the configuration that PEFT gets: never without targets, and as it was written where that says the same.
+    """Make the configuration for PEFT: with explicit targets, spelled as the user wrote them where that is equivalent.
 
-    The caller's ``peft_config=`` is copied, never changed.
+    The caller's ``peft_config=`` is copied, never modified.
     """
     if settings.peft_config is not None:
         config = copy.deepcopy(settings.peft_config)
@@ -86,7 +86,7 @@ def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
         config = LoraConfig(**{**DEFAULTS, **settings.lora})
     set_fields(config, plan)
     for name, factor in plan.rank_factors.items():
-        # Scaling is alpha / r: both grow, so that each half is scaled as any other adapter.
+        # Scaling is alpha / r: both grow, so each half is scaled like any other adapter.
         pattern = rf".*\.{re.escape(name)}"
         config.rank_pattern.setdefault(pattern, config.r * factor)
         config.alpha_pattern.setdefault(pattern, config.lora_alpha * factor)
@@ -96,7 +96,7 @@ def build_config(settings: LoraSettings, plan: TargetPlan) -> LoraConfig:
 
 
 def set_fields(config: LoraConfig, plan: TargetPlan) -> None:
-    """Write a plan's fields into a configuration."""
+    """Copy a plan's fields into a configuration."""
     for name, value in plan.fields.items():
         setattr(config, name, copy.copy(value))
 
@@ -104,29 +104,29 @@ def set_fields(config: LoraConfig, plan: TargetPlan) -> None:
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -> tuple[PeftModel, list[str]]:
     """Wrap a base model in a `peft.PeftModel` with fresh adapters.
 
-    The random numbers come from a fork of the generators seeded with ``seed``: ranks that have drawn
-    different numbers so far get equal adapters, and the caller's own generators do not move.
+    Random numbers come from a fork of the generators, seeded with ``seed``: all processes get equal adapters
+    whatever they drew before, and the caller's random state is unchanged.
 
     Returns:
         The wrapped model, and notes for the report.
     """
     dropout = config.lora_dropout
     notes = []
-    # PEFT 0.21 draws random numbers for adapters of a model without data on the CPU before it moves them there.
+    # PEFT 0.21.2 initializes the adapters of a model on the meta device on the CPU before it moves them.
     meta = all(parameter.is_meta for parameter in model.parameters())
     if config.target_parameters and dropout:
-        # PEFT 0.21 refuses dropout on expert parameters, for all modules at once. What plain PEFT can load is
-        # saved; the modules that can have dropout get it here.
+        # PEFT 0.21.2 refuses a configuration with dropout and expert parameters, even for the other modules. Keep 0 in
+        # the saved configuration, so that PEFT can load it, and set dropout on the modules that support it.
         config.lora_dropout = 0.0
     with seeded(model, seed), torch.device("meta") if meta else contextlib.nullcontext():
         wrapped = _wrap(model, config, adapter_name)
     held = wrapped.peft_config[adapter_name]
     if held.modules_to_save:
-        # PEFT adds the heads of a task without looking whether they are there.
+        # PEFT 0.21.2 appends a task's heads without checking for duplicates.
         held.modules_to_save = list(dict.fromkeys(held.modules_to_save))
     for module in wrapped.modules():
         if isinstance(module, TrainableTokensWrapper) and getattr(module.original_module, "bias", ...) is None:
-            # PEFT hides all but the weight; TRL, whose loss is fused with the head, asks for its bias too.
+            # PEFT 0.21.2's wrapper exposes only the weight; TRL 1.16's loss, fused with the head, reads the bias.
             module.bias = None
     if config.target_parameters and dropout:
         count = _set_dropout(wrapped, adapter_name, dropout)
@@ -142,14 +142,14 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     try:
         return get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
-        # PEFT 0.21 has LoRA layers for some ways of quantizing that no backend here reads, and refuses the rest.
+        # PEFT 0.21.2 has LoRA layers for some formats that no backend here reads, and refuses the rest.
         if not unknown or "is not supported" not in str(error):
             raise
-        raise _unknown_layer(model, unknown) from error
+        raise _make_unknown_layer_error(model, unknown) from error
 
 
-def _unknown_layer(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer:
-    # PEFT 0.21 fails at the first target that it can't wrap; the layers before it have their adapters by now.
+def _make_unknown_layer_error(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer:
+    # PEFT 0.21.2 fails at the first target that it can't wrap; the layers before it already have adapters.
     wrapped = {plain_path(path) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     path = next((path for path in unknown if path not in wrapped), next(iter(unknown)))
     alike = sum(kind == unknown[path] for kind in unknown.values())
@@ -174,13 +174,13 @@ def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int
 
 
 def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
-    """Give LoRA layers over a freshly quantized base the class that fits it, so that merging works.
+    """Set the class of LoRA layers over a newly quantized base to the backend's, so that merging works.
 
-    The layer object, its weights, names, hooks and trainability stay; only its class changes. Subclasses of the LoRA
-    layer that PEFT has in other methods (AdaLoRA), or that somebody wrote, stay what they are.
+    Only the class of a layer object changes; weights, names, hooks and trainability stay. Subclasses of the LoRA layer
+    from other PEFT methods (AdaLoRA) or from third parties are left alone.
 
     Returns:
-        How many layers were changed.
+        Number of layers changed.
     """
     changed = 0
     for module in model.modules():
@@ -189,7 +189,7 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
         base = module.get_base_layer()
         if not quantization.quantizer.owns(base):
             continue
-        wanted = _lora_layer(quantization, base)
+        wanted = _choose_lora_layer(quantization, base)
         if type(module) is not wanted:
             module.__class__ = wanted
             module.fan_in_fan_out = False
@@ -199,7 +199,7 @@ def exchange_layers(model: nn.Module, quantization: Quantization) -> int:
 
 
 def check_forward(model: nn.Module, quantization: Quantization) -> None:
-    """Run one layer of each other PEFT method over a quantized base once: some read its weight as if it were float.
+    """Run one layer of each other PEFT method over a quantized base: some read its weight as if it were float.
 
     Raises:
         PreparationError: Such a layer fails.
@@ -230,10 +230,10 @@ def _is_plain_lora(module: nn.Module) -> bool:
 def find_lora_layers(
     model: nn.Module, config: LoraConfig | None, quantization: Quantization
 ) -> dict[type[nn.Module], type[nn.Module]]:
-    """Return which LoRA layer goes over each kind of quantized layer in the model, for PEFT.
+    """Return the LoRA layer class for each quantized layer class in the model, for PEFT.
 
     Raises:
-        PreparationError: The configuration asks for what PEFT can't do over layers of this backend.
+        PreparationError: The configuration sets a field that PEFT doesn't support over layers of this backend.
     """
     for name in quantization.quantizer.unsupported:
         if getattr(config, name, None):
@@ -242,13 +242,13 @@ def find_lora_layers(
                 "can't read the float weight out of its layers. Leave it out, or use another backend."
             )
     owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
-    return {type(module): _lora_layer(quantization, module) for module in owned}
+    return {type(module): _choose_lora_layer(quantization, module) for module in owned}
 
 
-def _lora_layer(quantization: Quantization, module: nn.Module) -> type[nn.Module]:
+def _choose_lora_layer(quantization: Quantization, module: nn.Module) -> type[nn.Module]:
     return quantization.quantizer.lora_layer(module) or QuantizedLoraLinear
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model holds adapter layers of PEFT, wrapped or put in with ``add_adapter``."""
+    """Whether a model contains adapter layers of PEFT, wrapped or added with ``add_adapter``."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())

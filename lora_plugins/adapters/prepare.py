@@ -1,4 +1,4 @@
-"""Make a `peft.PeftModel` that is ready to train out of a base model."""
+"""Turn a base model into a `peft.PeftModel` that is ready to train."""
 
 from __future__ import annotations
 
@@ -58,31 +58,30 @@ def prepare_model(
     seed: int = 42,
     **lora: Any,
 ) -> peft.PeftModel:
-    """Quantize a base model if asked, freeze it, put LoRA adapters at the right modules.
+    """Quantize a base model if requested, freeze it, and add LoRA adapters to its target modules.
 
-    Give the result to a Trainer. A model that was loaded quantized must take this way, because the Trainer
-    refuses it before any callback exists.
+    Pass the result to a Trainer. A model that was loaded quantized must be prepared this way, because the Trainer
+    (transformers 5.23) refuses it before any callback exists.
 
     Args:
-        model: A base model in float or loaded quantized; or a `peft.PeftModel`, whose adapters then stay as
-            they are while its base is quantized if asked. Changed in place.
-        quantization: A backend's name, or a mapping with ``name`` and options.
-        peft_config: A ready configuration, instead of LoRA arguments.
+        model: A base model in float or loaded quantized; or a `peft.PeftModel`, which keeps its adapters while its
+            base is quantized if requested. Modified in place.
+        quantization: A backend's name, a mapping with ``name`` and options, or a backend.
+        peft_config: A complete configuration, instead of LoRA arguments.
         adapter: Adapter to continue from: a folder, or a registry reference such as ``"org/name@1.2"``.
-        compute_dtype: Dtype of the frozen float weights; ``"auto"`` gives a quantized base
-            bfloat16 where the hardware is fast at it, float32 on a CPU that is slow at 16 bits, and leaves a
-            model without quantization.
-        upcast: What is held in float32: ``"none"``, ``"norms"``, or ``"all"`` that is not quantized.
+        compute_dtype: Dtype of the frozen float weights. With ``"auto"``, a quantized base gets bfloat16 where the
+            hardware is fast at it and float32 on a CPU that is slow at 16 bits; other bases keep their dtype.
+        upcast: What is held in float32: ``"none"``, ``"norms"``, or ``"all"`` weights that are not quantized.
         adapter_name: Name of the adapter in the model.
-        experts: What happens to routed experts: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for
+        experts: How routed experts are adapted: ``"none"``, ``"routed"``, ``"shared"``, or ``"default"`` for
             the architecture's own policy.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
-        trainable_dtype: Dtype of everything that is trained (adapters, heads, saved modules, tokens), whatever the base
-            is held in; ``None`` leaves each tensor in the dtype that it is made in.
-        fused: Whether LoRA layers compute their branch as one function while they are trained: the same numbers with
-            less kept for the backward pass. ``False`` leaves them PEFT's own ``forward``.
-        frozen: Names of newly initialized parts, such as a head, that stay as they are on purpose.
-        seed: Seed of the adapters' initial values; the caller's random state does not move.
+        trainable_dtype: Dtype of all trained tensors (adapters, heads, saved modules, tokens), independent of the
+            base's; ``None`` keeps the dtype in which each tensor is created.
+        fused: Whether LoRA layers compute their branch as one function during training, which saves less for the
+            backward pass and gives the same results. ``False`` keeps PEFT's own ``forward``.
+        frozen: Names of newly initialized parts, such as a head, that are deliberately not trained.
+        seed: Seed of the adapters' initial values; the caller's random state is unchanged.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
@@ -114,13 +113,13 @@ def prepare_model(
 def prepare(
     model: nn.Module, settings: LoraSettings, *, seed: int, autocast: bool = False, progress: Progress | None = None
 ) -> peft.PeftModel:
-    """Do what `prepare_model` says, with checked settings.
+    """Prepare a model as `prepare_model` does, with checked settings.
 
     Args:
         model: The model.
-        settings: What was asked for.
+        settings: The checked arguments.
         seed: Seed of the adapters' initial values.
-        autocast: Whether the Trainer runs the model under autocast, which then decides the activations' dtype.
+        autocast: Whether the Trainer runs the model under autocast, which then determines the activations' dtype.
         progress: Wraps the layers while they are quantized.
     """
     if isinstance(model, PeftModel):
@@ -149,12 +148,12 @@ def prepare(
 def prepare_plain(
     model: nn.Module, settings: LoraSettings, *, autocast: bool = False, progress: Progress | None = None
 ) -> nn.Module:
-    """Quantize and prepare a base, and leave adapters to somebody else.
+    """Quantize and prepare a base without adding adapters.
 
     Args:
-        model: A plain model, which comes back frozen and quantized; or a `peft.PeftModel`, whose base is
+        model: A plain model, which is returned frozen and quantized; or a `peft.PeftModel`, whose base is
             quantized under its adapters.
-        settings: What was asked for.
+        settings: The checked arguments.
         autocast: Whether the Trainer runs the model under autocast.
         progress: Wraps the layers while they are quantized.
     """
@@ -173,7 +172,7 @@ def prepare_plain(
 def _prepare_wrapped(
     model: peft.PeftModel, settings: LoraSettings, *, autocast: bool, progress: Progress | None
 ) -> peft.PeftModel:
-    """Recognise a model that has its adapters: nothing is wrapped twice, its base is quantized if asked."""
+    """Prepare a model that already has adapters: keep them, and quantize its base if requested."""
     name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters[0]
     check_names(model, model.peft_config[name], strict=settings.strict)
     _check_same_config(model.peft_config[name], settings, name)
@@ -201,7 +200,7 @@ def _finish(model: Any, record: Preparation) -> Any:
 
 
 def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraConfig | None = None) -> TargetPlan:
-    """Choose the modules of a base model that get adapters, by the settings or by a stored adapter's configuration.
+    """Choose the modules of a base model that get adapters, from the settings or a stored adapter's configuration.
 
     Raises:
         TargetError: Targets match nothing, or cover the blocks unevenly.
@@ -217,10 +216,10 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:
-    """Return the backend of a model that arrived quantized.
+    """Return the backend of a model that was loaded quantized, ``None`` for a float model.
 
     Raises:
-        PreparationError: Another one was asked for.
+        PreparationError: Another backend was requested.
     """
     arrived = detect_quantization(model)
     if arrived is not None and wanted is not None and arrived.name != wanted.name:
@@ -232,7 +231,7 @@ def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantizatio
 
 
 def _check_same_config(config: Any, settings: LoraSettings, name: str) -> None:
-    """Refuse LoRA arguments that contradict the adapters a model already has: they would be ignored."""
+    """Refuse LoRA arguments that contradict the adapter a model already has; they would be ignored."""
     asked = dict(settings.lora)
     if settings.peft_config is not None:
         asked = {

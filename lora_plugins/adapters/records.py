@@ -1,4 +1,4 @@
-"""The record that preparing leaves on a model."""
+"""The record of a preparation, stored on the prepared model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lora_plugins.targets.resolution import Required, TargetPlan
 __all__ = ["RECORD_ATTRIBUTE", "Preparation", "preparation_of"]
 
 
-#: Where the record of a preparation is kept on the prepared model.
+#: Attribute of a prepared model that holds the record.
 RECORD_ATTRIBUTE = "lora_plugins_preparation"
 
 
 @dataclass
 class Preparation:
-    """What was done to a model, for the report and the checks during training.
+    """How a model was prepared, for the report and the checks during training.
 
     Attributes:
-        adapter_name: Name of the trained adapter, ``None`` when the model got none from us.
-        plan: Which modules were chosen and why.
+        adapter_name: Name of the trained adapter, ``None`` if the preparation added none.
+        plan: Which modules were chosen and why; ``None`` if none were chosen here.
         quantization: Backend of the base, ``None`` for a float base.
-        layers: Which layers were quantized here; ``None`` when the model arrived quantized or in float.
-        before: Bytes before anything was done.
-        after: Bytes when everything was done.
-        compute_dtype: Dtype that the frozen float weights were cast to, ``None`` when they were left.
-        upcast: Names of the modules held in float32 on purpose.
-        heads: Names of the modules that are trained and saved whole.
-        required: What is newly initialized in the base, which a run must train and save.
+        layers: Which layers were quantized here; ``None`` if the base was loaded quantized or stays in float.
+        before: Bytes before the preparation.
+        after: Bytes after the preparation.
+        compute_dtype: Dtype that the frozen float weights were cast to, ``None`` if they were not cast.
+        upcast: Names of the modules that are deliberately held in float32.
+        heads: Names of the modules that are trained and saved in full.
+        required: The newly initialized parts of the base, which a run must train and save.
         notes: Sentences for the report.
     """
 
@@ -50,5 +50,5 @@ class Preparation:
 
 
 def preparation_of(model: nn.Module) -> Preparation | None:
-    """Return the record that preparing left on a model, ``None`` for a model prepared elsewhere."""
+    """Return the record of a model's preparation, ``None`` for a model prepared elsewhere."""
     return getattr(model, RECORD_ATTRIBUTE, None)

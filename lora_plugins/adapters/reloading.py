@@ -1,4 +1,4 @@
-"""Adapters whose tensors PEFT would not find in their own file."""
+"""Detect adapters whose tensors PEFT would not find in their own file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["check_loadable", "renamed_on_loading"]
 
 
 def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str | None:
-    """Find out, before anything is trained, whether PEFT will find the tensors of an adapter's file.
+    """Check before the training whether PEFT will find an adapter's tensors in its file.
 
-    PEFT reads their names as transformers reads those of a base model's checkpoint. For some types the patterns that
-    bring old names to new ones also match new ones, and PEFT then looks for names that nobody has, warns of missing
-    keys, and leaves the adapter at zero.
+    PEFT 0.21.2 renames them as transformers 5.23 renames the tensors of old base checkpoints. For some model types the
+    patterns also match current names; PEFT then looks for names that do not exist, warns of missing keys, and leaves
+    the adapter at zero.
 
     Args:
         model: The wrapped model.
-        adapter_name: Which of its adapters.
-        strict: Whether it is an error; a warning otherwise.
+        adapter_name: Name of the adapter.
+        strict: Whether a lost tensor is an error; otherwise it is a warning.
 
     Returns:
-        A sentence for the report where it is not; ``None`` where all is well.
+        A sentence for the report if a tensor would be lost, else ``None``.
 
     Raises:
-        UnloadableAdapter: PEFT would lose at least one tensor.
+        UnloadableAdapter: PEFT would lose at least one tensor, and ``strict`` is set.
     """
     tensors = dict(lora_tensors(model, adapter_name))
     lost = renamed_on_loading(model, adapter_name)
@@ -53,11 +53,11 @@ def check_loadable(model: PeftModel, adapter_name: str, *, strict: bool) -> str 
 
 
 def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
-    """Return the tensors that PEFT looks for under another name: name in the file, and name looked for."""
+    """Return the tensors that PEFT looks for under another name: name in the file -> name that PEFT looks for."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:
-        # Releases of PEFT for transformers 4 rename nothing.
+        # PEFT releases without support for transformers 5 rename nothing.
         return {}
     state = {
         name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")

@@ -32,9 +32,9 @@ class TargetRow:
     """One requested target name and what it matched.
 
     Attributes:
-        name: The name as it was asked for or registered.
+        name: The name as requested or registered.
         modules: How many modules it matched.
-        shapes: ``"in -> out"`` of the matched layers, each different one once.
+        shapes: The distinct shapes of the matched layers, as ``"in -> out"``.
     """
 
     name: str
@@ -44,28 +44,28 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """What will be trained, out of what, and what it weighs.
+    """Trainable and total parameters, bytes, and targets of a model.
 
     Attributes:
         model: Class name of the base model.
         adapter: Name of the trained adapter, empty when there is none.
-        trainable: Weights that get gradients.
-        total: All weights, by their logical shape; tied weights and copied heads once.
-        percent: Trainable in per cent of total.
+        trainable: Number of weights that get gradients.
+        total: Number of all weights, by logical shape; tied weights and copied heads count once.
+        percent: Trainable weights in per cent of the total.
         quantization: Backend of the base, empty for float.
         quantized_share: Share of all weights that quantized layers hold, 0 to 1.
         bytes_by_dtype: Bytes of live tensors by dtype name.
         bytes_quantization_state: Bytes of scales and tables of quantized layers.
         bytes_trainable: Bytes of the trained tensors.
-        bytes_before: Bytes before preparation, ``None`` when the model was prepared elsewhere.
+        bytes_before: Bytes before the preparation, ``None`` if the model was prepared elsewhere.
         bytes_after: Bytes now.
-        targets: The hit table.
+        targets: The requested names and what they matched.
         bare: Linear layers without an adapter: name pattern and number.
-        coverage: Adapted blocks and all blocks, by block kind.
-        heads: Heads that are trained whole.
-        frozen_adapters: Adapters that are there and not trained, such as a reference adapter.
+        coverage: Number of adapted blocks and of all blocks, by block kind.
+        heads: Heads that are trained in full.
+        frozen_adapters: Adapters that are not trained, such as a reference adapter.
         source: Where the targets came from.
-        notes: What else is worth knowing.
+        notes: Further remarks, in sentences.
     """
 
     model: str
@@ -89,18 +89,18 @@ class ParameterReport:
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """The report in the form that PEFT users know."""
+        """Return the report in the format of PEFT's ``print_trainable_parameters``."""
         text = f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
         if self.quantization:
             text += f" || {self.quantization}: {self.quantized_share:.1%} of the weights"
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return asdict(self)
 
     def scalars(self) -> dict[str, float]:
-        """The figures for experiment trackers."""
+        """Return the figures for experiment trackers."""
         values: dict[str, float] = {
             "parameters/trainable": self.trainable,
             "parameters/total": self.total,
@@ -113,7 +113,7 @@ class ParameterReport:
         return values
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON; the file is complete or not there.
+        """Write the report as JSON, atomically.
 
         Raises:
             OSError: The folder can't be written.
@@ -121,10 +121,10 @@ class ParameterReport:
         write_json(path, self.to_dict())
 
     def print(self, *, table_only: bool = False) -> None:
-        """Print the table on a terminal, the one line elsewhere.
+        """Print the table on a terminal or in a notebook; log the one-line form elsewhere.
 
         Args:
-            table_only: Print nothing outside a terminal.
+            table_only: Whether to print nothing where the table can't be shown.
         """
         console = Console()
         if console.is_terminal or console.is_jupyter:
@@ -136,7 +136,7 @@ class ParameterReport:
         summary = Table(title=f"{escape(self.model)}: parameters", show_header=False, title_justify="left")
         summary.add_column()
         summary.add_column(justify="right")
-        for label, value in self._rows():
+        for label, value in self._make_rows():
             summary.add_row(label, escape(value))
         yield summary
         if self.targets:
@@ -151,7 +151,7 @@ class ParameterReport:
         for note in self.notes:
             yield f"[dim]note:[/dim] {escape(note)}"
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _make_rows(self) -> list[tuple[str, str]]:
         rows = [
             ("trainable", f"{self.trainable:,}"),
             ("all", f"{self.total:,}"),
@@ -175,7 +175,7 @@ class ParameterReport:
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><td>{html.escape(a.strip())}</td><td style='text-align:right'>{html.escape(b)}</td></tr>"
-            for a, b in self._rows()
+            for a, b in self._make_rows()
         )
         hits = "".join(
             f"<tr><td>{html.escape(row.name)}</td><td style='text-align:right'>{row.modules}</td></tr>"
@@ -188,7 +188,7 @@ class ParameterReport:
 
 
 def make_report(model: nn.Module) -> ParameterReport:
-    """Count and weigh a model, prepared by us or by somebody else.
+    """Count the parameters and bytes of a model, whether it was prepared here or elsewhere.
 
     Args:
         model: The model in the Trainer.
@@ -197,7 +197,7 @@ def make_report(model: nn.Module) -> ParameterReport:
     size = tensor_bytes(model)
     record = preparation_of(model)
     base = base_of(model)
-    quantization = _quantization(model, record)
+    quantization = _find_quantization(model, record)
     names = list(getattr(model, "peft_config", {}))
     active = list(getattr(model, "active_adapters", [])) if names else []
     return ParameterReport(
@@ -213,21 +213,21 @@ def make_report(model: nn.Module) -> ParameterReport:
         bytes_trainable=size.trainable,
         bytes_before=record.before.total if record else None,
         bytes_after=size.total,
-        targets=_target_rows(model, record),
+        targets=_list_targets(model, record),
         bare=dict(record.plan.bare) if record and record.plan else {},
         coverage={kind: list(pair) for kind, pair in record.plan.coverage.items()} if record and record.plan else {},
         heads=list(record.heads) if record else [],
         frozen_adapters=[name for name in names if name not in active],
         source=record.plan.source if record and record.plan else "the model's own adapters",
-        notes=_notes(model, record),
+        notes=_collect_notes(model, record),
     )
 
 
-def _quantization(model: nn.Module, record: Preparation | None) -> Quantization | None:
+def _find_quantization(model: nn.Module, record: Preparation | None) -> Quantization | None:
     return record.quantization if record else detect_quantization(model)
 
 
-def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
+def _collect_notes(model: nn.Module, record: Preparation | None) -> list[str]:
     notes = []
     if record is not None:
         notes += record.notes
@@ -244,25 +244,25 @@ def _notes(model: nn.Module, record: Preparation | None) -> list[str]:
         "their sizes, and register_quantizers is the hook for them"
         for kind, count in Counter(unknown_layers(base_of(model)).values()).items()
     ]
-    quantization = _quantization(model, record)
+    quantization = _find_quantization(model, record)
     if quantization is not None and quantization.quantizer.loss_note:
         notes.append(quantization.quantizer.loss_note)
     return notes
 
 
-def _target_rows(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
+def _list_targets(model: nn.Module, record: Preparation | None) -> list[TargetRow]:
     if record is not None and record.plan is not None:
         return list_hits(record.plan.hits)
     return list_adapters(model)
 
 
 def list_hits(hits: Iterable[TargetHit]) -> list[TargetRow]:
-    """The hit table of targets that were resolved here."""
+    """Return one row per resolved target name."""
     return [TargetRow(hit.name, len(hit.modules), list(dict.fromkeys(hit.shapes))) for hit in hits]
 
 
 def list_adapters(model: nn.Module) -> list[TargetRow]:
-    """The hit table of adapters that somebody else put in, by the last part of the module names."""
+    """Return one row per name of the adapted modules (last part of the path), for adapters added elsewhere."""
     counts: Counter[str] = Counter()
     shapes: dict[str, dict[str, None]] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Save a prepared model: all that is trained, no local path, no network."""
+"""Save a prepared model: all trained tensors, no local path, no network."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ __all__ = [
 ]
 
 
-#: Set on a model whose user has switched the check off.
+#: Attribute set on a model whose user has switched the check off.
 _ALLOWED = "lora_plugins_unsaved_allowed"
 
 
 def guard_saving(model: Any) -> None:
-    """Let a prepared model, and the base model in it, save what was trained.
+    """Make a prepared model, and the base model in it, save everything that was trained.
 
-    ``save_pretrained`` of the model decides about embeddings without asking the Hub and fails where a trained tensor
-    is in no file; its card names no local folder. ``save_pretrained`` of the base model, which users still hold in a
-    variable, saves the adapters, too, as long as they are in it: PEFT's layers would otherwise be written into a file
-    that loads as random weights.
+    ``save_pretrained`` of the model decides about embeddings without asking the Hub and fails if a trained tensor is
+    missing from the files; the model card names no local folder. ``save_pretrained`` of the base model, which users
+    may still hold in a variable, saves the adapters as long as the base contains them. Otherwise it would write
+    PEFT's layers into a file that loads as random weights (PEFT 0.21.2, transformers 5.23).
 
     Args:
-        model: What was prepared. A model without PEFT's wrapper stays as it is.
+        model: The prepared model. A model without PEFT's wrapper is left unchanged.
     """
     if not isinstance(model, PeftModel):
         return
     base: Any = model.get_base_model()
-    # A bound method is pickled as its object and its name, so these must be called what they stand in for.
+    # A bound method is pickled as its object and its name, so each function has the name of the method it replaces.
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model.create_or_update_model_card = types.MethodType(create_or_update_model_card, model)
     if hasattr(type(base), "save_pretrained"):
@@ -58,25 +58,25 @@ def guard_saving(model: Any) -> None:
 
 
 def release_saving(base: nn.Module) -> None:
-    """Let a base model that has left its PEFT wrapper save itself again, and hold that wrapper no longer."""
+    """Restore the own ``save_pretrained`` of a base model that has left its PEFT wrapper, and release the wrapper."""
     vars(base).pop("save_pretrained", None)
 
 
 def find_wrapper(base: nn.Module) -> PeftModel | None:
-    """Return the PEFT model that a base model was wrapped in by an earlier preparation and still is, else ``None``."""
+    """Return the PEFT model that an earlier preparation put around a base that still has adapters, else ``None``."""
     owner = getattr(vars(base).get("save_pretrained"), "__self__", None)
     wrapped = isinstance(owner, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in base.modules())
     return owner if wrapped else None
 
 
 def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """Save as `peft.PeftModel` does, which every argument belongs to.
+    """Save as ``save_pretrained`` of `peft.PeftModel` does, with the same arguments.
 
     Raises:
-        UnsavedTensors: The files are written, and a tensor that is trained is in none of them.
+        UnsavedTensors: The files are written, and a trained tensor is in none of them.
     """
-    # PEFT 0.21 asks the Hub for the base's configuration at each save, and leaves out the rows of a resized embedding
-    # where it gets no answer: https://github.com/huggingface/peft/issues/1452
+    # PEFT 0.21.2 asks the Hub for the base's configuration at each save, and leaves out the rows of a resized embedding
+    # if it gets no answer: https://github.com/huggingface/peft/issues/1452
     if len(args) < 3 and kwargs.get("save_embedding_layers", "auto") == "auto" and not _targets_embeddings(model):
         kwargs["save_embedding_layers"] = is_vocabulary_grown(model)
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
@@ -85,7 +85,9 @@ def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs:
 
 
 def create_or_update_model_card(model: PeftModel, output_dir: Any) -> None:
-    """Write the card as `peft.PeftModel` does, without a base model that is a folder of this machine."""
+    """Write the card as `peft.PeftModel` does, but without a base model that is a local folder."""
+    # PEFT 0.21.2 writes the path into the card, and the Hub then rejects it:
+    # https://github.com/huggingface/transformers/issues/33922
     type(model).create_or_update_model_card(model, str(output_dir))
     file = Path(output_dir) / "README.md"
     card = ModelCard.load(file, ignore_metadata_errors=True)
@@ -98,11 +100,11 @@ def create_or_update_model_card(model: PeftModel, output_dir: Any) -> None:
 
 
 class _BaseSaving:
-    """Holds the function that stands in for the base model's ``save_pretrained``."""
+    """Namespace of the function that replaces the base model's ``save_pretrained``."""
 
     @staticmethod
     def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the adapters while they are in the base model, else the base model."""
+        """Save the adapters if the base model contains any, else the base model."""
         base: Any = model.get_base_model()
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             return model.save_pretrained(save_directory, *args, **kwargs)
@@ -110,7 +112,7 @@ class _BaseSaving:
 
 
 def check_everything_is_saved(model: nn.Module) -> None:
-    """Raise `UnsavedTensors` if PEFT's files would lack a tensor that is trained."""
+    """Raise `UnsavedTensors` if PEFT's files would lack a trained tensor."""
     unsaved = find_unsaved(model)
     if not unsaved or vars(model).get(_ALLOWED, False):
         return
@@ -123,17 +125,17 @@ def check_everything_is_saved(model: nn.Module) -> None:
 
 
 def allow_unsaved(model: nn.Module) -> None:
-    """Let a model be saved without some of its trained tensors: its user has switched the check off."""
+    """Switch off the check that all trained tensors of a model are saved."""
     setattr(model, _ALLOWED, True)
 
 
 def find_unsaved(model: Any) -> list[str]:
-    """Return the names of trained parameters that no adapter's file holds; none for a model without adapters of PEFT.
+    """Return the names of the trained parameters that no adapter file contains.
 
-    A plain model is saved whole, by its own ``save_pretrained``.
+    Empty for a model without PEFT's wrapper, whose own ``save_pretrained`` saves everything.
     """
     if not isinstance(model, PeftModel) or getattr(model, "_tp_size", None):
-        # Tensor parallelism gathers copies, and its own checks compare them.
+        # Tensor parallelism saves gathered copies, which have their own checks.
         return []
     named = list(model.named_parameters(remove_duplicate=False))
     state = {name: p for name, p in named if p.requires_grad or is_adapter_tensor(name)}
@@ -148,9 +150,9 @@ def find_unsaved(model: Any) -> list[str]:
 
 
 def _select_state(model: PeftModel, adapter_name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an adapter's file holds of a state, the very same tensors."""
+    """Return the entries of a state that an adapter's file would contain, as the same tensor objects."""
     if model.peft_config[adapter_name].peft_type != PeftType.LORA:
-        # Other methods copy and cut what they save.
+        # Other methods copy or slice the tensors that they save.
         prefix = getattr(model.base_model, "prefix", "prompt_encoder")
         return {name: p for name, p in state.items() if prefix in name or is_adapter_tensor(name)}
     selected: dict[str, Any] = get_peft_model_state_dict(
@@ -160,12 +162,12 @@ def _select_state(model: PeftModel, adapter_name: str, state: Mapping[str, Any])
 
 
 def is_local_path(name: str) -> bool:
-    """Whether a base model's name means a folder of this machine and not a repository of the Hub."""
+    """Whether a base model's name is a local folder instead of a Hub repository."""
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
 
 
 def _targets_embeddings(model: PeftModel) -> bool:
-    """Whether an adapter lies over embeddings, which PEFT then saves and asks nobody about."""
+    """Whether an adapter targets embeddings, which PEFT then saves without asking the Hub."""
     names = [path for path, _ in base_of(model).named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
     targets = [getattr(config, "target_modules", None) for config in model.peft_config.values()]
     for target in targets:
@@ -178,13 +180,13 @@ def _targets_embeddings(model: PeftModel) -> bool:
 
 
 def is_vocabulary_grown(model: Any) -> bool:
-    """Whether a base has another number of tokens than the checkpoint it was loaded from, as far as local files say.
+    """Whether a base's vocabulary size differs from that of the checkpoint it was loaded from; reads local files only.
 
     Args:
         model: The model, wrapped or not.
 
     Returns:
-        False for a base that was not loaded, and for one whose configuration is neither in its folder nor in the cache.
+        False if the base was not loaded, or its configuration is neither in its folder nor in the Hub's cache.
     """
     base: Any = base_of(model)
     if not isinstance(base, PreTrainedModel):
@@ -196,15 +198,15 @@ def is_vocabulary_grown(model: Any) -> bool:
         stored = type(base.config).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError):
         return False
-    return _vocabulary(stored) != _vocabulary(base.config)
+    return _read_vocabulary(stored) != _read_vocabulary(base.config)
 
 
-def _vocabulary(config: Any) -> int | None:
+def _read_vocabulary(config: Any) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _find_checkpoint(config: Any) -> Path | None:
-    """The folder with the configuration that a model was loaded with: its own, or the Hub's cache."""
+    """Return the folder of the configuration that a model was loaded with: its own, or one in the Hub's cache."""
     name = getattr(config, "name_or_path", None)
     if not name:
         return None
@@ -213,6 +215,6 @@ def _find_checkpoint(config: Any) -> Path | None:
     try:
         file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
     except ValueError:
-        # Neither a folder that is there nor a name that the Hub could have.
+        # The name is neither an existing folder nor a valid repository id.
         return None
     return Path(file).parent if isinstance(file, str) else None

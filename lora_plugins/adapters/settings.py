@@ -18,17 +18,17 @@ from lora_plugins.text import did_you_mean
 __all__ = ["DEFAULTS", "LoraSettings"]
 
 
-#: The recipe's values, used where neither an argument nor ``peft_config=`` says otherwise.
+#: The recipe's values, used unless an argument or ``peft_config=`` sets them.
 DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What was asked for, before a model is seen.
+    """The requested settings, checked without a model.
 
     Attributes:
-        lora: The fields of ``peft.LoraConfig`` that were given explicitly.
-        peft_config: A ready configuration, instead of ``lora``.
+        lora: The fields of ``peft.LoraConfig`` that were passed explicitly.
+        peft_config: A complete configuration, instead of ``lora``.
         adapter: An adapter folder or registry reference to continue from, instead of both.
         quantization: Backend and options, ``None`` for none.
         compute_dtype: Dtype of the frozen float weights, ``"auto"`` to decide by hardware.
@@ -36,9 +36,9 @@ class LoraSettings:
         adapter_name: Name of the adapter in the model.
         experts: Policy for routed experts, ``"default"`` for the architecture's own.
         strict: Whether problems with targets are errors (else warnings).
-        trainable_dtype: Dtype of everything that is trained, ``None`` to leave it as it is made.
-        fused: Whether LoRA layers compute their branch as one function while they are trained.
-        frozen: Names of newly initialized parts that stay as they are on purpose.
+        trainable_dtype: Dtype of all trained tensors, ``None`` to keep the dtype in which each is created.
+        fused: Whether LoRA layers compute their branch as one function during training.
+        frozen: Names of newly initialized parts that are deliberately not trained.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class LoraSettings:
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
-        """Sort keyword arguments into ours and those of ``peft.LoraConfig``, and check them.
+        """Separate our keyword arguments from the fields of ``peft.LoraConfig``, and check them.
 
         Raises:
-            UnknownArgument: A keyword is neither; the message suggests near misses.
+            UnknownArgument: A keyword is neither; the message suggests similar names.
             PreparationError: Two sources for the adapter's configuration were given.
         """
         ours = {item.name for item in fields(cls)} - {"lora"}
@@ -72,10 +72,10 @@ class LoraSettings:
         return settings
 
     def asked(self, stored: LoraConfig | None = None) -> dict[str, Any]:
-        """Return the fields of ``peft.LoraConfig`` that were given, one by one or in a configuration.
+        """Return the fields of ``peft.LoraConfig`` that were passed, one by one or in a configuration.
 
         Args:
-            stored: The configuration of the adapter that is continued.
+            stored: Configuration of the adapter to continue from.
         """
         source = stored or self.peft_config
         if source is None:
@@ -88,7 +88,7 @@ class LoraSettings:
             for name, value in (
                 ("peft_config", self.peft_config),
                 ("adapter", self.adapter),
-                (_listed(self.lora), self.lora),
+                (_join_names(self.lora), self.lora),
             )
             if value
         ]
@@ -107,7 +107,7 @@ class LoraSettings:
             raise PreparationError(f"adapter_name {name!r} is part of PEFT's weight prefix 'lora_'; choose another")
 
 
-def _listed(lora: Mapping[str, Any]) -> str:
+def _join_names(lora: Mapping[str, Any]) -> str:
     return ", ".join(lora)
 
 

@@ -1,4 +1,4 @@
-"""The steps that prepare a model, in one list for training and for `plan`."""
+"""The steps that prepare a model, shared by training and `plan`."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class Job:
     """One model on its way through the steps.
 
     Attributes:
-        model: The base model, its `peft.PeftModel` once the adapters are in. On the meta device for `plan`.
-        settings: What was asked for.
-        record: What was done, filled by the steps.
-        quantize: The step that quantizes the base: really, or in `plan` by stand-ins.
-        config: Configuration of the adapters to make, ``None`` where they come from elsewhere.
+        model: The base model, or its `peft.PeftModel` once it has adapters. On the meta device for `plan`.
+        settings: The requested settings.
+        record: What was done; the steps fill it in.
+        quantize: The step that quantizes the base; `plan` passes one that uses placeholder layers.
+        config: Configuration of the adapters to create, ``None`` if the job creates none.
         stored: Folder of the adapter to continue from.
-        is_quantized: Whether the base arrived quantized.
+        is_quantized: Whether the base was loaded quantized.
         seed: Seed of the adapters' initial values.
         autocast: Whether the Trainer runs the model under autocast.
-        device: Where the model will run; by default where it is.
+        device: Device that the model will run on; by default the one it is on.
         progress: Wraps the layers while they are quantized.
-        lora_layers: Classes of LoRA layers over the quantized layers, which ``quantize`` fills.
-        trained: What gets gradients, by name.
+        lora_layers: LoRA layer class by class of quantized layer; ``quantize`` fills it in.
+        trained: Parameters that get gradients, by name.
     """
 
     model: Any
@@ -82,36 +82,36 @@ class Job:
 
     @property
     def base(self) -> nn.Module:
-        """The base model, under adapters or without."""
+        """The base model, with or without adapters around it."""
         return base_of(self.model)
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the adapters are in."""
+        """Whether the model has adapters."""
         return self.base is not self.model
 
     @property
     def asked_quantization(self) -> Quantization | None:
-        """What the base is to be quantized with, ``None`` where it arrived quantized or stays in float."""
+        """Backend to quantize the base with; ``None`` if it was loaded quantized or stays in float."""
         return None if self.is_quantized else self.settings.quantization
 
     def never_quantized(self) -> tuple[str, ...]:
-        """Names of modules that stay in float."""
+        """Return the names of modules that stay in float."""
         plan = self.record.plan
         return (*(plan.never if plan is not None else ()), *self.record.heads)
 
 
 def run_steps(job: Job) -> Any:
-    """Take a model through every step, for `prepare_model` and `plan` alike; returns the prepared model."""
+    """Run every step, for `prepare_model` and `plan` alike; return the prepared model."""
     for step in find_steps(job):
         step(job)
     return job.model
 
 
 def find_steps(job: Job) -> list[Step]:
-    """Return the steps of a job in their order.
+    """Return the steps of a job in order.
 
-    Adapters that start from the float weights are made before the base is quantized.
+    Adapters that are initialized from the float weights are created before the base is quantized.
     """
     adapters_first = not job.has_adapters and job.config is not None and _starts_from_base(job)
     middle = [*ADAPTER_STEPS, *BASE_STEPS] if adapters_first else [*BASE_STEPS, *ADAPTER_STEPS]
@@ -127,7 +127,7 @@ def _starts_from_base(job: Job) -> bool:
 
 
 def freeze_base(job: Job) -> None:
-    """Freeze a base that has no adapters yet; with adapters, they and trained heads keep their trainability."""
+    """Freeze a base without adapters; if there are adapters, leave ``requires_grad`` of all parameters unchanged."""
     if not job.has_adapters:
         job.base.requires_grad_(False)
     job.trained = _find_trained(job.model)
@@ -138,7 +138,7 @@ def _find_trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def choose_dtype(job: Job) -> None:
-    """Decide the dtype of the frozen float weights."""
+    """Choose the dtype of the frozen float weights."""
     job.record.compute_dtype = resolve_compute_dtype(
         job.settings.compute_dtype,
         job.base,
@@ -149,12 +149,12 @@ def choose_dtype(job: Job) -> None:
 
 
 def quantize(job: Job) -> None:
-    """Quantize the base by the job's own step, which names the LoRA layers that go over the quantized ones."""
+    """Quantize the base with the job's own step, which also fills ``lora_layers``."""
     job.quantize(job)
 
 
 def quantize_base(job: Job) -> None:
-    """Quantize the base in place; let a backend finish what was loaded quantized."""
+    """Quantize the base in place; for a base that was loaded quantized, run the backend's ``after_quantize``."""
     record, model, wanted = job.record, job.model, job.asked_quantization
     if wanted is not None:
         dtype = record.compute_dtype or activation_dtype(job.base, autocast=job.autocast)
@@ -178,14 +178,14 @@ def cast_base(job: Job) -> None:
 
 
 def upcast_base(job: Job) -> None:
-    """Hold norms, or everything that is not quantized, in float32 where that was asked for."""
+    """Cast norms, or all weights that are not quantized, to float32 if requested."""
     job.record.upcast = upcast_frozen(job.base, job.settings.upcast)
     slow = slow_products_note(job.base, autocast=job.autocast)
     job.record.notes += [slow] if slow else []
 
 
 def inject_adapters(job: Job) -> None:
-    """Put fresh adapters into a base that has none."""
+    """Add new adapters to a base that has none."""
     config, record = job.config, job.record
     if config is None:
         return
@@ -200,7 +200,7 @@ def inject_adapters(job: Job) -> None:
 
 
 def check_adapters(job: Job) -> None:
-    """Find out whether PEFT will find the adapters in their own file, and what is trained from here on."""
+    """Check that PEFT will find the adapters in their own file, and note which parameters are trained."""
     if job.has_adapters:
         lost = check_loadable(job.model, str(job.record.adapter_name), strict=job.settings.strict)
         job.record.notes += [lost] if lost else []
@@ -208,7 +208,7 @@ def check_adapters(job: Job) -> None:
 
 
 def cast_trainable(job: Job) -> None:
-    """Hold what is trained in its dtype; adapters that came with the model keep the one they were made in."""
+    """Cast the trained tensors to ``trainable_dtype``, except adapters that the model came with."""
     wanted = resolve_trainable_dtype(job.settings.trainable_dtype)
     if wanted is None:
         return
@@ -220,9 +220,9 @@ def cast_trainable(job: Job) -> None:
 
 
 def let_inputs_in(job: Job) -> None:
-    """Let layers in 16 bits take sound, images and other inputs in float32."""
+    """Let 16-bit layers accept audio, images and other inputs in float32."""
     head = getattr(job.base, "get_output_embeddings", lambda: None)()
-    # The head of a language model gets hidden states and never an input; a hook would keep the loss from being chunked.
+    # A language model's head gets hidden states only; a hook on it would prevent the chunked loss.
     meet_inputs(job.model, keep=head)
 
 
@@ -246,12 +246,12 @@ def fuse(job: Job) -> None:
 
 
 def keep_saving(job: Job) -> None:
-    """Let all that is trained be saved, without a network."""
+    """Make ``save_pretrained`` save all trained tensors without network access."""
     guard_saving(job.model)
 
 
 def check_trained(job: Job) -> None:
-    """Hold every step to it that what is trained stays so.
+    """Check that every trained parameter is still in the model and trained.
 
     Raises:
         PreparationError: A later step froze or replaced a trained tensor.
@@ -267,9 +267,9 @@ def check_trained(job: Job) -> None:
 
 Step = Callable[[Job], None]
 
-#: What is done to the base.
+#: Steps on the base.
 BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
-#: What makes and checks the adapters.
+#: Steps that create and check the adapters.
 ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
-#: What needs both.
+#: Steps that need both.
 LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, keep_saving, check_trained)
