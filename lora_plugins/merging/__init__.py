@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from lora_plugins.text import forward_names
 
-# The public name is `lora_plugins.merge_and_save`; before there were rooms it was this module's.
+# The public name is `lora_plugins.merge_and_save`; it used to be defined in this module.
 __getattr__ = forward_names(__name__, {"merge_and_save": "lora_plugins"})

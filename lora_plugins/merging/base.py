@@ -1,4 +1,4 @@
-"""Load the base model as the class, size and dtype that an adapter needs."""
+"""Load the base model in the class, size and dtype that an adapter needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_plugins.text import one_line
 __all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "read_config", "trained_tokens"]
 
 
-#: PEFT's tasks, and the mapping of transformers that has their classes. Other tasks are found by the tensors' names.
+#: Mapping of transformers with the classes for each task of PEFT. Other classes are found by the tensors' names.
 _TASKS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -44,8 +44,8 @@ class LoadedBase:
     Attributes:
         model: The model.
         stored_quantized: Whether its files are quantized.
-        notes: What was filled in, in sentences.
-        fresh: Names of weights that neither the files of the base nor the adapter have.
+        notes: Sentences about weights that were filled in.
+        fresh: Names of weights that are in neither the base's files nor the adapter.
     """
 
     model: PreTrainedModel
@@ -60,21 +60,21 @@ def read_config(job: Job) -> PreTrainedConfig:
     Raises:
         MergeError: It can't be read.
     """
-    return _from_base(job, lambda: AutoConfig.from_pretrained(job.base, revision=job.revision or "main"))
+    return _load_from_base(job, lambda: AutoConfig.from_pretrained(job.base, revision=job.revision or "main"))
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration says that the weights in the files are quantized."""
+    """Whether a configuration declares the stored weights as quantized."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) -> LoadedBase:
-    """Load the base that an adapter fits.
+    """Load the base model in the form that an adapter was trained on.
 
     Args:
         job: Adapter and base.
         dtype: Dtype of the weights, ``"auto"`` for the one that the base is stored in.
-        dequantize: Whether a base whose files are quantized gets float weights.
+        dequantize: Whether to dequantize a base whose files are quantized.
 
     Raises:
         MergeError: The base can't be loaded, or weights of the trained model are in neither base nor adapter.
@@ -84,7 +84,7 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
     stored_quantized = is_quantized(config)
 
     def load() -> Any:
-        # A head of another size is in the adapter's file.
+        # A head of a different size is loaded from the adapter's file.
         return made.from_pretrained(
             job.base,
             revision=job.revision or "main",
@@ -94,37 +94,37 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
             ignore_mismatched_sizes=True,
         )
 
-    model, info = _from_base(job, load)
+    model, info = _load_from_base(job, load)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     fresh = (set(info["missing_keys"]) | mismatched) - {base_name(name) for name in job.shapes}
     notes = list(_check_complete(model, sorted(fresh), other_shape=bool(fresh & mismatched)))
     quantized = detect_quantization(model) is not None
-    if stored_quantized and not quantized and _packed(model):
-        raise MergeError(_float_twin(job, "its layers are of a kind that no registered backend reads"))
+    if stored_quantized and not quantized and _is_packed(model):
+        raise MergeError(_ask_for_float_twin(job, "its layers are of a kind that no registered backend reads"))
     if quantized and dequantize:
         wanted = dtype if isinstance(dtype, torch.dtype) else None
         dequantize_model(model, wanted)
         if wanted is not None:
             model.to(wanted)
-    rows = _rows_needed(job, model)
+    rows = _count_rows_needed(job, model)
     if rows is not None:
         notes += _resize(job, model, rows)
     return LoadedBase(model, stored_quantized, tuple(notes), frozenset(fresh))
 
 
 def choose_class(job: Job, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class in which the tensors of the adapter have their places.
+    """Return the model class that has a module for each tensor of the adapter.
 
-    Tried in this order: the class that the manifest names, the one that PEFT noted, the one of the adapter's task,
-    the base's own, every other one that transformers has for this configuration. The first that has a place for every
-    tensor is taken, else the first of those that have the most. A head in the file of another size sets the number
-    of labels in ``config``.
+    Candidates in order: the class that the manifest names, the one in PEFT's ``auto_mapping``, those of the adapter's
+    task, the base's own, every other one that transformers has for this configuration. The first class with a module
+    for every tensor wins, else the first with the most. If the file has a head of a different size, it sets the
+    number of labels in ``config``.
 
     Raises:
         MergeError: transformers has no class for this configuration.
     """
     best: tuple[int, type[PreTrainedModel]] | None = None
-    for made in dict.fromkeys(_candidates(job, config)):
+    for made in dict.fromkeys(_find_candidates(job, config)):
         empty = _make_empty(made, config)
         if empty is None:
             continue
@@ -139,39 +139,39 @@ def choose_class(job: Job, config: PreTrainedConfig) -> type[PreTrainedModel]:
     return best[1]
 
 
-def _candidates(job: Job, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+def _find_candidates(job: Job, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
     noted = (job.config.auto_mapping or {}).get("base_model_class")
     for name in (job.class_name, noted):
-        yield from _named(name)
+        yield from _find_named(name)
     task = _TASKS.get(str(job.config.task_type or ""))
     if task:
-        yield from _mapped(task, config)
+        yield from _find_mapped(task, config)
     for name in config.architectures or ():
-        yield from _named(name)
+        yield from _find_named(name)
     for mapping in sorted(vars(modeling_auto)):
         if mapping.startswith("MODEL_") and mapping.endswith("_MAPPING"):
-            yield from _mapped(mapping, config)
+            yield from _find_mapped(mapping, config)
 
 
-def _named(name: object) -> Iterator[type[PreTrainedModel]]:
+def _find_named(name: object) -> Iterator[type[PreTrainedModel]]:
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         yield found
 
 
-def _mapped(mapping: str, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+def _find_mapped(mapping: str, config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
     found = getattr(modeling_auto, mapping).get(type(config), None)
     yield from found if isinstance(found, (tuple, list)) else [found] if found else []
 
 
 def _make_empty(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
-    """Make a model on the meta device; ``None`` where the class does not take this configuration."""
+    """Make a model on the meta device; ``None`` if the class does not accept this configuration."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
             return made(copy.deepcopy(config))
         except Exception:
-            # Whatever a constructor raises for a configuration that is not its own.
+            # A constructor may raise anything for another model's configuration.
             return None
 
 
@@ -181,7 +181,7 @@ def _count_placed(job: Job, empty: nn.Module) -> int:
 
 
 def _set_labels(job: Job, empty: Any, config: Any) -> None:
-    """Give the configuration as many labels as the head in the adapter's file has rows."""
+    """Set the configuration's number of labels to the rows of the head in the adapter's file."""
     own = dict(empty.named_parameters())
     labels = getattr(config, "num_labels", None)
     for name, shape in job.shapes.items():
@@ -195,10 +195,10 @@ def _set_labels(job: Job, empty: Any, config: Any) -> None:
 
 def _is_end(model: Any, place: str) -> bool:
     """Whether a module is the input or output embedding."""
-    return model.get_submodule(place) in _ends(model)
+    return model.get_submodule(place) in _find_ends(model)
 
 
-def _ends(model: Any) -> list[Any]:
+def _find_ends(model: Any) -> list[Any]:
     found: list[Any] = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -211,10 +211,13 @@ def _ends(model: Any) -> list[Any]:
 
 
 def _check_complete(model: PreTrainedModel, fresh: list[str], *, other_shape: bool) -> Iterator[str]:
-    """Refuse a head that loading made at random and the adapter does not bring.
+    """Refuse a head that loading initialized at random and that is not in the adapter.
+
+    Yields:
+        A note, if the random weights were random in training as well.
 
     Raises:
-        MergeError: It names the weights.
+        MergeError: There is such a head; the message names the weights.
     """
     if not fresh:
         return
@@ -227,35 +230,35 @@ def _check_complete(model: PreTrainedModel, fresh: list[str], *, other_shape: bo
     yield f"{text}: they are random, as they were in training"
 
 
-def _packed(model: nn.Module) -> bool:
+def _is_packed(model: nn.Module) -> bool:
     return any(not tensor.is_floating_point() for tensor in model.parameters())
 
 
-def _float_twin(job: Job, reason: str) -> str:
+def _ask_for_float_twin(job: Job, reason: str) -> str:
     return (
         f"The base {job.base} is stored quantized and can't be dequantized here: {reason}. Name the float model that "
         "it was made from with base= (--base)."
     )
 
 
-def _rows_needed(job: Job, model: Any) -> int | None:
-    """Return how many rows the embeddings had in training, ``None`` where nothing says that it is another number."""
-    ends = [end for end in _ends(model) if hasattr(end, "weight")]
+def _count_rows_needed(job: Job, model: Any) -> int | None:
+    """Return how many rows the embeddings had in training, ``None`` if there is no sign of a different number."""
+    ends = [end for end in _find_ends(model) if hasattr(end, "weight")]
     if not ends:
         return None
     names = {id(module): name for name, module in model.named_modules()}
     for end in ends:
-        stored = [_rows_of(name, shape) for name, shape in job.shapes.items() if place_of(name) == names.get(id(end))]
+        stored = [_read_rows(name, shape) for name, shape in job.shapes.items() if place_of(name) == names.get(id(end))]
         found = next((count for count in stored if count is not None), None)
         if found is not None and found != end.weight.shape[0]:
             return found
     rows = int(ends[0].weight.shape[0])
     last = max(trained_tokens(job), default=-1)
-    # What a manifest says counts only where the adapter brings rows: nobody else could fill them.
+    # The manifest's size counts only if the adapter contains new rows: no other file has them.
     return max(job.vocabulary or 0, last + 1) if last >= rows else None
 
 
-def _rows_of(name: str, shape: tuple[int, ...]) -> int | None:
+def _read_rows(name: str, shape: tuple[int, ...]) -> int | None:
     if "lora_embedding_A" in name:
         return shape[1]
     if "lora_B" in name and name.endswith("weight"):
@@ -264,22 +267,22 @@ def _rows_of(name: str, shape: tuple[int, ...]) -> int | None:
 
 
 def trained_tokens(job: Job) -> list[int]:
-    """Return the ids of the tokens whose embeddings were trained alone."""
+    """Return the ids of the tokens that were trained with ``trainable_token_indices``."""
     asked = job.config.trainable_token_indices
     lists = asked.values() if isinstance(asked, dict) else [asked or []]
     return sorted({int(index) for part in lists for index in part})
 
 
 def _resize(job: Job, model: Any, rows: int) -> Iterator[str]:
-    """Give the embeddings the number of rows that they had in training; what no file has gets the mean of the rows."""
-    before = int(_ends(model)[0].weight.shape[0])
+    """Resize the embeddings to the rows they had in training; rows that are in no file get the mean of the others."""
+    before = int(_find_ends(model)[0].weight.shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
     known = set(trained_tokens(job))
     left = [row for row in range(before, rows) if row not in known]
     names = {id(module): name for name, module in model.named_modules()}
     stored = {base_name(name) for name in job.shapes}
-    saved = [end.weight for end in _ends(model) if f"{names[id(end)]}.weight" in stored]
-    for end in _ends(model):
+    saved = [end.weight for end in _find_ends(model) if f"{names[id(end)]}.weight" in stored]
+    for end in _find_ends(model):
         if not left or any(end.weight is weight for weight in saved):
             continue
         with torch.no_grad():
@@ -288,7 +291,7 @@ def _resize(job: Job, model: Any, rows: int) -> Iterator[str]:
         yield f"{len(left)} rows that training added to {names[id(end)]} are in no file and hold the mean of the others"
 
 
-def _from_base(job: Job, load: Callable[[], _T]) -> _T:
+def _load_from_base(job: Job, load: Callable[[], _T]) -> _T:
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -296,4 +299,4 @@ def _from_base(job: Job, load: Callable[[], _T]) -> _T:
         raise MergeError(f"The base model {job.base} can't be loaded: {text}") from error
     except (ImportError, NotImplementedError) as error:
         text = one_line(error) or type(error).__name__
-        raise MergeError(_float_twin(job, text)) from error
+        raise MergeError(_ask_for_float_twin(job, text)) from error

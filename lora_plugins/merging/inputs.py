@@ -1,4 +1,4 @@
-"""Make inputs to measure a merge: text, trained tokens, images, sound."""
+"""Make inputs to measure a merge: text, trained tokens, images, audio."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PROBE_TEXT = (
     "Noah's train is late, so he and Mia meet at seven instead of half past six. Mia orders for both."
 )
 
-#: Tokens of the text that are looked at, and of the answer of an encoder-decoder.
+#: Number of tokens of the text, and of an encoder-decoder's answer.
 _LENGTH = 128
 _ANSWER = 16
 
-#: Samples and frames of sound where the configuration names no length.
+#: Samples and frames of audio if the configuration gives no length.
 _SAMPLES = 8000
 _FRAMES = 128
 
@@ -37,8 +37,8 @@ class Batch:
     """One example.
 
     Attributes:
-        name: What it shows, for messages.
-        inputs: Arguments of the model's ``forward``, each with a batch of one.
+        name: What it contains, for messages.
+        inputs: Arguments of the model's ``forward``, each with batch size 1.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Batch:
 def make_batches(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, text: str, trained: Sequence[int]
 ) -> list[Batch]:
-    """Return examples on which a difference between two models of this class would show; some may not be its own.
+    """Return examples that reveal a difference between two models of this class; the model may not accept all of them.
 
     Args:
         model: The base model.
-        tokenizer: Its tokenizer; ``None`` takes random token ids.
-        text: What is read.
-        trained: Ids of tokens whose embeddings were trained: a second example repeats them.
+        tokenizer: Its tokenizer; ``None`` for random token ids.
+        text: The text of the example.
+        trained: Ids of tokens whose embeddings were trained; a second example repeats them.
     """
     accepted = inspect.signature(model.forward).parameters
-    ids = _text_ids(model, tokenizer, text)
-    rows = {"text": ids, **({"trained tokens": _mixed(ids, trained)} if trained else {})}
-    other = _other_input(model, accepted)
+    ids = _make_text_ids(model, tokenizer, text)
+    rows = {"text": ids, **({"trained tokens": _mix_in(ids, trained)} if trained else {})}
+    other = _make_other_input(model, accepted)
     batches = []
     for name, row in rows.items():
         answer = {"decoder_input_ids": row[:, :_ANSWER]} if _decodes(model, accepted) else {}
@@ -78,10 +78,10 @@ def _decodes(model: Any, accepted: Mapping[str, Any]) -> bool:
     )
 
 
-def _text_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, text: str) -> torch.Tensor:
-    """Return token ids of shape ``[1, tokens]`` that the model has embeddings for."""
-    rows = _rows(model)
-    length = min(_LENGTH, _positions(model.config))
+def _make_text_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, text: str) -> torch.Tensor:
+    """Return token ids of shape ``[1, tokens]``, all within the model's embeddings."""
+    rows = _count_rows(model)
+    length = min(_LENGTH, _count_positions(model.config))
     found: list[int] = []
     if tokenizer is not None:
         found = [index for index in tokenizer(text)["input_ids"] if index < rows][:length]
@@ -93,7 +93,7 @@ def _text_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, text: str) 
     return torch.tensor([found])
 
 
-def _rows(model: Any) -> int:
+def _count_rows(model: Any) -> int:
     try:
         return int(model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
@@ -101,37 +101,37 @@ def _rows(model: Any) -> int:
         return int(getattr(text, "vocab_size", None) or 100)
 
 
-def _positions(config: Any) -> int:
-    """Return how many tokens are sure to fit, with room for what some models count before the first."""
+def _count_positions(config: Any) -> int:
+    """Return how many tokens surely fit; some models reserve positions before the first token."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "seq_length")
     found = [getattr(part, name, None) for part in (config, text) for name in names]
     return max(2, min((size for size in found if isinstance(size, int) and size > 4), default=_LENGTH + 4) - 4)
 
 
-def _mixed(ids: torch.Tensor, trained: Sequence[int]) -> torch.Tensor:
-    """Return a row of the text's length in which every other token is a trained one."""
+def _mix_in(ids: torch.Tensor, trained: Sequence[int]) -> torch.Tensor:
+    """Return the text's ids with every other token replaced by a trained one."""
     row = ids.clone()
     places = row[0, ::2]
     row[0, ::2] = torch.tensor([trained[index % len(trained)] for index in range(len(places))])
     return row
 
 
-def _other_input(model: Any, accepted: Mapping[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return an image or a sound, and what it is, for a model that takes one."""
+def _make_other_input(model: Any, accepted: Mapping[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the kind and tensor of an image or audio input, empty if the model takes neither."""
     generator = torch.Generator().manual_seed(0)
     makers: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
         "pixel_values": ("image", lambda: torch.randn(1, *read_image_shape(model.config), generator=generator)),
         "input_values": ("sound", lambda: torch.randn(1, _SAMPLES, generator=generator)),
-        "input_features": ("sound", lambda: torch.randn(1, *_sound_shape(model.config), generator=generator)),
+        "input_features": ("sound", lambda: torch.randn(1, *_read_sound_shape(model.config), generator=generator)),
     }
     main = getattr(model, "main_input_name", "input_ids")
     name = next((one for one in (main, *makers) if one in makers and one in accepted), None)
     return (makers[name][0], {name: makers[name][1]()}) if name else ("", {})
 
 
-def _sound_shape(config: Any) -> tuple[int, int]:
+def _read_sound_shape(config: Any) -> tuple[int, int]:
     bins = getattr(config, "num_mel_bins", None) or 80
     frames = getattr(config, "max_source_positions", None)
-    # Whisper's encoder halves the frames and takes no other number of them; others take frames before bins.
+    # Whisper needs exactly twice `max_source_positions` frames, after the bins; other models take frames first.
     return (bins, 2 * frames) if frames and config.model_type == "whisper" else (_FRAMES, bins)

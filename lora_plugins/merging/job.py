@@ -1,4 +1,4 @@
-"""Read what is merged into what: adapter, base, quantization in training."""
+"""Read the parts of a merge: adapter, base, quantization in training."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lora_plugins.quantization.request import Quantization, parse_quantization
 __all__ = ["AS_TRAINED", "RECIPE_FILE", "Job", "MergeDtype", "read_job"]
 
 
-#: ``fp16`` and ``bf16``: into the base reloaded in that dtype. ``same``: into the dequantized weights that the adapter
-#: was trained against, in the dtype that the base is stored in.
+#: ``fp16`` and ``bf16``: merge into the base reloaded in that dtype. ``same``: merge into the dequantized weights that
+#: the adapter was trained on, in the base's stored dtype.
 MergeDtype = Literal["fp16", "bf16", "same"]
 
 #: Written beside an adapter by ``lora-plugins train``: its base, template and quantization.
 RECIPE_FILE = "recipe.json"
 
-#: Written by the registry; "training" has the facts of the run, "architecture" the class of the base.
+#: Written by the registry; "training" describes the run, "architecture" the class of the base.
 MANIFEST_FILE = "adapter_manifest.json"
 
-#: Marks "as it was trained", which ``None`` (in float) is not.
+#: Default for ``quantization``: as recorded in training. ``None`` means a float base.
 AS_TRAINED = "as trained"
 
 
-#: Written by the first release of the registry, from the class of the layers. "bitsandbytes 4-bit" may be nf4 or fp4.
+#: Backends as the registry's first release named them. "bitsandbytes 4-bit" is missing: it may be nf4 or fp4.
 _FORMER = {"bitsandbytes 8-bit": "int8"}
 
-#: Keys of a record that are not options of the backend.
+#: Keys of a record other than the backend's options.
 _NO_OPTIONS = ("name", "known", "options")
 
 
@@ -51,11 +51,11 @@ class Job:
         shapes: Shape of each tensor in the file.
         base: Id or folder of the base model.
         revision: The base model's revision, ``None`` for the default branch.
-        quantization: Backend that the adapter was trained on; ``None`` for a float base, or where it is not known.
-        as_trained: Whether it is known what the adapter was trained on.
-        recorded: What the record of the training says about the quantization, where no backend here has that name.
-        class_name: Class of the base in training, where a manifest says it.
-        vocabulary: Rows of the embeddings in training, where a manifest says it.
+        quantization: Backend that the adapter was trained on; ``None`` for a float base, or if it is unknown.
+        as_trained: Whether the quantization in training is known.
+        recorded: The recorded quantization, if no backend here has that name.
+        class_name: Class of the base in training, if a manifest gives it.
+        vocabulary: Rows of the embeddings in training, if a manifest gives them.
     """
 
     folder: Path
@@ -77,13 +77,13 @@ def read_job(
     revision: str | None,
     quantization: str | Mapping[str, Any] | None,
 ) -> Job:
-    """Collect what the adapter's folder and the caller say.
+    """Collect the facts from the adapter's folder and the caller's arguments.
 
     Args:
         adapter: Adapter folder, or a registry reference.
         base: Base model, ``None`` for the one that the adapter names.
         revision: Revision of the base model, ``None`` for the one that the adapter names.
-        quantization: Backend in training, ``None`` or ``"none"`` for a float base, `AS_TRAINED` for what is recorded.
+        quantization: Backend in training, ``None`` or ``"none"`` for a float base, `AS_TRAINED` for the recorded one.
 
     Raises:
         MergeError: The base is not known, or a file can't be read.
@@ -117,15 +117,15 @@ def read_job(
         quantization=backend,
         as_trained=known,
         recorded=recorded,
-        class_name=_typed(kind.get("class_name"), str),
-        vocabulary=_typed(kind.get("vocab_size"), int),
+        class_name=_take_typed(kind.get("class_name"), str),
+        vocabulary=_take_typed(kind.get("vocab_size"), int),
     )
 
 
 def _read_quantization(
     recipe: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> tuple[Quantization | None, bool, str | None]:
-    """Return the recorded backend, whether it is known, and the record where no backend here has that name."""
+    """Return the recorded backend, whether it is known, and the recorded name if no backend here has it."""
     training = manifest.get("training")
     source = next((one for one in (recipe, training) if isinstance(one, dict) and "quantization" in one), None)
     if source is None:
@@ -165,5 +165,5 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     return content
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _take_typed(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) and not isinstance(value, bool) else None

@@ -38,30 +38,30 @@ from lora_plugins.text import dtype_name
 __all__ = ["MergeResult", "merge_and_save"]
 
 
-#: How far the merged model may be from base and adapter, both computed in float32, by the dtype of its weights: some
-#: ten times what one rounding of the weights does to a model of 30 layers.
+#: Largest accepted relative distance of the merged model from base and adapter, both computed in float32, by dtype of
+#: the weights: about ten times the effect of rounding the weights once in a model of 30 layers.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TOLERANCE_FLOAT32 = 1e-3
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge wrote.
+    """Result of a merge.
 
     Attributes:
         output: Folder of the merged model.
-        base: Base model that was merged into.
+        base: Base model that the adapter was merged into.
         dtype: Dtype of the merged weights.
-        into: What the adapter was added to, in words.
+        into: Description of the weights that the adapter was added to.
         bytes: Bytes of the merged weights.
-        distance: How far the merged model is from the trained one, ``None`` when it was not measured.
-        as_trained: Whether it is known how the base was quantized in training. If not, the distance is that from
-            the adapter on the float base.
+        distance: Distance of the merged model from the trained one, ``None`` if it was not measured.
+        as_trained: Whether the base's quantization in training is known. If not, ``distance`` is measured from the
+            adapter on the float base.
         class_name: Class of the merged model.
-        effect: How far the adapter moves the outputs of its base, relative; ``None`` when it was not measured.
-        error: How far the files are from base and adapter, both computed in float32, relative; ``None`` when it was
-            not measured.
-        notes: What the measurement does not show, and what else there is to know.
+        effect: Relative change of the base's outputs by the adapter; ``None`` if it was not measured.
+        error: Relative distance of the written files from base and adapter, both computed in float32; ``None`` if it
+            was not measured.
+        notes: Limits of the measurement and other remarks.
     """
 
     output: Path
@@ -107,29 +107,29 @@ def merge_and_save(
 ) -> MergeResult:
     """Merge a stored LoRA adapter into its base and write a model that plain transformers loads.
 
-    The base's class is the one in which the adapter's tensors have their places: a causal, masked or
-    sequence-to-sequence language model, a classifier, a model of images or sound. Memory peaks near one copy of the
-    model: the base is loaded once in the output's dtype, and each layer is merged in float32 alone. Only the probe,
-    which needs the trained model and computes in float32, takes more, and can be left out.
+    The base is loaded in the class that has a module for each of the adapter's tensors: a causal, masked or
+    sequence-to-sequence language model, a classifier, an image or audio model. Peak memory is about one copy of the
+    model: the base is loaded once in the output's dtype, and layers are merged in float32 one at a time. Only the
+    probe takes more, because it needs the trained model and computes in float32; it can be skipped.
 
     Args:
         adapter: Adapter folder, or a registry reference.
         output: Folder for the merged model, its tokenizer and the adapter's ``recipe.json``.
         dtype: ``"fp16"`` or ``"bf16"`` merges into the base in that dtype; ``"same"`` into the dequantized
-            weights that the adapter was trained against, in the dtype that the base is stored in.
+            weights that the adapter was trained on, in the base's stored dtype.
         base: Base model; default is the one that the adapter names.
         revision: Branch, tag or commit of the base model; default is the one that the adapter names.
         quantization: Backend that the adapter was trained on, ``None`` or ``"none"`` for a float base; default is
-            what ``recipe.json`` beside the adapter, or the manifest of a release, says.
+            the one in ``recipe.json`` beside the adapter, or in the manifest of a release.
         probe: Text on which the merged model's outputs are compared with the trained model's; ``None``
-            leaves that out.
+            skips the comparison.
         overwrite: Whether a model that is already in ``output`` may be replaced.
-        max_shard_size: Largest file of weights.
+        max_shard_size: Maximum size of a weight file.
 
     Raises:
-        MergeError: ``dtype`` is unknown, the base can't be told or loaded, the output is taken or holds an
-            adapter, weights overflow the dtype, or the files that were written are further from base and adapter than
-            rounding explains. Nothing is left in ``output`` then.
+        MergeError: ``dtype`` is unknown, the base is unknown or can't be loaded, ``output`` holds an adapter or a
+            model that must not be replaced, weights overflow the dtype, or the written files differ from base and adapter by more than
+            rounding explains. Nothing is written to ``output`` then.
         AdapterMismatch: The adapter was trained on another base, or does not fit this one.
         QuantizationError: The backend is unknown or can't be used here.
     """
@@ -142,7 +142,7 @@ def merge_and_save(
 
 
 class _Merge:
-    """The steps of one merge, in their order; one model is in memory at a time."""
+    """The steps of one merge, in order; one model is in memory at a time."""
 
     def __init__(self, job: Job, target: Path, dtype: str, probe: str | None) -> None:
         self.job = job
@@ -157,10 +157,10 @@ class _Merge:
         self.fresh: frozenset[str] = frozenset()
 
     def run(self, max_shard_size: str) -> MergeResult:
-        """Do all of it."""
+        """Run all steps."""
         job = self.job
         if self.same and not self.as_trained:
-            raise MergeError(_unknown_quantization(job))
+            raise MergeError(_explain_unknown_quantization(job))
         tokenizer = load_tokenizer(job)
         loaded = load_base(job, self.dtype)
         self.notes += loaded.notes
@@ -204,7 +204,7 @@ class _Merge:
     def _read_reference(
         self, wrapped: Wrapped, tokenizer: PreTrainedTokenizerBase | None
     ) -> tuple[list[Reading], float | None]:
-        """Return what base and adapter give in float32 before they are merged, and how much of it the adapter does."""
+        """Return the float32 outputs of base and adapter before the merge, and the relative effect of the adapter."""
         if self.probe is None:
             return [], None
         round_layers(wrapped)
@@ -227,24 +227,24 @@ class _Merge:
                 f"{plain_path(unreached[0])}"
             )
         effect = worst_row(reference, bare)
-        if effect <= _tolerance(self._dtype_of(wrapped)):
+        if effect <= _find_tolerance(self._find_dtype(wrapped)):
             self.notes.append(
                 f"The probe can't tell whether the adapter is in: it moves the outputs of the base by {effect:.2%}, no "
                 "more than rounding does"
             )
         return reference, effect
 
-    def _dtype_of(self, wrapped: Wrapped) -> torch.dtype:
+    def _find_dtype(self, wrapped: Wrapped) -> torch.dtype:
         floats = [dtype for dtype in wrapped.dtypes.values() if dtype.is_floating_point]
         return self.dtype if isinstance(self.dtype, torch.dtype) else next(iter(floats), torch.float32)
 
     def _measure(
         self, made: type[PreTrainedModel], partial: Path, reference: list[Reading]
     ) -> tuple[float | None, Distance | None]:
-        """Load what was written and compare it with base and adapter, and with the trained model.
+        """Load the written files and compare their outputs with base and adapter, and with the trained model.
 
         Raises:
-            MergeError: The files lack weights, or are further from base and adapter than rounding explains.
+            MergeError: The files lack weights, or differ from base and adapter by more than rounding explains.
         """
         if not reference:
             return None, None
@@ -256,7 +256,7 @@ class _Merge:
         model.eval()
         with in_float32(model):
             error = worst_row(reference, read_outputs(model, self.batches))
-        allowed = _tolerance(model.dtype)
+        allowed = _find_tolerance(model.dtype)
         if not error <= allowed:
             raise MergeError(
                 f"The merged model is not base and adapter: on {_name_all(self.batches)} its outputs differ by "
@@ -266,7 +266,7 @@ class _Merge:
         return error, compare_readings(trained, read_outputs(model, self.batches))
 
     def _read_trained(self) -> list[Reading]:
-        """Return what the model gives as it was trained, computed in float32; nothing where that is the reference."""
+        """Return the trained model's outputs, computed in float32; empty if they equal the reference."""
         job = self.job
         if job.quantization is not None or self.stored_quantized:
             return self._read_quantized()
@@ -285,7 +285,7 @@ class _Merge:
         trained = prepare_model(model, adapter=job.folder, quantization=options, compute_dtype="float32")
         trained.eval()
         for module in trained.modules():
-            # Evaluation rounds activations too in some backends; the weights are what is merged.
+            # In evaluation some backends also round activations; only the weights are to be compared.
             if owner_of(module) is not None:
                 module.train()
         return read_outputs(trained.get_base_model(), self.batches)
@@ -295,11 +295,11 @@ def _name_all(batches: list[Batch]) -> str:
     return " and ".join(batch.name for batch in batches)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def _find_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _TOLERANCE_FLOAT32)
 
 
-def _unknown_quantization(job: Job) -> str:
+def _explain_unknown_quantization(job: Job) -> str:
     recorded = f"has no {RECIPE_FILE} that says it"
     if job.recorded is not None:
         recorded = f"says {job.recorded!r}, which is not the name of a backend here"
@@ -310,25 +310,25 @@ def _unknown_quantization(job: Job) -> str:
 
 
 def load_tokenizer(job: Job) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that goes with the merged model: the adapter's own, else the base's, if there is one."""
+    """Load the merged model's tokenizer: the adapter's own, else the base's; ``None`` if there is none."""
     own = any((job.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     try:
         if own:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(job.folder))
         else:
             tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.revision or "main")
-        # Made from a configuration alone, some have no words and raise when they read.
+        # A tokenizer made from a configuration alone has no vocabulary and may raise when it is called.
         tokenizer(PROBE_TEXT)
     except Exception:
-        # Models of images have none; some bases are stored without, and each kind of tokenizer raises its own error.
+        # Image models and some stored bases have no tokenizer, and each kind of tokenizer raises its own error.
         return None
     return tokenizer if len(tokenizer) else None
 
 
 def _check_finite(model: PreTrainedModel) -> None:
-    """Raise where a weight has no finite value in the output's dtype; bfloat16 reaches further than float16."""
+    """Raise `MergeError` if a weight is not finite in the output's dtype."""
     for name, parameter in model.named_parameters():
-        # In parts, because the test makes copies.
+        # In chunks, because isfinite() makes copies.
         for part in parameter.detach().flatten().split(1 << 20):
             if part.is_floating_point() and not bool(part.isfinite().all()):
                 raise MergeError(
@@ -338,5 +338,5 @@ def _check_finite(model: PreTrainedModel) -> None:
 
 
 def _count_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters; a shared one counts once."""
+    """Return the bytes of the parameters; shared ones count once."""
     return sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())

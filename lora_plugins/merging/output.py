@@ -1,4 +1,4 @@
-"""Write a merged model to a folder: complete, checked, or not at all."""
+"""Write a merged model to a folder: complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_plugins.merging.job import RECIPE_FILE, Job
 __all__ = ["check_output", "partial_folder", "publish", "write"]
 
 
-#: Collects the files until all of them are there and checked.
+#: Subfolder for the files until all of them are written and checked.
 _PARTIAL = ".merging"
 
-#: What turns images, sound and chats into a model's inputs; it goes with the model as it is.
+#: Files that describe how images, audio and chats become model inputs; copied unchanged.
 _PROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -35,10 +35,10 @@ def check_output(target: Path, *, overwrite: bool) -> None:
     """Refuse a folder that holds an adapter, or a model that must not be replaced.
 
     Raises:
-        MergeError: It does.
+        MergeError: The folder holds one of these.
     """
     if (target / ADAPTER_CONFIG).is_file():
-        # transformers would load the merged model and put the adapter on it a second time.
+        # transformers would load the merged model and apply the adapter a second time.
         raise MergeError(f"{target} holds an adapter. The merged model needs a folder of its own.")
     if (target / "config.json").is_file() and not overwrite:
         raise MergeError(
@@ -48,7 +48,7 @@ def check_output(target: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """Make a folder inside ``target`` for unfinished files; it is gone afterwards, and ``target`` too if it is new."""
+    """Make a folder in ``target`` for unfinished files; on failure, remove it, and ``target`` too if it is new."""
     existed = target.exists()
     partial = target / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
@@ -70,7 +70,7 @@ def write(
     partial: Path,
     max_shard_size: str,
 ) -> None:
-    """Write the model and all that goes with it into an empty folder."""
+    """Write the model, its tokenizer, processors and recipe into an empty folder."""
     model.save_pretrained(partial, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
@@ -90,7 +90,7 @@ def write(
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Move the files to their place, the configuration last: without it nothing loads."""
+    """Move the files into ``target``, the configuration last, because nothing loads without it."""
     for stale in (target / "config.json", *target.glob("model*.safetensors"), *target.glob("model*.index.json")):
         stale.unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):

@@ -1,4 +1,4 @@
-"""Measure how far two models are apart on the same inputs."""
+"""Measure the distance of two models' outputs on the same inputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Distance:
-    """The difference between what two models give for the same inputs.
+    """The difference between two models' outputs on the same inputs.
 
     Attributes:
-        divergence: Mean Kullback-Leibler divergence of the second's prediction from the first's, in nats; ``None``
-            where the outputs are not predictions (a score, a hidden state).
-        largest: Largest difference of an output.
-        relative: Norm of the difference over the norm of the first's outputs; predictions are centred.
-        agreement: Share of predictions for which both have the same favourite, ``None`` where there are none.
-        tokens: Predictions compared: tokens, or examples.
+        divergence: Mean Kullback-Leibler divergence of the second model's predictions from the first's, in nats;
+            ``None`` if the outputs are not predictions (a score, a hidden state).
+        largest: Largest absolute difference of an output.
+        relative: Norm of the difference over the norm of the first model's outputs; logits are centred.
+        agreement: Share of predictions with the same argmax, ``None`` if the outputs are not predictions.
+        tokens: Number of predictions compared (tokens or examples), or of values if there are no predictions.
     """
 
     divergence: float | None
@@ -58,11 +58,11 @@ class Distance:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model gives for one input.
+    """A model's outputs for one input.
 
     Attributes:
         values: Float32 on the CPU, of shape ``[positions, values]``.
-        predicts: Whether the values of a position are logits of choices.
+        predicts: Whether the values of a position are logits over choices.
     """
 
     values: torch.Tensor
@@ -73,13 +73,13 @@ def read_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Reading]:
     """Run a model on each batch, without gradients.
 
     Raises:
-        Exception: Whatever the model raises for inputs that are not its own.
+        Exception: Any error of the model for inputs that it does not accept.
     """
     return [_read(model, batch) for batch in batches]
 
 
 def usable_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Batch], str]:
-    """Return the batches that a model takes, and what it said to the first one that it does not take."""
+    """Return the batches that a model accepts, and its error for the first one that it rejects."""
     usable, reason = [], ""
     for batch in batches:
         try:
@@ -88,7 +88,7 @@ def usable_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Bat
                 raise ValueError(f"the outputs for {batch.name} are not finite")
             usable.append(batch)
         except Exception as error:  # noqa: PERF203 - running a model takes longer
-            # Whatever a model's forward raises for inputs that are not its own.
+            # A model's forward may raise anything for inputs that it does not accept.
             reason = reason or f"{type(error).__name__}: {one_line(error)[:200]}"
     return usable, reason
 
@@ -96,18 +96,18 @@ def usable_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Bat
 def _read(model: nn.Module, batch: Batch) -> Reading:
     device = next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # Some models draw random numbers in evaluation, too.
+    # Some models also draw random numbers in evaluation.
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
         given = {
             name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.inputs.items()
         }
-        values, predicts = _main_output(model(**given))
+        values, predicts = _take_main_output(model(**given))
     return Reading(values.float().cpu(), predicts)
 
 
-def _main_output(output: Any) -> tuple[torch.Tensor, bool]:
-    """Return the first output of a model as ``[positions, values]``, and whether it is logits of several choices."""
+def _take_main_output(output: Any) -> tuple[torch.Tensor, bool]:
+    """Return a model's main output as ``[positions, values]``, and whether it holds logits over several choices."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor) and logits.dim() in (2, 3) and logits.shape[-1] > 1:
         return logits.reshape(-1, logits.shape[-1]), True
@@ -117,41 +117,41 @@ def _main_output(output: Any) -> tuple[torch.Tensor, bool]:
     floats = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not floats:
         raise TypeError(f"{type(output).__name__} has no floating point output")
-    # The two ends of an answer are outputs of the same shape.
+    # Question answering returns start and end logits: two outputs of the same shape.
     alike = [value for value in floats if value.shape == floats[0].shape]
     first = torch.cat([value.reshape(value.shape[0], -1) for value in alike])
     return (floats[0].reshape(-1, floats[0].shape[-1]), False) if len(alike) == 1 else (first, False)
 
 
 def compare_readings(first: Sequence[Reading], second: Sequence[Reading]) -> Distance:
-    """Compare what two models gave for the same inputs."""
+    """Compare two models' outputs on the same inputs."""
     widths = {reading.values.shape[-1] for reading in first}
     if len(widths) == 1 and all(reading.predicts for reading in first):
         return compare_logits(torch.cat([one.values for one in first]), torch.cat([one.values for one in second]))
     a, b = (torch.cat([reading.values.flatten() for reading in readings]) for readings in (first, second))
-    return Distance(None, float((a - b).abs().max()), _ratio(a - b, a), None, len(a))
+    return Distance(None, float((a - b).abs().max()), _compute_ratio(a - b, a), None, len(a))
 
 
 def compare_logits(first: torch.Tensor, second: torch.Tensor) -> Distance:
     """Compare two models' logits on the same tokens, each of shape ``[tokens, vocabulary]``."""
-    # A constant added to all logits of a token changes no prediction.
+    # Centre: a constant added to all logits of a token does not change the prediction.
     a, b = (logits - logits.mean(-1, keepdim=True) for logits in (first, second))
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     return Distance(
         divergence=max(0.0, float(divergence)),
         largest=float((a - b).abs().max()),
-        relative=_ratio(a - b, a),
+        relative=_compute_ratio(a - b, a),
         agreement=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
         tokens=len(a),
     )
 
 
 def worst_row(first: Sequence[Reading], second: Sequence[Reading]) -> float:
-    """Return how far the worst input is off: the median over its positions of the relative difference.
+    """Return the largest difference of an input, as the median over its positions of the relative difference.
 
-    A router of experts may choose another one at a tie, which moves single positions far; a lost part of the adapter
-    moves most of them.
+    An expert router may decide differently at a tie, which changes single positions much; a lost part of the adapter
+    changes most of them.
     """
     rows = []
     for one, other in zip(first, second, strict=True):
@@ -160,13 +160,13 @@ def worst_row(first: Sequence[Reading], second: Sequence[Reading]) -> float:
     return max(rows)
 
 
-def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
+def _compute_ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(whole).clamp(min=1e-12))
 
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Compute in float32 inside the block; weights of 16 bits come back bit by bit."""
+    """Compute in float32 inside the block; 16-bit weights are restored exactly."""
     tensors = [*model.parameters(), *model.buffers()]
     small = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
     for tensor, _ in small:

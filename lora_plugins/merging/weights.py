@@ -1,4 +1,4 @@
-"""Put an adapter into its base and add it to the weights, layer by layer."""
+"""Load an adapter into its base and merge it into the weights, layer by layer."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ __all__ = ["Wrapped", "adapter_layers", "choose_values", "merge_layers", "round_
 
 
 class Wrapped:
-    """A base model with the adapter in it, and where each tensor of the adapter's file went.
+    """A base model with its adapter, and the place of each tensor of the adapter's file.
 
     Attributes:
         model: The wrapped model.
-        places: Name in the file -> the adapter's tensor that holds its values, ``None`` where that is a tensor of the
-            base itself.
-        dtypes: Dtype of each of the base's own tensors, before the adapter came.
-        tied: Ids of the weights that several modules of the base share, before the adapter came.
-        tied_head: Whether output head and input embedding of the base are one weight.
-        quantization: Backend of the base in training, if its values are wanted.
-        unrounded: Layers that do not have these values yet.
+        places: Name in the file -> the adapter's tensor that holds its values, ``None`` if a tensor of the base
+            holds them.
+        dtypes: Dtype of each of the base's tensors, before the adapter was added.
+        tied: Ids of the weights that several modules of the base share, before the adapter was added.
+        tied_head: Whether output head and input embedding of the base share one weight.
+        quantization: Backend of the base in training, if the merge uses its rounded weights.
+        unrounded: Layers whose weights are still to be rounded by it.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class Wrapped:
 
 
 def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
-    """Put the adapter into the base; every tensor of its file must have a place there and arrive.
+    """Load the adapter into the base, and check that every tensor of its file is in the model.
 
     Raises:
         AdapterMismatch: Names or shapes differ.
-        MergeError: A value did not arrive.
+        MergeError: The model holds other values than the file.
     """
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     tied = _shared_weights(model)
     stored = load_file(str(job.file), device="cpu")
     try:
         with warnings.catch_warnings():
-            # What is missing or left over is an error below.
+            # Missing and unexpected tensors are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             wrapped = PeftModel.from_pretrained(model, str(job.folder))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -82,10 +82,10 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
             f"The adapter {job.file} does not fit the base {job.base}, a {type(model).__name__}: PEFT can't put it in "
             f"({text})"
         ) from error
-    # A grown vocabulary is saved along in several forms; `_find_places` looks at whatever else is in the file.
+    # PEFT 0.21.2 saves a grown vocabulary under several names; `_find_places` handles the rest of the file.
     live = adapter_shapes(wrapped, "default")
     check_same_tensors({name: shape for name, shape in job.shapes.items() if name in live}, live, job.file)
-    # PEFT loses tensors of some types of models; see registry.put_back.
+    # PEFT 0.21.2 loses tensors of some model types; see registry.put_back.
     put_back(wrapped, stored, "default")
     wrapped.eval()
     own = {base_name(name): tensor for name, tensor in base_of(wrapped).state_dict().items()}
@@ -99,7 +99,7 @@ def _shared_weights(model: nn.Module) -> frozenset[int]:
 
 
 def _separate(model: nn.Module, tied: Collection[int]) -> None:
-    """Give layers that PEFT replicated weights of their own, as their checkpoint has."""
+    """Give layers that PEFT replicated their own copies of the weights, as a checkpoint of the model has."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -111,23 +111,23 @@ def _separate(model: nn.Module, tied: Collection[int]) -> None:
 def _find_places(
     wrapped: PeftModel, own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], job: Job
 ) -> dict[str, torch.Tensor | None]:
-    """Return where each tensor of the file is; ``own`` are the base's tensors. See `Wrapped`.
+    """Return `Wrapped.places`; ``own`` holds the base's tensors.
 
     Raises:
         AdapterMismatch: A tensor has no place.
         MergeError: The model holds other values there.
     """
     live = adapter_state(wrapped, "default")
-    # With a grown vocabulary PEFT saves all that stands at the embeddings, under the names that it has there.
+    # With a grown vocabulary, PEFT 0.21.2 saves every tensor of the embedding modules under its name in the wrapper.
     whole = {name.replace(".default", ""): tensor for name, tensor in wrapped.state_dict().items()}
     of_base = {tensor.data_ptr() for tensor in own.values()}
-    # The state has copies of the objects, which share their memory.
+    # `state_dict()` holds detached tensors that share memory with the model's.
     objects = {tensor.data_ptr(): tensor for tensor in wrapped.state_dict(keep_vars=True).values()}
     places: dict[str, torch.Tensor | None] = {}
     for name, value in stored.items():
         if is_replaced(name):
             continue
-        here = _first((live, name), (whole, name), (own, base_name(name)))
+        here = _find_first((live, name), (whole, name), (own, base_name(name)))
         if here is None:
             raise AdapterMismatch(f"The adapter {job.file} has the tensor {name}, which has no place in {job.base}.")
         if not torch.equal(value.to(here.device, here.dtype), here):
@@ -136,12 +136,12 @@ def _find_places(
     return places
 
 
-def _first(*places: tuple[Mapping[str, torch.Tensor], str]) -> torch.Tensor | None:
+def _find_first(*places: tuple[Mapping[str, torch.Tensor], str]) -> torch.Tensor | None:
     return next((state[name] for state, name in places if name in state), None)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the outermost modules that PEFT put into a model, by name."""
+    """Return the outermost modules that PEFT added to a model, by name."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -151,9 +151,9 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_values(wrapped: Wrapped, quantization: Quantization) -> None:
-    """Ask for the values that the layers had in training, when they were quantized.
+    """Request the rounded weights that the quantized layers had in training.
 
-    They are taken layer by layer in `merge_layers`, or all at once by `round_layers`.
+    `merge_layers` computes them layer by layer, `round_layers` all at once.
 
     Raises:
         QuantizationError: The backend can't be used here.
@@ -166,20 +166,20 @@ def choose_values(wrapped: Wrapped, quantization: Quantization) -> None:
 
 
 def round_layers(wrapped: Wrapped) -> None:
-    """Give every layer the values that its quantized form stands for, in float32."""
+    """Replace every layer's weight by its quantized and dequantized values, in float32."""
     with torch.no_grad():
         while wrapped.unrounded:
             _round(wrapped.unrounded[-1], wrapped)
 
 
 def _round(layer: Any, wrapped: Wrapped) -> None:
-    """Give one layer the values that its quantized form stands for, in float32, if that is wanted and not yet done."""
+    """Replace one layer's weight by its quantized and dequantized values, in float32, if that is still to be done."""
     if wrapped.quantization is not None and any(layer is one for one in wrapped.unrounded):
         wrapped.unrounded = [one for one in wrapped.unrounded if one is not layer]
-        layer.weight.data = _rounded(layer, wrapped.quantization)
+        layer.weight.data = _make_rounded(layer, wrapped.quantization)
 
 
-def _rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
+def _make_rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
     """Return a layer's weight after quantizing and dequantizing it, in float32 and the layer's own orientation."""
     transposed = not isinstance(layer, nn.Linear)
     weight = layer.weight.data.T.contiguous() if transposed else layer.weight.data
@@ -191,10 +191,10 @@ def _rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
 
 
 def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
-    """Add the adapter to the weights, one layer at a time, in float32, rounded once.
+    """Merge the adapter into the weights, one layer at a time, in float32, rounded once.
 
     Returns:
-        The base model without anything of PEFT in it.
+        The base model without PEFT's modules.
 
     Raises:
         MergeError: A tensor of the adapter's file is not in the result.
@@ -220,7 +220,7 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
 
 
 def _parts(layer: nn.Module) -> Iterator[Any]:
-    """Yield the adapter layers in one place: wrappers of expert parameters are nested, others stand alone."""
+    """Yield the adapter layers at one module: wrappers of expert parameters are nested, others stand alone."""
     while True:
         if isinstance(layer, TrainableTokensWrapper):
             yield layer.token_adapter
@@ -256,7 +256,7 @@ def _merge_part(layer: Any, model: PreTrainedModel, wrapped: Wrapped) -> set[int
 
 
 def _copies_rows(layer: Any) -> bool:
-    # Trained tokens are the same rows at both ends of a tied model.
+    # In a tied model, trained tokens change the same rows of input embedding and head.
     return hasattr(layer, "trainable_tokens_delta")
 
 
@@ -289,7 +289,7 @@ def _restore_dtypes(merged: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) 
 
 
 def _finish(merged: PreTrainedModel, *, tied_head: bool) -> PreTrainedModel:
-    """Freeze the result, and untie the head where training has made it another one."""
+    """Freeze the result, and set it to untied if head and embedding no longer share their weight."""
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
     if tied_head and not _has_tied_head(merged):
@@ -301,12 +301,12 @@ def _finish(merged: PreTrainedModel, *, tied_head: bool) -> PreTrainedModel:
 
 
 def _has_tied_head(model: Any) -> bool:
-    head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
+    head, embedding = _find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")
     return head is not None and head is embedding
 
 
-def _end(model: Any, get: str) -> Any:
-    """Return the weight of the input or output embedding, under what PEFT has put around it."""
+def _find_end(model: Any, get: str) -> Any:
+    """Return the weight of the input or output embedding, inside PEFT's wrappers; ``None`` if there is none."""
     try:
         module = getattr(model, get)()
     except (AttributeError, NotImplementedError):
@@ -319,20 +319,20 @@ def _end(model: Any, get: str) -> Any:
 
 
 def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
-    """Give a head or embeddings that share their weight one of its own: the adapter was trained for this place alone.
+    """Give a head or embedding that shares its weight its own copy, because the adapter changes this module alone.
 
     Raises:
-        MergeError: Another layer shares its weight: transformers would tie the two again when it loads the model.
+        MergeError: Other modules share the weight, and transformers would tie them again at loading.
     """
     weight = getattr(layer, "weight", None)
     if weight is None:
         return
-    # A wrapper's `weight` is its layer's: only parameters of a module's own count.
+    # A wrapper's `weight` property returns its layer's weight, so look at registered parameters only.
     sharing = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight]
     if len(sharing) <= 1:
         return
-    ends = [_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")]
-    # PEFT's replicated layers share weights, too; no model ties them again.
+    ends = [_find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")]
+    # Layers that PEFT replicated also share weights, but transformers doesn't tie those again.
     if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
         names = " and ".join(name.replace(".base_layer", "") for name in sharing)
         raise MergeError(
@@ -343,7 +343,7 @@ def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
 
 
 def unquantized_layers(model: nn.Module) -> list[str]:
-    """Return the names of a trained model's linear layers that were left in float, as ``skip_modules`` takes them.
+    """Return the names of a quantized model's linear layers that stayed in float, in the form of ``skip_modules``.
 
     Args:
         model: A quantized model, wrapped or not.
