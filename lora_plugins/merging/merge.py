@@ -128,8 +128,8 @@ def merge_and_save(
 
     Raises:
         MergeError: ``dtype`` is unknown, the base is unknown or can't be loaded, ``output`` holds an adapter or a
-            model that must not be replaced, weights overflow the dtype, or the written files differ from base and adapter by more than
-            rounding explains. Nothing is written to ``output`` then.
+            model that must not be replaced, weights overflow the dtype, or the written files differ from base and
+            adapter by more than rounding explains. Nothing is written to ``output`` then.
         AdapterMismatch: The adapter was trained on another base, or does not fit this one.
         QuantizationError: The backend is unknown or can't be used here.
     """
