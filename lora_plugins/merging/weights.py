@@ -1,4 +1,4 @@
-"""Load an adapter into its base and merge it into the weights, layer by layer."""
+"""Load an adapter into its base and merge it layer by layer."""
 
 from __future__ import annotations
 
