@@ -38,7 +38,7 @@ def check_output(target: Path, *, overwrite: bool) -> None:
         MergeError: The folder holds one of these.
     """
     if (target / ADAPTER_CONFIG).is_file():
-        # transformers would load the merged model and apply the adapter a second time.
+        # transformers 5.23 would load the merged model and apply the adapter a second time.
         raise MergeError(f"{target} holds an adapter. The merged model needs a folder of its own.")
     if (target / "config.json").is_file() and not overwrite:
         raise MergeError(

@@ -332,7 +332,7 @@ def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
     if len(sharing) <= 1:
         return
     ends = [_find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")]
-    # Layers that PEFT replicated also share weights, but transformers doesn't tie those again.
+    # Layers that PEFT 0.21.2 replicated also share weights, but transformers doesn't tie those again.
     if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
         names = " and ".join(name.replace(".base_layer", "") for name in sharing)
         raise MergeError(

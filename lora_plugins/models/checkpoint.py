@@ -102,7 +102,7 @@ def find_checkpoint(model: nn.Module) -> Checkpoint | None:
         files = _find_files(source, getattr(config, "_commit_hash", None))
         return Checkpoint(files) if files else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        # An unreadable checkpoint tells nothing here; loading it reports what is wrong.
+        # Treat an unreadable checkpoint as absent; loading it reports what is wrong.
         return None
 
 

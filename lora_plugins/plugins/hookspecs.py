@@ -79,5 +79,5 @@ def register_commands(app: typer.Typer) -> None:
     ```
 
     Args:
-        app: The command-line program. Import what is heavy inside the command, not beside it.
+        app: The command-line program. Import heavy modules inside the command, not at module level.
     """

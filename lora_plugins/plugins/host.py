@@ -250,12 +250,12 @@ class PluginHost:
         twin = next((other.info for other in self._loaded if other.plugin is plugin), None)
         if twin is not None:
             raise _Rejected(f"its entry point names the same object as {twin}")
-        loaded = _Loaded(info, plugin, self._new_manager())
+        loaded = _Loaded(info, plugin, self._make_manager())
         loaded.hooks.register(plugin, f"{info.distribution}:{info.name}")
         _check_hooks(loaded)
         return loaded
 
-    def _new_manager(self) -> pluggy.PluginManager:
+    def _make_manager(self) -> pluggy.PluginManager:
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(hookspecs)
         if self._trace:
