@@ -175,7 +175,7 @@ class Structure:
         stands_beside = prefix in self.modules and not self._is_language_model()
         beside = [name for name, _ in self.model.named_children() if name != prefix] if stands_beside else []
         beside = [name for name in beside if name in self.modules]
-        # A norm beside the base model is pretrained, and PEFT 0.21.2 would match every module whose name ends the same way.
+        # A norm beside the base is pretrained, and PEFT 0.21.2 would match every module whose name ends the same way.
         added = [name for name in beside if "Norm" not in type(self.modules[name]).__name__]
         heads = [name for name in dict.fromkeys([*added, *known]) if name in self.modules]
         return [path for name in heads for path in self._find_trainable_parts(name)]
@@ -186,7 +186,7 @@ class Structure:
         return vocabulary and bool(self.output_heads)
 
     def _find_trainable_parts(self, path: str) -> list[str]:
-        """Return the path, or those of a list's items, because PEFT 0.21.2 can't wrap a list; skip those without weights."""
+        """Return the path, or those of a list's items (PEFT 0.21.2 can't wrap a list); skip those without weights."""
         module = self.modules.get(path)
         if module is None:
             # Shared: the module is listed under another path.
