@@ -16,18 +16,18 @@ __all__ = ["cast_trained", "meet_inputs", "return_input_dtype"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
-#: Where a layer notes the dtype of the model around it, and that of its last input.
+#: Attributes of a layer: the dtype of the model around it, and that of its last input.
 _AROUND, _CAME_IN = "lora_plugins_dtype_around", "lora_plugins_dtype_that_came_in"
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True) -> list[str]:
-    """Hold every tensor that gets gradients in one dtype, whatever the frozen base is held in.
+    """Cast every tensor that gets gradients to one dtype, whatever the dtype of the frozen base.
 
-    PEFT 0.21 makes adapters in float32 and copies saved modules in the base's dtype
+    PEFT 0.21.2 makes adapters in float32 and copies saved modules in the base's dtype
     (https://github.com/huggingface/peft/pull/2433).
 
-    A layer whose tensors are trained computes in that dtype and gives back the dtype that came in, or for
-    tokens the dtype of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype.
+    A layer whose tensors are trained computes in that dtype and returns its input's dtype, or for tokens the dtype
+    of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype.
 
     Args:
         model: The prepared model, wrapped or not.
@@ -63,7 +63,7 @@ def _cast(parameters: Any, dtype: torch.dtype | None) -> None:
 
 
 def _find_adapter_parts(model: nn.Module) -> set[nn.Module]:
-    """The adapter layers and what is in them, but for the base layers under them: they cast their inputs themselves."""
+    """Return the adapter layers and their parts, without base layers: they cast their inputs themselves."""
     found: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -75,7 +75,7 @@ def _find_adapter_parts(model: nn.Module) -> set[nn.Module]:
 
 
 def _find_main_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of most frozen float weights outside of quantized layers."""
+    """Return the dtype of most frozen float weights outside quantized layers."""
     sizes: dict[torch.dtype, int] = {}
     for module in model.modules():
         if owner_of(module) is None:
@@ -86,9 +86,9 @@ def _find_main_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def meet_inputs(model: nn.Module, keep: nn.Module | None = None) -> int:
-    """Let layers take inputs of any float dtype: sound and images come in float32, whatever a base is held in.
+    """Let layers take inputs of any float dtype: audio and images come in float32, whatever the base's dtype.
 
-    torch's own layers and those that own a matrix refuse an input of another dtype than their weight's. Under
+    torch's own layers, and layers that own a matrix, refuse an input whose dtype differs from their weight's. Under
     autocast torch 2.13 casts for all but norms on a CPU
     (https://github.com/intel/intel-extension-for-pytorch/issues/731).
 
@@ -113,7 +113,7 @@ def meet_inputs(model: nn.Module, keep: nn.Module | None = None) -> int:
 
 
 def _find_inner_linears(model: nn.Module) -> set[nn.Module]:
-    """The linear layers in stacks of blocks, where all floats are float32: they get hidden states in it, no inputs."""
+    """Return the linear layers in blocks of a float32 model: their inputs are hidden states, always float32."""
     if any(p.dtype in _HALF for p in model.parameters()):
         return set()
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -121,11 +121,11 @@ def _find_inner_linears(model: nn.Module) -> set[nn.Module]:
 
 
 def return_input_dtype(module: nn.Module, around: torch.dtype | None = None) -> None:
-    """Let a layer compute in its own dtype and give back the dtype that came in.
+    """Let a layer compute in its own dtype and return its input's dtype.
 
     Args:
         module: The layer.
-        around: What it gives back where no float comes in, as for tokens.
+        around: The output's dtype where the input is not a float, as for tokens.
     """
     # Hooks and not a new forward: they belong to the module and go with it into a copy of the model.
     if _enter not in module._forward_pre_hooks.values():
@@ -159,12 +159,12 @@ def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
 
 
 def _refuses(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a layer under autocast refuses its input: norms in 16 bits on a CPU do, which autocast leaves alone."""
+    """Whether a layer under autocast refuses its input: 16-bit norms on a CPU do, which torch 2.13 does not cast."""
     own = [p for p in module._parameters.values() if p is not None]
     return x.device.type == "cpu" and all(p.dim() == 1 and p.dtype in _HALF for p in own)
 
 
 def _read_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of a layer's own tensors; PEFT takes the parameters of experts away while they are in use."""
+    """Return the dtype of a layer's tensors, or ``default``: PEFT 0.21.2 removes experts' parameters during a pass."""
     own = (p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
     return next(own, default)

@@ -53,7 +53,7 @@ class TensorBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes."""
         return sum(self.by_dtype.values()) + self.quantization_state
 
 
@@ -73,7 +73,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
                 continue
             seen.add(id(parameter))
             if packed and name != "bias":
-                # However the weight is packed and scaled: it counts once, below.
+                # The packed weight and its scales count once, below.
                 continue
             count = int(getattr(parameter, "ds_numel", parameter.numel()))
             total += count
@@ -90,7 +90,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
 
 
 def _list_logical_modules(model: nn.Module) -> Iterator[Any]:
-    """All modules except the frozen originals that PEFT keeps beside a head it trains as a copy."""
+    """Return all modules except the frozen originals that PEFT keeps beside a head it trains as a copy."""
     hidden: set[int] = set()
     module: Any
     for module in model.modules():
@@ -124,9 +124,9 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
 
 
 def _list_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that a tensor is made of: some backends wrap weight and scales in one of their own."""
+    """Yield the plain tensors inside a tensor: some backends wrap weight and scales in a tensor subclass."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    # A tensor that is spread over processes can be flattened too, and is measured by what is here.
+    # A sharded tensor can be flattened too, but is measured by its local part.
     if flatten is not None and not hasattr(tensor, "to_local"):
         for name in flatten()[0]:
             yield from _list_parts(getattr(tensor, name))
@@ -135,7 +135,7 @@ def _list_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _measure_new(tensor: torch.Tensor, seen: set[Any]) -> int:
-    """Bytes of a tensor's storage, 0 when an earlier tensor shares it."""
+    """Return the bytes of a tensor's storage, 0 when an earlier tensor shares it."""
     if tensor.is_meta:
         key, size = id(tensor), tensor.numel() * tensor.element_size()
     else:

@@ -1,4 +1,4 @@
-"""Give a quantized model float weights again, in place."""
+"""Convert a quantized model back to float weights, in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["dequantize_model"]
 
 
 def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -> list[str]:
-    """Replace every quantized layer by a float one with the values that it stands for.
+    """Replace every quantized layer by a float layer with its dequantized values.
 
     Adapters stay, and can be merged afterwards with PEFT's ``merge_and_unload()`` without being rounded to the
     grid of a few bits. The model grows to the size of its float weights.
@@ -70,7 +70,7 @@ def _find_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _make_float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
-    """A layer of the class that was quantized, with this weight of shape ``[out_features, in_features]``."""
+    """Return a layer of the class that was quantized, with a weight of shape ``[out_features, in_features]``."""
     out_features, in_features = weight.shape
     bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
     layer: Any
@@ -86,7 +86,7 @@ def _make_float_layer(module: Any, weight: torch.Tensor) -> nn.Module:
 
 
 def _refit_lora_layers(model: nn.Module) -> None:
-    """Give LoRA layers the class and orientation that fits the float layers now under them."""
+    """Give LoRA layers the class and orientation that fit the float layers now under them."""
     for module in model.modules():
         if isinstance(module, QuantizedLoraLinear):
             module.__class__ = Linear

@@ -20,15 +20,15 @@ FACTS_ATTRIBUTE = "lora_plugins_facts"
 
 
 def record_facts(model: nn.Module) -> dict[str, Any]:
-    """Write on a model how its base is stored, and return it.
+    """Record on a model how its base is stored, and return the record.
 
     ``model.lora_plugins_facts`` is a dict that goes into JSON as it is::
 
         {"quantization": {"name": "int8", "options": {"threshold": 5.0}}, "known": True}
 
-    ``quantization`` is ``None`` for a base in float. With ``known`` the name and options quantize the same base alike
-    again (``quantization={"name": …, **options}``); without, the base was quantized by somebody whose options, or
-    whose layers, no backend here can read.
+    ``quantization`` is ``None`` for a base in float. If ``known`` is true, name and options reproduce the quantization
+    of the base (``quantization={"name": …, **options}``); if not, the base was quantized with options, or into layers,
+    that no backend here can read.
 
     Args:
         model: A prepared model, wrapped or not.
@@ -53,7 +53,7 @@ def describe_quantization(base: nn.Module) -> dict[str, Any]:
 
 
 def _read_plain_options(quantization: Quantization) -> tuple[dict[str, Any], bool]:
-    """Options as JSON values, and whether all of them are there."""
+    """Return the options as JSON values, and whether none of them is missing."""
     plain: dict[str, Any] = {}
     complete = True
     for name, value in quantization.options.items():
@@ -75,7 +75,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _read_foreign_name(base: Any, unknown: Mapping[str, str]) -> str:
-    """What its own library calls the way a base is stored: the method in its config, else the class of its layers."""
+    """Return another library's name for how a base is stored: the method in its config, else its layers' class."""
     config = getattr(getattr(base, "config", None), "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
     return str(getattr(method, "value", method) or next(iter(unknown.values())))

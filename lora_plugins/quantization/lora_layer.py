@@ -20,7 +20,7 @@ class QuantizedLoraLinear(Linear):  # type: ignore[misc]
 
     Training is PEFT's own. Merging dequantizes, adds and quantizes again, which rounds the sum to the backend's
     grid: 8 bits are fine enough for that. Below 8 bits most of the adapter would be rounded away, so that
-    is refused. Unmerging puts the base layer back that was there before, bit by bit.
+    is refused. Unmerging restores the previous base layer, bit by bit.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

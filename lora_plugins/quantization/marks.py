@@ -1,4 +1,4 @@
-"""The flags that transformers sets on a quantized model."""
+"""Set and remove the flags that transformers sets on a quantized model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["QuantizedInPlace", "tag_quantized", "untag_dequantized"]
 
 
 class QuantizedInPlace(HfQuantizer):  # type: ignore[misc]
-    """A quantizer that has done its work: the model can be trained under adapters, and not be saved as it is.
+    """Marks a model as quantized in place: it can be trained under adapters, but not be saved as it is.
 
-    transformers would write such a base without complaint and read it back with new random weights.
+    Without this, transformers 5.23 would save such a base without complaint and load it with new random weights.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,7 +34,7 @@ class QuantizedInPlace(HfQuantizer):  # type: ignore[misc]
 def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayers) -> None:
     """Set all the flags that transformers sets on a model that was loaded quantized, or none.
 
-    Half of them is worse than none: with ``is_quantized`` alone the Trainer fails on a missing
+    A part of them is worse than none: with ``is_quantized`` alone the Trainer (transformers 5.23) fails on a missing
     ``hf_quantizer``. A backend without a load-time config gets a `QuantizedInPlace`: without it, transformers
     would save the base in a form that it can't read back.
     """
@@ -59,12 +59,12 @@ def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayer
 
 
 def untag_dequantized(model: Any) -> bool:
-    """Take the flags off a model that is marked quantized and holds only float weights.
+    """Remove the flags of a model that is marked quantized but holds only float weights.
 
-    A model loaded from GGUF is dequantized by transformers and still marked, so the Trainer refuses it.
+    transformers 5.23 dequantizes a model from GGUF and leaves it marked, so its Trainer refuses the model.
 
     Returns:
-        Whether there was something to take off.
+        Whether there was anything to remove.
     """
     if not getattr(model, "is_quantized", False) or detect_quantization(model) is not None:
         return False
@@ -87,7 +87,7 @@ def untag_dequantized(model: Any) -> bool:
 
 
 def _forget_unpacking(model: Any) -> None:
-    """Drop the conversions by which a quantizer unpacked the files: saving would try to undo them, and can't."""
+    """Drop the conversions by which a quantizer unpacked the files: saving would try to reverse them and fail."""
     conversions = vars(model).get("_weight_conversions")
     if conversions:
         model._weight_conversions = [one for one in conversions if _is_reversible(one)]

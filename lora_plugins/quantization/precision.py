@@ -36,8 +36,8 @@ _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 natively.
 
-    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer; a CUDA device that is
-    not here, but planned for, is taken for a new one.
+    True on CPUs with AVX512-BF16 or AMX and on CUDA devices of compute capability 8.0 and newer; without
+    CUDA on this machine, a planned CUDA device is assumed to be new enough.
     """
     if device.type == "cpu":
         probe = getattr(torch.cpu, "get_capabilities", None)
@@ -62,7 +62,7 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def loading_dtype() -> torch.dtype:
-    """Dtype of matrix products for a model that is yet to be loaded: bfloat16, float32 where only a slow CPU is."""
+    """Return the dtype of matrix products for a model to load: bfloat16, or float32 if there is only a slow CPU."""
     only_cpu = not torch.accelerator.is_available()
     return torch.float32 if only_cpu and slow_dtype(torch.bfloat16, torch.device("cpu")) else torch.bfloat16
 
@@ -78,11 +78,11 @@ def resolve_compute_dtype(
     """Return the dtype that the frozen float weights are cast to, ``None`` to leave them.
 
     ``"auto"`` leaves a model without quantization, one that was sharded while it was loaded, and a model under
-    autocast as it is. A float32 base that is quantized gets bfloat16 activations where `fast_bfloat16` says so, one in
-    16 bits gets float32 activations where `slow_dtype` says so.
+    autocast as it is. A quantized float32 base gets bfloat16 activations if `fast_bfloat16` holds, a 16-bit one gets
+    float32 activations if `slow_dtype` holds.
 
     Args:
-        wanted: What was asked for.
+        wanted: The requested dtype, or ``"auto"``.
         model: The base model.
         quantized: Whether it is quantized, or will be.
         autocast: Whether the Trainer runs it under autocast.
@@ -110,7 +110,7 @@ def resolve_compute_dtype(
 
 
 def resolve_trainable_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of everything that is trained, ``None`` to leave it.
+    """Return the dtype of everything that is trained, ``None`` to leave it as it is.
 
     Raises:
         PreparationError: ``wanted`` is not a float dtype.
@@ -136,7 +136,7 @@ def activation_dtype(model: nn.Module, *, autocast: bool) -> torch.dtype | None:
 
 
 def slow_products_note(model: nn.Module, *, autocast: bool) -> str | None:
-    """Sentence for the report when a model will multiply in a dtype that its device is slow at, else ``None``."""
+    """Return a sentence for the report if a model will multiply in a dtype that its device is slow at, or ``None``."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return None
@@ -168,7 +168,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _refuse_partitioned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
-    """Refuse to cast a weight of which only a part is here: the other parts would keep their dtype."""
+    """Refuse to cast a sharded weight: the other shards would keep their dtype."""
     if is_part(parameter):
         raise PreparationError(
             f"The weights were sharded in {str(parameter.dtype).removeprefix('torch.')} while the model was loaded and "
@@ -178,10 +178,10 @@ def _refuse_partitioned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> No
 
 
 def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
-    """Hold norms (``"norms"``) or everything that is not quantized (``"all"``) in float32.
+    """Cast norms (``"norms"``) or everything that is not quantized (``"all"``) to float32.
 
-    With ``"norms"`` each norm computes in float32 and gives back its input's dtype: without that, the
-    next 16-bit linear layer would refuse the float32 activations.
+    With ``"norms"`` each norm computes in float32 and returns its input's dtype; otherwise the next 16-bit linear
+    layer would refuse the float32 activations.
 
     Returns:
         Names of the modules that were cast.
@@ -212,6 +212,6 @@ def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Norm layers have no common base class: they are known by their name and by holding vectors only."""
+    """Whether a module is a norm, by its class name and by holding vectors only: norms share no base class."""
     parameters = list(module.parameters(recurse=False))
     return "norm" in type(module).__name__.lower() and bool(parameters) and all(p.dim() == 1 for p in parameters)

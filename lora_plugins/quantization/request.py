@@ -37,7 +37,7 @@ __all__ = [
 CORE_OPTIONS = ("name", "skip_modules")
 
 
-#: Where a quantized layer remembers its backend and options.
+#: Attribute of a quantized layer that holds its backend and options.
 _MEMORY = "lora_plugins_quantization"
 
 
@@ -60,7 +60,7 @@ class Quantization:
     def quantize(self, linear: nn.Linear) -> nn.Module:
         """Return the quantized form of a float layer, which remembers this backend and its options.
 
-        It is frozen, but for a bias that is trained and that the backend keeps as a parameter.
+        It is frozen, except a trained bias that the backend keeps as a parameter.
 
         Raises:
             QuantizationError: The backend gave back a layer that is not its own, such as the float layer.
@@ -177,9 +177,9 @@ def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | N
 
 
 def unknown_layers(model: nn.Module, host: PluginHost | None = None) -> dict[str, str]:
-    """Return the linear layers that are stored in a way no backend here knows: their paths and class names.
+    """Return the paths and class names of linear layers whose storage no backend here knows.
 
-    Such a layer says ``in_features`` and ``out_features`` and holds no float tensor that could be its weight.
+    Such a layer has ``in_features`` and ``out_features``, and no float tensor that could be its weight.
     """
     adapters = adapter_modules(model)
     return {
@@ -190,7 +190,7 @@ def unknown_layers(model: nn.Module, host: PluginHost | None = None) -> dict[str
 
 
 def is_unknown_layer(module: Any, host: PluginHost | None = None) -> bool:
-    """Whether a module is a linear layer whose weight is neither float nor a backend's of ours."""
+    """Whether a module is a linear layer whose weight is neither float nor made by a registered backend."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in sizes) or isinstance(module, BaseTunerLayer):
         return False
@@ -203,26 +203,26 @@ def is_unknown_layer(module: Any, host: PluginHost | None = None) -> bool:
 def _could_be_weight(tensor: Any, size: int) -> bool:
     if not tensor.is_floating_point() or getattr(tensor, "ds_numel", tensor.numel()) < size:
         return False
-    # A tensor that wraps packed ones calls itself a float; one that is spread over processes is plain.
+    # A subclass that wraps packed tensors reports a float dtype; a sharded tensor does not wrap packed ones.
     return not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local")
 
 
 def with_compute_dtype(quantization: Quantization, dtype: torch.dtype | None) -> Quantization:
-    """Tell a backend that asks for it in which dtype its layers will be used, unless the user has said."""
+    """Add the compute dtype to the options of a backend that has one, unless the user has set it."""
     if "compute_dtype" not in quantization.quantizer.options or dtype is None:
         return quantization
     return Quantization(quantization.quantizer, {"compute_dtype": dtype, **quantization.options})
 
 
 def remember(layer: nn.Module, quantization: Quantization) -> None:
-    """Note on a quantized layer which backend made it, and with which options."""
+    """Record on a quantized layer which backend made it, and with which options."""
     setattr(layer, _MEMORY, quantization)
 
 
 def quantization_of(module: nn.Module) -> Quantization | None:
     """Return the backend of one layer with its options, ``None`` for a module in float.
 
-    A layer that was loaded quantized and never prepared has no options noted.
+    A layer that was loaded quantized and never prepared has no recorded options.
     """
     known = getattr(module, _MEMORY, None)
     if known is not None and known.quantizer.owns(module):
@@ -234,8 +234,8 @@ def quantization_of(module: nn.Module) -> Quantization | None:
 def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Quantization | None:
     """Return the backend of a model that arrives quantized, with its options; the first quantized layer decides.
 
-    Options come from the layer's own memory, else from the config that transformers loaded the model with, and are
-    empty where neither has them: `options_known` tells.
+    Options come from the layer's record, else from the config that transformers loaded the model with; if neither has
+    them they are empty, which `options_known` tells apart.
     """
     for module in model.modules():
         quantizer = owner_of(module, host)

@@ -37,17 +37,17 @@ _FAILURES = (
 
 
 def self_test(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Train a small layer through one evaluation and back, once per process, device and dtype.
+    """Train a small layer, evaluate it and train it again, once per process, device and dtype.
 
     Returns:
-        What is wrong, ``None`` when the backend can be trusted.
+        The problem, ``None`` when the backend can be trusted.
     """
     options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
     return _run_self_test(_Case(quantization.quantizer, options), device, dtype)
 
 
 class _Case:
-    """A backend with options, comparable although the options may be objects without a hash."""
+    """A backend with options, hashable even if its options are not."""
 
     def __init__(self, quantizer: Quantizer, options: Mapping[str, Any]) -> None:
         self.quantizer = quantizer
@@ -90,7 +90,7 @@ def _run_self_test(case: _Case, device: torch.device, dtype: torch.dtype) -> str
 
 
 class _Untrainable(Exception):
-    """What is wrong, in words."""
+    """A layer can't be trained; the message says why."""
 
 
 def _train(
@@ -100,7 +100,7 @@ def _train(
 
     The evaluation in the middle is the point: some kernels repack the weight there and lose the gradient.
     """
-    # A layer that can't be read may have a better reason not to be used: that its forward pass has no derivative.
+    # If dequantize() fails, a forward pass without a gradient would still be the better reason to report.
     stored = None
     with contextlib.suppress(*_FAILURES):
         stored = quantizer.dequantize(layer).detach().float()
@@ -137,7 +137,7 @@ def _check_gradient(
 
 @contextlib.contextmanager
 def _silence(names: Iterable[str]) -> Iterator[None]:
-    """Hide what a backend's libraries say of their own kernels while they are only being tested."""
+    """Hide the log messages and warnings of a backend's libraries during the self-test."""
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     for logger in levels:
         logger.setLevel(logging.ERROR)
@@ -151,10 +151,10 @@ def _silence(names: Iterable[str]) -> Iterator[None]:
 
 
 def check_arrived(model: nn.Module, quantization: Quantization) -> None:
-    """Refuse a model that was loaded quantized where its backend can't compute one of the layers.
+    """Refuse a model that was loaded quantized if its backend can't compute one of the layers.
 
     Raises:
-        QuantizationError: It has such layers.
+        QuantizationError: The model has such a layer.
     """
     quantizer = quantization.quantizer
     for path, module in model.named_modules():
@@ -171,20 +171,20 @@ def check_arrived(model: nn.Module, quantization: Quantization) -> None:
 
 
 def why_unavailable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a backend can't run here and what to install, ``None`` when it can.
+    """Return why a backend can't run here and what to install, ``None`` when it can.
 
-    Its packages come first: a backend need not be able to say anything while they are missing.
+    Its packages are checked first: a backend may not be able to answer while they are missing.
     """
     quantizer = quantization.quantizer
     return missing_requirements(quantizer.requires) or quantizer.available(device, dtype, quantization.options)
 
 
 def check_usable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Ask a backend whether it runs here and let it pass the self-test, once per process and device.
+    """Check that a backend runs here and passes the self-test, once per process and device.
 
     Raises:
         QuantizerUnavailable: It can't run; the message has its reason.
-        QuantizerSelfTestFailed: It runs and can't train.
+        QuantizerSelfTestFailed: It runs but can't train.
     """
     reason = why_unavailable(quantization, device, dtype)
     if reason is not None:

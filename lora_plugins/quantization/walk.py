@@ -19,7 +19,7 @@ from lora_plugins.quantization.selftest import check_usable
 __all__ = ["EXPECTED_REASONS", "as_linear", "layers_to_quantize", "quantize_in_place"]
 
 
-#: Why layers stay in float that nobody expects to be quantized; other reasons are worth a note.
+#: Expected reasons for a layer to stay in float; other reasons are worth a note.
 EXPECTED_REASONS = (
     "never touched in this architecture",
     "head, tied weight or kept in float32 by the model",
@@ -80,13 +80,13 @@ def quantize_in_place(
         for parent, attribute in parents[id(layer)]:
             setattr(parent, attribute, new)
         if new is not layer:
-            # Whoever else still holds the old layer object must not keep its weight alive.
+            # Other references to the old layer must not keep its weight alive.
             layer.weight = None
     return QuantizedLayers(names, skipped)
 
 
 def as_linear(layer: Any) -> nn.Linear:
-    """Return the layer itself, or for transformers' ``Conv1D`` the linear layer with the same function."""
+    """Return the layer itself, or for transformers' ``Conv1D`` an equivalent linear layer."""
     if isinstance(layer, nn.Linear):
         return layer
     in_features, out_features = layer.nx, layer.nf
@@ -132,7 +132,7 @@ def layers_to_quantize(
 
 
 def _read_features(layer: Any) -> tuple[int, int]:
-    """Input and output features of an ``nn.Linear`` or of transformers' ``Conv1D``."""
+    """Return the input and output features of an ``nn.Linear`` or of transformers' ``Conv1D``."""
     return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
 
 
@@ -142,7 +142,7 @@ def _matches(name: str, skip: str) -> bool:
 
 
 def _find_kept_by_model(model: nn.Module) -> list[str]:
-    """Names that transformers itself would not quantize: output embeddings, tied weights, fp32-only modules."""
+    """Return the names that transformers would not quantize: output embeddings, tied weights, fp32-only modules."""
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         keep = list(base._keep_in_fp32_modules or []) + list(base._keep_in_fp32_modules_strict or [])

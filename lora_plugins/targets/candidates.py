@@ -172,9 +172,11 @@ class Candidates:
 
     def is_forbidden(self, path: str) -> bool:
         """Whether an adapter would be wrong here: the record forbids it, or the weight is read without a call."""
-        return is_under(path, self.never) or self.structure.is_output_layer_of_attention(path) or self._read_raw(path)
+        return (
+            is_under(path, self.never) or self.structure.is_output_layer_of_attention(path) or self._is_read_raw(path)
+        )
 
-    def _read_raw(self, path: str) -> bool:
+    def _is_read_raw(self, path: str) -> bool:
         owner, _, name = path.rpartition(".")
         return (
             name in _RAW and f"{owner}.conv1d" in self.structure.modules and f"{owner}.D" in self.structure.parameters

@@ -63,8 +63,8 @@ def attach(trainer: Trainer, **arguments: Any) -> LoraCallback:
 def detach(trainer: Trainer) -> nn.Module:
     """Take the adapters out of a Trainer and give the base model back, without merging them.
 
-    The base stays as it was prepared (quantized, frozen). Where FSDP2 or DeepSpeed has trained it, its parts are put
-    together, so that each process holds the whole of it, and each must call this.
+    The base stays as it was prepared (quantized, frozen). After training under FSDP2 or DeepSpeed its shards are
+    gathered: every process must call this, and holds the whole model afterwards.
 
     Args:
         trainer: A Trainer with a `LoraCallback`, not inside ``train()``.
@@ -73,8 +73,8 @@ def detach(trainer: Trainer) -> nn.Module:
         The base model, which is in the Trainer again.
 
     Raises:
-        AttachError: The Trainer has none, or is inside ``train()``.
-        ProcessMissing: The model is spread over processes and not all of them call this.
+        AttachError: The Trainer has no `LoraCallback`, or is inside ``train()``.
+        ProcessMissing: The model is sharded over processes and not all of them call this.
     """
     if is_training(trainer):
         raise AttachError("The Trainer is inside train(); detach before or after it.")

@@ -70,7 +70,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self.report: ParameterReport | None = None
 
     def _forget_run(self) -> None:
-        """Watch nothing yet: what was seen belongs to one run of one Trainer."""
+        """Reset the watches: what they have seen belongs to one run of one Trainer."""
         self.movement = liveness.MovementWatch([])
         self.losses = LossWatch()
         self._sent = False
@@ -98,7 +98,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         """The Trainer that this callback prepared a model in.
 
         Raises:
-            TrainerNotFound: There is none.
+            TrainerNotFound: It has not prepared one, or the Trainer is gone.
         """
         trainer = self._trainer() if self._trainer is not None else None
         if trainer is None:
@@ -132,13 +132,13 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self._undo += wrap_methods(trainer, self)
 
     def release(self) -> None:
-        """Take everything back that was put around the Trainer's methods; the model stays as it is."""
+        """Unwrap the Trainer's methods; the model stays as it is."""
         while self._undo:
             self._undo.pop()()
         self._trainer = None
 
     def make_model(self, trainer: Trainer, model: nn.Module) -> nn.Module:
-        """Prepare one model and fit it to what this Trainer does with it."""
+        """Prepare one model and adapt it to this Trainer's engine and generation settings."""
         prepared = self._prepare(trainer, model)
         if not self.checks.run(UnsavedTensors):
             allow_unsaved(prepared)
@@ -189,7 +189,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         self.losses.start(fp16=bool(args.fp16), label_names=trainer.label_names or ())
 
     def _check_model(self, model: nn.Module) -> None:
-        """Raise where the Trainer's model is not one that was prepared here."""
+        """Raise `ModelReplaced` unless the Trainer's model has been prepared."""
         if preparation_of(model) is None:
             raise ModelReplaced(
                 f"The model in the Trainer ({type(model).__name__}) is not the one that was prepared: something put "
@@ -230,7 +230,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             self.movement.after_step(skipped, norm=engines.read_gradient_norm(trainer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The trackers close before on_train_end gets here.
+        # Trackers close before on_train_end reaches this callback.
         if state.is_world_process_zero and (control.should_training_stop or self.movement.seen != self._sent):
             self._sent = self.movement.seen
             _send_scalars(self.trainer, self, self.movement.scalars(), kwargs)
@@ -252,13 +252,13 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _read_rates(trainer: Trainer) -> dict[int, float]:
-    """The learning rate of each tensor in the optimizer, by the tensor's ``id``."""
+    """Return the learning rate of each tensor in the optimizer, by the tensor's ``id``."""
     groups = trainer.optimizer.param_groups
     return {id(p): float(group.get("lr") or 0) for group in groups for p in group["params"]}
 
 
 def _find_highest_rate(trainer: Trainer) -> float:
-    """The largest learning rate of the optimizer's groups."""
+    """Return the largest learning rate of the optimizer's groups."""
     return max((float(group.get("lr") or 0) for group in trainer.optimizer.param_groups), default=0.0)
 
 
@@ -346,15 +346,15 @@ class LoraCallback(_PreparingCallback):
 class Int8PreparationCallback(_PreparingCallback):
     """Quantizes and prepares the base model of a Trainer, for models that get their adapters elsewhere.
 
-    On a plain model: quantized, frozen and marked as transformers marks a model that was loaded quantized.
-    On a `peft.PeftModel` (TRL's ``peft_config=`` makes one): the base layers under the adapters are
-    quantized; the adapters' weights, names and trainability stay, and merging works.
+    A plain model is quantized, frozen, and marked as transformers marks a model that was loaded quantized.
+    In a `peft.PeftModel` (TRL's ``peft_config=`` makes one) the base layers under the adapters are quantized; the
+    adapters' weights, names and trainability stay, and merging works.
 
     Args:
-        quantization: The backend, ``"int8"`` unless told otherwise.
+        quantization: The backend, by default ``"int8"``.
         compute_dtype: See `prepare_model`.
         upcast: See `prepare_model`.
-        strict: Whether a name in the adapters' configuration that touches nothing is an error; else it is a warning.
+        strict: Whether a name in the adapters' configuration that matches nothing is an error; else it is a warning.
         frozen: See `prepare_model`.
         fused: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
@@ -392,7 +392,7 @@ class Int8PreparationCallback(_PreparingCallback):
         return prepared
 
     def _check_model(self, model: nn.Module) -> None:
-        """Adapters from elsewhere may have wrapped the prepared model since: look at what is in it."""
+        """Raise `ModelReplaced` unless the model is quantized; adapters may have wrapped it since."""
         found = detect_quantization(model)
         if found is None:
             raise ModelReplaced(
@@ -406,7 +406,7 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
 
     A table on the terminal (elsewhere one line, unless `LoraCallback` has printed it),
     ``parameter_report.json`` in the output folder, and scalars to whatever the Trainer reports to; on the main
-    process only. Names in an adapter's configuration that touch nothing are an error.
+    process only. Names in an adapter's configuration that match nothing are an error.
 
     Args:
         strict: Whether such names are an error; else they are a warning.
@@ -437,7 +437,7 @@ class ParameterReportCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _send_scalars(trainer: Trainer, sender: TrainerCallback, scalars: dict[str, float], kwargs: dict[str, Any]) -> None:
-    """Give scalars to the trackers, transformers' own and others, which all listen to ``on_log``.
+    """Send scalars to all trackers, transformers' own and others, through ``on_log``.
 
     ``trainer.log`` would do, and would also print them as one long dictionary between the progress bars.
     """

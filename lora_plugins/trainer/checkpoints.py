@@ -45,10 +45,10 @@ def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
     """Raise `BrokenCheckpoint` unless a checkpoint holds every adapter as it is in the model.
 
     Args:
-        model: The model. Where it is spread over processes, each of them must call. One without adapters of PEFT, and
-            adapters that are prompts, are passed over.
+        model: The model; if it is sharded, every process must call. Models without PEFT adapters, and adapters that
+            are prompts, are skipped.
         folder: The checkpoint's folder.
-        read: Whether this process compares; the others only give their parts.
+        read: Whether this process compares; the others only contribute their shards.
     """
     if not isinstance(model, PeftModel):
         return
@@ -71,10 +71,9 @@ def _check_file(file: Path, folder: Path, live: Mapping[str, torch.Tensor]) -> N
 
 
 def restore_best(model: Any, folder: Path) -> None:
-    """Put every adapter of the best checkpoint into the model, equal to its file to the byte.
+    """Load every adapter of the best checkpoint into the model, byte for byte.
 
-    Where adapters are spread over processes, the engine has put them back, and here they are compared. Each process
-    must call.
+    Sharded adapters have already been loaded by the engine, and are compared with the files. Every process must call.
 
     Raises:
         BrokenCheckpoint: The checkpoint has no usable adapter, or the model does not hold it.
@@ -99,7 +98,7 @@ def load_adapters(model: PeftModel, folder: Path, problem: str) -> None:
     Args:
         model: A wrapped model with whole tensors.
         folder: The checkpoint.
-        problem: How the message of an error begins.
+        problem: The beginning of an error's message.
 
     Raises:
         BrokenCheckpoint: A file is missing, does not fit, or the model does not hold its values afterwards.

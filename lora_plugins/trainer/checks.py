@@ -31,8 +31,8 @@ class Check:
     """One check of a run.
 
     Attributes:
-        error: What it raises; its name gives the check its own, see `check_name`.
-        when: At which moment of a run it looks.
+        error: The error it raises; its name gives the check its name, see `check_name`.
+        when: The moment of a run at which it looks.
         finds: What it finds, as a clause.
     """
 
@@ -91,7 +91,7 @@ class Checks:
 
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:
-        """Drop the error of a check that is switched off; let any other say how it can be.
+        """Suppress the error of a check that is switched off; add to any other how to switch it off.
 
         Raises:
             LivenessError: What a check inside has found.

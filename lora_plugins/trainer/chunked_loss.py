@@ -36,7 +36,7 @@ __all__ = [
 PIECE = 1 << 23
 #: Rows that are computed at a time however large the vocabulary is: fewer would read the head's weight too often.
 FEWEST_ROWS = 64
-#: Words of the vocabulary in one float32 product on a CPU: PyTorch's library for it is a third slower with all of them.
+#: Vocabulary entries in one float32 product on a CPU: PyTorch's BLAS is a third slower with all of them at once.
 TILE = 2048
 
 
@@ -117,7 +117,7 @@ def _uses_models_loss(trainer: Trainer) -> bool:
 
 
 def _find_plain_head(base: Any) -> nn.Linear | None:
-    """The output embedding of a model whose loss can be computed in pieces, else ``None``."""
+    """Return the output embedding of a model whose loss can be computed in pieces, else ``None``."""
     if not isinstance(base, PreTrainedModel) or base.loss_function is not ForCausalLMLoss:
         return None
     head = base.get_output_embeddings()
@@ -175,11 +175,11 @@ class _Loss:
 class LazyLogits(torch.Tensor):
     """Logits that are computed at the first touch, with the gradient that they would have had.
 
-    To everybody but the loss they are an ordinary tensor: autograd knows them as the output of the head, and whatever
-    reads or writes their values computes them first.
+    For all code but the loss they are an ordinary tensor: autograd knows them as the output of the head, and any
+    operation that reads or writes their values computes them first.
 
     Attributes:
-        hidden: What the head got, shape ``[…, hidden]``.
+        hidden: Input of the head, shape ``[…, hidden]``.
         compute_dtype: Dtype of the product with the head's weight.
         made: The values, ``None`` before the first touch.
     """
@@ -195,12 +195,12 @@ class LazyLogits(torch.Tensor):
     def __new__(cls, head: nn.Linear, hidden: torch.Tensor) -> LazyLogits:
         apply: Any = _Head.apply
         lazy: LazyLogits = apply(hidden, head)
-        # Inside of the function it would be cut off from its graph.
+        # Set inside the autograd function, it would be detached from its graph.
         lazy.hidden = hidden
         return lazy
 
     def __init__(self, head: nn.Linear, hidden: torch.Tensor) -> None:
-        """Everything is set in ``__new__``."""
+        """Do nothing: ``__new__`` sets every attribute."""
 
     @classmethod
     def wrap(cls, head: nn.Linear, hidden: torch.Tensor) -> LazyLogits:
@@ -233,7 +233,7 @@ class LazyLogits(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.clone.default and args[0].made is None:
-            # DDP hands clones of a model's output out.
+            # DDP returns clones of a model's output.
             first = args[0]
             return cls._wrap(first._head, first.hidden, first.compute_dtype, first.dtype)
         origins: dict[int, LazyLogits] = {}
@@ -246,7 +246,7 @@ class LazyLogits(torch.Tensor):
             return made
 
         result = func(*tree_map(find_values, args), **tree_map(find_values, kwargs or {}))
-        # What works in place returns what it got.
+        # In-place operations return their argument.
         return tree_map(lambda value: origins.get(id(value), value), result)
 
     def retain_grad(self) -> None:
@@ -271,7 +271,7 @@ def _forward_to_values(name: str) -> Any:
     return call
 
 
-# These reach for the memory of a tensor without an operation that could be seen.
+# These read a tensor's memory without an operation that ``__torch_dispatch__`` sees.
 for _name in (
     "__array__",
     "__deepcopy__",
@@ -289,7 +289,7 @@ for _name in (
 
 
 class _Head(torch.autograd.Function):
-    """The head of a model, whose values come later."""
+    """The head of a model; its values are computed later."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear) -> LazyLogits:
@@ -306,7 +306,7 @@ class _Head(torch.autograd.Function):
 class _PiecewiseLoss(torch.autograd.Function):
     """Cross-entropy of ``rows @ weight.T + bias``, summed and multiplied by ``factor``.
 
-    The gradient is made in the forward pass, rounded where transformers' loss rounds it.
+    The gradient is computed in the forward pass and rounded where transformers' loss rounds it.
     """
 
     @staticmethod
@@ -320,7 +320,7 @@ class _PiecewiseLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        # Below float16's smallest number lie most shares divided by the items; a gradient scaler comes later.
+        # In float16 most shares times the factor underflow: it is applied later, with the scaled upstream gradient.
         ctx.later = dtype == torch.float16
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -351,7 +351,7 @@ class _PiecewiseLoss(torch.autograd.Function):
 
 
 def _compute_logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``rows @ weight.T + bias``."""
+    """Return ``rows @ weight.T + bias``."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return nn.functional.linear(rows, weight, bias)
     logits = rows.new_empty(len(rows), len(weight))

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-#: How long the processes wait for each other before saving a model that is spread over them.
+#: How long the processes wait for each other before saving a model that is sharded over them.
 MEETING_TIME = timedelta(minutes=10)
 
 
@@ -110,11 +110,11 @@ def _check_device_map(trainer: Trainer) -> None:
 
 
 def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
-    """Leave quantized layers out of what FSDP2 shards, and say what an engine does not divide.
+    """Exclude quantized layers from FSDP2's sharding, and warn of weights that an engine does not divide.
 
-    FSDP2 exchanges each parameter for a part of it, and a quantized weight is more than its parameter. What
-    a backend keeps beside the parameters (scales) must not get into the engine's checkpoints either: FSDP2
-    looks every name up among the parameters, and a backend may refuse to load a scale that it has moved.
+    FSDP2 replaces each parameter by a shard, and a quantized weight is more than its parameter. The scales that a
+    backend keeps beside the parameters must stay out of the engine's checkpoints too: FSDP2 (torch 2.13) looks up
+    every name among the parameters, and a backend may refuse to load a scale that it has moved.
 
     Args:
         trainer: The Trainer.
@@ -152,7 +152,7 @@ def _keeps_copy(module: nn.Module) -> bool:
 
 
 def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
-    """Refuse layers that an engine would fail on with an error that names neither of them."""
+    """Refuse layers that the engine can't handle; its own error would name neither backend nor engine."""
     first = quantized[0]
     owner = owner_of(first)
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp2"
@@ -171,14 +171,14 @@ def _fails_under(engine: str, layer: nn.Module) -> bool:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     if engine == "deepspeed":
-        # It exchanges the data of every parameter, and can't for tensors of a class of their own.
+        # DeepSpeed 0.19 replaces the data of every parameter, which tensor subclasses do not allow.
         return any(is_traceable_wrapper_subclass(parameter) for parameter in layer.parameters())
-    # It looks every tensor up by its name, which a state dict of the layer's own form does not have.
+    # FSDP2 (torch 2.13) looks up every tensor by name, which a custom state dict does not have.
     return type(layer).state_dict is not nn.Module.state_dict
 
 
 def _keep_plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave of a quantized layer's state its parameters and buffers, each under its own name."""
+    """Reduce a quantized layer's state to its parameters and buffers, each under its own name."""
     own = {prefix + name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     for key in [key for key in state if key.startswith(prefix) and key not in own]:
         del state[key]
@@ -187,17 +187,17 @@ def _keep_plain_state(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 
 def _find_ignored(given: Any, model: nn.Module) -> list[nn.Module]:
-    """The modules that the user has already excluded from sharding, by a pattern or as a list."""
+    """Return the modules that the user has already excluded from sharding, by a pattern or as a list."""
     if isinstance(given, str):
         return [module for name, module in model.named_modules() if re.fullmatch(given, name)]
     return list(given or ())
 
 
 def meet_to_save(trainer: Trainer) -> None:
-    """Wait for the other processes where saving needs all of them, because parameters are spread.
+    """Wait for all processes if saving needs them because parameters are sharded.
 
     Raises:
-        ProcessMissing: Not all of them have come.
+        ProcessMissing: Another process did not come in `MEETING_TIME`.
     """
     if is_sharded(trainer.model):
         meet(trainer, "save_model()")
@@ -211,7 +211,7 @@ def write_whole_adapters(trainer: Trainer, folder: Path) -> None:
 
 
 def meet(trainer: Trainer, what: str) -> None:
-    """Wait until every process has come here, and say which ones have not instead of waiting for ever.
+    """Wait until every process has come here; after `MEETING_TIME`, raise an error that names the missing ones.
 
     Raises:
         ProcessMissing: Another process did not come in `MEETING_TIME`.
@@ -231,7 +231,7 @@ def meet(trainer: Trainer, what: str) -> None:
 
 
 def _find_meeting_point(trainer: Trainer) -> Any:
-    """A group of all processes over gloo, which knows who is missing; made once, when all are there."""
+    """Return a gloo group of all processes, made once, when all are there; gloo knows which ones are missing."""
     group = vars(trainer).get("_lora_plugins_meeting_point")
     if group is None:
         import torch.distributed as dist
@@ -243,10 +243,10 @@ def _find_meeting_point(trainer: Trainer) -> Any:
 
 @contextlib.contextmanager
 def raise_together(trainer: Trainer) -> Iterator[None]:
-    """Let an error of ours on one process end the others too, which would wait for it for ever.
+    """Let an error of this package on one process end the others too, which would otherwise wait forever.
 
     Raises:
-        BrokenCheckpoint: Another process failed; the message is its.
+        BrokenCheckpoint: Another process failed; the message is from there.
     """
     own: LoraPluginsError | None = None
     try:
@@ -267,7 +267,7 @@ def hides_gradients(trainer: Trainer) -> bool:
 
 
 def read_gradient_norm(trainer: Trainer) -> float | None:
-    """Norm of the last step's gradient where the engine hides gradients and knows it, else ``None``."""
+    """Return the norm of the last step's gradient if the engine hides gradients and knows it, else ``None``."""
     if not hides_gradients(trainer):
         return None
     norm = trainer.model_wrapped.get_global_grad_norm()
@@ -284,7 +284,7 @@ def _read_zero_stage(trainer: Trainer) -> int:
 
 
 def _name_engine(trainer: Trainer) -> str:
-    """The engine's name as users know it."""
+    """Return the engine's name as users know it."""
     stage = _read_zero_stage(trainer)
     if stage:
         return f"ZeRO-{stage}"

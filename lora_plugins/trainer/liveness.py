@@ -36,8 +36,8 @@ __all__ = [
 VISIBLE_RATE = 1e-6
 #: Counted steps after which tensors that are exempt (experts, towers) are no longer watched.
 WATCHED_STEPS = 20
-#: Counted steps after which a tensor is called stuck whose gradient was zero each time, as stochastic depth makes it,
-#: or whose layer may be left out as a whole.
+#: Counted steps after which a tensor is called stuck if its gradient was zero each time, as stochastic depth makes it,
+#: or if its whole layer may be left out.
 PATIENT_STEPS = 20
 
 
@@ -56,7 +56,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Raise `OptimizerMismatch` unless an optimizer holds every trainable tensor of a model and no frozen base weight.
 
     Frozen tensors of an adapter may be in it: LoRA-FA's optimizer computes with A, which stays as it is. Engines that
-    keep flat copies of the parameters (DeepSpeed) are passed over.
+    keep flat copies of the parameters (DeepSpeed) are skipped.
     """
     groups = getattr(optimizer, "param_groups", None)
     if groups is None or _is_deepspeed(optimizer):
@@ -111,10 +111,10 @@ class Watched:
     reached: bool = False
 
     def is_stuck(self, counted: int, rate: float) -> bool:
-        """Whether a tensor that has not moved must have, in any sound run.
+        """Whether a tensor that has not moved should have moved by now in any sound run.
 
         Args:
-            counted: Steps that count, with the one just taken.
+            counted: Steps that count, including the one just taken.
             rate: Sum of the learning rates before that step.
         """
         if self.had_gradient:
@@ -127,7 +127,7 @@ class Watched:
 
 @dataclass
 class MovementWatch:
-    """Sees whether the adapters move with the first steps that can move them.
+    """Checks that the adapters move in the first steps that can move them.
 
     A step counts when its learning rate is above zero, it was not skipped, and some gradient is not zero.
     """
@@ -167,11 +167,11 @@ class MovementWatch:
         return cls(watched, [item.parameter for item in watched])
 
     def before_step(self, rate: float, *, hidden: bool = False, rates: Mapping[int, float] | None = None) -> None:
-        """Take the gradients and values before the optimizer moves anything.
+        """Record gradients and values before the optimizer moves anything.
 
         Args:
             rate: The largest learning rate of the optimizer's groups.
-            hidden: Whether the engine keeps gradients to itself, so that only `after_step` knows of them.
+            hidden: Whether the engine hides gradients, so that only `after_step` learns of them.
             rates: The learning rate of each tensor by its ``id``; ``rate`` for those that are not in it.
         """
         self._pending = False
@@ -187,7 +187,7 @@ class MovementWatch:
             self._rate = rate
             for item in self.watched:
                 item.had_gradient = not hidden and has_gradient(item.parameter)
-                # What an engine keeps to itself may be too small to show in a tensor that did not start as zero.
+                # A hidden gradient may be too small to show in a tensor that did not start as zero.
                 item.reached = not item.from_zero if hidden else item.parameter.grad is not None
                 item.visible = item.had_gradient and _is_visible(
                     item.parameter, (rates or {}).get(id(item.parameter), rate)
@@ -195,11 +195,11 @@ class MovementWatch:
                 item.before = _sum_values(item.parameter)
 
     def after_step(self, skipped: bool, *, norm: float | None = None) -> None:
-        """Compare with the values before.
+        """Compare the tensors with their values before the step.
 
         Args:
             skipped: Whether the gradient scaler skipped this step.
-            norm: Norm of the gradient, from an engine that keeps gradients to itself.
+            norm: Norm of the gradient, from an engine that hides gradients.
 
         Raises:
             AdapterNotMoving: A tensor that must have moved has not.
@@ -233,7 +233,7 @@ class MovementWatch:
         return self.counted > 0 and self.unmoved == 0
 
     def scalars(self) -> dict[str, float]:
-        """What was seen so far, for experiment trackers."""
+        """Return the counts so far, for experiment trackers."""
         return {
             "liveness/tensors": len(self.tensors),
             "liveness/tensors_moved": len(self.tensors) - self.unmoved if self.counted else 0,
@@ -255,7 +255,7 @@ class MovementWatch:
         )
 
     def at_end(self) -> None:
-        """Judge a run that is over before any step counted.
+        """Judge a run that ended before any step counted.
 
         Raises:
             AdapterNotMoving: Steps were taken with a learning rate above zero and every gradient was zero.
@@ -299,9 +299,9 @@ def _drops_layers(model: nn.Module) -> bool:
 
 
 def _take_local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
+    """Return this rank's part of a parameter that may be sharded by FSDP2 or ZeRO-3."""
     if hasattr(parameter, "ds_tensor"):
-        # What is gathered may be there still and be older.
+        # The gathered values may still be there, and out of date.
         return parameter.ds_tensor
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
@@ -321,7 +321,7 @@ def _is_visible(parameter: torch.Tensor, rate: float) -> bool:
 
 
 def _sum_values(parameter: torch.Tensor) -> tuple[float, float]:
-    """Two sums that differ when any value has changed, without keeping a copy of the tensor."""
+    """Return two sums that differ when any value has changed, without keeping a copy of the tensor."""
     values = _take_local_part(parameter).detach().to(torch.float64).flatten()
     # Weights that depend on the position make a swap of two values visible as well.
     positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)

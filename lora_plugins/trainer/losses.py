@@ -16,13 +16,13 @@ __all__ = ["DEAD_STEPS", "MASKED_STEPS", "LossWatch", "around_training_step"]
 
 #: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch proves nothing.
 DEAD_STEPS = 3
-#: As many where every label was -100: long prompts that were cut off may fill several batches in a row.
+#: The same for batches in which every label is -100: truncated long prompts may fill several in a row.
 MASKED_STEPS = 20
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """One batch's loss, with what might explain it; tensors on the device, nothing synchronised yet."""
+    """One batch's loss, with what might explain it; the tensors stay on the device, unsynchronised."""
 
     loss: torch.Tensor
     ignored: torch.Tensor | None
@@ -57,7 +57,7 @@ class LossWatch:
         self.label_names = frozenset({"labels", *label_names})
 
     def add(self, loss: Any, inputs: Any) -> None:
-        """Note one batch's loss; nothing is synchronised with the device here, and the batch is not kept.
+        """Record one batch's loss, without synchronising with the device and without keeping the batch.
 
         Args:
             loss: What the Trainer's ``training_step`` returned.
@@ -86,7 +86,7 @@ class LossWatch:
             number: The step's number, for the message.
             zero_gradients: Called when every loss is zero: whether every gradient is zero too.
             distributed: Whether other ranks wait for this one, so that all must stop together.
-            moved: Whether an earlier step of this run had a gradient: then a loss of zero may be what was learned.
+            moved: Whether an earlier step of this run had a gradient; a zero loss may then be the result of learning.
 
         Raises:
             NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
@@ -149,7 +149,7 @@ class LossWatch:
 def around_training_step(
     trainer: Any, callback: Any, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Note what ``training_step`` returns: the one place that a custom loss passes, too."""
+    """Record the loss that ``training_step`` returns; custom losses pass through it too."""
     loss = step(model, inputs, *args, **kwargs)
     callback.losses.add(loss, inputs)
     return loss

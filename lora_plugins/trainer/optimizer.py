@@ -15,12 +15,12 @@ __all__ = ["OptimizerRebuild", "release_optimizer"]
 
 
 class OptimizerRebuild:
-    """Keeps a Trainer's optimizer right while the model under it is exchanged.
+    """Keeps a Trainer's optimizer consistent with its model while the model is replaced.
 
-    Made before the model is prepared, because it must see which group held which weight; `apply` comes
-    after. An optimizer that the Trainer made itself is dropped and made anew. One that the user passed in
-    is kept: frozen weights of the base leave it, and each adapter joins the group that held its layer's weight,
-    else the first. What a group holds once per tensor stays in step with the tensors.
+    Make it before the model is prepared, so that it sees which group holds which weight, and call `apply` afterwards.
+    An optimizer that the Trainer made itself is dropped and made anew. One that the user passed in is kept: frozen
+    base weights leave it, and each adapter joins the group that held its layer's weight, else the first group. Lists
+    with one entry per tensor stay aligned with the group's tensors.
 
     Raises:
         OptimizerConflict: The user's optimizer already holds state for weights that will be frozen.
@@ -52,7 +52,7 @@ class OptimizerRebuild:
         return self._given is not None
 
     def apply(self) -> None:
-        """Bring the optimizer in line with the model that is in the Trainer now."""
+        """Make the optimizer consistent with the model that is in the Trainer now."""
         if self._given is None:
             _drop_optimizer(self._trainer)
             return
@@ -75,17 +75,17 @@ class OptimizerRebuild:
         return self._given.param_groups
 
     def _find_lists(self, group: dict[str, Any]) -> list[str]:
-        """Names of what a group holds once per tensor, beside the tensors: ``param_names`` and its like."""
+        """Return the keys of a group's other lists with one entry per tensor, such as ``param_names``."""
         assert self._given is not None, "only called for an optimizer of the user's"
         size = len(group["params"])
         others = (key for key in group if key != "params" and key not in self._given.defaults)
         return [key for key in others if isinstance(group[key], list) and len(group[key]) == size and size]
 
     def _join(self, name: str, parameter: torch.Tensor) -> None:
-        """Add a tensor to the group of its layer's weight, with what that weight had there.
+        """Add a tensor to the group of its layer's weight, with that weight's entries in the group's lists.
 
         Raises:
-            OptimizerConflict: The group holds something for each tensor that is not known for this one.
+            OptimizerConflict: The group has a list with one entry per tensor, and none is known for this tensor.
         """
         module = _find_module(name)
         group = self._groups_of_user[self._groups.get(module, 0)]
@@ -103,9 +103,9 @@ class OptimizerRebuild:
 
 
 def release_optimizer(trainer: Trainer) -> None:
-    """Take adapters that are gone out of a Trainer's optimizer; one that has trained them is dropped.
+    """Remove detached adapters from a Trainer's optimizer; an optimizer that has trained them is dropped.
 
-    That goes for one that the user passed in, too: it held nothing else. One that has not trained yet stays.
+    This includes one that the user passed in: it held nothing else. One that has not trained yet is kept.
     """
     if isinstance(trainer.optimizer, AcceleratedOptimizer):
         _drop_optimizer(trainer)
@@ -123,7 +123,7 @@ def _drop_optimizer(trainer: Trainer) -> None:
 
 
 def _find_module(parameter_name: str) -> str:
-    """The base model's module that a parameter belongs to or adapts.
+    """Return the base model's module that a parameter belongs to or adapts.
 
     ``base_model.model.layers.0.q.lora_A.default.weight`` and ``layers.0.q.weight`` are both ``layers.0.q``.
     """

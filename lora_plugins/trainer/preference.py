@@ -1,4 +1,4 @@
-"""Give TRL's preference trainers the reference they compare with."""
+"""Give TRL's preference trainers the reference that they compare with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_plugins.errors import UnsupportedTraining
 __all__ = ["REFERENCE", "check_reference", "has_reference", "keep_reference"]
 
 
-#: Name that TRL's trainers give to the frozen copy of an adapter they start from, and look for.
+#: Name under which TRL's trainers (trl 1.16) make and look up the frozen copy of the adapter they start from.
 REFERENCE = "ref"
 #: Trainers that read their reference from the policy's own model: the adapter called "ref", or no adapter.
 _TRAINERS = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
@@ -25,11 +25,11 @@ def has_reference(trainer: Trainer) -> bool:
 
 
 def check_reference(trainer: Trainer, adapter_name: str) -> None:
-    """Refuse a reference that cannot be one beside adapters.
+    """Refuse settings under which a model with adapters has no valid reference.
 
     Raises:
-        UnsupportedTraining: Policy and reference would be one and the same, so nothing could be learned; or the
-            reference would be a mixture of itself and of the policy, which has other tensors.
+        UnsupportedTraining: Policy and reference would be the same, so nothing could be learned; or the reference
+            would be mixed with the policy, whose tensors differ.
     """
     if getattr(trainer.args, "sync_ref_model", False):
         raise UnsupportedTraining(
@@ -44,15 +44,15 @@ def check_reference(trainer: Trainer, adapter_name: str) -> None:
 
 
 def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -> None:
-    """Give a preference run that continues from an adapter a frozen copy of it: the reference it starts at.
+    """Add a frozen copy of the adapter that a preference run continues from, as its reference.
 
     Without the copy the Trainer would switch the adapter off and compare with the bare base model. A run
-    that starts with a fresh adapter needs none: without the adapter, the model is what it starts at.
+    with a fresh adapter needs no copy: its starting point is the model without the adapter.
 
     Args:
         trainer: The Trainer.
         model: Its wrapped model, with the stored adapter's weights already in it.
-        settings: What was asked for.
+        settings: The settings of the run.
 
     Raises:
         UnsupportedTraining: PEFT cannot hold a second adapter of this kind.

@@ -21,9 +21,9 @@ from lora_plugins.text import write_json
 __all__ = ["RUN_FILE", "compare_runs", "describe_run", "has_optimizer", "write_run"]
 
 
-#: What a checkpoint holds about the run that wrote it.
+#: File in a checkpoint that describes the run that wrote it.
 RUN_FILE = "lora_plugins_run.json"
-#: What the optimizer's state is called in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.
+#: Names of the optimizer's state in a checkpoint: plain, FSDP's whole or sharded, DeepSpeed's.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 #: Arguments that decide which rows a step sees, and in which order.
 _ORDER = (
@@ -38,7 +38,7 @@ _ORDER = (
     "ignore_data_skip",
 )
 _PACKAGES = ("lora-plugins", "peft", "transformers", "accelerate", "torch", "bitsandbytes")
-#: Fields of an adapter's configuration that say nothing about what is trained.
+#: Fields of an adapter's configuration that do not affect what is trained.
 _SILENT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 
 
@@ -83,7 +83,7 @@ def has_optimizer(folder: Path) -> bool:
 
 
 def compare_runs(trainer: Trainer, folder: Path) -> None:
-    """Raise `ResumeConflict` for what decides about the run; warn of releases that differ."""
+    """Raise `ResumeConflict` if settings that determine the run differ; warn if package versions do."""
     differences = list(_compare_adapters(trainer.model, folder)) if isinstance(trainer.model, PeftModel) else []
     file = folder / RUN_FILE
     if file.is_file():
@@ -129,7 +129,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 def _compare_values(
     prefix: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> Iterator[str]:
-    """Yield what differs; by default in all that both know."""
+    """Yield the differences, by default in all names that both sides have."""
     for name in sorted(before.keys() & now.keys() - _SILENT) if names is None else names:
         old, new = _normalize(before.get(name)), _normalize(now.get(name))
         if old != new:
@@ -147,7 +147,7 @@ def _normalize(value: Any) -> Any:
 
 
 def _compare_tensors(model: PeftModel, adapter_name: str, file: Path) -> Iterator[str]:
-    """Compare names and shapes, which no configuration may hide."""
+    """Compare the tensors' names and shapes, whatever the configurations say."""
     try:
         with safe_open(str(file), framework="pt") as stored:
             shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118

@@ -34,7 +34,7 @@ __all__ = [
 def find_trainer(callback: TrainerCallback) -> Trainer:
     """Return the Trainer that is calling a callback.
 
-    transformers hands callbacks no reference to their Trainer. While ``on_init_end`` or any other event
+    transformers 5.23 gives callbacks no reference to their Trainer. While ``on_init_end`` or any other event
     runs, the Trainer is the ``self`` of one of the calling frames, and it is ours when its
     ``callback_handler`` holds this very callback.
 
@@ -55,9 +55,9 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
 
 
 def is_training(trainer: Trainer) -> bool:
-    """Whether we are being called from inside the Trainer's ``train()``.
+    """Whether the caller runs inside the Trainer's ``train()``.
 
-    ``trainer.is_in_train`` stays true after a ``train()`` that raised, so the calling frames are asked.
+    In transformers 5.23 ``trainer.is_in_train`` stays true after a ``train()`` that raised, so this reads the frames.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -75,9 +75,9 @@ def put_model(trainer: Trainer, model: nn.Module) -> None:
     trainer.model = model
     trainer.model_wrapped = model
     trainer.callback_handler.model = model
-    # An evaluation or an earlier train() leaves the old model prepared in accelerate.
+    # An evaluation or an earlier train() leaves the old model in accelerate (1.15).
     trainer.accelerator._models.clear()
-    # Names of the forward arguments are cached per model.
+    # transformers 5.23 caches the names of the old model's forward arguments.
     trainer._signature_columns = None
 
 
@@ -89,7 +89,7 @@ def uses_autocast(trainer: Trainer) -> bool:
 def keep_generation_config(trainer: Trainer, model: nn.Module) -> None:
     """Let ``generate`` use the configuration in ``Seq2SeqTrainingArguments``.
 
-    The Trainer sets it on the model it holds, and PEFT's wrapper for sequence-to-sequence models generates
+    The Trainer sets it on the model it holds, and PEFT's wrapper for sequence-to-sequence models (0.21.2) generates
     with that of the base.
     """
     config = getattr(trainer.args, "generation_config", None)
@@ -99,7 +99,7 @@ def keep_generation_config(trainer: Trainer, model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Wrapper:
-    """One function that is put over a method of a Trainer.
+    """A function that wraps a method of a Trainer.
 
     Attributes:
         method: Name of the method.
@@ -115,7 +115,7 @@ class Wrapper:
 def _prepare_made_model(
     trainer: Trainer, callback: Any, make: Callable[..., nn.Module], trial: Any = None
 ) -> nn.Module:
-    """Prepare what ``model_init`` has made."""
+    """Prepare the model that ``model_init`` has made."""
     model = make(trial)
     if trainer.place_model_on_device:
         # Quantize where the layers will live: moving them afterwards is not safe in every backend.
@@ -132,11 +132,11 @@ def _around_save_model(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Save, on all processes where parameters are spread, and compare the files with the model.
+    """Save, on all processes if parameters are sharded, and compare the files with the model.
 
     Raises:
-        BrokenCheckpoint: A file does not hold what the model does.
-        ProcessMissing: The model is spread over processes and not all of them call this.
+        BrokenCheckpoint: A file does not hold the model's values.
+        ProcessMissing: The model is sharded over processes and not all of them call this.
     """
     engines.meet_to_save(trainer)
     save(output_dir, *args, **kwargs)
@@ -149,8 +149,8 @@ def _around_save_model(
 def _around_load_best_model(trainer: Trainer, callback: Any, load: Callable[[], None]) -> None:
     """Restore every adapter of the best checkpoint.
 
-    The Trainer finds only an adapter called "default", and one of several; for others it keeps the last step's weights
-    and still reports the best checkpoint: https://github.com/huggingface/transformers/pull/36201
+    The Trainer of transformers 5.23 finds only an adapter called "default", and one of several; for others it keeps the
+    last step's weights and still reports the best checkpoint: https://github.com/huggingface/transformers/pull/36201
     """
     best = Path(trainer.state.best_model_checkpoint)
     if not checkpoints.is_loadable(trainer):
@@ -165,7 +165,7 @@ def _around_load_from_checkpoint(
 ) -> None:
     """Compare this run with the checkpoint's, then load every adapter of it.
 
-    The Trainer loads only the first active adapter for training and switches the others off.
+    In transformers 5.23 the Trainer makes only the first active adapter trainable and switches the others off.
 
     Raises:
         ResumeConflict: The runs differ.
@@ -185,7 +185,7 @@ def _around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., 
     """Load the optimizer's state, which must be in the checkpoint.
 
     Raises:
-        BrokenCheckpoint: It is not.
+        BrokenCheckpoint: The checkpoint has no such state.
     """
     with callback.checks.report():
         if checkpoint is not None and not resuming.has_optimizer(Path(checkpoint)):
@@ -195,12 +195,12 @@ def _around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., 
                 f"LoraCallback(adapter={checkpoint!r})."
             )
         if checkpoint is not None and trainer.is_deepspeed_enabled:
-            # DeepSpeed loads a model in its own way, past the method where others are compared.
+            # DeepSpeed loads a model without calling the method in which other runs are compared.
             resuming.compare_runs(trainer, Path(checkpoint))
     load(checkpoint)
 
 
-#: Everything that a preparing callback puts over a Trainer's methods. Of two rows for one method, the later is outside.
+#: All wrappers of a Trainer's methods. Of two rows for one method, the later is the outer one.
 WRAPPERS = (
     Wrapper("call_model_init", _prepare_made_model, "train() and each search trial make a new, plain model"),
     Wrapper("training_step", chunked_loss.around_training_step, "the logits of a whole batch are a step's largest"),
@@ -214,7 +214,7 @@ WRAPPERS = (
 
 
 def wrap_methods(trainer: Trainer, callback: Any) -> list[Callable[[], None]]:
-    """Put every function of `WRAPPERS` over a Trainer's methods.
+    """Wrap a Trainer's methods with every function of `WRAPPERS`.
 
     Args:
         trainer: The Trainer.
@@ -227,10 +227,10 @@ def wrap_methods(trainer: Trainer, callback: Any) -> list[Callable[[], None]]:
 
 
 def _wrap_method(trainer: Trainer, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Put a function over a method of one Trainer.
+    """Wrap a method of one Trainer with a function.
 
     Returns:
-        A function that undoes it. What others have put over it since stays, and calls the method from then on.
+        A function that undoes it. Wrappers that others have added since stay, and then call the plain method.
     """
     original = getattr(trainer, name)
     before = vars(trainer).get(name)

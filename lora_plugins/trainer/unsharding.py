@@ -1,7 +1,7 @@
-"""Take a model out of FSDP2 or DeepSpeed again, whole on every process.
+"""Restore a whole model on every process after FSDP2 or DeepSpeed.
 
-Neither FSDP2 nor DeepSpeed can undo what it has done to a model, so this knows where they keep it. The tests under
-both engines fail when that moves.
+Neither engine can undo its changes to a model, so this module knows where they keep them (torch 2.13, DeepSpeed
+0.19). The tests under both engines fail when that changes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["leave_engine"]
 
 
 def leave_engine(trainer: Trainer) -> None:
-    """Give the Trainer's model back whole, as it was before the engine of an earlier ``train()`` took it.
+    """Restore the Trainer's whole model, as it was before the engine of an earlier ``train()`` sharded it.
 
-    A model that its user has sharded while loading it stays so. Every process must call, and each holds all of
-    the model afterwards.
+    A model that was sharded while it was loaded stays sharded. Every process must call, and each holds the whole
+    model afterwards.
     """
     engine = trainer.deepspeed
     if engine is not None:
@@ -40,13 +40,13 @@ def _leave_zero(model: nn.Module) -> None:
         with gather([parameter]):
             data = parameter.data.clone()
         parameter.data = data
-        # DeepSpeed notes what it knows on the parameter, and hangs its functions there.
+        # DeepSpeed keeps its state and functions as attributes of the parameter.
         for name, value in list(vars(parameter).items()):
             if name.startswith("ds_") or isinstance(value, FunctionType):
                 delattr(parameter, name)
     for module in model.modules():
         if type(module._parameters) is not dict:
-            # Its own kind of dict fetches what is missing.
+            # DeepSpeed's own dict class gathers parameters that are missing.
             module._parameters = dict(module._parameters.items())
         vars(module).pop("_original_parameters", None)
 
@@ -75,7 +75,7 @@ def _leave_fsdp(model: nn.Module) -> None:
 
 
 def _forget_fsdp(module: Any) -> None:
-    """Take away the hooks, the class and the notes that ``fully_shard`` has left on one module."""
+    """Remove the hooks, the class and the state that ``fully_shard`` has left on one module."""
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
     from torch.distributed._composable_state import _module_state_mapping
 

@@ -1,7 +1,7 @@
 """Register the architectures that the tables beside this file list.
 
 Query and value projections are the default where the LoRA paper and PEFT use them; a model with one fused
-projection gets that one; hybrid models get the projections of every kind of mixer that may be adapted.
+projection adapts that one; hybrid models adapt the projections of every kind of mixer that may be adapted.
 """
 
 from __future__ import annotations

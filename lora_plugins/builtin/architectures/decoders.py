@@ -35,7 +35,7 @@ ARCHITECTURES = [
         (*QKVO, "attn.Wo"),
         (*GATED, *FC, "Wi", "mlp.Wo"),
     ),
-    # Its encoder hands over keys and values alone: the query of the last layer is never read.
+    # Its encoder passes on only keys and values: the query of its last layer is never read.
     *family("diffusion_gemma_text", ("k_proj", "v_proj"), QKVO, GATED, experts=EXPERTS, never=("router",)),
     *family("gemma3n_text", QV, QKVO, GATED, never=("altup",)),
     *family("gemma4_assistant gemma4_unified_assistant", ("q_proj", "o_proj"), QKVO, GATED),
@@ -46,7 +46,7 @@ ARCHITECTURES = [
     *family("phi3 phi4", ("qkv_proj",), ("qkv_proj", "o_proj"), _PHI_MLP),
     *family("biogpt opt xglm musicgen_decoder musicgen_melody_decoder musicgen musicgen_melody", QV, QKV_OUT, FC),
     *family("kosmos_2_text_model kosmos_2_5_text_model", QV, QKV_OUT, FC),
-    # The patcher cuts the bytes with a model of its own, without gradients.
+    # The patcher splits the bytes with its own model, without gradients.
     *family("blt", QV, QKVO, GATED, never=("patcher",)),
     # -- dense, with names of their own --------------------------------------------------------
     *family(

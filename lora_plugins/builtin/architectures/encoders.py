@@ -26,8 +26,8 @@ ARCHITECTURES = [
         ("query", "value", "query_global", "value_global"),
         ("query", "key", "value", "query_global", "key_global", "value_global", "attention.output.dense"),
         _BERT_MLP,
-        # A head that reads the first word alone, which attends globally, leaves out the last layer's local half;
-        # a batch without globally attending words leaves out every global one.
+        # A head that reads only the first token, which attends globally, does not reach the last layer's local
+        # projections; a batch without global tokens reaches no global projection.
         unreached=("query", "value", "query_global", "value_global"),
     ),
     *family(
@@ -35,7 +35,7 @@ ARCHITECTURES = [
         ("query", "value"),
         ("query", "key", "value", "attention.output.dense"),
         _BERT_MLP,
-        # Only what labels single characters runs it.
+        # Only heads that label single characters run it.
         unreached=("final_char_encoder",),
     ),
     *family("esmc", QV, (*QKVO, "out_proj"), GATED),
@@ -71,7 +71,7 @@ ARCHITECTURES = [
         ("query", "value"),
         ("query", "key", "value", "attention.output.dense"),
         ("mlp.dense1", "mlp.dense2"),
-        # Its decoder is what a task adds.
+        # Its decoder is the head: each task has its own.
         heads=("perceiver.decoder",),
     ),
     # -- encoder-decoders ----------------------------------------------------------------------

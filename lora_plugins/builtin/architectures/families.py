@@ -18,7 +18,7 @@ FC = ("fc1", "fc2")
 #: Stacked weights of routed experts, as most mixture-of-experts models store them.
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
-#: Layers of a Mamba mixer whose bare weight is read: by hand (``dt_proj``) or inside the fused kernel.
+#: Layers of a Mamba mixer whose weight is read without a call: by its code (``dt_proj``) or by the fused kernel.
 MAMBA_RAW = ("out_proj", "x_proj", "dt_proj")
 
 

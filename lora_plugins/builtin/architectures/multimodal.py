@@ -7,13 +7,13 @@ from lora_plugins.builtin.architectures.families import GATED, QKVO, QV, family,
 __all__ = ["ARCHITECTURES"]
 
 
-#: Where transformers' composite models keep what is not the language model.
+#: Names of the parts beside the language model in transformers' composite models.
 _TOWERS = (
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "video_tower", "audio_tower",
     "multi_modal_projector", "mm_projector", "vision_projection", "vision_adapter", "connector", "projector",
     "resampler_model", "layerwise_projectors", "spatial_projectors", "aligner", "merger",
     "language_projection", "embed_vision", "embed_audio",
-    # Times words by the speech encoder, apart from the language model.
+    # Computes word timestamps from the speech encoder, without the language model.
     "word_timestamp_encoder",
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ ARCHITECTURES = [
         inner=("text_config",),
         vision=("vision_model", "aligner", "generation_aligner", "generation_head", "vqmodel"),
     ),
-    # The queries of the vision-language model's last layer are read by nobody: actions attend to keys and values.
+    # The queries of the vision-language model's last layer are never read: actions attend to keys and values.
     *single("pi0", QV, inner=("vlm_config", "dit_config"), vision=_TOWERS, unreached=("vlm",)),
     *single("kosmos-2", QV, inner=("text_config",), vision=("vision_model", "image_to_text_projection")),
     *single("kosmos-2.5", QV, inner=("text_config",), vision=("vision_model", "image_to_text_projection")),

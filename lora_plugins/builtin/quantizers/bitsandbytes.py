@@ -71,7 +71,7 @@ class Int8(Quantizer):
             values, scale = quantize_rows(linear.weight.data)
             layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
         else:
-            # bitsandbytes quantizes when a float weight leaves the CPU's memory for its device.
+            # bitsandbytes quantizes a float weight when it moves from the CPU to another device.
             weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
             layer.weight = weight.to(device)
         if linear.bias is not None:
@@ -118,7 +118,7 @@ class Int8(Quantizer):
 
 
 def _read_loaded(config: Any, **names: str) -> dict[str, Any] | None:
-    """Our options out of transformers' config, under its names; ``None`` for a config of another library."""
+    """Return our options from transformers' config, given its names; ``None`` for a config of another library."""
     if not all(hasattr(config, name) for name in names.values()):
         return None
     return {option: getattr(config, name) for option, name in names.items() if getattr(config, name) is not None}
@@ -139,7 +139,7 @@ class FourBit(Quantizer):
     bfloat16, or float32 on a CPU that is slow at it).
     """
 
-    #: bitsandbytes' name of the table.
+    #: bitsandbytes' name for the table.
     kind: str
     bits = 4
     requires = _REQUIRES
@@ -254,7 +254,7 @@ def _keep_trainable(layer: Any) -> None:
     """Stop the layer from repacking its weight in the first evaluation on a CPU with AVX512-BF16.
 
     The packed form has no backward pass and is never unpacked on ``train()``, so after one evaluation the adapters
-    would get no gradient, without a word: bitsandbytes 0.50, since
+    would silently get no gradient: bitsandbytes 0.50, since
     https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804.
     """
     layer.support_avx512bf16_for_cpu = False

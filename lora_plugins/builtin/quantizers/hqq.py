@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Hqq", "Int4Hqq", "Int8Hqq", "register_quantizers"]
 
 
-#: Without ``group_size``, the first of these that divides a layer's rows.
+#: Default group sizes; the first that divides a layer's rows is used.
 _GROUP_SIZES = (64, 32, 16, 8)
 
 
@@ -30,7 +30,7 @@ class Hqq(Quantizer):
     bits: int
     requires = ("hqq>=0.2.8",)
     options = ("group_size", "compute_dtype")
-    # Its layers write a state dict of their own form, which FSDP2 can't put into a checkpoint.
+    # Its layers write a custom state dict, which FSDP2 (torch 2.13) can't put into a checkpoint.
     engines = ("ddp", "deepspeed")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ _BLOCK = 1 << 20
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """``Linear8bitLt`` that keeps its scale and trains on a CPU without waste.
 
-    PEFT 0.21 reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
+    PEFT 0.21.2 reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
     ``weight.to("cpu")``. In bitsandbytes 0.50 that makes a parameter with a fresh ``CB`` and without scale, and the
     next forward pass fails on the missing scale (``tests/test_canaries.py`` says when that ends).
 
@@ -119,6 +119,6 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _split_rows(weight: torch.Tensor, size: int) -> Iterator[slice]:
-    """Rows of a weight, some at a time, that hold about ``size`` values."""
+    """Return slices of a weight's rows that hold about ``size`` values each."""
     rows = max(1, size // max(1, weight.shape[1]))
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))

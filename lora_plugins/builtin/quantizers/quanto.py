@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Int4Quanto", "Int8Quanto", "Quanto", "register_quantizers", "wait_for_build"]
 
 
-#: Seconds without any change after which a build is taken for dead.
+#: Seconds without any change after which a build counts as dead.
 _BUILD_IS_DEAD = 300.0
 
 
@@ -32,17 +32,17 @@ class Quanto(Quantizer):
     Options: ``compute_dtype``, the dtype of the matrix products, by default that of the activations.
 
     Attributes:
-        kind: optimum-quanto's name of the type of the weights.
-        loaded_kind: transformers' name of it.
+        kind: optimum-quanto's name for the type of the weights.
+        loaded_kind: transformers' name for it.
     """
 
     kind: str
     loaded_kind: str
     requires = ("optimum-quanto>=0.2.7",)
     options = ("compute_dtype",)
-    # It reads the float weight, which PEFT can't get from these tensors.
+    # DoRA reads the float weight, which PEFT 0.21.2 can't get from these tensors.
     unsupported = ("use_dora",)
-    # Engines that exchange the data of parameters can't take tensors of a class of their own.
+    # Engines that replace the data of parameters, as DeepSpeed does, can't handle tensor subclasses.
     engines = ("ddp", "fsdp2")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -92,7 +92,7 @@ class Quanto(Quantizer):
 
     @abstractmethod
     def parts(self, in_features: int, out_features: int) -> tuple[int, int] | None:
-        """Bytes of a packed weight, and how many scales and shifts it has; ``None`` where that is not known."""
+        """Return the bytes of a packed weight and its number of scales and shifts; ``None`` if unknown."""
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import QuantoConfig
@@ -127,8 +127,8 @@ class Int8Quanto(Quanto):
         return in_features * out_features, out_features
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
-        # torch's kernel for bfloat16 on CPUs reads whole vectors of 16 weights: past the end it finds other
-        # memory, NaN or none. With a single output the scale is none per row, which it does not expect either.
+        # torch 2.13's bfloat16 kernel on CPUs reads whole vectors of 16 weights, past the end into other memory, NaN or
+        # unmapped. A single output feature has no scale per row, which the kernel does not expect either.
         if in_features % 16:
             return f"{in_features} input features are not a multiple of 16, as its bfloat16 kernel needs"
         if out_features == 1:
@@ -163,7 +163,7 @@ class Int4Quanto(Quanto):
 
 
 def _build_folder() -> Path:
-    """Where optimum-quanto's compiled extension is, or will be."""
+    """Return the folder of optimum-quanto's compiled extension."""
     spec = importlib.util.find_spec("optimum.quanto")
     assert spec is not None, "only asked where optimum-quanto is installed"
     assert spec.origin is not None, "optimum.quanto is a package with an __init__"
@@ -171,7 +171,7 @@ def _build_folder() -> Path:
 
 
 def _explain_not_compiled() -> str | None:
-    """Why the extension can't be compiled here, ``None`` when it can or is already."""
+    """Return why the extension can't be compiled here, ``None`` if it can or already is."""
     folder = _build_folder()
     if any(folder.glob("quanto_cpp*.so")):
         return None
@@ -191,14 +191,14 @@ def _explain_not_compiled() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _compile() -> None:
-    """Compile optimum-quanto's extension, or load it where that was done before."""
+    """Compile optimum-quanto's extension, or load it if it is compiled already."""
     import optimum.quanto  # noqa: F401 - registers the operator
     import torch
 
     wait_for_build(_build_folder())
     path = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
-        # It comes with optimum-quanto, into an environment that need not be activated.
+        # ninja comes with optimum-quanto, but the environment may not be activated.
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
@@ -209,13 +209,13 @@ def _compile() -> None:
 
 
 def wait_for_build(folder: Path, patience: float = _BUILD_IS_DEAD) -> None:
-    """Wait while another process compiles, and take away the lock of one that was killed at it.
+    """Wait while another process compiles, and remove the lock of a process that was killed.
 
-    torch waits for that lock for ever.
+    torch 2.13 waits for such a lock forever: https://github.com/pytorch/pytorch/issues/189245
 
     Args:
         folder: Where the extension is compiled.
-        patience: Seconds without any change in the folder after which nobody compiles any more.
+        patience: Seconds without any change in the folder after which the build counts as dead.
     """
     lock = folder / "lock"
     while lock.exists():
@@ -227,7 +227,7 @@ def wait_for_build(folder: Path, patience: float = _BUILD_IS_DEAD) -> None:
 
 
 def _read_change_time(path: Path) -> float:
-    """When a file was last written, 0 for one that is gone again."""
+    """Return when a file was last written, 0 for one that has disappeared."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

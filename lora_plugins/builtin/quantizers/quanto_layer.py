@@ -16,7 +16,7 @@ class QuantoLinear(CastsInput, QLinear):  # type: ignore[misc]
 
     @classmethod
     def around(cls, layer: Any) -> QuantoLinear:
-        """Make one that shares everything with a ``QLinear``; Python does not let that change its class."""
+        """Return a layer that shares all attributes with a ``QLinear``, whose class Python does not let us change."""
         made: QuantoLinear = cls.__new__(cls)
         made.__dict__ = layer.__dict__
         return made

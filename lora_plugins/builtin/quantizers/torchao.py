@@ -16,7 +16,7 @@ __all__ = ["Float8Torchao", "Int8Torchao", "Torchao", "register_quantizers"]
 
 
 class Torchao(Quantizer):
-    """Weights as torchao's tensors, in the layer that was there.
+    """Weights as torchao's tensors, in the original layer.
 
     Options: ``config``, an object of torchao's with other settings, such as
     ``Int8WeightOnlyConfig(granularity=PerGroup(32))``; one that can't be trained, such as dynamic
@@ -35,7 +35,7 @@ class Torchao(Quantizer):
     bits = 8
     requires = ("torchao>=0.18",)
     options = ("config", "compute_dtype")
-    # Engines that exchange the data of parameters can't take tensors of a class of their own.
+    # Engines that replace the data of parameters, as DeepSpeed does, can't handle tensor subclasses.
     engines = ("ddp", "fsdp2")
     loggers = ("torchao",)
 
@@ -53,17 +53,17 @@ class Torchao(Quantizer):
         return linear
 
     def settings(self, options: Mapping[str, Any]) -> Any:
-        """The object that tells torchao what to do."""
+        """Return torchao's configuration object for these options."""
         import torchao.quantization
 
-        # By default torchao would change how precisely the whole process multiplies float32 matrices.
+        # By default torchao 0.18 changes how precisely the whole process multiplies float32 matrices.
         return options.get("config") or getattr(torchao.quantization, self.configuration)(set_inductor_config=False)
 
     def owns(self, module: Any) -> bool:
-        # Its own parameter: a LoRA layer has its base layer's weight as a property.
+        # Only the module's own parameter: a LoRA layer has its base layer's weight as a property.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         loaded = sys.modules.get("torchao.quantization")
-        # The module is there, and still being filled, while somebody imports it.
+        # While torchao.quantization is being imported, it is in sys.modules but incomplete.
         tensor = getattr(loaded, self.tensor, None)
         return tensor is not None and isinstance(weight, tensor)
 
@@ -94,13 +94,13 @@ class Torchao(Quantizer):
         from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
 
         for module in model.modules():
-            # Loaded quantized: transformers leaves the plain class.
+            # transformers leaves the plain class on layers that it loads quantized.
             if self.owns(module) and type(module).__name__ == "Linear":
                 module.__class__ = TorchaoLinear
 
 
 def _are_same_settings(one: Any, other: Any) -> bool:
-    """Whether two settings of torchao quantize alike; one of their fields sets how the whole process compiles."""
+    """Whether two settings of torchao quantize alike; ``set_inductor_config`` concerns the process and is ignored."""
 
     def fields(settings: Any) -> dict[str, Any]:
         return {name: value for name, value in vars(settings).items() if name != "set_inductor_config"}
