@@ -1,1 +1,1 @@
-"""Parse and write every file format, without a hub and without torch."""
+"""Parse and write all file formats, without a hub or torch."""

@@ -1,4 +1,4 @@
-"""An adapter's configuration file, parsed strictly and without PEFT."""
+"""Parse an adapter's configuration file strictly, without PEFT."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ _DEFAULT_RANK = 8
 _MAX_NAMES = 20_000
 _MAX_LAYERS = 2_000
 _MAX_TOKENS = 1_000_000
-#: Switches by which transformers runs code of a repository.
+#: Fields that make transformers run code from a repository.
 _CODE = ("trust_remote_code", "auto_map", "custom_pipelines")
 _BIASES = ("none", "all", "lora_only")
-#: Where the classes of base models are imported from; PEFT imports what stands here.
+#: The only allowed origin of base model classes; PEFT imports the module named in this field.
 _LIBRARY = re.compile(r"transformers(\.models(\.\w+)*)?(\.\w+)?", re.ASCII)
-#: Fields that say where things were, not what the adapter computes.
+#: Fields about locations and versions, not about what the adapter computes.
 _PLACES = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
-#: Fields that PEFT matches against module names as regular expressions; of the tables, it does so with the keys.
+#: Fields that PEFT matches against module names as regular expressions; for tables, it matches the keys.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 _TABLES = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of ``adapter_config.json``; those that this class has properties for are of the right type."""
+    """The fields of ``adapter_config.json``; fields exposed as properties have the right type."""
 
     fields: Mapping[str, Any]
 
     @classmethod
     def parse(cls, data: bytes, *, own: bool = False) -> AdapterConfig:
-        """Read a configuration.
+        """Parse a configuration.
 
         Args:
             data: The file's bytes.
-            own: Whether it lies on this machine and is not from a registry. PEFT then may have written which class of
-                the user's own the base has; that is left out, because nothing needs it and reading it imports code.
+            own: Whether the file is local rather than from a registry. PEFT may then have recorded a custom class of
+                the base; it is dropped, because it is not needed and importing it runs code.
 
         Raises:
             UnsafeFile: It is malformed, not of a LoRA adapter, names a library to import, or has an expression that
-                takes forever.
+                may take forever to match.
         """
         try:
             values = parse(data, MAX_CONFIG)
@@ -64,49 +64,49 @@ class AdapterConfig:
 
     @property
     def rank(self) -> int:
-        """``r``; PEFT takes 8 where a file has none."""
+        """``r``; 8 if the file has none, as in PEFT."""
         return int(self.fields.get("r", _DEFAULT_RANK))
 
     @property
     def ranks(self) -> frozenset[int]:
-        """The ranks that modules may have by this configuration."""
+        """The ranks that modules may have under this configuration."""
         return frozenset({self.rank, *(self.fields.get("rank_pattern") or {}).values()})
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's, such as ``CAUSAL_LM``."""
+        """PEFT's task type, such as ``CAUSAL_LM``."""
         return self.fields.get("task_type")
 
     @property
     def base_class(self) -> str | None:
-        """The class of the base, in transformers, where PEFT wrote it: for adapters without a task."""
+        """The transformers class of the base, which PEFT records for adapters without a task type."""
         mapping = self.fields.get("auto_mapping")
         return mapping.get("base_model_class") if isinstance(mapping, dict) else None
 
     @property
     def token_indices(self) -> frozenset[int]:
-        """The tokens whose rows are trained by themselves."""
+        """The indices of individually trained tokens."""
         tokens = self.fields.get("trainable_token_indices")
         lists = tokens.values() if isinstance(tokens, dict) else [tokens or ()]
         return frozenset(index for indices in lists for index in indices)
 
     @property
     def trained_tokens(self) -> int:
-        """One more than the largest index of a token that is trained by itself; 0 without such tokens."""
+        """One more than the largest index of an individually trained token; 0 without such tokens."""
         return max(self.token_indices, default=-1) + 1
 
     @property
     def base_id(self) -> str | None:
-        """``base_model_name_or_path``: what was given when the base was loaded, an id or a folder."""
+        """``base_model_name_or_path``: the id or folder that the base was loaded from."""
         return self.fields.get("base_model_name_or_path") or None
 
     @property
     def peft_version(self) -> str | None:
-        """The release of PEFT that wrote it, if it says so."""
+        """The PEFT release that wrote it, if recorded."""
         return self.fields.get("peft_version")
 
     def non_default(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that are not at their default, without those about places and versions."""
+        """Return the fields that differ from their default, without those about locations and versions."""
         return {
             key: sorted(value) if key in ("target_modules", "modules_to_save") and isinstance(value, list) else value
             for key, value in sorted(self.fields.items())
@@ -114,7 +114,7 @@ class AdapterConfig:
         }
 
     def published(self, base_id: str | None, base_commit: str | None) -> bytes:
-        """The file as it is published: it names the base by its id and commit, and no folder of this machine."""
+        """Return the file as published: it names the base by id and commit, and no local folder."""
         values = {**self.fields, "base_model_name_or_path": base_id, "revision": base_commit, "inference_mode": True}
         return canonical(values)
 
@@ -151,7 +151,7 @@ def _check(fields: Fields, values: Mapping[str, Any]) -> None:
 
 
 def _check_tables(fields: Fields) -> None:
-    """Ranks and alphas by the names of modules."""
+    """Check the tables of ranks and alphas by module name."""
     ranks = fields.json_table("rank_pattern") if fields.has("rank_pattern") else {}
     if len(ranks) > _MAX_NAMES or not all(type(rank) is int and 1 <= rank <= _MAX_RANK for rank in ranks.values()):
         raise fields.refuse("rank_pattern", f"at most {_MAX_NAMES:,} ranks by name")
@@ -161,7 +161,7 @@ def _check_tables(fields: Fields) -> None:
 
 
 def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
-    """Numbers of layers and tokens: PEFT makes one module, or one row, for each."""
+    """Check the numbers of layers and tokens: PEFT creates one module, or one row, for each."""
     layers = values.get("layers_to_transform")
     if layers is not None and not _are_indices(layers if isinstance(layers, list) else [layers], _MAX_LAYERS):
         raise fields.refuse("layers_to_transform", f"indices of at most {_MAX_LAYERS:,} layers")
@@ -175,7 +175,7 @@ def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
 
 
 def _count_replicated(ranges: list[Any]) -> int:
-    """How many layers ranges repeat; more than any model has where one is malformed."""
+    """Return how many layers the ranges repeat; more than allowed if a range is malformed."""
     pairs = [item for item in ranges if isinstance(item, list) and len(item) == 2 and _are_indices(item, _MAX_LAYERS)]
     return sum(end - start for start, end in pairs) if len(pairs) == len(ranges) else _MAX_LAYERS + 1
 
@@ -189,7 +189,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
-    """Refuse names of modules that PEFT or transformers would import."""
+    """Refuse names of Python modules that PEFT or transformers would import."""
     if values.get("megatron_core", "megatron.core") not in (None, "megatron.core") or values.get("megatron_config"):
         raise fields.refuse("megatron_core", "its default; it names a library to import")
     for key in _CODE:
@@ -208,7 +208,7 @@ def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
 def _list_expressions(fields: Fields, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _PATTERNS:
         value = values.get(key)
-        # In a list, target_modules and exclude_modules are names; the other two are patterns all the same.
+        # In a list, entries of target_modules and exclude_modules are names; those of the other two are still patterns.
         if isinstance(value, str):
             yield key, value
         elif value is not None:
@@ -229,7 +229,7 @@ def _read_names(fields: Fields, values: Mapping[str, Any], key: str) -> list[str
 
 
 def _is_importable(mapping: object) -> bool:
-    """Whether PEFT's record of the base's class names a class of transformers, or there is none."""
+    """Whether PEFT's record of the base's class is absent or names a transformers class."""
     if not isinstance(mapping, dict):
         return True
     library = mapping.get("parent_library")

@@ -1,4 +1,4 @@
-"""Whether manifest and configuration of a release say the same."""
+"""Check that manifest and configuration of a release agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from registry.formats.paths import ADAPTER_CONFIG
 
 __all__ = ["check_agreement"]
 
-#: Fields that decide which weights are adapted and how, with the value that PEFT takes where one is missing.
+#: Fields that decide which weights are adapted and how, with PEFT's defaults.
 _FIELDS: dict[str, Any] = {
     "task_type": None,
     "target_modules": None,
@@ -24,7 +24,7 @@ _FIELDS: dict[str, Any] = {
 
 
 def check_agreement(manifest: Manifest, config: AdapterConfig) -> None:
-    """Compare base, rank, targets and kind of a configuration, which PEFT reads, with the manifest, which we read.
+    """Check that the configuration, which PEFT reads, agrees with the manifest on base, rank, targets and LoRA variant.
 
     Raises:
         IntegrityError: They differ.
@@ -41,7 +41,7 @@ def check_agreement(manifest: Manifest, config: AdapterConfig) -> None:
 
 def _compare(manifest: Manifest, config: AdapterConfig) -> Iterator[tuple[str, object, object]]:
     base = manifest.base
-    # A base that is known by its fingerprint only may be named by whoever uses the adapter.
+    # A base known only by its fingerprint may be named by the user of the adapter.
     if base.id is not None and config.base_id not in (None, base.id):
         yield "base_model_name_or_path", config.base_id, base.id
     revision = config.fields.get("revision")

@@ -1,4 +1,4 @@
-"""Read typed fields of a JSON object that a stranger wrote."""
+"""Read typed fields of an untrusted JSON object."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["COMMIT", "SHA256", "Fields", "is_finite"]
 _Value = TypeVar("_Value")
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-#: What git hubs and folder registries call a commit.
+#: Commit ids of git hubs (40 digits) and folder registries (64).
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _MAX_TEXT = 10_000
 
 
 class Fields:
-    """A JSON object, read key by key."""
+    """A JSON object that is read key by key."""
 
     def __init__(self, value: object, where: str = "") -> None:
         if not isinstance(value, dict):
@@ -29,34 +29,34 @@ class Fields:
         self._where = where
 
     def refuse(self, key: str, expected: str) -> JsonRefused:
-        """The error for a value that is not as expected."""
+        """Return the error for an unexpected value."""
         found = shown(self._values[key]) if key in self._values else "missing"
         return JsonRefused(f"{self._join_path(key)} is {found}; expected {expected}")
 
     def has(self, key: str) -> bool:
-        """Whether there is a value other than null."""
+        """Whether a key has a value other than null."""
         return self._values.get(key) is not None
 
     def text(self, key: str, pattern: re.Pattern[str] | None = None, expected: str = "a text") -> str:
-        """A string that matches all of ``pattern``."""
+        """Return a string that matches ``pattern`` completely."""
         value = self._values.get(key)
         if not isinstance(value, str) or len(value) > _MAX_TEXT or (pattern and not pattern.fullmatch(value)):
             raise self.refuse(key, expected)
         return value
 
     def optional(self, key: str, read: Callable[[str], _Value]) -> _Value | None:
-        """What ``read`` makes of a key, ``None`` where it is missing or null."""
+        """Return ``read(key)``, or ``None`` if the key is missing or null."""
         return read(key) if self.has(key) else None
 
     def integer(self, key: str, limit: int, least: int = 0) -> int:
-        """A whole number within limits, both included."""
+        """Return an integer from ``least`` to ``limit``, both included."""
         value = self._values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
             raise self.refuse(key, f"a whole number from {least} to {limit}")
         return value
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A list of at most 8 sizes."""
+        """Return a list of at most 8 sizes."""
         value = self._values.get(key)
         if (
             not isinstance(value, list)
@@ -67,21 +67,21 @@ class Fields:
         return tuple(value)
 
     def numbers(self, key: str, most: int) -> tuple[float, ...]:
-        """A list of numbers."""
+        """Return a list of at most ``most`` numbers; empty if missing."""
         value = self._values.get(key, [])
         if not isinstance(value, list) or len(value) > most or not all(_is_number(item) for item in value):
             raise self.refuse(key, f"a list of at most {most} numbers")
         return tuple(float(item) for item in value)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings."""
+        """Return a list of strings."""
         value = self._values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) and len(item) <= _MAX_TEXT for item in value):
             raise self.refuse(key, "a list of texts")
         return tuple(value)
 
     def number_table(self, key: str) -> dict[str, float]:
-        """An object whose values are numbers."""
+        """Return an object whose values are numbers; empty if missing."""
         table = self.json_table(key)
         for name, value in table.items():
             if not _is_number(value):
@@ -89,18 +89,18 @@ class Fields:
         return table
 
     def json_table(self, key: str) -> dict[str, Any]:
-        """An object with any values; empty where it is missing."""
+        """Return an object with any values; empty if missing."""
         value = self._values.get(key, {})
         if not isinstance(value, dict):
             raise self.refuse(key, "an object")
         return value
 
     def inner(self, key: str) -> Fields:
-        """The object under a key."""
+        """Return the object under a key as `Fields`."""
         return Fields(self._values.get(key), self._join_path(key))
 
     def table(self, key: str, most: int) -> Iterator[tuple[str, Fields]]:
-        """The entries of an object of objects."""
+        """Yield the entries of an object of objects."""
         entries: Mapping[str, Any] = self.json_table(key)
         if len(entries) > most:
             raise JsonRefused(f"{self._join_path(key)} has {len(entries):,} entries, and may have {most:,}")
@@ -112,7 +112,7 @@ class Fields:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a number that JSON has."""
+    """Whether a value is a finite number."""
     return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 

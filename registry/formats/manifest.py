@@ -35,36 +35,36 @@ from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 
 __all__ = ["BASE_ID", "FORMAT", "MANIFEST_FILE", "MAX_ALIASES", "MAX_MANIFEST", "Manifest"]
 
-#: The format that this release of the package writes; a newer one is not read.
+#: The format that this release of the package writes; newer formats are refused.
 FORMAT = 1
-#: Bytes that a manifest may have; one with 10,000 tensors has about 1 MB.
+#: Maximum bytes of a manifest; one with 10,000 tensors has about 1 MB.
 MAX_MANIFEST = 8 * 1024 * 1024
-#: Bytes that a file of a release may have.
+#: Maximum bytes of a file of a release.
 MAX_FILE = 100 * 1024**3
 _MAX_FILES = 64
 MAX_ALIASES = 16
 
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
-#: How a model is called on a hub.
+#: The id of a model on a hub.
 BASE_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.\-]{0,95}(?:/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``adapter_manifest.json`` says.
+    """The content of ``adapter_manifest.json``.
 
     Attributes:
-        version: Of the release, normalized.
+        version: Version of the release, normalized.
         base: The base model it was trained on.
         architecture: Kind of base model.
         config: The fields of the PEFT configuration that are not at their default.
         files: The files of the release other than the manifest, by name.
         tensors: The tensors of ``adapter_model.safetensors``, by name.
-        created: When, as ``2026-01-31T12:00:00Z``.
-        parent_version: The version that it was counted or trained from.
-        peft_version: PEFT that wrote the adapter.
-        tokenizer_hash: sha256 over the tokenizer, as far as one was at hand.
+        created: Time of creation, as ``2026-01-31T12:00:00Z``.
+        parent_version: The version before it, or the one that it was trained from.
+        peft_version: PEFT release that wrote the adapter.
+        tokenizer_hash: sha256 of the tokenizer, if one was available.
         training: Facts about the training: steps, tokens, arguments, quantization, versions of libraries.
         metrics: Results by name.
     """
@@ -84,7 +84,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """Read a manifest; what it says has the right types and sizes afterwards, and names only files allowed.
+        """Parse a manifest; the result has checked types and sizes, and lists only allowed files.
 
         Raises:
             InvalidManifest: It is malformed, or of a newer format.
@@ -93,7 +93,7 @@ class Manifest:
             manifest = cls._read(Fields(parse(data, MAX_MANIFEST)))
         except JsonRefused as reason:
             raise InvalidManifest(f"{MANIFEST_FILE}: {reason}") from None
-        # The digest is one of the bytes that were read, not of what was understood of them.
+        # The digest covers the bytes as read, not the parsed values.
         object.__setattr__(manifest, "_bytes", data)
         return manifest
 
@@ -117,7 +117,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The bytes it was parsed from; else the one way in which it is written."""
+        """Return the bytes it was parsed from, or else its canonical encoding."""
         known: bytes | None = getattr(self, "_bytes", None)
         return canonical({"format": FORMAT, **_convert_to_json(self)}) if known is None else known
 
@@ -128,9 +128,9 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """sha256 (hex) of what the adapter *is*: weights, tokenizer, configuration, base.
+        """sha256 (hex) of the adapter's content: weights, tokenizer, configuration, base.
 
-        Two pushes of one adapter agree in it although their times, library versions, metrics and cards differ.
+        Two pushes of the same adapter share it although their times, library versions, metrics and cards differ.
         """
         told = (
             ADAPTER_CONFIG,
@@ -224,7 +224,7 @@ def _check_tensor_name(name: str) -> str:
 
 
 def _convert_to_json(value: Any) -> Any:
-    """A record as JSON values, without what is not known."""
+    """Return a record as JSON values, without unknown (``None``) fields."""
     if hasattr(value, "__dataclass_fields__"):
         found = {name: _convert_to_json(getattr(value, name)) for name in value.__dataclass_fields__}
         return {name: item for name, item in found.items() if item is not None}

@@ -22,14 +22,14 @@ __all__ = [
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MANIFEST_FILE = "adapter_manifest.json"
-#: The signature of the manifest; beside it, because no file can list its own hash.
+#: The signature of the manifest; a separate file, because no file can contain its own hash.
 SIGNATURE_FILE = "adapter_manifest.sig"
 CARD = "README.md"
-#: The card's name in a repository whose README.md somebody else has written.
+#: The card's name in a repository with a foreign README.md.
 CARD_BESIDE = "ADAPTER_CARD.md"
-#: The Hub puts it into every repository.
+#: The Hub adds it to every repository.
 GIT_ATTRIBUTES = ".gitattributes"
-#: Data that transformers' tokenizers are read from; none of it is run.
+#: Data files of transformers tokenizers; none of them is executed.
 TOKENIZER_FILES = frozenset(
     {
         "added_tokens.json",
@@ -50,12 +50,12 @@ _PICTURE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
 
 
 _MAX_WEIGHTS = 100 * 1024**3
-#: The largest tokenizers have 30 MB.
+#: Bytes; the largest tokenizers have 30 MB.
 _MAX_OTHER = 256 * 1024**2
 
 
 def max_size(name: str) -> int:
-    """Return how many bytes a file of a release may have."""
+    """Return the maximum bytes of a file of a release."""
     return _MAX_WEIGHTS if name == ADAPTER_WEIGHTS else _MAX_OTHER
 
 
@@ -65,10 +65,10 @@ def allowed(name: str) -> bool:
 
 
 def is_picture(name: str) -> bool:
-    """Whether it is the name of a picture that a model card shows."""
+    """Whether it is the name of a picture of the model card."""
     return _PICTURE.fullmatch(name) is not None
 
 
 def listed_in_manifest(name: str) -> bool:
-    """Whether a manifest may list a file of this name: not itself, and not what the Hub adds."""
+    """Whether a manifest may list a file of this name: not itself, and not the file that the Hub adds."""
     return allowed(name) and name not in (MANIFEST_FILE, GIT_ATTRIBUTES)

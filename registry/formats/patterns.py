@@ -1,16 +1,16 @@
-"""Bound the time that regular expressions of strangers take.
+"""Bound the time that untrusted regular expressions take to match.
 
 PEFT matches expressions of a configuration, some with text around them, against every module name. Python's matcher
-tries one way after the other, and an expression can have more ways than atoms. The bound counts the ways, from the
-parsed expression alone:
+backtracks, and an expression can have exponentially many ways to match. The bound counts the ways from the parsed
+expression alone:
 
 - names have at most 128 characters;
 - a repetition that can stop at several places has that many ways, and each way tries what follows;
-- behind a repetition, a literal text goes on only where it occurs: a word of three letters or more at most 4 times in a
-  name, anything shorter at most 16 times; of alternatives that are words, each once and 8 more in all.
+- after a repetition, a literal text continues only where it occurs: a word of three letters or more at most 4 times in
+  a name, anything shorter at most 16 times; of alternatives that are words, each once and 8 more in all.
 
-What the bound cannot be computed for (references to groups, repetitions whose inside has several ways) is not vouched
-for. Where the modules are known, such an expression can be resolved in a process that can be stopped.
+Expressions without a computable bound (references to groups, repetitions of a part with several ways) are refused.
+If the modules are known, such an expression can be resolved in a process that can be stopped.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["find_costly", "is_cheap"]
 
 _MAX_LENGTH = 2000
 _NAME = 128
-#: Steps for one name; Python makes some ten million a second.
+#: Steps for one name; Python makes about ten million per second.
 _BUDGET = 500_000.0
 #: Steps for one name by all expressions of a configuration together.
 _TOTAL = 10 * _BUDGET
-#: What PEFT makes of the text of a field (peft.utils.get_pattern_key, peft.tuners.tuners_utils).
+#: How PEFT 0.21.2 embeds the text of a field (peft.utils.get_pattern_key, peft.tuners.tuners_utils).
 _FORMS = {
     "alpha_pattern": r"(.*\.)?({})$",
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
@@ -46,27 +46,27 @@ _ONE_CHARACTER = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _c
 
 
 class _NotVouchedFor(ValueError):
-    """Nothing can be said about an expression, or it takes too long."""
+    """An expression has no computable bound, or exceeds the budget."""
 
 
 def is_cheap(pattern: str) -> bool:
-    """Whether matching an expression against a module name takes little time, whatever the name.
+    """Whether matching an expression is fast for every module name.
 
     Args:
-        pattern: As it is given to `re`.
+        pattern: The expression as passed to `re`.
     """
     return _count_steps(pattern) <= _BUDGET
 
 
 def find_costly(patterns: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
-    """Return the first expression of a configuration that is not vouched for, with the field that it stands in.
+    """Return the first expression of a configuration that may be slow, as field and text; ``None`` if there is none.
 
     Args:
-        patterns: Names of fields and what stands there; PEFT's additions are made here.
+        patterns: Field names and expressions, without the text that PEFT adds.
     """
     total = 0.0
     for field, text in patterns:
-        # Alone as well: a bracket too many could close one of the additions.
+        # Check the text alone as well: an unbalanced parenthesis could close one that PEFT adds.
         total += max(_count_steps(text), _count_steps(_FORMS.get(field, "{}").replace("{}", text)))
         if total > _TOTAL or len(text) > _MAX_LENGTH:
             return field, text
@@ -74,7 +74,7 @@ def find_costly(patterns: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
 
 
 def _count_steps(pattern: str) -> float:
-    """Return an upper bound; infinity where an expression is malformed or not vouched for."""
+    """Return an upper bound of the steps; infinity if the expression is malformed or has no bound."""
     if len(pattern) > _MAX_LENGTH + 100:
         return float("inf")
     try:
@@ -86,11 +86,11 @@ def _count_steps(pattern: str) -> float:
 
 
 class _Bound:
-    """The ways in which a matcher can have come to a place in an expression, and the steps that it took.
+    """The number of ways in which a matcher can reach a place in an expression, and the steps taken.
 
     Attributes:
         ways: Ways up to the last repetition.
-        places: Places at which that repetition can have stopped; 1 where none is open.
+        places: Places at which that repetition can stop; 1 if no repetition is open.
         steps: Steps so far.
     """
 
@@ -109,7 +109,7 @@ class _Bound:
             raise _NotVouchedFor
 
     def walk(self, tree: Any) -> None:
-        """Go through a sequence."""
+        """Add a sequence to the bound."""
         for operator, argument in _join_literals(tree):
             if isinstance(operator, str):
                 self._walk_literal(operator)
@@ -139,7 +139,7 @@ class _Bound:
         else:
             ways, steps = _bound_part(tree)
             width = tree.getwidth()[0]
-        # What can be empty is tried as often as it is asked for, and never gets anywhere.
+        # A part that can match the empty text may be tried ``most`` times without advancing.
         longest = int(most) if width == 0 else min(int(most), _NAME // width)
         shortest = min(int(least), longest)
         if ways == 1:
@@ -147,7 +147,7 @@ class _Bound:
             if longest > shortest:
                 self.ways, self.places = self.total, float(longest - shortest + 1)
             return
-        # Several ways through what is repeated: once more in every way, each time. They may end at the same place.
+        # Several ways through the repeated part multiply with each repetition; they may end at the same place.
         every = sum(ways ** min(times, 64) for times in range(shortest, min(longest, 64) + 1))
         self.spend(longest * steps * ways ** min(longest - 1, 64))
         self.ways, self.places = self.total * every, 1.0
@@ -166,19 +166,19 @@ class _Bound:
             inner.walk(branch)
             self.steps, total = inner.steps, total + inner.total
         if self.places == 1 and all(words) and not _is_prefix(words):
-            total = self.ways  # at one place, no more than one of these can be
+            total = self.ways  # at one place, at most one of these words matches
         self.ways, self.places = total, 1.0
 
 
 def _bound_part(tree: Any) -> tuple[float, float]:
-    """Return the ways and the steps of a part by itself."""
+    """Return the ways and the steps of a part on its own."""
     bound = _Bound()
     bound.walk(tree)
     return bound.total, max(1.0, bound.steps)
 
 
 def _join_literals(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the parts of a sequence, characters that follow each other as one text."""
+    """Yield the parts of a sequence, with consecutive characters joined into one text."""
     text = ""
     for operator, argument in tree:
         if operator is _constants.LITERAL:
@@ -193,7 +193,7 @@ def _join_literals(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _read_word(tree: Any) -> str | None:
-    """Return the text that a part is, if it is nothing else."""
+    """Return the text of a part that is purely literal, else ``None``."""
     parts = list(_join_literals(tree))
     return parts[0][0] if len(parts) == 1 and isinstance(parts[0][0], str) else None
 

@@ -1,7 +1,7 @@
-"""The generated card inside a README that people may edit.
+"""Merge the generated card into a README that people may edit.
 
-The card stands between two markers. What is outside them belongs to whoever wrote it and is kept; so are the keys of
-the front matter that the generated one doesn't have.
+The card is placed between two markers. Text outside them is kept, and so are front matter keys that the generated
+front matter does not have.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ __all__ = ["BEGIN", "END", "dump_front_matter", "merge_readme", "write_readme"]
 BEGIN = "<!-- lora-plugins: begin. This part is written anew by every release; edit outside of it. -->"
 END = "<!-- lora-plugins: end -->"
 _PART = re.compile(r"<!-- lora-plugins: begin\b[^>]*-->.*?<!-- lora-plugins: end -->", re.DOTALL)
-#: What the Hub takes for front matter.
+#: Front matter as the Hub recognizes it.
 _FRONT = re.compile(r"\A\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)?---[ \t]*(?:\r\n|\n|\Z)")
-#: Keys about one release: where the new one doesn't have them, those of the version before are wrong.
+#: Keys about one release; they are dropped if the new release does not have them.
 _OF_ONE_RELEASE = ("base_model", "base_model_relation", "library_name", "model-index")
 _BASE_TAG = "base_model:adapter:"
 
 
 def write_readme(values: Mapping[str, Any], body: str) -> str:
-    """A README with nothing but a generated card: front matter, and the body between markers."""
+    """Return a README with only the generated card: front matter, and the body between markers."""
     return f"---\n{dump_front_matter(values)}---\n\n{BEGIN}\n\n{body.strip()}\n\n{END}\n"
 
 
 def merge_readme(existing: bytes, generated: bytes) -> bytes | None:
-    """Put a generated README into the one of a repository.
+    """Merge a generated README into an existing one.
 
     Returns:
-        The README with everything that others wrote in it; ``None`` where it has no place for a card: it has text and
-        no markers, or can't be read.
+        The merged README with all foreign text; ``None`` if it has no place for a card (it has text but no markers), or
+        cannot be read.
     """
     try:
         old, new = existing.decode("utf-8"), generated.decode("utf-8")
@@ -54,12 +54,12 @@ def merge_readme(existing: bytes, generated: bytes) -> bytes | None:
 
 
 def dump_front_matter(values: Mapping[str, Any]) -> str:
-    """Values as YAML in which no text can end the block or add a key: each stands on one line, in ASCII."""
+    """Return values as YAML, each on one line in ASCII, so that no text can end the block or add a key."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=float("inf"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of more than one line, which YAML would fold, in double quotes."""
+    """A dumper that writes multi-line strings, which YAML would fold, in double quotes."""
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -71,7 +71,7 @@ _Dumper.add_representer(str, _write_text)
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """The values of the front matter, and what follows it.
+    """Return the values of the front matter and the text after it.
 
     Raises:
         ValueError: The front matter is not an object.

@@ -1,4 +1,4 @@
-"""The records that a manifest is made of."""
+"""The records of a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "is_tensor_name",
 ]
 
-#: Tensors that an adapter may have.
+#: Maximum number of tensors in an adapter.
 MAX_TENSORS = 50_000
 _TENSOR = re.compile(r"[A-Za-z_][\w.\-]{0,511}", re.ASCII)
 
@@ -34,14 +34,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """The dtype, as safetensors calls it (``F32``, ``BF16``, …), and the shape of a tensor."""
+    """The dtype in safetensors' notation (``F32``, ``BF16``, …) and the shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def is_tensor_name(name: str) -> bool:
-    """Return whether a tensor can have this name: identifiers and numbers with dots, and no dunder among them."""
+    """Return whether a tensor may have this name: dotted identifiers and numbers without dunder names."""
     if _TENSOR.fullmatch(name) is None or ".." in name or name.endswith("."):
         return False
     return "__" not in name or not any(part.startswith("__") and part.endswith("__") for part in name.split("."))
@@ -49,13 +49,13 @@ def is_tensor_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class TensorPrint:
-    """What one tensor of a base model looked like.
+    """The print of one tensor of a base model.
 
     Attributes:
-        sha256: Of its shape and its first rows, rounded to bfloat16.
-        dtype: The dtype it was read in. float16 holds small bfloat16 values only roughly, so that a hash can differ
-            where the model is the same.
-        values: The first few values, to compare roughly in that case.
+        sha256: Hash of its shape and its first rows, rounded to bfloat16.
+        dtype: The dtype it was read in. float16 represents small bfloat16 values inexactly, so hashes of the same model
+            can differ.
+        values: A few of its values, for an approximate comparison in that case.
     """
 
     sha256: str
@@ -65,11 +65,11 @@ class TensorPrint:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """By what a base model is recognized, wherever it lies and whatever it is called.
+    """Identifies a base model independently of its location and name.
 
     Attributes:
-        config: The configuration keys that define the computation, with values that are compared one by one.
-        tensors: A few tensors that are never quantized nor trained, by their name in the model.
+        config: The configuration values that define the computation, compared one by one.
+        tensors: Prints of a few tensors that are never quantized or trained, by their name in the model.
     """
 
     config: Mapping[str, object] = field(default_factory=dict)
@@ -81,11 +81,11 @@ class BaseRecord:
     """A base model.
 
     Attributes:
-        id: What it is called on a hub, if it is on one.
+        id: Its id on a hub, if it is on one.
         commit: Its commit there.
-        fingerprint: By what it is recognized, as far as that is known.
-        aliases: Other ids under which it may be found, should the first one be gone; ``None`` without any. They count
-            only where the fingerprint matches.
+        fingerprint: Its fingerprint, if known.
+        aliases: Further ids to try if the first one is gone; ``None`` without any. A model under an alias is accepted
+            only if its fingerprint matches.
     """
 
     id: str | None = None
@@ -99,10 +99,10 @@ class BaseKind:
     """The kind of base model.
 
     Attributes:
-        model_type: Of its configuration.
-        class_name: Its class in transformers.
+        model_type: ``model_type`` of its configuration.
+        class_name: Its transformers class.
         vocab_size: Rows of its input embedding.
-        num_labels: Classes of its head, if it has one for classes.
+        num_labels: Number of labels of its classification head, if it has one.
     """
 
     model_type: str | None = None
@@ -112,7 +112,7 @@ class BaseKind:
 
 
 class TensorSource(Protocol):
-    """Where single tensors of a model can be read."""
+    """A source of single tensors of a model."""
 
     def rows(self, name: str, count: int) -> Any:
-        """The first rows of the tensor called ``name``, or so but for a prefix; ``None`` where it cannot be read."""
+        """Return the first rows of the tensor ``name``, up to a dotted prefix; ``None`` if it cannot be read."""

@@ -1,6 +1,6 @@
-"""References to adapters: ``org/name``, and which release of it.
+"""References to adapters: ``org/name``, optionally with a release.
 
-Behind the name stands nothing, ``@version``, ``@alias``, ``@commit`` or a range.
+The name is followed by nothing, ``@version``, ``@alias``, ``@commit`` or a range.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ __all__ = [
     "versions_in",
 ]
 
-#: What ``version=`` may be instead of a version: the part of the newest one that is counted up.
+#: Values of ``version=`` that increment a part of the newest version.
 BUMPS = ("patch", "minor", "major")
 
-# What the Hub takes for names of accounts and repositories.
+# Names of accounts and repositories that the Hub accepts.
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOOKS_LIKE_COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _OPERATORS = "<>=!~"
 _LONGEST_VERSION = 64
-# Two texts that look different must not be one version, and every reader must be able to hold its numbers.
+# Different strings must not denote the same version, and every reader must be able to represent the numbers.
 _LEADING_ZERO = re.compile(r"(?<![0-9])0[0-9]")
 _LONG_NUMBER = re.compile(r"[0-9]{19}")
 _IMPLICIT_POST = re.compile(r"[0-9]-[0-9]")
 _LONGEST_REFERENCE = 512
-#: Names that mean something else to people who know git, other registries or ``version=``.
+#: Names with another meaning in git, other registries or ``version=``.
 _RESERVED = frozenset({"head", "latest", "main", "master", "refs", "registry", *BUMPS})
-#: Names that a file can't have on every system.
+#: File names that some systems reserve.
 _DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _FORMS = "org/name, org/name@1.2.0, org/name@alias, org/name@<commit> or org/name>=1.2,<2"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One adapter repository, and which of its releases is meant; at most one of the four fields says it.
+    """An adapter repository and one of its releases; at most one of the last four fields is set.
 
     Attributes:
         name: ``org/name``.
         version: Exactly this version.
-        alias: The release that an alias stands for.
+        alias: The release that an alias points to.
         commit: The release in this commit.
         range: The newest release in a range.
     """
@@ -70,10 +70,10 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Read a reference.
+        """Parse a reference.
 
         Raises:
-            InvalidReference: It is malformed; the message says where and what is possible.
+            InvalidReference: It is malformed; the message shows the valid forms.
         """
         if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_REFERENCE:
             raise InvalidReference(f"A reference is a text of 1 to {_LONGEST_REFERENCE} characters: {_FORMS}")
@@ -94,22 +94,22 @@ class Reference:
         return f"{self.name}@{pinned}" if pinned else self.name
 
     def allows(self, version: Version, commit: str) -> bool:
-        """Whether a release may be what is meant, as far as can be told without asking the hub."""
+        """Whether a release may match the reference, as far as is known without asking the hub."""
         if self.version is not None:
             return version == self.version
         if self.commit is not None:
             return commit == self.commit
         if self.range is not None:
             return is_in(self.range, version)
-        # An alias may have stood for anything; without any, every release was the newest one once.
+        # An alias may have pointed to any release, and every release may have been the newest one.
         return True
 
 
 def check_name(name: str) -> str:
-    """``name``, if a repository can be called that.
+    """Return ``name`` if it is a valid repository name.
 
     Raises:
-        InvalidReference: It can't.
+        InvalidReference: It is not.
     """
     parts = name.split("/")
     if len(parts) != 2:
@@ -126,14 +126,14 @@ def check_name(name: str) -> str:
 
 
 def parse_version(text: str) -> Version:
-    """Read a version as PEP 440 has it; semver's ``1.2.3-rc.1`` is read as ``1.2.3rc1``.
+    """Parse a PEP 440 version; semver's ``1.2.3-rc.1`` is read as ``1.2.3rc1``.
 
-    Whatever it returns has a tag that is read as the same version, on every hub and by every reader.
+    The tag of the returned version is read as the same version on every hub and by every reader.
 
     Raises:
-        InvalidReference: It is not a version; or it is one that others read differently: with a local part
-            (``+build``), numbers with leading zeros or of more than 18 digits, or semver's ``1.2.3-1``, which PEP 440
-            takes for a later version and semver for an earlier one.
+        InvalidReference: It is not a version, or one that readers interpret differently: with a local part
+            (``+build``), numbers with leading zeros or of more than 18 digits, or semver's ``1.2.3-1``, which is later
+            than ``1.2.3`` in PEP 440 and earlier in semver.
     """
     version = _read_version(text)
     if _LEADING_ZERO.search(text):
@@ -142,7 +142,7 @@ def parse_version(text: str) -> Version:
 
 
 def _read_version(text: str) -> Version:
-    """A version as people write it when they ask for one: leading zeros do no harm there."""
+    """Parse a version that a user requests, which may have leading zeros."""
     try:
         if len(text) > _LONGEST_VERSION or not text.isascii() or text != text.strip():
             raise InvalidVersion(text)
@@ -167,7 +167,7 @@ def _read_version(text: str) -> Version:
 
 
 def version_text(version: Version) -> str:
-    """The one way to write a version: three numbers, more only where they are not zero. ``1.0`` is ``1.0.0``."""
+    """Return the canonical form of a version: three numbers, more only if they are not zero. ``1.0`` is ``1.0.0``."""
     numbers = list(version.release)
     while len(numbers) > 3 and numbers[-1] == 0:
         numbers.pop()
@@ -180,12 +180,12 @@ def version_text(version: Version) -> str:
 
 
 def tag_of(version: Version) -> str:
-    """The tag that publishes a version."""
+    """Return the tag that publishes a version."""
     return f"v{version_text(version)}"
 
 
 def versions_in(tags: Iterable[str]) -> dict[Version, str]:
-    """The versions that tags publish, each with its tag. Tags that are written in another way publish nothing."""
+    """Return the versions that tags publish, each with its tag. Tags in another form publish nothing."""
     found: dict[Version, str] = {}
     for tag in tags:
         if not tag.startswith("v") or len(tag) > _LONGEST_VERSION + 1:
@@ -200,17 +200,18 @@ def versions_in(tags: Iterable[str]) -> dict[Version, str]:
 
 
 def newest_in(range_: SpecifierSet | None, versions: Iterable[Version]) -> Version | None:
-    """The newest version in a range (without one: of all); no pre-release, unless the range names one."""
+    """Return the newest version in a range, or of all without one; no pre-release unless the range names one."""
     allowed = [version for version in versions if is_in(range_, version)]
     return max(allowed, default=None)
 
 
 def bumped(newest: Version | None, part: str) -> Version:
-    """The version after ``newest`` with its ``"patch"``, ``"minor"`` or ``"major"`` part counted up; the first is
-    0.0.1, 0.1.0 or 1.0.0.
+    """Return ``newest`` with its ``"patch"``, ``"minor"`` or ``"major"`` part incremented.
+
+    Without a version yet, the result is 0.0.1, 0.1.0 or 1.0.0.
 
     Raises:
-        InvalidReference: The number can't be counted up any more.
+        InvalidReference: The number cannot be incremented any more.
     """
     numbers = [0, 0, 0] if newest is None else [newest.major, newest.minor, newest.micro]
     index = {"major": 0, "minor": 1, "patch": 2}[part]
@@ -220,10 +221,10 @@ def bumped(newest: Version | None, part: str) -> Version:
 
 
 def check_alias(alias: str) -> str:
-    """``alias``, if it can't be taken for anything else.
+    """Return ``alias`` if it is valid and unambiguous.
 
     Raises:
-        InvalidReference: It can.
+        InvalidReference: It is not.
     """
     if _is_version(alias) or _LOOKS_LIKE_COMMIT.fullmatch(alias):
         raise InvalidReference(f"{alias[:100]!r} is not a valid alias: it looks like a version or a commit")
@@ -251,7 +252,7 @@ def _parse_pin(name: str, pin: str, text: str) -> Reference:
     if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
         raise InvalidReference(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
     if pin[0].isdigit():
-        _read_version(pin)  # says why it is not a version
+        _read_version(pin)  # raises with the reason
     return Reference(name, alias=check_alias(pin))
 
 
@@ -271,7 +272,7 @@ def _parse_range(rest: str, text: str) -> SpecifierSet:
 
 
 def is_in(range_: SpecifierSet | None, version: Version) -> bool:
-    """Whether a range holds a version; without a range, whether it is stable."""
+    """Whether a range contains a version; without a range, whether the version is stable."""
     if range_ is None:
         return not version.is_prerelease
     return range_.contains(version, prereleases=bool(range_.prereleases))

@@ -1,4 +1,4 @@
-"""Parse JSON from strangers within limits of size and depth."""
+"""Parse untrusted JSON within limits of size and depth."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _MAX_DIGITS = 19
 
 
 class JsonRefused(ValueError):
-    """Why a document is not taken; callers turn it into their own error."""
+    """A document is refused; callers convert this into their own error."""
 
 
 def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
-    """Read a JSON document of at most ``limit`` bytes and ``depth`` levels.
+    """Parse a JSON document of at most ``limit`` bytes and ``depth`` levels.
 
     Raises:
-        JsonRefused: It is larger, deeper, no JSON, has a key twice, a number that is not finite or has more than
-            19 digits, or text that can't be encoded.
+        JsonRefused: It is larger, deeper or not JSON, has a duplicate key, a number that is not finite or has more than
+            19 digits, or text that cannot be encoded.
     """
     if len(data) > limit:
         raise JsonRefused(f"it has {len(data):,} bytes, and may have {limit:,}")
@@ -41,20 +41,20 @@ def parse(data: bytes, limit: int, *, depth: int = _MAX_DEPTH) -> Any:
     except ValueError as error:
         raise JsonRefused(f"it is not JSON in UTF-8 ({type(error).__name__})") from None
     _check_depth(value, depth)
-    # UTF-8 holds no lone surrogates; only an escape can bring one in.
+    # Valid UTF-8 contains no lone surrogates; only an escape sequence can introduce one.
     if b"\\u" in data:
         _check_text(value)
     return value
 
 
 def canonical(value: Any) -> bytes:
-    """The one way in which a value is written: sorted keys, UTF-8, a newline at the end."""
+    """Return the canonical encoding of a value: sorted keys, UTF-8, a newline at the end."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
 
 def shown(text: object, length: int = 80) -> str:
-    """A foreign value as it can stand in a message: quoted, without control characters, not longer than that."""
+    """Return an untrusted value for a message: quoted, without control characters, at most ``length`` characters."""
     quoted = ascii(text)
     return quoted if len(quoted) <= length else f"{quoted[: length - 1]}…"
 

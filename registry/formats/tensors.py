@@ -1,4 +1,4 @@
-"""Names, shapes and values of an adapter's tensors."""
+"""Check names, shapes and values of an adapter's tensors."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magn
 _PREFIX = "base_model.model."
 #: Names of input embeddings and language model heads, whose rows are the entries of a vocabulary.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
-#: Modules that may be an embedding or a head by their names, of architectures that are not known as well.
+#: Module names that suggest an embedding or a head, for unknown architectures too.
 _END = re.compile(r"(^|\.)[^.]*(embed|wte|shared|head|decoder|vocab|output|proj_out)[^.]*(\.base_layer)?$")
 _TASK_HEADS = ("classifier", "score", "qa_outputs")
-#: Rows of single trained tokens.
+#: Name part of the tensors of individually trained tokens.
 _DELTA = "trainable_tokens_"
 
 
 @dataclass
 class LoraModule:
-    """The names of a LoRA module's tensors: A, B, and what else there is."""
+    """The names of a LoRA module's tensors: A, B and any others."""
 
     first: str | None = None
     second: str | None = None
@@ -47,7 +47,7 @@ class LoraModule:
 
 
 def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
-    """Return the LoRA modules among an adapter's tensors, by the name of the module that they adapt."""
+    """Return the LoRA modules of an adapter, by the name of the adapted module."""
     modules: dict[str, LoraModule] = {}
     for name in tensors:
         match = _LORA.fullmatch(name)
@@ -64,15 +64,15 @@ def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
 
 
 def other_tensors(tensors: Iterable[str]) -> list[str]:
-    """Return the tensors that are not LoRA's: trained heads, embeddings, biases of the base, added tokens."""
+    """Return the tensors that are not LoRA's: trained heads, embeddings, base biases, added tokens."""
     return [name for name in tensors if _LORA.fullmatch(name) is None]
 
 
 def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    """Check that the tensors are a LoRA adapter of the configured rank.
+    """Check that the tensors form a LoRA adapter of the configured rank.
 
     Raises:
-        InvalidAdapter: There are none, a half is missing, or shapes or ranks don't fit together.
+        InvalidAdapter: There are none, an A or B is missing, or shapes or ranks do not match.
     """
     modules = lora_modules(tensors)
     if not modules:
@@ -95,12 +95,12 @@ def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) ->
 
 
 def _check_others(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    """Refuse weights of the base that the configuration does not train: loading the adapter would replace them.
+    """Refuse base weights that the configuration does not train: loading the adapter would replace them.
 
-    Whether an embedding or a head was trained or grown is seen with the base at hand, by `check`.
+    Whether an embedding or a head was trained or resized is checked later against the base, by `check`.
 
     Raises:
-        InvalidAdapter: There are some.
+        InvalidAdapter: The file holds such weights.
     """
     foreign = [name for name in other_tensors(tensors) if not _may_be_trained(name, tensors[name], config)]
     if foreign:
@@ -118,9 +118,9 @@ def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> b
     if _DELTA in name and config.fields.get("trainable_token_indices") is not None:
         return True
     saved = list(config.fields.get("modules_to_save") or ())
-    # Earlier releases of PEFT save a task's head without naming it.
+    # Early PEFT releases save a task's head without naming it in the configuration.
     saved += _TASK_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
-    # As PEFT matches them: ``classifier`` is the end of ``pre_classifier``, too. What is inside is saved along.
+    # PEFT matches suffixes: ``classifier`` also matches ``pre_classifier``. Submodules are saved along.
     parts = module.split(".")
     if any(".".join(parts[:count]).endswith(tuple(saved)) for count in range(1, len(parts) + 1)):
         return True
@@ -144,7 +144,7 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
         )
     if first[0] != second[1]:
         raise InvalidAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
-    # Adapters of expert parameters hold the rank once for each expert.
+    # Adapters of expert parameters stack the ranks of all experts.
     experts = bool(config.fields.get("target_parameters"))
     if first[0] not in config.ranks and not (experts and any(first[0] % rank == 0 for rank in config.ranks)):
         known = ", ".join(str(rank) for rank in sorted(config.ranks))
@@ -154,10 +154,10 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
 
 
 def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
-    """Check that the adapter changes anything: where A or B is zero, a module computes what the base does.
+    """Check that the adapter has an effect: a module with a zero A or B computes the same as the base.
 
     Raises:
-        InvalidAdapter: Nothing but zeros.
+        InvalidAdapter: The adapter has no effect.
     """
     reason = _find_untrained(tensors, zeros)
     if reason is not None:
@@ -176,12 +176,12 @@ def _find_untrained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> str
 
 @dataclass(frozen=True)
 class CheckedWeights:
-    """Weights whose every value was read.
+    """Weights of which every value was checked.
 
     Attributes:
-        header: Of the file.
-        warnings: What is not harmful and no use either, with the cure: an adapter of zeros, float64. A push refuses
-            it, a pull warns.
+        header: Header of the file.
+        warnings: Harmless but useless content, with the remedy: an adapter of zeros, float64. A push refuses it, a
+            pull warns.
     """
 
     header: Header
@@ -189,18 +189,18 @@ class CheckedWeights:
 
 
 def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
-    """Check the file of an adapter's weights: header, names, shapes, ranks and every value.
+    """Check an adapter's weight file: header, names, shapes, ranks and every value.
 
-    The one check of push, pull, `verify` and adapter folders. It reads the file once, 16 MB at a time.
+    Push, pull, `verify` and adapter folders share this check. It reads all values once, 16 MB at a time.
 
     Args:
         path: ``adapter_model.safetensors``.
-        config: The configuration that lies beside it.
+        config: The configuration beside it.
 
     Raises:
-        UnsafeFile: It is not a safetensors file, or one that was made to do harm.
-        InvalidAdapter: A tensor lacks its other half, has a shape or rank that does not fit the configuration, a
-            dtype that is not a floating-point one, or values that are not finite or above float16's largest.
+        UnsafeFile: It is not a safetensors file, or a malicious one.
+        InvalidAdapter: An A or B is missing, a shape or rank does not match the configuration, a dtype is not
+            floating-point, or values are not finite or exceed float16's maximum.
     """
     header = read_file_header(path)
     check_adapter(header.tensors, config)
@@ -216,7 +216,7 @@ def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
 
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:
-    """Yield kind of module, number of tensors and number of parameters, for the card."""
+    """Yield module kind, number of tensors and number of parameters, for the card."""
     table: dict[str, list[int]] = {}
     for name, record in tensors.items():
         match = _LORA.fullmatch(name)
@@ -230,22 +230,22 @@ def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int
 
 
 def labels_of(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> int | None:
-    """Return the number of classes of the head that is saved with a classifier; ``None`` for other tasks.
+    """Return the number of labels of a classifier's saved head; ``None`` for other tasks.
 
-    A head may have several layers. Its last one is the one whose rows are not another layer's columns.
+    A head may have several layers. Its last layer is the one whose rows are not another layer's columns.
     """
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     heads = [tensors[name].shape for name in other_tensors(tensors) if not _is_vocabulary(name)]
     layers = [shape for shape in heads if len(shape) == 2]
     last = {rows for rows, _ in layers if not any(columns == rows for _, columns in layers)}
-    # As many classes as the head is wide.
+    # The number of labels equals the width of the head.
     last = last or {rows for rows, _ in layers}
     return last.pop() if len(last) == 1 else None
 
 
 def vocabulary_of(tensors: Mapping[str, TensorRecord]) -> int | None:
-    """Return how many entries the vocabulary has by the rows of saved and adapted embeddings and heads."""
+    """Return the vocabulary size according to the rows of saved and adapted embeddings and heads."""
     rows = set()
     for name, record in tensors.items():
         if name.endswith(".lora_embedding_A"):

@@ -1,4 +1,4 @@
-"""Tokenizer files: data that nothing may be run for."""
+"""Check that tokenizer files do not make transformers run code."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from registry.errors import UnsafeFile
 
 __all__ = ["MAX_TOKENIZER_CONFIG", "TOKENIZER_CONFIG", "check_tokenizer_config"]
 
-#: The one file of a tokenizer that decides whether code is run.
+#: The only tokenizer file that can make transformers run code.
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_TOKENIZER_CONFIG = 32 * 1024 * 1024
-#: Fields by which transformers imports code from a repository.
+#: Fields that make transformers import code from a repository.
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
 def check_tokenizer_config(data: bytes) -> None:
-    """Refuse a tokenizer by which transformers would run code.
+    """Refuse a tokenizer configuration that makes transformers run code.
 
     Args:
         data: The content of ``tokenizer_config.json``.
@@ -27,7 +27,7 @@ def check_tokenizer_config(data: bytes) -> None:
     if len(data) > MAX_TOKENIZER_CONFIG:
         raise UnsafeFile(f"{TOKENIZER_CONFIG} cannot be used: it has more than {MAX_TOKENIZER_CONFIG:,} bytes")
     try:
-        # As transformers reads it. Tokenizers without a longest text have a number of 31 digits here.
+        # Parsed as transformers does. Tokenizers without a length limit have a number of 31 digits here.
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UnsafeFile(f"{TOKENIZER_CONFIG} cannot be used: it is not JSON ({type(error).__name__})") from None

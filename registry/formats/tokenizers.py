@@ -1,4 +1,4 @@
-"""One hash for one tokenizer, whether it is in memory or in a file."""
+"""Hash a tokenizer, in memory or in a file, with equal results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from registry.formats.strict_json import JsonRefused, canonical, parse
 __all__ = ["hash_of_file", "hash_of_tokenizer"]
 
 _LIMIT = 256 * 1024 * 1024
-#: What using a tokenizer changes.
+#: Keys that change while a tokenizer is used.
 _STATE = ("truncation", "padding")
 
 
 def hash_of_file(path: Path) -> str | None:
-    """The hash of a ``tokenizer.json``; ``None`` for one that is no JSON."""
+    """Return the hash of a ``tokenizer.json``; ``None`` if it is not valid JSON."""
     try:
         return _hash(parse(path.read_bytes(), _LIMIT))
     except JsonRefused:
@@ -25,7 +25,7 @@ def hash_of_file(path: Path) -> str | None:
 
 
 def hash_of_tokenizer(tokenizer: Any) -> str | None:
-    """The hash of a tokenizer of transformers; without a fast one inside, of its vocabulary."""
+    """Return the hash of a transformers tokenizer; for one without a fast backend, of its vocabulary."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -1,6 +1,6 @@
-"""Read safetensors files from strangers: header and values.
+"""Read header and values of untrusted safetensors files.
 
-The library accepts a million empty tensors, a name given twice and values that are not finite; this module does not.
+Unlike safetensors 0.8.0, this module refuses a million empty tensors, duplicate names and values that are not finite.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "read_values",
 ]
 
-#: Bytes that a header may have; one with 50,000 tensors has about 7 MB.
+#: Maximum bytes of a header; one with 50,000 tensors has about 7 MB.
 MAX_HEADER = 8 * 1024 * 1024
 _MAX_METADATA = 1024 * 1024
-#: Bits of one value, by dtype.
+#: Bits per value, by dtype.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -47,8 +47,8 @@ class Header:
 
     Attributes:
         tensors: Dtype and shape by name.
-        offsets: First byte and the one after the last, from the beginning of the file, by name.
-        metadata: Texts that whoever wrote the file added.
+        offsets: Begin and end (exclusive) in bytes from the start of the file, by name.
+        metadata: Strings added by the writer of the file.
     """
 
     tensors: Mapping[str, TensorRecord]
@@ -57,15 +57,15 @@ class Header:
 
 
 def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Header:
-    """Read a header, and check that it describes each byte of the file once.
+    """Read a header, and check that it describes each byte of the file exactly once.
 
     Args:
-        read: Returns the bytes from a position on, at most as many as asked for.
-        size: Of the whole file, in bytes.
+        read: Returns at most the given number of bytes from a position on.
+        size: Size of the whole file in bytes.
         name: The file's name, for messages.
 
     Raises:
-        UnsafeFile: The file is not a safetensors file, or one that was made to do harm.
+        UnsafeFile: The file is not a safetensors file, or a malicious one.
     """
     try:
         length = int.from_bytes(read(0, 8), "little")
@@ -95,10 +95,10 @@ def read_open_header(file: BinaryIO, name: str) -> Header:
 
 
 def bits_of(dtype: str) -> int:
-    """Return how many bits a value of a dtype has.
+    """Return the bits per value of a dtype.
 
     Raises:
-        UnsafeFile: No tensor of an adapter has this dtype.
+        UnsafeFile: The dtype is unknown.
     """
     if dtype not in _BITS:
         raise UnsafeFile(f"{shown(dtype)} is not a dtype that a tensor of an adapter can have")
@@ -158,7 +158,7 @@ def _parse_metadata(value: object) -> dict[str, str]:
 
 
 def check_values(path: Path, header: Header, *, double: bool = False) -> set[str]:
-    """Read all values of a file of adapter weights once, a chunk at a time.
+    """Read and check all values of an adapter's weight file once, in chunks.
 
     Args:
         path: The file.
@@ -166,10 +166,10 @@ def check_values(path: Path, header: Header, *, double: bool = False) -> set[str
         double: Accept float64 besides float32, bfloat16 and float16.
 
     Returns:
-        The names of the tensors that hold nothing but zeros; denormal numbers of float32 count as zero.
+        The names of the tensors that hold only zeros; denormal numbers count as zero, except those of float16.
 
-    Raises:
-        InvalidAdapter: A tensor holds NaN, an infinity or a magnitude above float16's largest, or has another dtype.
+        Raises:
+            InvalidAdapter: A tensor holds NaN, infinity or a magnitude above float16's maximum, or has another dtype.
     """
     dtypes = _FLOATS if double else {name: kind for name, kind in _FLOATS.items() if name != "F64"}
     with open(path, "rb") as file:
@@ -181,7 +181,7 @@ def check_values(path: Path, header: Header, *, double: bool = False) -> set[str
 
 
 def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
-    """Return the values of a tensor, in its shape; bfloat16 comes as float32."""
+    """Return the values of a tensor in its shape; bfloat16 is returned as float32."""
     begin, end = header.offsets[name]
     with open(path, "rb") as file:
         file.seek(begin)
@@ -213,13 +213,13 @@ def _is_zero(file: BinaryIO, begin: int, end: int, name: str, dtype: str, dtypes
 
 @dataclass(frozen=True)
 class _Float:
-    """A floating-point format. Without their sign, its bits are ordered as the magnitudes that they stand for.
+    """A floating-point format. Without the sign bit, its bit patterns sort like the magnitudes they represent.
 
     Attributes:
-        bits: numpy's name of the unsigned integer of that size.
+        bits: numpy's name of the unsigned integer type of that size.
         limit: Bits of 65,504.
         infinity: Bits of infinity; those of NaN are greater.
-        smallest: Bits of the smallest value that counts as other than zero.
+        smallest: Bits of the smallest magnitude that counts as nonzero.
     """
 
     bits: str
@@ -228,14 +228,14 @@ class _Float:
     smallest: int
 
     def largest(self, chunk: bytes) -> int:
-        """Return the bits of the greatest magnitude in a chunk."""
+        """Return the bits of the largest magnitude in a chunk."""
         import numpy
 
         values = numpy.frombuffer(chunk, self.bits)
         return int((values & (numpy.iinfo(values.dtype).max >> 1)).max(initial=0))
 
 
-#: Denormals of bfloat16, float32 and float64 below 2**-126 are zero to most processors; those of float16 are not.
+#: Values of bfloat16, float32 and float64 below 2**-126 count as zero, as on most processors; float16 denormals do not.
 _FLOATS = {
     "F16": _Float("<u2", 0x7BFF, 0x7C00, 1),
     "BF16": _Float("<u2", 0x477F, 0x7F80, 0x0080),
@@ -248,6 +248,6 @@ def _read_floats(chunk: bytes, dtype: str) -> numpy.ndarray:
     import numpy
 
     if dtype == "BF16":
-        # A bfloat16 is the first half of a float32.
+        # A bfloat16 is the upper half of a float32.
         return (numpy.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
     return numpy.frombuffer(chunk, {"F16": "<f2", "F64": "<f8"}.get(dtype, "<f4"))

@@ -1,4 +1,4 @@
-"""Hubs that store adapters, and how one is chosen."""
+"""Hubs that store adapters, and how to choose one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
 
 __all__ = ["VARIABLE", "open_hub"]
 
-#: The registry that is meant where a call names none.
+#: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
 
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
-    """The registry that is meant: ``hub``, else ``LORA_REGISTRY``, else the Hugging Face Hub.
+    """Open a registry: ``hub``, else ``LORA_REGISTRY``, else the Hugging Face Hub.
 
     ``file:///srv/adapters`` and path objects are folders, ``https://…`` (or ``http://…``) is a hub that speaks the
-    protocol of the Hugging Face Hub, and an object that has the methods of ``registry.hubs.protocol.Hub`` is itself.
-    Any other text is refused: what happens to exist on disk decides nothing.
+    protocol of the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned as
+    it is. Any other string is refused, whatever exists on disk.
 
     Args:
-        hub: Which registry.
-        token: For a hub on the network; ``None`` is the one that the user logged in with, ``False`` none.
+        hub: The registry.
+        token: Token for a hub on the network; ``None`` is the one that the user logged in with, ``False`` is none.
 
     Raises:
         InvalidReference: ``hub`` is none of these.

@@ -1,7 +1,7 @@
-"""Requests to the Hugging Face Hub through huggingface_hub.
+"""Send requests to the Hugging Face Hub through huggingface_hub.
 
-The only module that imports huggingface_hub. Reading goes through that package's HTTP client, writing through its
-``HfApi``; both within a time limit, because by itself the client waits without end or tries again for half a minute.
+Reads use that package's HTTP client, writes its ``HfApi``. Both have a time limit, because the client (seen in
+huggingface_hub 2.4.0) otherwise waits without end or retries for half a minute.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ HUGGINGFACE = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as a hub lists it: its size, and the hashes by which bytes at hand can be compared with it."""
+    """A file as a hub lists it: size, and hashes for comparing local bytes with it."""
 
     path: str
     size: int
@@ -63,9 +63,9 @@ class RemoteFile:
 
 
 class Repositories:
-    """The model repositories at one endpoint, as the owner of one token sees them.
+    """The model repositories at one endpoint that one token may access.
 
-    Every method raises ``HubFailed``, and nothing else, where the hub doesn't do what it is asked for.
+    If a request fails, every method raises ``HubFailed`` and nothing else.
     """
 
     def __init__(self, endpoint: str, token: Secret, timeout: float) -> None:
@@ -81,16 +81,16 @@ class Repositories:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def refs(self, repo: str) -> tuple[dict[str, str], dict[str, str]]:
-        """The branches and the tags, each with the commit that it points to."""
+        """Return the branches and the tags, each with the commit that it points to."""
         found = self._read_document(f"{_make_api_path(repo)}/refs")
         return _read_targets(found, "branches"), _read_targets(found, "tags")
 
     def info(self, repo: str, revision: str) -> dict[str, Any]:
-        """What the hub says about a repository: ``id``, ``sha``, ``private``, ``gated``, ``siblings``, …"""
+        """Return the hub's description of a repository: ``id``, ``sha``, ``private``, ``gated``, ``siblings``, …"""
         return self._read_document(f"{_make_api_path(repo)}/revision/{_quote(revision)}")
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
-        """The files of a commit, by path. The paths are whatever the hub says: nobody has checked them."""
+        """Return the files of a commit, by path. The paths are unchecked."""
         files: dict[str, RemoteFile] = {}
         for page in self._reader.pages(f"{_make_api_path(repo)}/tree/{_quote(revision)}?recursive=true"):
             for item in _read_records(page):
@@ -100,7 +100,7 @@ class Repositories:
         return files
 
     def content(self, repo: str, revision: str, path: str, limit: int) -> bytes:
-        """The bytes of a file of at most ``limit`` bytes."""
+        """Return the bytes of a file of at most ``limit`` bytes."""
         return self._reader.content(_resolve(repo, revision, path), limit)
 
     def download(self, repo: str, revision: str, path: str, sink: BinaryIO, limit: int) -> None:
@@ -108,11 +108,11 @@ class Repositories:
         self._reader.download(_resolve(repo, revision, path), sink, limit)
 
     def part(self, repo: str, revision: str, path: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes of a file from ``start`` on."""
+        """Return at most ``length`` bytes of a file from ``start`` on."""
         return self._reader.part(_resolve(repo, revision, path), start, length)
 
     def names(self, tags: list[str]) -> Iterator[str]:
-        """The ids of the models that have all of these tags."""
+        """Yield the ids of the models that have all of these tags."""
         query = "&".join(f"filter={_quote(tag)}" for tag in tags)
         pages = self._reader.pages(f"/api/models?{query}")
         yield from (str(item.get("id", "")) for page in pages for item in _read_records(page))
@@ -120,7 +120,7 @@ class Repositories:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def create(self, repo: str, *, private: bool | None) -> None:
-        """Create a repository; one that exists is left as it is."""
+        """Create a repository; an existing one is left unchanged."""
         self._write(lambda api: api.create_repo(repo, private=private, exist_ok=True), lambda: None)
 
     def commit(
@@ -133,10 +133,10 @@ class Repositories:
         message: str,
         delete: tuple[str, ...] = (),
     ) -> str:
-        """Add, replace and delete files in one commit on top of ``parent``; the id of that commit.
+        """Add, replace and delete files in one commit on top of ``parent``, and return its id.
 
-        A hub that has moved on since ``parent`` refuses with status 412. If the answer is lost, or says something else
-        than what happened, the branch is read again: with these files at its head, it has been done.
+        If the branch has moved since ``parent``, the hub refuses with status 412. If the answer is lost or wrong, the
+        branch is read again: if its head holds these files, the commit has succeeded.
         """
 
         def send(api: Any) -> str:
@@ -153,7 +153,7 @@ class Repositories:
         return self._write(send, landed, _count_bytes(files))
 
     def propose(self, repo: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
-        """Open a pull request with these files; its address. Tried once: a second try would open a second one."""
+        """Open a pull request with these files and return its address. Not retried: that could open a second one."""
 
         def send(api: Any) -> str:
             with _make_operations(files, (), as_objects=self.endpoint != HUGGINGFACE) as operations:
@@ -168,7 +168,7 @@ class Repositories:
         return result
 
     def tag(self, repo: str, tag: str, commit: str) -> None:
-        """Let ``tag`` point at ``commit``; a tag that does already is fine, another one is status 409."""
+        """Create ``tag`` at ``commit``; an equal tag is accepted, one at another commit fails with status 409."""
 
         def landed() -> bool | None:
             return True if self.refs(repo)[1].get(tag) == commit else None
@@ -176,7 +176,7 @@ class Repositories:
         self._write(lambda api: api.create_tag(repo, tag=tag, revision=commit) or True, landed)
 
     def branch(self, repo: str, branch: str, commit: str) -> None:
-        """Start a branch at ``commit``; one that exists is left as it is."""
+        """Create a branch at ``commit``; an existing one is left unchanged."""
 
         def landed() -> bool | None:
             return True if branch in self.refs(repo)[0] else None
@@ -186,7 +186,7 @@ class Repositories:
     # -- how -----------------------------------------------------------------------------------------------------
 
     def _write(self, action: Callable[[Any], _Result], landed: Callable[[], _Result | None], size: int = 0) -> _Result:
-        """What ``action`` returns; or, where it failed but was done all the same, what ``landed`` finds."""
+        """Return the result of ``action``; if it failed but took effect all the same, that of ``landed``."""
         deadline, delay = Deadline(self._timeout), 0.25
         deadline.allow(size)
         while True:
@@ -196,7 +196,7 @@ class Repositories:
             try:
                 found = landed()
             except HubFailed:
-                found = None  # the first failure says more
+                found = None  # the first failure is more informative
             if found is not None:
                 return found
             if not failure.transient or not deadline.pause(delay if failure.wait is None else failure.wait):
@@ -204,7 +204,7 @@ class Repositories:
             delay = min(2 * delay, 4.0)
 
     def _attempt(self, deadline: Deadline, action: Callable[[Any], _Result]) -> tuple[_Result | None, HubFailed | None]:
-        """The result of one attempt, or why there is none. Nothing that the client raised leaves this function."""
+        """Return the result of one attempt, or its failure. No exception of the client leaves this function."""
 
         def work() -> tuple[_Result | None, HubFailed | None]:
             try:
@@ -222,7 +222,7 @@ class Repositories:
     def _make_api(self, marker: str) -> Any:
         _check_online()
         hide_in_logs()
-        # False, not None: with None the client would look for a token by itself.
+        # False, not None: with None, huggingface_hub looks up a token itself.
         return HfApi(
             endpoint=self.endpoint,
             token=self._token.reveal() or False,
@@ -265,10 +265,10 @@ def _get_session() -> Any:
 
 
 def _trust_bundle() -> None:
-    """Let certificates be checked as requests and curl would.
+    """Trust the certificates that requests and curl would trust.
 
-    OpenSSL, and with it httpx, knows SSL_CERT_FILE and SSL_CERT_DIR only; earlier releases of huggingface_hub used
-    requests, for which people have set the other two.
+    OpenSSL, and thus httpx, reads only SSL_CERT_FILE and SSL_CERT_DIR. huggingface_hub before 1.0 used requests, for
+    which users have set the other two variables.
     """
     if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
         return
@@ -286,11 +286,11 @@ def _check_online() -> None:
 def _make_operations(
     files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, as_objects: bool
 ) -> Iterator[list[Any]]:
-    """The operations of a commit, for as long as its files are open.
+    """Yield the operations of a commit while its files are open.
 
-    With ``as_objects`` all contents are open file objects. Of those the client uploads none through xet, whatever is
-    installed: hubs other than huggingface.co mostly have no xet, and one that says where its xet storage is can make
-    the client write to any folder of this machine.
+    With ``as_objects``, all contents are open file objects, which huggingface_hub (seen in 2.4.0) never uploads through
+    xet. Most hubs other than huggingface.co have no xet (https://github.com/huggingface/huggingface_hub/issues/4786),
+    and one that names its xet storage can make the client write to any folder of this machine.
     """
     with ExitStack() as stack:
         operations: list[Any] = [CommitOperationDelete(path) for path in delete]
@@ -309,7 +309,7 @@ def _make_operations(
 
 @contextmanager
 def _silence_advice() -> Iterator[None]:
-    """Without the client's warning that file objects don't go through xet: that is what they are for."""
+    """Silence huggingface_hub's warning that file objects are not uploaded through xet, which is intended here."""
 
     def unless_advice(record: logging.LogRecord) -> bool:
         return "not supported by Xet" not in str(record.msg)
@@ -323,7 +323,7 @@ def _silence_advice() -> Iterator[None]:
 
 
 def configured_endpoint() -> str:
-    """The hub that huggingface_hub itself would use: ``HF_ENDPOINT``, or huggingface.co."""
+    """Return the hub that huggingface_hub is configured for: ``HF_ENDPOINT``, or huggingface.co."""
     return str(constants.ENDPOINT).rstrip("/")
 
 
@@ -333,21 +333,21 @@ def stored_token() -> str | None:
 
 
 def implicit_token() -> str | None:
-    """Return the same where nobody asked for it; none, if ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` is set."""
+    """Return the stored token for implicit use; ``None`` if ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` is set."""
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else stored_token()
 
 
 def cached_folder(repo: str, revision: str) -> Path | None:
-    """The folder in which a revision of a model is in the local cache, with as many of its files as were needed."""
+    """Return the folder of a model revision in the local cache, which may hold only some of its files."""
     try:
         found = try_to_load_from_cache(repo, "config.json", revision=revision)
     except ValueError:
-        return None  # not a name that a repository can have
+        return None  # not a valid repository name
     return Path(found).parent if isinstance(found, str) else None
 
 
 def cached_snapshots(repo: str) -> list[Path]:
-    """The folders of all commits of a model in the local cache."""
+    """Return the folders of all commits of a model in the local cache."""
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
     return sorted(folder.iterdir()) if folder.is_dir() else []
 

@@ -2,13 +2,13 @@
 
 ::
 
-    <root>/<org>/<name>/repository.json      made once: the identity of the repository
-                        refs.json            all branches and tags; exchanged as a whole, under the lock
-                        commits/<id>/…       the files of a commit; renamed into place when they are complete
+    <root>/<org>/<name>/repository.json      the identity of the repository; written once
+                        refs.json            all branches and tags; replaced as a whole, under the lock
+                        commits/<id>/…       the files of a commit; renamed into place when complete
 
-A commit exists from the rename on, and is visible from the moment at which ``refs.json`` names it. Whoever dies before
-that leaves something that nobody finds. The id of a commit with a manifest is the digest of the manifest, so the same
-release has the same id in every folder.
+A commit exists once it is renamed into place, and is visible once ``refs.json`` names it. A process that dies before
+that leaves only invisible files. The id of a commit with a manifest is the digest of the manifest, so a release has
+the same id in every folder.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ _CHUNK = 1024 * 1024
 
 @dataclass(frozen=True)
 class _Copy:
-    """What was written to a file of a commit."""
+    """Size and hash of a file in a commit."""
 
     size: int
     sha256: str
 
 
 class FolderHub:
-    """A hub in a folder, which is made when something is published first.
+    """A hub in a folder, which is created on the first publish.
 
     Args:
         root: A path, or a ``file://`` address.
 
     Raises:
-        InvalidReference: The address is not that of a folder on this machine.
+        InvalidReference: The address does not name a folder on this machine.
     """
 
     local = True
@@ -90,12 +90,12 @@ class FolderHub:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def refs(self, name: str) -> Refs:
-        """All branches and tags at one moment."""
+        """Return all branches and tags at one moment."""
         with _translate_errors(name):
             return self._read_refs(name)
 
     def identity(self, name: str) -> str:
-        """The id that the repository got when it was made."""
+        """Return the id that the repository got when it was created."""
         with _translate_errors(name):
             path = self._find_repository(name) / _IDENTITY
             identity = _parse_object(path, folder_files.read_small(path)).get("id")
@@ -104,12 +104,12 @@ class FolderHub:
             return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
-        """The files of a commit with their sizes."""
+        """Return the files of a commit with their sizes."""
         with _translate_errors(name):
             return dict(sorted(folder_files.entries(self._find_commit(name, commit))))
 
     def hashes(self, name: str, commit: str) -> Mapping[str, str]:
-        """The files of a commit with their sha256."""
+        """Return the files of a commit with their sha256."""
         found = {}
         for path in self.files(name, commit):
             digest = hashlib.sha256()
@@ -120,7 +120,7 @@ class FolderHub:
         return found
 
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
-        """The content of a file of at most ``limit`` bytes."""
+        """Return the content of a file of at most ``limit`` bytes."""
         with _translate_errors(name), self._open_file(name, commit, path) as file:
             content = file.read(limit + 1)
             if len(content) > limit:
@@ -138,13 +138,13 @@ class FolderHub:
                 sink.write(chunk)
 
     def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
-        """A part of a file."""
+        """Return at most ``length`` bytes of a file from ``start`` on."""
         with _translate_errors(name), self._open_file(name, commit, path) as file:
             file.seek(start)
             return file.read(length)
 
     def names(self, base: str | None = None) -> Iterator[str]:
-        """All repositories; a folder keeps no list of what they are for."""
+        """Yield all repositories; a folder keeps no index of their bases."""
         with _translate_errors("this registry"):
             found = [
                 f"{repository.parent.parent.name}/{repository.parent.name}"
@@ -157,7 +157,7 @@ class FolderHub:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def create(self, name: str, *, private: bool | None = None) -> None:
-        """Make a repository, if there is none. A folder is as private as the file system makes it."""
+        """Create a repository if it does not exist. Its privacy is that of the file system."""
         with _translate_errors(name):
             folder = self._find_folder(check_name(name))
             if (folder / _IDENTITY).exists():
@@ -176,7 +176,7 @@ class FolderHub:
                 except OSError:
                     if not (folder / _IDENTITY).exists():
                         raise
-                    return  # somebody else was faster
+                    return  # another process was faster
             folder_files.fsync_folder(folder.parent)
 
     def commit(
@@ -189,7 +189,7 @@ class FolderHub:
         message: str,
         delete: tuple[str, ...] = (),
     ) -> str:
-        """Write the files of a commit, then let the branch stand at it; ``message`` is not kept."""
+        """Write the files of a commit, then move the branch to it; ``message`` is not stored."""
         for path in files:
             _check_path(path)
         with _translate_errors(name):
@@ -205,7 +205,7 @@ class FolderHub:
                 return self._land(name, branch, parent, stage, written)
 
     def propose(self, name: str, files: Mapping[str, Path | bytes], *, parent: str, message: str) -> str:
-        """A folder has no change requests.
+        """Refuse: a folder has no change requests.
 
         Raises:
             HubRefused: Always.
@@ -213,7 +213,7 @@ class FolderHub:
         raise HubRefused(f"{name}: a folder registry has no change requests; push without create_pr")
 
     def create_branch(self, name: str, branch: str, commit: str) -> None:
-        """Start a branch, unless it exists."""
+        """Create a branch, unless it exists."""
 
         def add(refs: Refs) -> Refs:
             return refs if branch in refs.branches else replace(refs, branches={**refs.branches, branch: commit})
@@ -224,7 +224,7 @@ class FolderHub:
             self._change(name, add)
 
     def create_tag(self, name: str, tag: str, commit: str) -> None:
-        """Let a new tag stand at a commit."""
+        """Create a tag at a commit."""
 
         def add(refs: Refs) -> Refs:
             standing = refs.tags.get(tag, commit)
@@ -238,9 +238,9 @@ class FolderHub:
             self._change(name, add)
 
     def unreachable(self, name: str) -> list[Path]:
-        """Commits that no branch and no tag stands at, and abandoned halves of them.
+        """Return commits that no branch or tag points to, and abandoned partial ones.
 
-        What is being written at this moment is not among them.
+        Files that are being written are not included.
         """
         with _translate_errors(name):
             repository, refs = self._find_repository(name), self._read_refs(name)
@@ -250,7 +250,7 @@ class FolderHub:
             return sorted([path for path in found if is_old(path)] + find_leftovers(repository))
 
     def remove(self, name: str, paths: list[Path]) -> None:
-        """Delete what ``unreachable`` found, except what has become reachable since."""
+        """Delete paths that ``unreachable`` returned, except those that have become reachable since."""
         with _translate_errors(name), folder_lock(self._find_repository(name)):
             still = set(self.unreachable(name))
             for path in paths:
@@ -267,14 +267,14 @@ class FolderHub:
             folder = self._find_folder(name)
         except InvalidReference as error:
             raise RepositoryNotFound(str(error)) from None
-        # Where lower and upper case are the same to the file system, they are not to us.
+        # Names are case-sensitive even on a case-insensitive file system.
         if not os.path.lexists(folder / _IDENTITY) or folder.name not in os.listdir(folder.parent):
             raise RepositoryNotFound(f"The adapter {name} does not exist in {self.location}")
         folder_files.inside(self.root, folder / _IDENTITY)
         return folder
 
     def _refuse_twin(self, folder: Path) -> None:
-        """Refuse a repository whose name differs from another one's in nothing but upper and lower case."""
+        """Refuse a repository whose name differs from an existing one only in case."""
         for path in (folder.parent, folder):
             beside = os.listdir(path.parent) if path.parent.is_dir() else []
             twins = [name for name in beside if name != path.name and name.lower() == path.name.lower()]
@@ -301,7 +301,7 @@ class FolderHub:
         return folder
 
     def _restore_empty(self, name: str, folder: Path) -> None:
-        """Make the folder of a repository's first commit again: it is empty, and git and some archives keep no such."""
+        """Recreate the folder of a repository's first commit: it is empty, so git and some archives drop it."""
         refs = self._read_refs(name)
         if folder.name in refs.branches.values() and folder.name not in refs.tags.values():
             with contextlib.suppress(OSError):
@@ -319,7 +319,7 @@ class FolderHub:
             yield file
 
     def _change(self, name: str, change: Callable[[Refs], Refs]) -> None:
-        """Exchange the refs under the lock."""
+        """Replace the refs under the lock."""
         repository = self._find_repository(name)
         with folder_lock(repository):
             before = self._read_refs(name)
@@ -328,7 +328,7 @@ class FolderHub:
                 folder_files.replace_file(repository / _REFS, _encode_refs(after))
 
     def _land(self, name: str, branch: str, parent: str, stage: Path, written: Mapping[str, _Copy]) -> str:
-        """Rename the complete commit into place and let the branch stand at it, if it still stands at ``parent``."""
+        """Rename the complete commit into place and move the branch to it, if the branch is still at ``parent``."""
         commits = self._find_repository(name) / _COMMITS
         commit = written[_MANIFEST].sha256 if _MANIFEST in written else _make_commit_id(written, branch + parent)
         if (commits / commit).exists() and _hash_files(commits / commit) != written:
@@ -360,7 +360,7 @@ def _parse_root(root: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _translate_errors(name: str) -> Iterator[None]:
-    """The errors of the file system as those of a hub."""
+    """Raise errors of the file system as errors of a hub."""
     try:
         yield
     except folder_files.PlantedLink as error:
@@ -378,7 +378,7 @@ def _translate_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def _stage(parent: Path) -> Iterator[Path]:
-    """A new folder beside its final place, gone afterwards if it was not renamed."""
+    """Create a folder beside its final place; it is deleted afterwards if it was not renamed."""
     sweep(parent)
     stage = parent / new_name()
     stage.mkdir()
@@ -389,7 +389,7 @@ def _stage(parent: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, content: Path | bytes) -> _Copy:
-    """Write a file and wait for the disk; what was written, as it was read."""
+    """Write a file, wait until it is on disk, and return size and hash of what was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         folder_files.write_file(path, content)
@@ -412,7 +412,7 @@ def _copy_and_hash(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
 
 
 def _hash_files(commit: Path) -> dict[str, _Copy]:
-    """What is in a commit that is there already."""
+    """Return sizes and hashes of the files of an existing commit."""
     found = {}
     for path, _ in folder_files.entries(commit):
         with os.fdopen(folder_files.open_regular(commit / path), "rb") as file:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, or a hub with its protocol, as a ``Hub``."""
+"""The Hugging Face Hub, or a hub with its protocol, as a `Hub`."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ __all__ = ["HuggingFaceHub"]
 
 #: Seconds that a call with all its retries may take, besides the transfer of its bytes.
 TIMEOUT = 30.0
-#: The tag that the card of every release has; the Hub finds them by it.
+#: The tag on the card of every release, by which the Hub lists them.
 _TAG = "lora-plugins"
 _KINDS = {"RepoNotFound": RepositoryNotFound, "RevisionNotFound": CommitNotFound, "EntryNotFound": HubFileNotFound}
 
 
 class HuggingFaceHub:
-    """The model repositories of one hub, as the owner of one token sees them.
+    """The model repositories of one hub that one token may access.
 
     Args:
         endpoint: ``https://…``; ``None`` is ``HF_ENDPOINT``, or huggingface.co.
-        token: ``None`` is the token that the user logged in with, at ``HF_ENDPOINT`` or huggingface.co, and none
-            elsewhere; ``True`` is that token wherever it goes, ``False`` is none.
+        token: ``None`` is the token that the user logged in with at ``HF_ENDPOINT`` or huggingface.co, and no token
+            elsewhere; ``True`` is that token for any endpoint, ``False`` is none.
         timeout: Seconds that a call may take, besides the transfer of its bytes.
 
-    Raises:
-        InvalidReference: The endpoint is not the address of a hub.
+        Raises:
+            InvalidReference: The endpoint is not a valid address.
     """
 
     local = False
@@ -57,7 +57,7 @@ class HuggingFaceHub:
         from registry.hubs import client as huggingface
 
         given, token = (huggingface.Secret(token), None) if isinstance(token, str) else (None, token)
-        # From here on no frame holds the token itself: printers of tracebacks show local variables.
+        # From here on no frame holds the token itself, because some traceback printers show local variables.
         own = huggingface.configured_endpoint()
         self.location = _parse_address(own if endpoint is None else endpoint)
         if given is not None:
@@ -78,7 +78,7 @@ class HuggingFaceHub:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def refs(self, name: str) -> Refs:
-        """All branches and tags at one moment."""
+        """Return all branches and tags at one moment."""
         with self._translate_errors(name):
             branches, tags = self._repositories.refs(name)
             if any(COMMIT.fullmatch(commit) is None for commit in (*branches.values(), *tags.values())):
@@ -86,7 +86,7 @@ class HuggingFaceHub:
             return Refs(branches, tags)
 
     def identity(self, name: str) -> str:
-        """The id that the hub gave the repository; when it was made, where a hub gives none."""
+        """Return the id that the hub gave the repository, or its creation time on a hub without ids."""
         with self._translate_errors(name):
             found = self._repositories.info(name, "main")
             identity = str(found.get("_id") or found.get("createdAt") or "")
@@ -95,18 +95,18 @@ class HuggingFaceHub:
             return identity
 
     def files(self, name: str, commit: str) -> Mapping[str, int]:
-        """The files of a commit with their sizes."""
+        """Return the files of a commit with their sizes."""
         with self._translate_errors(name):
             return {path: file.size for path, file in sorted(self._repositories.files(name, commit).items())}
 
     def hashes(self, name: str, commit: str) -> Mapping[str, str]:
-        """The files of a commit with their sha256, or git's hash for small ones."""
+        """Return the files of a commit with their sha256, or git's hash for files outside LFS."""
         with self._translate_errors(name):
             found = self._repositories.files(name, commit)
             return {path: file.sha256 or file.git_sha1 for path, file in sorted(found.items())}
 
     def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
-        """The content of a file of at most ``limit`` bytes."""
+        """Return the content of a file of at most ``limit`` bytes."""
         with self._translate_errors(name, path):
             return self._repositories.content(name, commit, path, limit)
 
@@ -116,12 +116,12 @@ class HuggingFaceHub:
             self._repositories.download(name, commit, path, sink, limit)
 
     def read_range(self, name: str, commit: str, path: str, start: int, length: int) -> bytes:
-        """A part of a file."""
+        """Return at most ``length`` bytes of a file from ``start`` on."""
         with self._translate_errors(name, path):
             return self._repositories.part(name, commit, path, start, length)
 
     def names(self, base: str | None = None) -> Iterator[str]:
-        """The models that the hub lists as ours, for ``base`` if it is given."""
+        """Yield the models that the hub lists with the registry's tag, for ``base`` if it is given."""
         tags = [f"base_model:adapter:{base}"] if base is not None else []
         with self._translate_errors("the list of adapters"):
             yield from self._repositories.names([_TAG, *tags])
@@ -129,7 +129,7 @@ class HuggingFaceHub:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def create(self, name: str, *, private: bool | None = None) -> None:
-        """Create a repository, if there is none."""
+        """Create a repository if it does not exist."""
         with self._translate_errors(name):
             self._repositories.create(name, private=private)
 
@@ -143,7 +143,7 @@ class HuggingFaceHub:
         message: str,
         delete: tuple[str, ...] = (),
     ) -> str:
-        """One commit on top of ``parent``."""
+        """Commit files on top of ``parent``."""
         with self._translate_errors(name):
             try:
                 return self._repositories.commit(name, branch, files, parent=parent, message=message, delete=delete)
@@ -163,12 +163,12 @@ class HuggingFaceHub:
             return self._repositories.propose(name, files, parent=parent, message=message)
 
     def create_branch(self, name: str, branch: str, commit: str) -> None:
-        """Start a branch, unless it exists."""
+        """Create a branch, unless it exists."""
         with self._translate_errors(name):
             self._repositories.branch(name, branch, commit)
 
     def create_tag(self, name: str, tag: str, commit: str) -> None:
-        """Let a new tag stand at a commit."""
+        """Create a tag at a commit."""
         with self._translate_errors(name):
             try:
                 return self._repositories.tag(name, tag, commit)
@@ -181,7 +181,7 @@ class HuggingFaceHub:
 
     @contextmanager
     def _translate_errors(self, name: str, path: str = "") -> Iterator[None]:
-        """The failures of requests as errors of the registry; neither holds what the HTTP client raised."""
+        """Raise failed requests as errors of the registry; neither refers to the HTTP client's exception."""
         try:
             yield
         except HubFailed as failure:

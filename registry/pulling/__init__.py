@@ -1,1 +1,1 @@
-"""From a reference to a verified adapter on disk."""
+"""Resolve a reference to a verified adapter on disk."""

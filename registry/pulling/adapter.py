@@ -26,13 +26,13 @@ __all__ = ["Adapter"]
 class Adapter(os.PathLike[str]):
     """A release of an adapter, verified and on this machine.
 
-    It can be given wherever a folder with an adapter can: ``PeftModel.from_pretrained(base, adapter)``.
+    It can be used wherever an adapter folder can: ``PeftModel.from_pretrained(base, adapter)``.
 
     Attributes:
         name: ``org/name``.
         commit: The commit that holds the release.
-        manifest: Everything that is said about it.
-        path: The folder, as text for functions that take nothing else.
+        manifest: Its manifest.
+        path: The folder, as a string for functions that do not accept path objects.
     """
 
     name: str
@@ -53,21 +53,20 @@ class Adapter(os.PathLike[str]):
 
     @property
     def config(self) -> AdapterConfig:
-        """Its configuration, read anew from the folder."""
+        """Its configuration, read from the folder on each access."""
         return AdapterConfig.parse(Path(self.path, ADAPTER_CONFIG).read_bytes())
 
     def check(self, base: Any, *, base_hub: Hub | str | None = None, token: str | bool | None = None) -> CheckResult:
-        """Compare the adapter with a base model; no weight is loaded. See `registry.check_contract`.
+        """Compare the adapter with a base model without loading weights. See `registry.check_contract`.
 
         Args:
-            base: A model in memory, a folder (a path, or a text that begins with ``/``, ``.`` or ``~``), a
-                configuration of transformers, or an id on a hub, with a revision behind ``@`` if it isn't the commit
-                of the manifest.
-            base_hub: Where base models are; the Hugging Face Hub by default.
-            token: For that hub.
+            base: A model in memory, a folder (a path, or a string that begins with ``/``, ``.`` or ``~``), a
+                transformers configuration, or an id on a hub, with ``@revision`` if it is not the manifest's commit.
+            base_hub: The hub of the base models; the Hugging Face Hub by default.
+            token: Token for that hub.
 
         Raises:
-            BaseMismatch: It was trained on another base; one error says all that differs.
+            BaseMismatch: It was trained on another base; the error lists all differences.
         """
         from registry.base.contract import check_contract
 
@@ -86,12 +85,12 @@ class Adapter(os.PathLike[str]):
         """Load the adapter onto its base model, after `check`.
 
         Args:
-            base: A model in memory; or a folder or an id, from which one is loaded. By default the base of the
-                manifest, at its commit.
-            is_trainable: Whether training goes on.
-            adapter_name: What the adapter is called in the model.
-            base_token: For a base that not everybody may download.
-            trust_identity: Don't warn where the base can't be told from others of its shape.
+            base: A model in memory, or a folder or id to load one from. By default the base of the manifest, at its
+                commit.
+            is_trainable: Whether the adapter will be trained further.
+            adapter_name: Name of the adapter in the model.
+            base_token: Token for a private or gated base.
+            trust_identity: Don't warn if the base cannot be distinguished from others of its shape.
             **kwargs: For ``from_pretrained`` of the base's class: ``dtype``, ``device_map``, ``quantization_config``,
                 ``cache_dir``, ``local_files_only``, …
 
@@ -119,7 +118,7 @@ class Adapter(os.PathLike[str]):
         return loaded
 
     def _load_base(self, base: Any, token: str | bool | None, kwargs: dict[str, Any]) -> Any:
-        """The base model from a folder or a hub, at the commit of the manifest, with the adapter's vocabulary."""
+        """Load the base model from a folder or a hub, at the commit of the manifest, with the adapter's vocabulary."""
         from registry.base.choice import find_candidates
         from registry.base.classes import rows_of_embedding
         from registry.base.fitting import choose_candidate
@@ -129,21 +128,21 @@ class Adapter(os.PathLike[str]):
         stored = StoredAdapter.read(self)
         chosen = choose_candidate(stored, find_candidates(config, stored))
         if chosen.config is not None and chosen.config.num_labels != config.num_labels:
-            # The head of the base is of no use, and the right one comes with the adapter.
+            # The adapter brings its own head; the base's has another number of labels.
             kwargs = {"ignore_mismatched_sizes": True, **kwargs}
         model = chosen.model_class.from_pretrained(place, config=chosen.config, **{**told, **kwargs})
         rows = rows_of_embedding(model)
         wanted = max(stored.vocabulary or 0, stored.config.trained_tokens)
         if rows is not None and (rows < wanted or (stored.carries_vocabulary and rows != wanted)):
-            # The rows that are added come with the adapter.
+            # The adapter brings the values of the added rows.
             model.resize_token_embeddings(wanted, mean_resizing=False)
         return model
 
     def _check_alias(self, base: Any, model: Any, result: CheckResult) -> None:
-        """A base that was found under another id than the recorded one must be recognized.
+        """Check that a base found under another id than the recorded one is verified.
 
         Raises:
-            BaseMismatch: It cannot be.
+            BaseMismatch: It cannot be verified.
         """
         found = getattr(getattr(model, "config", None), "_name_or_path", None)
         if base is None and found != self.manifest.base.id and result.identity != "verified":
@@ -155,16 +154,16 @@ class Adapter(os.PathLike[str]):
     def _find_config(
         self, base: Any, token: str | bool | None, kwargs: Mapping[str, Any]
     ) -> tuple[str, Any, dict[str, Any]]:
-        """Where the base is, its configuration, and the arguments that it was loaded with.
+        """Return the base's location, its configuration, and the arguments it was loaded with.
 
         Raises:
-            UnknownBase: It is neither there nor under one of the ids that the manifest gives besides.
+            UnknownBase: It is neither at its location nor under one of the manifest's aliases.
         """
         from transformers import AutoConfig
 
         reason = ""
         for place, revision in self._list_places(base):
-            # trust_remote_code stays the caller's decision: no manifest can make it.
+            # trust_remote_code is the caller's decision; a manifest cannot set it.
             told = {"revision": revision, "token": token, **{k: kwargs[k] for k in _CONFIG_TOO if k in kwargs}}
             told = {key: value for key, value in told.items() if value is not None}
             try:
@@ -177,7 +176,7 @@ class Adapter(os.PathLike[str]):
         )
 
     def _list_places(self, base: Any) -> list[tuple[str, str | None]]:
-        """Where to look for the base: where the caller or the manifest says, and under the manifest's other ids."""
+        """Return the locations to try for the base: the caller's or the manifest's, then the manifest's aliases."""
         others = self.manifest.base.aliases or () if base is None else ()
         return [self._find_place(base), *((name, None) for name in others)]
 
@@ -199,5 +198,5 @@ class Adapter(os.PathLike[str]):
         return name, revision or (recorded.commit if name == recorded.id else None)
 
 
-#: Arguments of ``from_pretrained`` that its configuration is loaded with, too.
+#: Arguments of ``from_pretrained`` that loading the configuration needs too.
 _CONFIG_TOO = ("cache_dir", "local_files_only", "trust_remote_code", "subfolder", "proxies")

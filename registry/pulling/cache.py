@@ -1,11 +1,11 @@
-"""The cache: pulled releases in read-only folders, and answers of hubs.
+"""The cache: pulled releases in read-only folders, and records of hubs.
 
 ::
 
-    <cache>/releases/<digest>/…              a release, complete, hashed again at every pull
-            checked/<digest>.json            what its content was found to be; its time is that of the last pull
-            signatures/<digest>/…            signatures of the release, one for each repository that it is in
-            seen/<hub>/<org>/<name>.json     what was seen of a repository, to notice when it shows less
+    <cache>/releases/<digest>/…              a complete release, hashed again at every pull
+            checked/<digest>.json            results of the content check; modified at every pull
+            signatures/<digest>/…            signatures of the release, one for each repository that has it
+            seen/<hub>/<org>/<name>.json     what was seen of a repository, to detect a rollback
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from registry.formats.strict_json import JsonRefused, canonical, parse
 
 __all__ = ["VARIABLE", "Cache", "check_file", "check_files"]
 
-#: The folder, where ``cache_dir=`` names none.
+#: Environment variable that names the folder for calls without ``cache_dir=``.
 VARIABLE = "LORA_REGISTRY_CACHE"
 _CHUNK = 1024 * 1024
-#: Counts the checks of content: what an earlier release of this package has checked is checked again.
+#: Version of the content check; content checked by an earlier version is checked again.
 _CHECKS = 1
 _MAX_NOTES = 1024 * 1024
 
 
 class Cache:
-    """A folder of pulled releases; several processes may use it at once.
+    """A folder of pulled releases; several processes may use it concurrently.
 
     Args:
         folder: ``None`` is ``LORA_REGISTRY_CACHE``, else ``lora-plugins/registry`` in ``HF_ASSETS_CACHE``, which by
-            default is ``assets`` in ``HF_HOME``. Where only ``~/.cache/lora-plugins/registry`` exists, as version
-            0.1.0 made it, it is that.
+            default is ``assets`` in ``HF_HOME``. If only ``~/.cache/lora-plugins/registry`` of version 0.1.0 exists,
+            that folder is used.
 
     Raises:
-        MachineError: It is said to be in the user's home folder, and there is none.
+        MachineError: The path is in the user's home folder, which is unknown.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -60,11 +60,11 @@ class Cache:
     # -- releases ------------------------------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
-        """Where a release is, or would be."""
+        """Return the folder of a release, whether it exists or not."""
         return self.folder / "releases" / digest
 
     def manifest(self, digest: str) -> Manifest | None:
-        """The manifest of a release that is there, undamaged; its files have not been looked at."""
+        """Return the manifest of a cached release, whose files are not checked; ``None`` if missing or damaged."""
         try:
             path = folder_files.inside(self.folder, self.path(digest) / MANIFEST_FILE)
             data = folder_files.read_small(path, MAX_MANIFEST + 1)
@@ -79,20 +79,20 @@ class Cache:
         """Hash every file of a release.
 
         Raises:
-            IntegrityError: One is missing, differs, is a link, or is not of the release.
+            IntegrityError: A file is missing, differs, is a link, or does not belong to the release.
         """
         check_files(self.path(manifest.digest), manifest)
 
     def use(self, manifest: Manifest) -> tuple[str, ...] | None:
-        """Take a release that is there: `collect` leaves it alone for a day, and every file is hashed.
+        """Use a cached release: hash every file, and keep it from garbage collection for a day.
 
         Returns:
-            The warnings that its content deserves; ``None`` if nobody has looked at the content yet.
+            The warnings about its content; ``None`` if the content has not been checked yet.
 
         Raises:
-            IntegrityError: A file is missing, differs, is a link, or is not of the release.
+            IntegrityError: A file is missing, differs, is a link, or does not belong to the release.
         """
-        with contextlib.suppress(OSError), exclude(self._make_guard()):  # the cache may be one that is only read
+        with contextlib.suppress(OSError), exclude(self._make_guard()):  # the cache may be read-only
             if os.path.lexists(self.path(manifest.digest)):
                 self._touch(manifest.digest)
         self.check(manifest)
@@ -104,19 +104,19 @@ class Cache:
         download: Callable[[str, FileRecord, BinaryIO], None],
         examine: Callable[[Path], tuple[str, ...]],
     ) -> tuple[str, ...]:
-        """Put a release there; what was there, damaged, makes room.
+        """Add a release, replacing a damaged copy.
 
         Args:
-            manifest: Of the release.
+            manifest: Manifest of the release.
             download: Writes the content of one of its files.
-            examine: Looks at the files while they are in a temporary folder, and returns warnings; what it refuses
-                does not get into the cache.
+            examine: Checks the files in a temporary folder and returns warnings; files that it refuses do not enter the
+                cache.
 
         Returns:
             The warnings.
 
         Raises:
-            IntegrityError: What was downloaded is not what the manifest says. Nothing is left of it.
+            IntegrityError: The downloaded files differ from the manifest; they are deleted.
             CacheError: The folder cannot be written.
         """
         with _translate_errors(self.folder), self._stage() as stage:
@@ -139,12 +139,12 @@ class Cache:
         return warnings
 
     def note(self, digest: str, warnings: tuple[str, ...]) -> None:
-        """Remember what the content of a release was found to be; a cache that is only read stays as it is."""
+        """Store the warnings about a release's content; a read-only cache is left unchanged."""
         with contextlib.suppress(OSError):
             self._write_notes(digest, warnings)
 
     def remove(self, digest: str) -> bool:
-        """Delete a release, unless it was handed out less than a day ago; whether it was deleted."""
+        """Delete a release unless it was used less than a day ago; return whether it was deleted."""
         aside = self.folder / "releases" / new_name()
         with _translate_errors(self.folder):
             with exclude(self._make_guard()):
@@ -158,35 +158,35 @@ class Cache:
         return True
 
     def is_leased(self, digest: str) -> bool:
-        """Whether a release was handed out, or put there, less than a day ago."""
+        """Whether a release was used or added less than a day ago."""
         with _translate_errors(self.folder):
             path = self._find_notes(digest)
         return os.path.lexists(path) and not is_old(path)
 
     def digests(self) -> list[str]:
-        """Return the releases that are there."""
+        """Return the digests of the cached releases."""
         with _translate_errors(self.folder):
             folder = folder_files.inside(self.folder, self.folder / "releases")
             names = os.listdir(folder) if folder.is_dir() else []
         return sorted(filter(SHA256.fullmatch, names))
 
     def leftovers(self) -> list[Path]:
-        """Return halves of downloads that nobody is working on any more."""
+        """Return abandoned partial downloads."""
         with _translate_errors(self.folder):
             return find_leftovers(folder_files.inside(self.folder, self.folder / "releases"))
 
     # -- what was seen -------------------------------------------------------------------------------------------
 
     def seen(self, location: str, name: str) -> Seen:
-        """Return what is remembered of a repository.
+        """Return the record of a repository.
 
         Raises:
-            CacheError: The record is damaged, or cannot be read. What it has lost, nobody would notice.
+            CacheError: The record is damaged or cannot be read. It is not reset, because losses would go unnoticed.
         """
         return self._read_record(self.record_path(location, name), name)
 
     def remember(self, location: str, name: str, change: Callable[[Seen], Seen]) -> None:
-        """Change what is remembered of a repository; a cache that is only read stays as it is."""
+        """Change the record of a repository; a read-only cache is left unchanged."""
         path = self.record_path(location, name)
         before = self.seen(location, name)
         if change(before) == before:
@@ -201,13 +201,13 @@ class Cache:
                     raise
 
     def record_path(self, location: str, name: str) -> Path:
-        """The file in which it is remembered."""
+        """Return the file with the record of a repository."""
         hub = hashlib.sha256(location.encode()).hexdigest()[:16]
         org, _, repository = name.partition("/")
         return self.folder / "seen" / hub / org / f"{repository}.json"
 
     def records(self) -> Iterator[Seen]:
-        """Read everything that is remembered.
+        """Yield all records.
 
         Raises:
             CacheError: A record is damaged.
@@ -253,7 +253,7 @@ class Cache:
         folder_files.replace_file(path, canonical({"checks": _CHECKS, "warnings": list(warnings)}))
 
     def _drop_notes(self, digest: str) -> None:
-        """Remove the notes of a release that did not get there."""
+        """Remove the notes of a release that was not added."""
         with contextlib.suppress(OSError), exclude(self._make_guard()):
             if not os.path.lexists(self.path(digest)):
                 self._find_notes(digest).unlink(missing_ok=True)
@@ -296,10 +296,10 @@ class Cache:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Hash every file of a folder that should hold a release and nothing else.
+    """Hash every file of a folder that must hold exactly one release.
 
     Raises:
-        IntegrityError: It doesn't; the message names the file.
+        IntegrityError: It does not; the message names the file.
     """
     try:
         if folder.is_symlink():
@@ -319,7 +319,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_file(folder: Path, name: str, record: FileRecord) -> None:
-    """Compare a file with what the manifest says.
+    """Compare a file with its record in the manifest.
 
     Raises:
         IntegrityError: It differs.
@@ -362,7 +362,7 @@ def _explain_failure(folder: Path, what: str, error: OSError) -> CacheError:
 
 
 def _find_default() -> Path:
-    """Return where huggingface_hub lets other packages keep their files, without importing it."""
+    """Return huggingface_hub's folder for assets of other packages, without importing it."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     home = Path(os.environ.get("HF_HOME") or user / "huggingface")
     assets = Path(os.environ.get("HF_ASSETS_CACHE") or home / "assets") / "lora-plugins" / "registry"

@@ -19,11 +19,11 @@ __all__ = ["check_content", "check_sizes"]
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Compare the sizes in a manifest with what its files can have, before one is downloaded.
+    """Check that the sizes in a manifest are plausible, before a file is downloaded.
 
     Raises:
-        UnsafeFile: The weights are not as large as their tensors.
-        TooLarge: Another file is larger than any of its kind.
+        UnsafeFile: The size of the weights does not match their tensors.
+        TooLarge: A file is larger than allowed for its kind.
     """
     for name, record in manifest.files.items():
         if record.size > max_size(name):
@@ -35,15 +35,15 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def check_content(folder: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Check the two files that libraries will read, every value of them.
+    """Check the files that libraries will read: configuration, every value of the weights, tokenizer configuration.
 
     Returns:
-        Warnings: what is not harmful and no use either, with the cure.
+        Warnings about harmless but useless content, with the remedy.
 
     Raises:
-        UnsafeFile: Something would do harm.
-        InvalidAdapter: The weights are of no use.
-        IntegrityError: The tensors are not those of the manifest, or the configuration is not.
+        UnsafeFile: A file is malicious or malformed.
+        InvalidAdapter: The weights are unusable.
+        IntegrityError: Tensors or configuration do not match the manifest.
     """
     config = AdapterConfig.parse(read_small(folder / ADAPTER_CONFIG, MAX_CONFIG + 1))
     header = read_file_header(folder / ADAPTER_WEIGHTS)

@@ -1,4 +1,4 @@
-"""From a reference to the checked files of a release."""
+"""Fetch the checked files of the release that a reference names."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from registry.pulling.signatures import SignatureRule
 __all__ = ["Fetched", "Fetcher", "Progress"]
 
 _EXAMPLES = 3
-#: Called with the file's name, the bytes that are there and the bytes that it has.
+#: Called with the file's name, the bytes downloaded so far and its total bytes.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A release whose files are in the cache, and are what the manifest says."""
+    """A release whose files are in the cache and match the manifest."""
 
     release: Release
     manifest: Manifest
@@ -54,7 +54,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Before:
-    """What was known of a version before: its commit and manifest, and the id of its repository."""
+    """What was known of a version before: its commit, its manifest digest, and the id of its repository."""
 
     version: str
     commit: str | None
@@ -64,16 +64,16 @@ class _Before:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Gets releases from one hub.
+    """Fetches releases from one hub.
 
     Attributes:
-        hub: Where from.
-        cache: Where to.
-        lock: What is fixed; entries are added to it if it is one that is written.
-        offline: Use only what is in the cache.
-        progress: Told about the bytes that arrive.
-        quiet: Don't warn of withdrawn releases.
-        signature: Which signature a release must have, if any.
+        hub: The hub.
+        cache: The cache for the files.
+        lock: The lock file; entries are added if it is writable.
+        offline: Use only the cache.
+        progress: Called with download progress.
+        quiet: Suppress warnings about withdrawn releases and their content.
+        signature: The signature that a release must have, if any.
     """
 
     hub: Hub
@@ -85,12 +85,12 @@ class Fetcher:
     signature: SignatureRule | None = None
 
     def fetch(self, reference: Reference) -> Fetched:
-        """Get a release.
+        """Fetch a release.
 
         Raises:
-            VersionNotFound: There is none that the reference means.
-            IntegrityError: It is not what it was before, or not what its manifest says.
-            HubError: The hub didn't do what it was asked for, and the cache does not have it.
+            VersionNotFound: No release matches the reference.
+            IntegrityError: The release has changed, or does not match its manifest.
+            HubError: The hub failed, and the cache does not have the release.
         """
         entry = self.lock.find(reference)
         seen = self.cache.seen(self.hub.location, reference.name)
@@ -100,15 +100,15 @@ class Fetcher:
             return self._warn(self._fetch_from_hub(reference, entry, seen))
         except (HubUnavailable, RepositoryNotFound) as error:
             if self.offline:
-                return self._warn(self._fetch_from_cache(reference, entry, seen))  # the folder is gone, or not mounted
+                return self._warn(self._fetch_from_cache(reference, entry, seen))  # folder deleted or not mounted
             if self.hub.local or not isinstance(error, HubUnavailable):
-                raise  # a folder that can't be read is not a network that is down
+                raise  # an unreadable folder is not a network outage
             return self._warn(self._fetch_without_hub(reference, entry, seen, error))
 
     def _fetch_without_hub(
         self, reference: Reference, entry: LockEntry | None, seen: Seen, error: HubUnavailable
     ) -> Fetched:
-        """Take from the cache what the hub does not answer for."""
+        """Fetch a release from the cache because the hub does not answer."""
         try:
             fetched = self._fetch_from_cache(reference, entry, seen)
         except RegistryError as missing:
@@ -140,9 +140,9 @@ class Fetcher:
         return fetched
 
     def _check_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> None:
-        """Refuse a hub that shows fewer versions than before, or others under their names.
+        """Refuse a hub where known versions vanished or moved.
 
-        Who names a version, or has locked it, gets it whatever has become of the others.
+        A pinned or locked version is available even if other versions vanished or moved.
         """
         lost = self._describe_lost_tags(name, refs, seen, pinned)
         if not lost:
@@ -166,13 +166,13 @@ class Fetcher:
         return lost
 
     def _was_release(self, name: str, commit: str) -> bool:
-        """Whether a tag that has moved stood at a release; somebody else's tags may move as they like."""
+        """Whether a moved tag pointed to a release; foreign tags may move freely."""
         try:
             self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST)
         except HubFileNotFound:
             return False
         except RegistryError:
-            pass  # what can't be looked at any more counts as one
+            pass  # a commit that cannot be read any more counts as one
         return True
 
     def _describe_move(self, name: str, version: str, before: str | None, now: str | None) -> str:
@@ -180,13 +180,13 @@ class Fetcher:
         return f"{name}@{version} on {self.hub.location} was commit {before} and {what}"
 
     def _list_known(self, name: str, seen: Seen) -> set[str]:
-        """Versions that have been pulled or locked before: they are releases, whatever their tags stand at now."""
+        """Return versions that were pulled or locked before: these are releases, wherever their tags point now."""
         entry = self.lock.entries().get(name)
         return {*seen.versions, *([entry.version] if entry is not None else [])}
 
     def _find_before(self, name: str, version: str, seen: Seen) -> _Before:
         pulled, entry = seen.versions.get(version), self.lock.entries().get(name)
-        # In a copy of the registry elsewhere commits and ids differ; the bytes may not.
+        # A mirror of the registry has other commits and ids, but the same bytes.
         here = entry if entry is not None and entry.registry == self.hub.location else None
         repository = (here.repository if here else None) or seen.identity
         commit, manifest = (pulled.commit, pulled.manifest) if pulled else (None, None)
@@ -208,7 +208,7 @@ class Fetcher:
         self.lock.record(release.name, entry)
 
     def _read_state(self, name: str, refs: Refs, seen: Seen) -> State:
-        """Read which versions are withdrawn and what aliases stand for; it must follow on what was seen before."""
+        """Read withdrawals and aliases; they must not be older than what was seen before."""
         commit = refs.branches.get(STATE_BRANCH)
         if commit is not None and commit == seen.state_commit:
             return seen.state
@@ -231,7 +231,7 @@ class Fetcher:
         )
 
     def _explain_move(self, name: str, before: _Before, release: Release | None) -> IntegrityError:
-        """Say why a version that has been used before is not where it was."""
+        """Return the error for a known version that vanished or moved."""
         if before.repository and self.hub.identity(name) != before.repository:
             return self._explain_replacement(name)
         moved = self._describe_move(name, before.version, before.commit, release.commit if release else None)
@@ -241,10 +241,10 @@ class Fetcher:
         )
 
     def _check_identity(self, release: Release, before: _Before) -> str:
-        """The id of the repository: as it was, if the release is known, else asked for and compared.
+        """Return the id of the repository: the known one for a known release, else the hub's after comparing it.
 
         Raises:
-            RepositoryReplaced: It is another one.
+            RepositoryReplaced: The id has changed.
         """
         if before.repository and before.commit == release.commit:
             return before.repository
@@ -271,8 +271,8 @@ class Fetcher:
         return f"Ask its owner. If it is meant to be so, delete {record}{lock}."
 
     def _fetch_files(self, release: Release, before: _Before, manifests: Manifests) -> Fetched:
-        """The files of a release: from the cache, if they are there and undamaged."""
-        # Whether this hub has what another one had is seen by its manifest only.
+        """Fetch the files of a release: from the cache if they are there and undamaged, else from the hub."""
+        # A release known from another hub is compared by its manifest.
         known = before.manifest if before.commit is not None else None
         manifest = self.cache.manifest(known) if known else None
         if manifest is None:
@@ -282,7 +282,7 @@ class Fetcher:
         return self._use_cache(release, manifest, download=True)
 
     def _use_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
-        """Take the files from the cache if they are there and undamaged, else download them if that is allowed."""
+        """Use the cached files if they are undamaged, else download them if allowed."""
         if self.signature is not None:
             self.signature.check(release, manifest, self.hub if download else None)
         path = self.cache.path(manifest.digest)
@@ -306,7 +306,7 @@ class Fetcher:
         )
 
     def compare(self, release: Release, manifest: Manifest, refs: Refs) -> list[str]:
-        """Return how a release, and the repository it is in, differ from what the lock and the cache say about them."""
+        """Return how a release and its repository differ from what lock file and cache record about them."""
         name = release.name
         seen = self.cache.seen(self.hub.location, name)
         before = self._find_before(name, release.version, seen)
@@ -330,10 +330,10 @@ class Fetcher:
     # -- from the cache ------------------------------------------------------------------------------------------
 
     def _fetch_from_cache(self, reference: Reference, entry: LockEntry | None, seen: Seen) -> Fetched:
-        """What was pulled before.
+        """Fetch a release that was pulled before.
 
         Raises:
-            Offline: There is nothing.
+            Offline: The cache has no matching release.
         """
         if entry is not None:
             manifest = self.cache.manifest(entry.manifest)
@@ -365,14 +365,14 @@ class Fetcher:
 
 
 def _find_pin(reference: Reference, entry: LockEntry | None) -> Version | str | None:
-    """Return the version, or the commit, that is asked for whatever else there is; `None` where the newest is."""
+    """Return the pinned or locked version or commit; ``None`` if the newest release is requested."""
     if entry is not None:
         return Version(entry.version)
     return reference.version or reference.commit
 
 
 class _Counted:
-    """A file that tells how much was written to it."""
+    """A file that reports how much was written to it."""
 
     def __init__(self, sink: BinaryIO, progress: Progress, name: str, size: int) -> None:
         self._sink, self._progress, self._name, self._size = sink, progress, name, size

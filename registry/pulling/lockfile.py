@@ -16,7 +16,7 @@ from registry.formats.strict_json import JsonRefused, canonical, parse
 
 __all__ = ["LOCK_FILE", "Lock", "LockEntry"]
 
-#: Where it stands unless said otherwise: in the working directory.
+#: Default lock file, in the working directory.
 LOCK_FILE = "adapters.lock"
 _FORMAT = 1
 _LIMIT = 16 * 1024 * 1024
@@ -28,13 +28,13 @@ class LockEntry:
     """One adapter.
 
     Attributes:
-        version: The release.
-        commit: That held it.
-        manifest: sha256 of the manifest, and with that of everything.
+        version: Version of the release.
+        commit: Commit holding it.
+        manifest: sha256 of the manifest, which covers all files.
         registry: Address of the hub.
-        repository: The hub's id for the repository, which another one of the same name doesn't have.
+        repository: The hub's id for the repository, which another repository of the same name does not have.
         base: Id of the base model, if it has one.
-        base_commit: Commit of the base model, if it is known.
+        base_commit: Commit of the base model, if known.
     """
 
     version: str
@@ -48,13 +48,13 @@ class LockEntry:
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock file, or the place where one may be written.
+    """A lock file, which need not exist yet.
 
     Attributes:
-        path: The file; ``None`` if there is none and none shall be written.
+        path: The file; ``None`` to use none.
         write: Whether adapters that are not in it are added.
         frozen: Whether only adapters that are in it may be used.
-        renew: Whether what is in it is chosen anew.
+        renew: Whether its entries are resolved again.
     """
 
     path: Path | None
@@ -82,12 +82,12 @@ class Lock:
         return cls(path if used else None, write=bool(lock) and not frozen, frozen=frozen)
 
     def find(self, reference: Reference) -> LockEntry | None:
-        """The entry that fixes what a reference means.
+        """Return the entry that fixes a reference; ``None`` if there is none.
 
         Raises:
             InvalidLock: The file is malformed.
-            LockMismatch: The entry is not what the reference means, and may not be changed.
-            LockEntryNotFound: There is none, and the lock is frozen.
+            LockMismatch: The entry does not match the reference, and must not be changed.
+            LockEntryNotFound: There is no entry, and the lock is frozen.
         """
         entry = None if self.renew else self.entries().get(reference.name)
         if entry is None:
@@ -104,7 +104,7 @@ class Lock:
         )
 
     def entries(self) -> Mapping[str, LockEntry]:
-        """All entries by name.
+        """Return all entries by name.
 
         Raises:
             InvalidLock: The file is malformed.
@@ -130,9 +130,9 @@ class Lock:
             raise InvalidLock(f"{self.path}: {reason}") from None
 
     def record(self, name: str, entry: LockEntry) -> None:
-        """Write an entry, if entries are written; one that stands already is not written again.
+        """Write an entry if the lock is writable and does not have it yet.
 
-        Several processes may do so at once: each reads what the others wrote while it holds a lock beside the file.
+        Several processes may write concurrently: each reads the others' entries while it holds a lock beside the file.
 
         Raises:
             InvalidLock: The file is malformed, or cannot be written.

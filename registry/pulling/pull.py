@@ -1,4 +1,4 @@
-"""Pull an adapter: from a reference to a checked folder."""
+"""Pull an adapter: resolve a reference to a checked folder."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def pull_adapter(
     progress: Progress | None = None,
     require_signature: PathOrPaths | None = None,
 ) -> Adapter:
-    """Get a release of an adapter, checked, as a read-only folder in the cache.
+    """Pull a release of an adapter as a checked, read-only folder in the cache.
 
     Args:
-        reference: ``"org/name"`` is the newest stable release, ``"org/name>=1.2,<2"`` the newest one in a range,
-            ``"org/name@1.2.0"``, ``"org/name@alias"`` and ``"org/name@<commit>"`` are one.
-        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+        reference: ``"org/name"`` is the newest stable release, ``"org/name>=1.2,<2"`` the newest one in a range;
+            ``"org/name@1.2.0"``, ``"org/name@alias"`` and ``"org/name@<commit>"`` name one release.
+        hub: The registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
             Face Hub.
-        token: For the registry; by default the one that the user logged in with.
-        lock: ``True`` or a path: pull what the lock file says, and add what it doesn't say. By default
-            ``adapters.lock`` in the working directory is used, if there is one, and not changed. ``False``: none.
-        frozen: Pull only what the lock file says.
+        token: Token for the registry; by default the one that the user logged in with.
+        lock: ``True`` or a path: use the lock file's versions, and add missing entries. By default ``adapters.lock``
+            in the working directory is used if it exists, and not changed. ``False``: none.
+        frozen: Pull only adapters that are in the lock file.
         offline: Use the cache only.
-        local_files_only: The same, as huggingface_hub spells it.
+        local_files_only: The same under huggingface_hub's name.
         cache_dir: The cache; by default ``LORA_REGISTRY_CACHE``, else a folder in the user's cache folder.
-        progress: Called with the name, the bytes there and all bytes of a file while it is downloaded.
-        require_signature: Hand out only what was signed with this key: the path of a PEM file with a public key or a
-            certificate; with several, any of them will do. Needs ``pip install 'lora-plugins[signing]'``.
+        progress: Called with a file's name, its bytes so far and its total bytes during the download.
+        require_signature: Accept only releases signed with this key: the path of a PEM file with a public key or a
+            certificate, or several, of which any is accepted. Needs ``pip install 'lora-plugins[signing]'``.
 
     Raises:
         InvalidReference: The reference is malformed.
-        VersionNotFound: It means no release.
-        IntegrityError: The release is not what it was, or not what its manifest says.
+        VersionNotFound: No release matches it.
+        IntegrityError: The release has changed, or does not match its manifest.
         SignatureError: The required signature is missing, was tampered with, or is another key's or release's.
-        InvalidKey: The file with the key cannot be used.
+        InvalidKey: The key file cannot be used.
         LockError: The lock file does not allow it.
-        HubError: The registry can't be asked, and the cache has nothing that would do.
+        HubError: The registry cannot be reached, and the cache has no matching release.
     """
-    from registry.pulling.adapter import Adapter  # loaded when there is one: most commands need none
+    from registry.pulling.adapter import Adapter  # imported late: most commands do not need it
 
     place, token = open_hub(hub, token), None
     fetched = fetch_adapter(
@@ -95,7 +95,7 @@ def fetch_adapter(
     progress: Progress | None = None,
     require_signature: PathOrPaths | None = None,
 ) -> Fetched:
-    """Get the files of a release; see `pull_adapter`."""
+    """Fetch the files of a release; see `pull_adapter`."""
     parsed, place, token = Reference.parse(reference), open_hub(hub, token), None
     keys, cache = Keys.read(require_signature), Cache(cache_dir)
     rule = None if keys is None else SignatureRule(keys, cache)
@@ -112,12 +112,12 @@ def lock_adapters(
     cache_dir: str | os.PathLike[str] | None = None,
     require_signature: PathOrPaths | None = None,
 ) -> dict[str, LockEntry]:
-    """Write what references mean now to the lock file, in place of what it said about the same adapters.
+    """Resolve references and write the results to the lock file, replacing its entries for the same adapters.
 
     Args:
-        references: See `pull_adapter`; without any, the adapters of the lock file are pulled and checked as they are.
-        hub: Which registry.
-        token: For the registry.
+        references: See `pull_adapter`; without any, the locked versions of the lock file are pulled and checked.
+        hub: The registry.
+        token: Token for the registry.
         lock: The lock file; by default ``adapters.lock`` in the working directory.
         cache_dir: The cache.
         require_signature: See `pull_adapter`.

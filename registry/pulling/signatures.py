@@ -21,7 +21,7 @@ __all__ = ["SignatureRule", "read_signature"]
 
 @dataclass(frozen=True)
 class SignatureRule:
-    """Only releases that one of these keys has signed are handed out.
+    """Requires that a release is signed with one of these keys.
 
     Attributes:
         keys: The keys.
@@ -32,12 +32,12 @@ class SignatureRule:
     cache: Cache
 
     def check(self, release: Release, manifest: Manifest, hub: Hub | None) -> None:
-        """Verify the signature of a release, before any of its files is downloaded or handed out.
+        """Verify the signature of a release before any of its files is downloaded or used.
 
         Args:
             release: The release.
             manifest: Its manifest; the hashes in it cover all its files.
-            hub: Where its signature is read if the cache has none that is valid; `None` without a network.
+            hub: The hub to read its signature from if the cache has no valid one; ``None`` without a network.
 
         Raises:
             SignatureError: It is missing, malformed, tampered with, made with another key, or another release's.
@@ -83,11 +83,11 @@ class SignatureRule:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder_files.replace_file(path, signature)
         except OSError:
-            return  # a cache that is only read: it is asked for again
+            return  # read-only cache: the signature is read from the hub again next time
 
 
 def read_signature(hub: Hub, release: Release) -> bytes | None:
-    """Read the signature in the commit of a release; `None` if it has none."""
+    """Read the signature in the commit of a release; ``None`` if it has none."""
     try:
         return hub.read(release.name, release.commit, SIGNATURE_FILE, MAX_SIGNATURE)
     except (HubFileNotFound, CommitNotFound):

@@ -15,16 +15,16 @@ __all__ = ["OPERATION", "Deadline", "call_within", "limit_operation"]
 
 _Result = TypeVar("_Result")
 
-#: Transfers may be this slow (bytes per second) before they count as hanging.
+#: Bytes per second below which a transfer counts as hanging.
 SLOWEST_TRANSFER = 100_000
 #: Seconds that a pull, a listing or another operation may take with all its calls, besides the transfer of bytes.
 OPERATION = 300.0
 
 
 class Deadline:
-    """The moment at which a call is given up, however many retries and redirects it takes.
+    """The time limit of a call with all its retries and redirects.
 
-    The operation that the call is part of may be over earlier.
+    The limit of the operation that the call belongs to may end earlier.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -33,7 +33,7 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def allow(self, size: int) -> None:
-        """Give the call the time that a transfer of ``size`` more bytes may take."""
+        """Extend the limit by the time that a transfer of ``size`` bytes may take."""
         self.seconds += size / SLOWEST_TRANSFER
         self._end += size / SLOWEST_TRANSFER
         if self._whole is not None:
@@ -41,17 +41,17 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds left; zero or less when it is over."""
+        """Seconds left; zero or less if it has passed."""
         own = self._end - time.monotonic()
         return own if self._whole is None else min(own, self._whole.remaining)
 
     @property
     def passed(self) -> bool:
-        """Whether it is over."""
+        """Whether the limit has passed."""
         return self.remaining <= 0
 
     def pause(self, seconds: float) -> bool:
-        """Wait, if there is time left afterwards; whether it was waited."""
+        """Sleep if that leaves time, and return whether it did."""
         if seconds >= self.remaining:
             return False
         time.sleep(seconds)
@@ -63,7 +63,7 @@ _WHOLE: ContextVar[Deadline | None] = ContextVar("whole operation", default=None
 
 @contextmanager
 def limit_operation(seconds: float = OPERATION) -> Iterator[None]:
-    """Give all calls within the block one deadline together; within another such block, that one's counts."""
+    """Give all calls in the block one common deadline; in a nested block, the outer deadline applies."""
     if _WHOLE.get() is not None:
         yield
         return
@@ -75,13 +75,13 @@ def limit_operation(seconds: float = OPERATION) -> Iterator[None]:
 
 
 def call_within(deadline: Deadline, function: Callable[[], _Result]) -> _Result:
-    """What ``function`` returns or raises, unless it takes too long.
+    """Return or raise what ``function`` does, unless it takes too long.
 
-    It runs in a thread of its own, because the client's waits can't be interrupted; a call that is given up goes on in
-    the background, so its effect may still happen. What the function raises is raised here without its context.
+    The function runs in its own thread, because the HTTP client's waits cannot be interrupted. After a timeout it
+    continues in the background, so it may still take effect. Its exception is raised here without context.
 
     Raises:
-        TimeoutError: the deadline passed.
+        TimeoutError: The deadline passed.
     """
     outcome: queue.SimpleQueue[tuple[_Result | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -98,7 +98,7 @@ def call_within(deadline: Deadline, function: Callable[[], _Result]) -> _Result:
             result, error = outcome.get(timeout=max(0.0, deadline.remaining))
             break
         except queue.Empty:
-            # It may have been put off meanwhile, by bytes that arrived.
+            # Bytes that arrived meanwhile may have extended it.
             if deadline.passed:
                 raise TimeoutError(f"no answer within {deadline.seconds:.0f} seconds") from None
     if error is not None:

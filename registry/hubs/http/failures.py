@@ -1,7 +1,7 @@
 """Hub errors with tokens and control characters removed.
 
-Every text that comes from outside is cleaned first: tokens are blotted out, control characters removed. Exceptions of
-the HTTP client are never kept or chained, because they hold the request and that holds the token.
+All text from outside is cleaned first: tokens are masked and control characters removed. Exceptions of the HTTP client
+are never stored or chained, because they hold the request and thus the token.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from registry.text import visible
 
 __all__ = ["TRANSIENT", "HubFailed", "cleaner", "failure_of", "failure_of_network", "hostile"]
 
-#: Statuses after which the same request may well succeed.
+#: Statuses after which the same request may succeed.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_TEXT = 300
-#: What a hub may say in X-Error-Code. The other codes are ours: with them a hub could pass for one that is offline.
+#: X-Error-Code values accepted from a hub. Other codes are internal; with them a hub could pass as being offline.
 _CODES = frozenset({"EntryNotFound", "GatedRepo", "RepoNotFound", "RevisionNotFound"})
 
 
 class HubFailed(Exception):
-    """A request that a hub did not fulfil, or not as it should; ``registry.hubs.client`` gives it a public name.
+    """A request to a hub failed, or got an invalid answer; ``registry.hubs.huggingface`` turns it into a public error.
 
     ``status`` and ``code`` are those of the answer, if there was one (``code`` is the Hub's ``X-Error-Code``).
-    ``transient`` says whether the same request may succeed later, ``wait`` in how many seconds, if the hub said so.
+    ``transient`` says whether the same request may succeed later, and ``wait`` in how many seconds, if the hub said so.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class HubFailed(Exception):
 
 
 def hostile(reason: str) -> HubFailed:
-    """An answer that no well-meaning, healthy hub gives."""
+    """Make the failure for an answer that violates the protocol or a limit."""
     return HubFailed(reason, code="Hostile")
 
 
 def failure_of(response: Any, clean: Callable[[str], str]) -> HubFailed:
-    """What an answer other than success means (``response`` has httpx's or requests' interface)."""
+    """Make the failure for an error response (``response`` has httpx's or requests' interface)."""
     status, headers = int(response.status_code), response.headers
     asked, code = headers.get("Retry-After", ""), headers.get("X-Error-Code")
     return HubFailed(
@@ -64,7 +64,7 @@ def failure_of(response: Any, clean: Callable[[str], str]) -> HubFailed:
 
 
 def failure_of_network(error: BaseException, clean: Callable[[str], str]) -> HubFailed:
-    """Say what an exception of the HTTP client means: some are not the network's, and don't pass by waiting."""
+    """Make the failure for an exception of the HTTP client; certificate and machine errors are not transient."""
     reason = clean(f"{type(error).__name__}: {error}")
     if _find(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return HubFailed(
@@ -88,7 +88,7 @@ def _find(error: BaseException, kind: type[BaseException]) -> bool:
 
 
 def cleaner(secrets: Callable[[], Iterable[str]]) -> Callable[[str], str]:
-    """A function that makes text from outside fit to be shown: one line, no control characters, none of ``secrets``."""
+    """Return a function that cleans text from outside: one line, no control characters, none of ``secrets``."""
 
     def clean(text: str) -> str:
         for secret in secrets():

@@ -1,7 +1,7 @@
-"""Limits on what huggingface_hub's own calls take from a hub.
+"""Limit what huggingface_hub's own calls accept from a hub.
 
-Its client reads an answer to its end, inflates it, and tries again for half a minute, whatever the caller thinks. Hooks
-of the HTTP client refuse more than a caller allows, for as long as one of our calls is under way and for it alone.
+Its client (seen in 2.4.0) reads every answer to its end, decompresses it, and retries for half a minute; callers cannot
+change that. Hooks of the HTTP client enforce limits during one of the registry's calls, and only for that call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from registry.hubs.http.failures import HubFailed, hostile
 
 __all__ = ["ANSWER_LIMIT", "limit_answers"]
 
-#: Bytes of an answer to a request that writes; one to a commit of a thousand files has less than 1 MB.
+#: Bytes of an answer to a write; for a commit of a thousand files it is below 1 MB.
 ANSWER_LIMIT = 16 * 1024 * 1024
 
 
@@ -25,9 +25,9 @@ def limit_answers(session: Any, deadline: Deadline, marker: str) -> Iterator[Non
     """Limit size and time of the answers that one call of huggingface_hub gets.
 
     Args:
-        session: The HTTP client, whose hooks are used; httpx's interface.
-        deadline: When the call, with everything that it still asks for afterwards, is over.
-        marker: What the call's requests have in their ``User-Agent``.
+        session: The HTTP client with httpx's interface, whose hooks are used.
+        deadline: Time limit of the call with all its requests.
+        marker: Text in the ``User-Agent`` of the call's requests.
     """
     watch = _Watch(deadline, marker, threading.get_ident())
     hooks = session.event_hooks
@@ -47,13 +47,13 @@ class _Watch:
         self._deadline, self._marker, self._thread = deadline, marker, thread
 
     def on_request(self, request: Any) -> None:
-        """Ask for an answer as it is: what is inflated on arrival could be a thousand times as large."""
+        """Ask for an uncompressed answer: a decompressed one could be a thousand times as large."""
         if self._is_ours(request):
             self._check_time()
             request.headers["Accept-Encoding"] = "identity"
 
     def on_response(self, response: Any) -> None:
-        """Let the body of an answer be read up to a limit."""
+        """Limit how much of an answer's body is read."""
         if not self._is_ours(response.request):
             return
         encoding = response.headers.get("Content-Encoding", "identity")
@@ -63,7 +63,7 @@ class _Watch:
         response.stream = _make_limited(kind)(response.stream, self._check_time)
 
     def _is_ours(self, request: Any) -> bool:
-        # Files are uploaded to storage by other threads, without a User-Agent of ours.
+        # huggingface_hub uploads files to storage in other threads, without our User-Agent.
         return (
             threading.get_ident() == self._thread
             or self._marker in request.headers.get("User-Agent", "")
@@ -76,7 +76,7 @@ class _Watch:
 
 
 def _make_limited(kind: Any) -> Any:
-    """Make a class of byte streams that end with an error; the HTTP client insists on a base class of its own."""
+    """Make a byte stream class that fails above the limit; httpx requires its own base class."""
 
     class Limited(kind):  # type: ignore[misc]
         def __init__(self, stream: Any, check: Any) -> None:

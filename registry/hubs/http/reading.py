@@ -1,6 +1,6 @@
 """Read from a hub over HTTP within limits of time and size.
 
-The HTTP client is handed in (it is the one of huggingface_hub, with its proxies, certificates and offline switch).
+The HTTP client is passed in: huggingface_hub's, with its proxies, certificates and offline switch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 _MAX_REDIRECTS = 5
 _MAX_PAGES = 1000
 USER_AGENT = "lora-plugins-registry"
-#: Without a byte for this many seconds, a connection is broken.
+#: Seconds without a byte after which a connection counts as broken.
 _SILENCE = 10.0
 #: Listings and other JSON; ten thousand tags are about 1.5 MB.
 JSON_LIMIT = 64 * 1024 * 1024
@@ -35,8 +35,7 @@ class Reader:
     """GET requests to one hub.
 
     ``session`` returns the HTTP client (httpx's interface) and ``network_error`` is the base class of its exceptions.
-    ``token`` goes along with requests to the hub itself and to nobody else. ``clean`` makes text that came from outside
-    fit to be shown.
+    ``token`` is sent to the hub itself and to no other host. ``clean`` cleans text from outside for messages.
     """
 
     endpoint: str
@@ -50,11 +49,11 @@ class Reader:
         return f"Reader({self.endpoint})"
 
     def document(self, path: str) -> object:
-        """The JSON document at ``path`` of the hub."""
+        """Return the JSON document at ``path`` of the hub."""
         return self._read_page(path, JSON_LIMIT, Deadline(self.timeout))[0]
 
     def pages(self, path: str) -> list[object]:
-        """Return the documents of a listing that comes in pages; all pages together have one limit of time and size."""
+        """Return the documents of a paginated listing; one time limit and one size limit cover all pages."""
         found: list[object] = []
         deadline, left, url = Deadline(self.timeout), JSON_LIMIT, path
         for _ in range(_MAX_PAGES):
@@ -66,11 +65,11 @@ class Reader:
         raise hostile(f"the listing {path} does not end after {_MAX_PAGES} pages")
 
     def content(self, path: str, limit: int) -> bytes:
-        """The content at ``path`` of the hub, if it has no more than ``limit`` bytes."""
+        """Return the content at ``path`` of the hub, at most ``limit`` bytes."""
         return self._read(path, limit, Deadline(self.timeout))[0]
 
     def download(self, path: str, sink: BinaryIO, limit: int) -> None:
-        """Write the content at ``path`` of the hub to ``sink``, going on where a broken connection left off."""
+        """Write the content at ``path`` of the hub to ``sink``, resuming after a broken connection."""
         deadline, start = Deadline(self.timeout), sink.tell()
 
         def attempt() -> None:
@@ -86,7 +85,7 @@ class Reader:
         self._insist(deadline, attempt)
 
     def part(self, path: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start`` on; a server that knows no ranges is read up to there, and not on."""
+        """Return at most ``length`` bytes from ``start`` on; if the server ignores ranges, reading stops there."""
         deadline = Deadline(self.timeout)
         asked = {"Range": f"bytes={start}-{start + length - 1}"}
 
@@ -129,7 +128,7 @@ class Reader:
         return url
 
     def _insist(self, deadline: Deadline, attempt: Callable[[], _Result]) -> _Result:
-        """The result of the first attempt that succeeds before the deadline."""
+        """Return the result of the first attempt that succeeds before the deadline."""
         delay = 0.25
         while True:
             try:
@@ -146,10 +145,10 @@ class Reader:
 
     @contextmanager
     def _open(self, path: str, deadline: Deadline, extra: dict[str, str]) -> Iterator[Any]:
-        """The answer to a GET request, after redirects, its body not yet read."""
+        """Yield the answer to a GET request after redirects, with its body unread."""
         url = self._make_url(path)
         for _ in range(_MAX_REDIRECTS):
-            # No compression: a size limit that counts what was sent is a limit on what is kept, too.
+            # No compression, so that the size limit applies both to what is sent and to what is kept.
             headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, **extra}
             # The token is added by a function, so that no variable of these frames ever holds it.
             auth = self.token.authorize if same_origin(self.endpoint, url) else None
@@ -187,7 +186,7 @@ class Reader:
             if received > limit:
                 raise hostile(f"{path} has more than the {limit} bytes that it may have")
             yield chunk
-            # Bytes earn time, so that a large file may take long and a dripping one may not.
+            # Received bytes extend the deadline: a large file may take long, a stalling one may not.
             deadline.allow(len(chunk))
             if deadline.passed:
                 raise HubFailed(f"{path} comes too slowly", transient=True)
@@ -199,8 +198,8 @@ class Reader:
         """Return a document, its size, and the address of the next page."""
         body, following = self._read(path, limit, deadline)
         size, found = len(body), self._parse(body)
-        # A hub that repeats the token as a path, a name or an id would have it shown, stored and logged. No variable
-        # of this frame may hold it when the error is raised.
+        # A token that the hub repeats as a path, name or id would be shown, stored and logged. No variable of this
+        # frame may hold it when the error is raised.
         echoes = self._has_token(body.decode("utf-8", "replace")) or (
             b"\\" in body and self._has_token(json.dumps(found, ensure_ascii=False, default=str))
         )

@@ -13,26 +13,26 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class RefusedRedirect(Exception):
-    """A redirect that is not followed; the message says to where and why."""
+    """A redirect is not followed; the message says where it leads and why."""
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two addresses are the same scheme, host and port: only then may a token for one go to the other.
+    """Whether two addresses have the same scheme, host and port: only then may a token for one be sent to the other.
 
     Raises:
-        ValueError: one of them is no address.
+        ValueError: One of them is malformed.
     """
     return _read_origin(urlsplit(one)) == _read_origin(urlsplit(other))
 
 
 def next_url(endpoint: str, url: str, location: str) -> str:
-    """The address that a redirect at ``url`` leads to, if a hub at ``endpoint`` may lead there.
+    """Return the target of a redirect at ``url``, if a hub at ``endpoint`` may redirect there.
 
-    A hub on the open network has no business with addresses of this machine or of the local network (cloud metadata
-    services among them), and one that is reached by https has none with plain http.
+    A public hub may not redirect to addresses of this machine or the local network (cloud metadata services among
+    them), and an https hub may not redirect to http.
 
     Raises:
-        RefusedRedirect: it may not.
+        RefusedRedirect: It may not.
     """
     try:
         target = urljoin(url, location)
@@ -60,7 +60,7 @@ def _check_address(own_host: str, parts: SplitResult) -> None:
 
 
 def _resolve_addresses(host: str) -> tuple[_Address, ...]:
-    """The addresses of a host; none if the name can't be resolved here (a proxy may be able to)."""
+    """Return the IP addresses of a host; empty if the name cannot be resolved here (a proxy may resolve it)."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -73,5 +73,5 @@ def _read_origin(parts: SplitResult) -> tuple[str, str, int | None]:
 
 
 def _show_address(parts: SplitResult) -> str:
-    # Without path and query: signed addresses are secrets.
+    # Omit path and query, because signed URLs are secrets.
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

@@ -1,4 +1,4 @@
-"""A token: sent to its hub, and neither shown, logged nor pickled."""
+"""A token that is sent to its hub but never shown, logged or pickled."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 __all__ = ["Secret", "hide_in_logs"]
 
-#: Libraries that log what they send and receive; a hub can repeat a token in what they receive.
+#: Libraries that log what they send and receive; a hub can repeat a token in its answers.
 _LOGGERS = ("hf_xet", "hpack", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
 class Secret:
-    """A token, as an object that shows itself to nobody."""
+    """A token whose representation does not reveal it."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token
@@ -45,10 +45,10 @@ _KNOWN: weakref.WeakSet[Secret] = weakref.WeakSet()
 
 
 class _Blot(logging.Filter):
-    """Replaces every token that is in use in the messages of a logger."""
+    """Masks every token in use in the messages of a logger."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change a record that holds a token; all are logged."""
+        """Mask tokens in a record; every record is logged."""
         text = record.getMessage()
         clean = text
         for secret in list(_KNOWN):
@@ -63,7 +63,7 @@ _BLOT = _Blot()
 
 
 def hide_in_logs() -> None:
-    """Keep tokens out of what HTTP libraries log, at every level. Loggers that exist already get the filter once."""
+    """Mask tokens in the logs of HTTP libraries at every level; each existing logger gets the filter once."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(_LOGGERS):
             logging.getLogger(name).addFilter(_BLOT)
