@@ -34,8 +34,8 @@ def check_architecture(
     """Assert that a model's architecture is registered, trains, saves and reloads.
 
     The default targets must come from a record and reach every repeated block. Then adapters are trained for one step
-    on a small model: every adapter's second matrix gets a gradient at once, the first after that step; the saved
-    adapter on a fresh base gives equal outputs, and without it other ones.
+    on a small model: every ``lora_B`` must get a gradient at once, every ``lora_A`` after that step. The saved adapter
+    on a fresh base must give equal outputs, and switching it off must change them.
 
     Args:
         make_model: Makes a small model with random weights; called several times, each time with the same seed.
@@ -44,10 +44,10 @@ def check_architecture(
         **lora: Arguments of `prepare_model`, such as ``target_modules="mlp"`` for another scope than the default.
 
     Returns:
-        What was resolved, for further assertions.
+        The resolved targets, for further assertions.
 
     Raises:
-        AssertionError: Something of this does not hold; the message says what.
+        AssertionError: A check fails; the message says which.
     """
     host = host or plugin_host()
     base = _make_fresh(make_model)
@@ -70,7 +70,7 @@ def check_architecture(
 def check_quantizer(
     quantizer: Quantizer, options: Mapping[str, Any] | None = None, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Assert that a backend runs on this machine's CPU, can be trained on, and says its sizes right.
+    """Assert that a backend runs on this machine's CPU, can be trained on, and states its sizes correctly.
 
     Args:
         quantizer: The backend.
@@ -99,7 +99,7 @@ def check_quantizer(
 
 
 def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:
-    """A layer with a bias that stays in its dtype must take activations of another one: that is what a base gets."""
+    """Assert that a layer whose bias keeps its dtype takes activations of another dtype, as layers of a base must."""
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     told = with_compute_dtype(quantization, other)
     layer = told.quantize(nn.Linear(256, 64, dtype=dtype).requires_grad_(False)).train()
@@ -123,7 +123,7 @@ def _make_default_batch(base: Any) -> dict[str, torch.Tensor]:
 
 
 def _list_names(plan: TargetPlan) -> list[str] | str:
-    # As they were resolved, so that the process's own host, which may not know the plugin, decides nothing.
+    # The resolved names: the process's own host, which may not know the plugin, must not resolve them again.
     return list(plan.target_modules)
 
 
@@ -155,7 +155,7 @@ def _compute_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _find_without_gradient(model: Any, inputs: dict[str, Any], part: str, unreached: tuple[str, ...]) -> list[str]:
-    """Run forward and backward; names of the adapters' tensors that got no gradient."""
+    """Run forward and backward; return the names of the adapters' tensors that got no gradient."""
     model.zero_grad()
     found = model(**inputs)
     loss = getattr(found, "loss", None)

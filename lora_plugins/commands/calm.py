@@ -11,7 +11,7 @@ from lora_plugins.plugins.host import plugin_host
 
 __all__ = ["calm", "quiet"]
 
-#: Logs about its own future while torch is imported.
+#: Logs about its own future while torch (2.13) is imported.
 _TALKATIVE = "torch.utils._pytree"
 
 
@@ -23,7 +23,7 @@ def calm() -> None:
     backends = {name for quantizer in plugin_host().quantizers() for name in quantizer.loggers}
     for name in (_TALKATIVE, *backends):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # PEFT 0.21 calls a method of transformers by its former name.
+    # PEFT 0.21.2 calls a method of transformers by its deprecated name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -31,7 +31,7 @@ def calm() -> None:
 
 
 def quiet() -> None:
-    """Silence everything below an error that transformers says in this process, its progress bars included.
+    """Silence all messages of transformers below errors in this process, and its progress bars.
 
     Call it before the libraries are imported.
     """

@@ -23,7 +23,7 @@ app = typer.Typer(
     name=DISTRIBUTION,
     add_completion=False,
     no_args_is_help=True,
-    # Without markup the help needs no rich, which would double the time until it is there.
+    # Without markup the help needs no rich, whose import would double its start-up time.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -49,9 +49,8 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit.
 
-    An expected error becomes its message on stderr and exit code 1; ``LORA_PLUGINS_DEBUG=1`` shows where it
-    came from. Warnings whose class says so take
-    one line each.
+    An expected error becomes its message on stderr and exit code 1; ``LORA_PLUGINS_DEBUG=1`` shows its traceback.
+    Expected warnings take one line each.
 
     Args:
         arguments: The command line without the program's name; default is the process's own.
@@ -67,22 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit; expected errors come out as exceptions."""
+    """Run the program and exit; expected errors are raised as exceptions."""
     plugin_host().build_program(app).main(args=None if arguments is None else list(arguments), prog_name=DISTRIBUTION)
 
 
 def is_expected(error: BaseException | type[BaseException]) -> bool:
-    """Whether an error or warning was raised on purpose and its message says it all.
+    """Whether an error or warning is expected, so that its message is shown without a traceback.
 
-    Its class says so with ``says_it_all = True``, as the roots of lora_plugins' and the registry's errors do. A
-    plugin's own errors do the same, or derive from ``lora_plugins.errors.LoraPluginsError``.
+    Its class is marked with ``says_it_all = True``, as the roots of lora_plugins' and the registry's errors are. A
+    plugin's own errors have the mark, or derive from ``lora_plugins.errors.LoraPluginsError``.
     """
     return getattr(error, "says_it_all", False) is True
 
 
 @contextmanager
 def _shorten_warnings() -> Iterator[None]:
-    """Show warnings of ours as one line, without the source line that Python adds."""
+    """Show expected warnings as one line, without the source line that Python adds."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 

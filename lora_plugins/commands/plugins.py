@@ -16,7 +16,7 @@ from lora_plugins.plugins.packages import installed_versions, missing_requiremen
 __all__ = ["SHOWN", "plugins"]
 
 
-#: How many names of one kind are written out before the rest is only counted.
+#: Most names of one kind that are written out; the rest is only counted.
 SHOWN = 4
 
 
@@ -26,7 +26,7 @@ def plugins(
     """List every plugin with what it provides, or why it is disabled.
 
     For each quantization backend it says which of the packages it needs are installed, and how to install the
-    others. Whether a backend runs on this machine can only be told by its library: `lora-plugins plan` asks it.
+    others. Only its library knows whether a backend runs on this machine: `lora-plugins plan` asks it.
     """
     host = plugin_host()
     if as_json:

@@ -139,7 +139,7 @@ def write_package(name: str, folder: Path | None, targets: tuple[str, ...]) -> P
         The folder.
 
     Raises:
-        PluginError: A name is none, or the folder exists.
+        PluginError: A name is invalid, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         raise PluginError(f"{name!r} is not a valid model type: use small letters, digits, '-' and '_', as in my_type")

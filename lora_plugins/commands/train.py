@@ -13,7 +13,7 @@ __all__ = ["CONTEXT", "NEEDED", "train"]
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-#: What a run can't do without, for a command line that says nothing.
+#: Message for a command line without arguments.
 NEEDED = """\
 lora-plugins train needs a model and a data set:
     lora-plugins train --model org/base --dataset examples.jsonl

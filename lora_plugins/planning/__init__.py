@@ -1,1 +1,1 @@
-"""What a run would train, weigh and need, without loading weights."""
+"""Plan a run's trainable parameters and memory without loading weights."""

@@ -1,4 +1,4 @@
-"""Find the nearest change of a run that makes it fit."""
+"""Find the nearest change that makes a run fit into memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from lora_plugins.planning.amounts import show_bytes
 __all__ = ["Change", "Scenario", "nearest_change"]
 
 
-#: How many changes are tried together.
+#: Most changes that are tried together.
 _MOST_CHANGES = 4
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way of running.
+    """The settings of a run that decide its memory.
 
     Attributes:
         quantization: Backend of the base, empty for float.
-        batch_size: Examples on each device.
-        length: Tokens in each.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        batch_size: Examples per device.
+        length: Tokens per example.
+        checkpointing: Whether blocks are recomputed in the backward pass.
         optim: Name of the optimizer.
         strategy: How devices share the work.
-        devices: How many.
+        devices: Number of devices.
     """
 
     quantization: str
@@ -40,7 +40,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Change:
-    """A change in words, and the scenario with it."""
+    """A change in words, and the function that applies it to a scenario."""
 
     words: str
     apply: Callable[[Scenario], Scenario]
@@ -49,13 +49,13 @@ class Change:
 def nearest_change(
     scenario: Scenario, backends: Sequence[str], measure: Callable[[Scenario], int | None], limit: float
 ) -> str:
-    """Return what to change so that a run fits, in words; says so when nothing that is tried does.
+    """Describe the nearest change that makes a run fit, or say that none of those tried does.
 
     Args:
-        scenario: What was asked for, which does not fit.
+        scenario: The requested run, which does not fit.
         backends: Names of backends that can run, those with more bits first.
-        measure: Bytes that a scenario takes on each device, ``None`` where it is impossible.
-        limit: Bytes that tensors can fill.
+        measure: Returns the bytes per device of a scenario, ``None`` where it is impossible.
+        limit: Usable bytes per device.
     """
     best: tuple[int, str] | None = None
     groups = [list(group) for group in _list_groups(scenario, backends)]
@@ -82,7 +82,7 @@ def _apply_changes(scenario: Scenario, changes: Sequence[Change]) -> Scenario:
 
 
 def _list_groups(now: Scenario, backends: Sequence[str]) -> Iterator[list[Change]]:
-    """Changes that exclude each other, by what they cost: time, precision, money."""
+    """Yield groups of mutually exclusive changes, in the order of what they cost: time, precision, money."""
     if not now.checkpointing:
         yield [Change("gradient checkpointing", lambda s: replace(s, checkpointing=True))]
     smaller = [now.batch_size // 2**n for n in range(1, now.batch_size.bit_length())]

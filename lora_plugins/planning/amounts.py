@@ -1,4 +1,4 @@
-"""Amounts of memory: read from text, shown, compared with a device."""
+"""Parse, show and compare amounts of memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-#: Share of a device's memory that tensors can fill: kernels, their work space and fragmentation take the rest.
+#: Share of a device's memory that tensors can fill: kernels, their workspace and fragmentation take the rest.
 USABLE = 0.9
 
 
 def parse_memory(text: str | int) -> int:
-    """Return the bytes that a text such as ``"24GiB"``, ``"80 GB"`` or ``"16g"`` names.
+    """Parse an amount of memory such as ``"24GiB"``, ``"80 GB"`` or ``"16g"`` into bytes.
 
     Raises:
-        PlanError: It names none.
+        PlanError: The text is not an amount of memory.
     """
     if isinstance(text, int):
         return text
@@ -36,7 +36,7 @@ def parse_memory(text: str | int) -> int:
 
 
 def show_bytes(size: float) -> str:
-    """Return an amount in the unit that leaves it readable: ``"13.18 GiB"``."""
+    """Return an amount in a readable unit: ``"13.18 GiB"``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -45,7 +45,7 @@ def show_bytes(size: float) -> str:
 
 
 def present_memory() -> int | None:
-    """Return the bytes of the GPU that is there, ``None`` when there is none."""
+    """Return the bytes of the current GPU, ``None`` without a GPU."""
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
 
 
@@ -57,8 +57,8 @@ class Memory:
         weights: Base, adapters and buffers, with the scales of quantized layers.
         gradients: Gradients of all trained tensors, counted for the whole step.
         optimizer: State of the optimizer after its first step.
-        activations: Most that is alive at one time besides: what the backward pass needs, logits, work space.
-        communication: What several devices need besides: gathered weights, buckets of gradients.
+        activations: Peak of everything else: tensors kept for the backward pass, logits, workspace.
+        communication: Extra for several devices: gathered weights, buckets of gradients.
     """
 
     weights: int
@@ -69,10 +69,10 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.communication
 
 
 def fits(memory: Memory, limit: int | None) -> bool | None:
-    """Whether tensors fit a device, ``None`` when its memory is unknown."""
+    """Whether the tensors fit on a device, ``None`` when its memory is unknown."""
     return None if limit is None else memory.total <= USABLE * limit

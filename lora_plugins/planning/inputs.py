@@ -1,4 +1,4 @@
-"""A training batch without data, by what a model's forward takes."""
+"""Make a training batch without data for a model's forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_plugins.models.wrapping import base_of
 __all__ = ["make_batch"]
 
 
-#: Seconds of sound that models of spectrograms take, and samples in a second for those of the wave itself.
+#: Frames of a spectrogram, and samples per token of a waveform: those of Whisper and wav2vec 2.0.
 _FRAMES = 3000
 _SAMPLES_PER_TOKEN = 320
 
@@ -23,13 +23,13 @@ _SAMPLES_PER_TOKEN = 320
 def make_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, torch.Tensor]:
     """Return the tensors of one training batch on the meta device, labels among them.
 
-    Text is without padding. A model of images gets one image for each example, in the size its
-    configuration names; a language model that can see gets text only.
+    Text has no padding. An image model gets one image per example, in the size that its configuration names; a
+    vision-language model gets text only.
 
     Args:
-        model: The base model or the wrapped one.
+        model: The base model or its `peft.PeftModel`.
         batch_size: Examples.
-        length: Tokens in each.
+        length: Tokens per example.
     """
     base: Any = base_of(model)
     accepted = inspect.signature(base.forward).parameters

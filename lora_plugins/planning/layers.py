@@ -1,4 +1,4 @@
-"""Stand-ins without data for quantized layers."""
+"""Stand-ins for quantized layers on the meta device."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 
-#: Rows of the two small layers that are quantized where a backend does not say how many bytes a layer takes.
+#: Rows of the two small layers that are quantized to measure a backend that does not state a layer's bytes.
 _SAMPLE_ROWS = (128, 256)
 
 
 class PlannedLinear(nn.Linear):
-    """A frozen layer on the meta device that computes as a quantized one does: dequantize, multiply, forget.
+    """A frozen layer on the meta device that computes like a quantized one: dequantize, multiply, discard.
 
-    Its weight has the logical shape, so that it counts right; what it would take is in ``stored_bytes``.
+    Its weight has the logical shape, so that parameters are counted right; ``stored_bytes`` has the real size.
 
     Args:
         in_features: Size of the input.
@@ -43,7 +43,7 @@ class PlannedLinear(nn.Linear):
         float_dtype: Dtype of the weight before it is quantized.
         stored_bytes: Bytes of weight, scales and bias of a layer that is quantized already, else ``None``.
         parameter_bytes: Of those, the bytes that are parameters.
-        is_copied: Whether such a layer holds its weight a second time.
+        is_copied: Whether that layer holds its weight a second time.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PlannedLinear(nn.Linear):
         self.stored_bytes = stored_bytes
         self.parameter_bytes = parameter_bytes
         self.is_copied = is_copied
-        # In a tuple, so that it is not registered: its dtype must not be cast with those of the float layers.
+        # In a tuple, so that it is not registered: casts of the float layers must not reach it.
         self.held_bias = (bias,)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def make_stand_in(layer: Any, quantization: Quantization, device: torch.device) 
     Args:
         layer: An ``nn.Linear`` or transformers' ``Conv1D`` on the meta device.
         quantization: The backend and its options.
-        device: Where the run will be.
+        device: Device of the run.
     """
     linear = as_linear(layer)
     return PlannedLinear(
@@ -113,7 +113,7 @@ def keeps_input(quantizer: Quantizer, device: torch.device) -> bool:
 
 
 def make_stand_in_of(module: Any, owner: Quantizer) -> PlannedLinear:
-    """Return the stand-in of a layer that is quantized already, with the bytes it has."""
+    """Return the stand-in of a layer that is quantized already, with that layer's bytes."""
     device = next(module.parameters()).device
     bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
     size = tensor_bytes(module).total
@@ -136,8 +136,8 @@ def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int
 def weight_bytes(quantization: Quantization, in_features: int, out_features: int, dtype: torch.dtype) -> int:
     """Return the bytes of one quantized weight with its scales.
 
-    The backend says it, or two small layers are quantized here; where it can't run here, its bits per weight
-    have to do.
+    The number comes from the backend, or from quantizing two small layers here; if the backend can't run here, from
+    its bits per weight.
     """
     quantizer = quantization.quantizer
     own = quantizer.layer_bytes(in_features, out_features, dtype, quantization.options)
@@ -152,7 +152,7 @@ def weight_bytes(quantization: Quantization, in_features: int, out_features: int
 def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> tuple[int, bool]:
     """Return the bytes of a stand-in's quantized parameters, and whether the layer holds its weight a second time.
 
-    Where the backend can't run here they are not known, and none are counted.
+    If the backend can't run here, the bytes are unknown and counted as 0.
     """
     if layer.stored_bytes is not None:
         return layer.parameter_bytes, layer.is_copied
@@ -164,18 +164,18 @@ def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> 
 
 
 def _extrapolate(sizes: list[int], rows: int) -> int:
-    """Bytes of a layer with more rows than the two samples."""
+    """Return the bytes of a layer with more rows than the two samples."""
     small, large = sizes
     return round(small + (large - small) / (_SAMPLE_ROWS[1] - _SAMPLE_ROWS[0]) * (rows - _SAMPLE_ROWS[0]))
 
 
 def _count_packed_bytes(module: Any) -> int:
-    """Bytes of the parameters of a quantized layer that are not in float."""
+    """Return the bytes of a quantized layer's parameters that are not float."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_floating_point())
 
 
 class _Options:
-    """A backend with options, comparable so that it can be a key."""
+    """A backend with its options, hashable as a cache key."""
 
     def __init__(self, quantizer: Quantizer, options: Mapping[str, Any], key: tuple[tuple[str, str], ...]) -> None:
         self.quantizer = quantizer
@@ -204,7 +204,7 @@ class _Sample(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def _quantize_samples(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_Sample, _Sample] | None:
-    """Two quantized layers with few rows, ``None`` where the backend can't run on this machine."""
+    """Quantize two layers with few rows; ``None`` if the backend can't run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if why_unavailable(Quantization(backend.quantizer, backend.options), device, dtype) is not None:
         return None

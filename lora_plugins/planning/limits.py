@@ -1,4 +1,4 @@
-"""Bounds on a configuration, so that planning it always ends."""
+"""Bounds on a configuration, so that planning always terminates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lora_plugins.errors import PlanError
 __all__ = ["LimitedBuilding", "check_numbers"]
 
 
-#: Tensors of the largest models: some 70,000 where every expert of every layer is a module of its own.
+#: Most tensors of a model: the largest have some 70,000, with a module for every expert of every layer.
 MOST_TENSORS = 100_000
-#: Time for making a model without data, on a CPU and by this thread: the largest take some five seconds.
+#: CPU seconds of this thread for building a model without data: the largest take some five.
 MOST_SECONDS = 8.0
 
-#: Beyond any number in a configuration: a rotary base may be some 10⁹.
+#: Larger than any number in a real configuration: a rotary base may be some 10⁹.
 _LARGEST = 10**10
-#: What a number counts, by the words of its name, and how many there may be. Each is a loop in Python somewhere.
+#: Pattern of a field's name -> largest value. Model code loops over each of these counts in Python.
 _COUNTS = (
     (re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)(_|$)"), 2_000),
     (re.compile(r"^(n|num)_|(^|_)(labels?|experts?|heads?|groups?)(_|$)"), 1_000_000),
@@ -30,14 +30,14 @@ _COUNTS = (
 
 
 def check_numbers(config: Any, where: str) -> None:
-    """Refuse numbers that no model has, before anything is built from them.
+    """Reject a configuration with implausibly large numbers before a model is built from it.
 
     Args:
         config: A configuration of transformers, or the mapping in a ``config.json``.
-        where: What the configuration is called in a message.
+        where: Name of the configuration, for messages.
 
     Raises:
-        PlanError: Names the field, its value and the bound.
+        PlanError: A number is too large; the message has the field, its value and the bound.
     """
     for name, value in _iterate_numbers(config):
         most = next((most for pattern, most in _COUNTS if pattern.search(name)), _LARGEST)
@@ -46,7 +46,7 @@ def check_numbers(config: Any, where: str) -> None:
 
 
 def _iterate_numbers(config: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Every integer of a configuration with the name of its field; those in lists under the name of the list."""
+    """Yield each integer of a configuration with the name of its field; integers in a list get the list's name."""
     if isinstance(config, int) and not isinstance(config, bool):
         yield name, config
     elif depth > 20:
@@ -62,16 +62,16 @@ def _iterate_numbers(config: Any, name: str = "", depth: int = 0) -> Iterator[tu
 
 
 def _shorten(value: int) -> str:
-    # Python refuses to write out very long integers.
+    # Python refuses to convert very long integers to text.
     return f"{value:,}" if abs(value) < 10**30 else "a number of more than 30 digits"
 
 
 class LimitedBuilding(TorchFunctionMode):
-    """Ends the making of a model that has more tensors than any, or takes longer than any.
+    """Stops building a model that has too many tensors or takes too long.
 
     Args:
-        most: Tensors that may be made.
-        seconds: Time of this thread on a CPU that it may take.
+        most: Most tensors that may be created.
+        seconds: CPU time of this thread that building may take.
 
     Raises:
         PlanError: From within torch's functions.

@@ -18,7 +18,7 @@ from lora_plugins.text import did_you_mean
 __all__ = ["RULES", "file_bytes", "optimizer_bytes", "state_bytes"]
 
 
-#: bitsandbytes keeps the state of smaller tensors in float32.
+#: Values of the smallest tensor with 8-bit state; bitsandbytes keeps that of smaller ones in float32.
 _SMALLEST_IN_8_BITS = 4096
 
 #: Values that share one scale in bitsandbytes' 8-bit states.
@@ -28,7 +28,7 @@ _Rule = Callable[[tuple[int, ...], int], int]
 
 
 def _make_elementwise_rule(states: int, scalars: int = 1) -> _Rule:
-    """States of the tensor's own dtype, and float32 scalars such as the step."""
+    """Make a rule for states in the tensor's own dtype, and float32 scalars such as the step."""
     return lambda shape, item: states * prod(shape) * item + 4 * scalars
 
 
@@ -47,7 +47,7 @@ def _make_8bit_rule(states: int) -> _Rule:
 
 
 def _count_factored(shape: tuple[int, ...], item: int) -> int:
-    """Adafactor: a float32 row and column for a matrix, the whole for a vector, and the update's root mean square."""
+    """Return Adafactor's bytes: for a matrix a float32 row and column, for a vector all of it, and the update's RMS."""
     if len(shape) < 2:
         return 4 * prod(shape) + 4
     return 4 * (prod(shape[:-1]) + prod((*shape[:-2], shape[-1]))) + 4
@@ -64,7 +64,7 @@ RULES: dict[str, _Rule] = {
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), _make_float32_rule(1)),
 }
 
-#: The two tables of 256 float32 values that 8-bit states share, by number of states.
+#: Bytes of the tables that 8-bit states share: one of 256 float32 values per state.
 _TABLES = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 * 1024),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1024),
@@ -79,7 +79,7 @@ def optimizer_bytes(optim: str, parameters: Iterable[torch.Tensor]) -> int:
         parameters: The trained tensors.
 
     Raises:
-        PlanError: The name is unknown here.
+        PlanError: The state of this optimizer is not known.
     """
     return state_bytes(optim, [(tuple(p.shape), p.element_size()) for p in parameters])
 
@@ -89,10 +89,10 @@ def state_bytes(optim: str, trained: Iterable[tuple[tuple[int, ...], int]]) -> i
 
     Args:
         optim: A name of ``TrainingArguments.optim``.
-        trained: Shape of each tensor that it steps, and bytes of a value.
+        trained: Shape and bytes per value of each trained tensor.
 
     Raises:
-        PlanError: The name is unknown here.
+        PlanError: The state of this optimizer is not known.
     """
     rule = RULES.get(optim)
     if rule is None:
@@ -103,7 +103,7 @@ def state_bytes(optim: str, trained: Iterable[tuple[tuple[int, ...], int]]) -> i
     return tables + sum(rule(shape, item) for shape, item in trained)
 
 
-#: Names of float dtypes in the file's header, by size: only their length matters.
+#: Dtype names for the file's header, by item size; only their length matters.
 _NAMES = {8: "F64", 4: "F32", 2: "F16"}
 
 

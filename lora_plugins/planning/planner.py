@@ -1,4 +1,4 @@
-"""`plan`: what a run would train and what it would take, without weights."""
+"""`plan`: trainable parameters and memory of a run, without weights."""
 
 from __future__ import annotations
 
@@ -58,45 +58,45 @@ def plan(
     chunked_loss: bool = True,
     **lora: Any,
 ) -> Plan:
-    """Say what a LoRA run would train and what it would take, without loading or making weights.
+    """Say what a LoRA run would train and how much memory it would take, without loading or creating weights.
 
-    The model is built on the meta device, prepared as `prepare_model` does, and takes one training step there,
+    The model is built on the meta device, prepared as by `prepare_model`, and takes one training step there,
     in which the bytes of everything alive are counted. Counts, weights, gradients, optimizer state and the adapter's
-    file are exact; activations are those of the step. While it runs, ``scaled_dot_product_attention``,
-    ``torch.autocast`` and ``torch.is_autocast_enabled`` are exchanged for the whole process; what they do for tensors
-    on other devices than the meta device stays the same.
+    file are exact; activations are those of the step. Meanwhile ``scaled_dot_product_attention``,
+    ``torch.autocast`` and ``torch.is_autocast_enabled`` are patched for the whole process; for tensors on other
+    devices than the meta device they behave as before.
 
     Args:
         model_or_name: A live model (which stays as it is), a configuration, a mapping, a ``config.json``, a folder, or
             a Hub id.
-        quantization: Backend of the base; the others are compared anyway.
+        quantization: Backend of the base; the others are listed for comparison.
         peft_config: A ready configuration, instead of LoRA arguments.
-        batch_size: Examples on each device.
-        length: Tokens in each.
-        gradient_checkpointing: Whether blocks are computed again in the backward pass; both are compared anyway.
+        batch_size: Examples per device.
+        length: Tokens per example.
+        gradient_checkpointing: Whether blocks are recomputed in the backward pass; both cases are listed.
         optim: Name of the optimizer, as in ``TrainingArguments``.
         strategy: How devices share the work: ``"single"``, ``"ddp"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``; by default
             ``"single"`` for one device and ``"ddp"`` for more.
-        devices: How many devices.
-        memory: Memory of one device, such as ``"24GiB"``; by default that of the GPU that is there.
+        devices: Number of devices.
+        memory: Memory of one device, such as ``"24GiB"``; by default that of the current GPU.
         task: What the model is for, such as ``"causal-lm"`` or ``"sequence-classification"``; by default what the
             configuration says.
         dtype: Dtype of the base's weights; by default the configuration's, else float32.
-        device: Where the run will be, which decides what backends do; by default the GPU where there is one.
+        device: Device of the run, on which backends' behavior depends; by default the GPU if there is one.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Whether code that comes with the model may run.
         compute_dtype: As in `prepare_model`.
         upcast: As in `prepare_model`.
         experts: As in `prepare_model`.
         strict: As in `prepare_model`.
-        chunked_loss: As in `LoraCallback`; with ``"fsdp"`` and ZeRO the loss is not computed in pieces.
+        chunked_loss: As in `LoraCallback`; with ``"fsdp"`` and ZeRO the loss is not computed in chunks.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
-        The plan: printed, it is a table; it also goes into JSON and a chart.
+        The plan; it prints as tables, and can be saved as JSON and drawn as a chart.
 
     Raises:
-        PlanError: The model is unknown, or an argument has no meaning.
+        PlanError: The model can't be found or built, or an argument is invalid.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
@@ -131,7 +131,7 @@ def plan(
 
 @contextlib.contextmanager
 def _translate_errors(source: Any) -> Iterator[None]:
-    """Turn any error about a model that only a configuration describes into one of ours: it may be no real model."""
+    """Turn any error about a model built from a configuration, which may be invalid, into a `PlanError`."""
     try:
         yield
     except LoraPluginsError:
@@ -170,7 +170,7 @@ def _make_workbench(
 
 
 class _Planner:
-    """Puts one plan together."""
+    """Builds one plan."""
 
     def __init__(self, bench: Workbench, chosen: Scenario, limit: int | None) -> None:
         self.bench = bench
@@ -215,7 +215,7 @@ class _Planner:
         )
 
     def _write_precision_notes(self) -> list[str]:
-        """What is counted in another dtype than that of the checkpoint because of the device."""
+        """Return a note if the device makes weights count in another dtype than the checkpoint's."""
         stored = _find_main_dtype(base_of(self.bench.base))
         held = [self.bench.compute_dtype(quantization) for quantization in self.backends.values() if quantization]
         if stored not in ("float16", "bfloat16") or torch.float32 not in held or not self.bench.by_hardware:
@@ -232,12 +232,12 @@ class _Planner:
     def _is_chosen(self, row: Row) -> bool:
         wanted = (self.chosen.quantization, self.chosen.checkpointing)
         if self.bench.arrived:
-            # Whatever it was quantized with is how it will be trained.
+            # A base that arrived quantized is trained as it is.
             return row.checkpointing == self.chosen.checkpointing
         return (row.quantization, row.checkpointing) == wanted
 
     def _list_backends(self) -> dict[str, Quantization]:
-        """Every backend by name, the one that was asked for with its options; those with more bits first."""
+        """Return every backend by name, those with more bits first; the requested one has its options."""
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
         if self.bench.arrived:
@@ -276,7 +276,7 @@ class _Planner:
         return why_unavailable(quantization, self.bench.device, torch.bfloat16) or ""
 
     def _measure_memory(self, scenario: Scenario, activations: int | None = None) -> Memory | None:
-        """Bytes on each device, ``None`` where the model can't checkpoint."""
+        """Return the bytes on each device, ``None`` if the model does not support checkpointing."""
         quantization = self.backends[scenario.quantization]
         if activations is None:
             estimate = self.bench.activations(
@@ -302,7 +302,7 @@ class _Planner:
         return nearest_change(self.chosen, usable, self._measure_size, USABLE * self.limit)
 
     def _measure_size(self, scenario: Scenario) -> int | None:
-        """Bytes on each device: judged by the step that was simulated, and simulated itself where that fits."""
+        """Return the bytes on each device: scaled from the simulated step, and simulated itself where that fits."""
         base = self._measure_memory(self._make_scenario(scenario.quantization, scenario.checkpointing))
         if base is None:
             return None
@@ -322,7 +322,7 @@ class _Planner:
 
 
 def _find_main_dtype(model: Any) -> str:
-    """Dtype of most of a model's float weights."""
+    """Return the dtype of most of a model's float weights."""
     sizes: dict[str, int] = {}
     for parameter in _iterate_floats(model):
         name = dtype_name(parameter.dtype)

@@ -13,14 +13,14 @@ __all__ = ["PlanFigures", "Row"]
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of running takes.
+    """Memory of a run with one backend, with or without gradient checkpointing.
 
     Attributes:
         quantization: Backend of the base, empty for float.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        checkpointing: Whether blocks are recomputed in the backward pass.
         memory: Bytes on each device.
-        quantized_share: Share of the float base's bytes that the backend stores in its own way, 0 to 1.
-        fits: Whether it fits the memory, ``None`` without a GPU and without ``memory``.
+        quantized_share: Share of the float base's bytes that the backend quantizes, 0 to 1.
+        fits: Whether it fits into the device's memory; ``None`` if that is unknown.
         unavailable: Why the backend can't run on this machine, empty when it can.
     """
 
@@ -39,31 +39,31 @@ class Row:
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a run would train and what it would take.
+    """Trainable parameters and memory of a planned run.
 
     Attributes:
         model: Class of the base model.
         model_type: Type of its configuration, empty where it has none.
         dtype: Dtype of the base's weights.
-        trainable: Weights that get gradients, exactly.
-        total: All weights, exactly.
-        adapter_bytes: Bytes of the adapter's file.
-        targets: The hit table.
-        source: Who named the targets.
-        bare: Linear layers without an adapter: name pattern and number.
-        coverage: Adapted blocks and all blocks, by block kind.
-        heads: Heads that are trained whole.
-        expert_share: Share of the weights that stacked routed experts hold, 0 to 1: no linear backend reaches them.
-        batch_size: Examples on each device.
-        length: Tokens in each.
+        trainable: Exact number of trainable parameters.
+        total: Exact number of all parameters.
+        adapter_bytes: Size of the adapter file.
+        targets: Modules that get adapters, one row per name.
+        source: Where the target names come from.
+        bare: Linear layers without an adapter: name pattern -> count.
+        coverage: Numbers of adapted blocks and of all blocks, by block kind.
+        heads: Heads that are trained in full.
+        expert_share: Share of the weights in stacked routed experts, 0 to 1; no backend quantizes them.
+        batch_size: Examples per device.
+        length: Tokens per example.
         optim: Name of the optimizer.
         strategy: How several devices share the work.
-        devices: How many.
+        devices: Number of devices.
         memory_limit: Bytes of one device, ``None`` when unknown.
-        chosen: What was asked for.
+        chosen: The requested run.
         rows: Every backend, with and without checkpointing.
-        advice: The nearest change that makes it fit; empty when it fits or no memory is known.
-        notes: What else is worth knowing.
+        advice: The nearest change that makes the run fit; empty when it fits or the memory is unknown.
+        notes: Further remarks.
     """
 
     model: str
@@ -91,16 +91,16 @@ class PlanFigures:
 
     @property
     def percent(self) -> float:
-        """Trainable weights in per cent of all."""
+        """Trainable parameters as a percentage of all."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     @property
     def fits(self) -> bool | None:
-        """Whether what was asked for fits, ``None`` when no memory is known."""
+        """Whether the requested run fits, ``None`` when the memory is unknown."""
         return self.chosen.fits
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, with totals."""
+        """Return the plan as plain data, with totals."""
         values = asdict(self)
         values["percent"] = self.percent
         for given, row in zip([values["chosen"], *values["rows"]], [self.chosen, *self.rows], strict=True):

@@ -1,4 +1,4 @@
-"""A plan that is printed, saved as JSON and drawn as a chart."""
+"""Print a plan, save it as JSON and draw it as a chart."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Plan"]
 
 @dataclass(frozen=True)
 class Plan(PlanFigures):
-    """What a run would train and what it would take: `PlanFigures` that can be printed, saved and drawn."""
+    """Trainable parameters and memory of a planned run: `PlanFigures` that can be printed, saved and drawn."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file is complete or not there.
+        """Write the plan as JSON, atomically.
 
         Raises:
             OSError: The folder can't be written.
@@ -49,7 +49,7 @@ class Plan(PlanFigures):
 
 # -- tables ---------------------------------------------------------------------------------------
 
-#: Columns of the text outside a terminal.
+#: Width of the text outside a terminal, in characters.
 _WIDTH = 120
 
 _ANSWERS = {True: "yes", False: "no", None: "?"}
@@ -76,7 +76,7 @@ def _make_tables(plan: PlanFigures) -> Iterator[Any]:
 
 
 def _make_table(title: str, columns: str, *, head: bool = True) -> Table:
-    """A table; a column whose name begins with ``>`` is aligned to the right."""
+    """Make a table; a column whose name begins with ``>`` is right-aligned."""
     table = Table(title=title, title_justify="left", show_header=head)
     for column in columns.split("|"):
         table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
@@ -145,7 +145,7 @@ def _choose_style(plan: PlanFigures, row: Row) -> str:
 
 # -- the chart ------------------------------------------------------------------------------------
 
-#: Part of the memory -> color; distinguishable with color blindness and in grey.
+#: Part of the memory -> color; distinguishable with color blindness and in grayscale.
 _COLORS = {
     "weights": "#30496b",
     "gradients": "#c8553d",
@@ -156,7 +156,7 @@ _COLORS = {
 
 
 def _draw(plan: PlanFigures, path: Path) -> None:
-    """Write the picture as PNG.
+    """Draw the chart into a PNG file.
 
     Args:
         plan: The plan.

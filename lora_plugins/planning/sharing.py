@@ -13,11 +13,11 @@ from lora_plugins.planning.optimizer import state_bytes
 __all__ = ["BUCKET", "PERSISTENT", "REUSE_DISTANCE", "STRATEGIES", "Parts", "Sizes", "per_device"]
 
 
-#: Shape of a tensor and bytes of one of its values.
+#: Shape of a tensor, and bytes per value.
 Sizes = tuple[tuple[int, ...], int]
 
-#: DeepSpeed's defaults, in values: the bucket that gradients pass through, how far ahead a weight's next use
-#: may lie for it to stay gathered, and the size up to which a weight is never divided for good.
+#: DeepSpeed's defaults, in values: the gradient bucket, the reuse distance within which a weight stays gathered, and
+#: the size up to which a weight stays gathered for good.
 BUCKET = 500_000_000
 REUSE_DISTANCE = 1_000_000_000
 PERSISTENT = 100_000
@@ -25,18 +25,18 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class Parts:
-    """What is divided among devices; bytes.
+    """What several devices divide among them, in bytes.
 
     Attributes:
         memory: What one device alone would hold.
-        floats: The float parameters, adapters among them.
-        trained: Those that get gradients.
+        floats: The float parameters, adapters included.
+        trained: The float parameters that get gradients.
         block: Float weights of the largest block.
         outside: Float weights outside of blocks: embeddings, heads.
         optim: Name of the optimizer.
-        packed: Quantized weights that are parameters, which ZeRO-3 divides and FSDP does not.
-        packed_block: Those of the largest block.
-        copied: Of the quantized weights, what layers hold a second time outside of their parameters.
+        packed: Quantized weights that are parameters; ZeRO-3 divides them, FSDP does not.
+        packed_block: Quantized parameters of the largest block.
+        copied: Quantized weights that layers hold a second time, outside their parameters.
     """
 
     memory: Memory
@@ -59,15 +59,16 @@ def _keep_whole(parts: Parts, devices: int) -> Memory:
 
 
 def _replicate(parts: Parts, devices: int) -> Memory:
-    """DDP: everything on every device, and the buckets through which gradients are averaged."""
+    """Return a device's share under DDP: everything, and the buckets that average the gradients."""
     m = parts.memory
     return Memory(m.weights, m.gradients, m.optimizer, m.activations, m.gradients)
 
 
 def _shard(parts: Parts, devices: int) -> Memory:
-    """FSDP: float parameters divided by rows; the blocks at work, this one and the next, and what is outside are whole.
+    """Return a device's share under FSDP: float parameters divided by rows, two blocks and the rest gathered.
 
-    The first device has the most rows where they can't be divided evenly.
+    Gathered are the block at work, the next one, and everything outside blocks. If rows can't be divided evenly, this
+    is the first device, which has the most.
     """
     m = parts.memory
 
@@ -83,28 +84,29 @@ def _shard(parts: Parts, devices: int) -> Memory:
 
 
 def _partition(parts: Parts, values: int) -> tuple[int, int, int]:
-    """Bytes of a rank's gradients, of its optimizer and of the bucket, where DeepSpeed lays tensors end to end.
+    """Return the bytes of a rank's gradients, optimizer and bucket under DeepSpeed.
 
-    The optimizer steps one vector in float32, a copy of this rank's part of the trained weights.
+    DeepSpeed concatenates the tensors; the optimizer steps one float32 vector, a copy of the rank's part of the
+    trained weights.
     """
     item = max((item for _, item in parts.trained), default=4)
     return values * item, 4 * values + state_bytes(parts.optim, [((values,), 4)]), BUCKET * item
 
 
 def _share_zero2(parts: Parts, devices: int) -> Memory:
-    """ZeRO-2: gradients and optimizer divided; gradients pass through a bucket on their way."""
+    """Return a device's share under ZeRO-2: gradients and optimizer divided, and a bucket for the gradients."""
     m = parts.memory
-    # Each part starts at an even place.
+    # Each part starts at an even index.
     aligned = 2 * -(-sum(prod(shape) for shape, _ in parts.trained) // (2 * devices))
     gradients, optimizer, bucket = _partition(parts, aligned)
     return Memory(m.weights, gradients, optimizer, m.activations, bucket)
 
 
 def _share_zero3(parts: Parts, devices: int) -> Memory:
-    """ZeRO-3: every parameter divided too, packed ones among them.
+    """Return a device's share under ZeRO-3: every parameter is divided too, packed ones included.
 
-    Gathered at one time are the block at work and the next one, or what is outside of blocks, or what will be
-    needed again soon: around the turn from forward to backward those are the last weights. Small weights stay.
+    Gathered at one time are the block at work and the next one, or everything outside blocks, or the weights that are
+    needed again soon: between forward and backward pass, the last ones. Small weights stay gathered.
     """
     m = parts.memory
     whole = _count_bytes(parts.floats) + parts.packed
@@ -117,7 +119,7 @@ def _share_zero3(parts: Parts, devices: int) -> Memory:
     return Memory(weights, gradients, optimizer, m.activations, min(whole, at_work + small) + bucket)
 
 
-#: How devices share the work -> what each of them holds.
+#: Strategy -> function that returns what each device holds.
 STRATEGIES: dict[str, Callable[[Parts, int], Memory]] = {
     "single": _keep_whole,
     "ddp": _replicate,
@@ -131,12 +133,12 @@ def per_device(parts: Parts, strategy: str, devices: int) -> Memory:
     """Return what each of several devices holds.
 
     Args:
-        parts: What there is to divide.
+        parts: What the devices divide.
         strategy: A key of `STRATEGIES`.
-        devices: How many.
+        devices: Number of devices.
 
     Raises:
-        PlanError: The strategy is unknown, or the number makes no sense.
+        PlanError: The strategy is unknown, or does not go with the number of devices.
     """
     if strategy not in STRATEGIES:
         raise PlanError(f"Unknown strategy {strategy!r}. Known: {', '.join(STRATEGIES)}.")

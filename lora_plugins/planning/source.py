@@ -23,7 +23,7 @@ from lora_plugins.text import did_you_mean, one_line
 __all__ = ["TASKS", "copy_without_data", "meta_model", "read_config"]
 
 
-#: What a model is for -> the class of transformers that makes it; the first that knows a configuration is taken.
+#: Task -> transformers class that builds the model; by default the first class that knows the configuration.
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "image-text-to-text": "AutoModelForImageTextToText",
@@ -45,7 +45,7 @@ def meta_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Return a model without data; a live model stays as it is and is not copied.
+    """Return a model on the meta device; a live model stays as it is, and its data are not copied.
 
     Args:
         source: A live model, a configuration of transformers, a mapping, a ``config.json``, a folder, or a Hub id.
@@ -55,7 +55,7 @@ def meta_model(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        PlanError: The model cannot be found, or transformers cannot make it.
+        PlanError: The model cannot be found, or transformers cannot build it.
     """
     if isinstance(source, nn.Module):
         if dtype is not None or task is not None:
@@ -69,7 +69,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     """Return the configuration that a source names.
 
     Raises:
-        PlanError: It can't be read, or has numbers that no model has.
+        PlanError: It can't be read, or has implausibly large numbers.
     """
     if isinstance(source, PreTrainedConfig):
         check_numbers(source, "the configuration")
@@ -95,7 +95,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     except PlanError:
         raise
     except Exception as error:
-        # The numbers of a configuration are computed with in the code of each model type, which may raise anything.
+        # The code of each model type computes with the configuration's numbers and may raise anything.
         raise PlanError(f"No configuration for {str(source)!r}: {_shorten(error)}") from error
 
 
@@ -112,7 +112,7 @@ def _make_config(values: Any, where: str) -> Any:
 
 
 def _shorten(error: Exception) -> str:
-    """An error's class and message on one line; transformers lists all its model types in some."""
+    """Return an error's class and message on one line, cut: some messages of transformers list all model types."""
     text = one_line(error)
     return f"{type(error).__name__}: {text if len(text) < 300 else text[:300] + ' …'}"
 
@@ -130,7 +130,7 @@ def _choose_dtype(wanted: str | torch.dtype | None, config: Any) -> torch.dtype:
 
 def _make_model(config: Any, task: str | None, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     make = _find_factory(config, task, trust_remote_code)
-    # The caller's object stays as it is: making a model writes into its configuration.
+    # Building a model writes into its configuration; the caller's object must stay as it is.
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"), LimitedBuilding():
@@ -169,7 +169,7 @@ def _find_factory(config: Any, task: str | None, trust_remote_code: bool) -> Any
 
 
 def _find_named_class(config: Any) -> Any:
-    """The class of transformers that a configuration names, ``None`` for anything else that it may hold."""
+    """Return the transformers class that a configuration's ``architectures`` names, ``None`` for anything else."""
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, (list, tuple)) and names else None
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -177,7 +177,7 @@ def _find_named_class(config: Any) -> Any:
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Give the weights that `from_pretrained` holds in float32 that dtype, as it does."""
+    """Cast to float32 the weights that `from_pretrained` keeps in float32."""
     names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -187,7 +187,7 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def copy_without_data(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device; a quantized layer becomes a stand-in with its bytes."""
+    """Return a copy of a model on the meta device; stand-ins of the same size replace quantized layers."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         owner = owner_of(module)
@@ -202,5 +202,5 @@ def copy_without_data(model: nn.Module) -> nn.Module:
 
 
 def _read_shape(parameter: Any) -> tuple[int, ...]:
-    # ZeRO-3 keeps the real shape beside an emptied tensor.
+    # ZeRO-3 empties the tensor and keeps its real shape in ds_shape.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -18,20 +18,20 @@ from lora_plugins.models.wrapping import base_of
 __all__ = ["Block", "LiveBytes", "activation_bytes", "as_on_a_device", "removable_blocks", "shorten"]
 
 
-#: Blocks that a shortened stack keeps at least.
+#: Fewest blocks that a shortened stack keeps.
 _FEWEST = 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was taken out of a stack: which stack, and the number of a block like it that stayed."""
+    """A block removed from a stack: the stack's path, and the index of a remaining block of the same kind."""
 
     stack: str
     twin: int
 
 
 class _Autocast(torch.autocast):
-    """``torch.autocast`` that takes the meta device, for which it has no dtype, as the CPU."""
+    """``torch.autocast`` that treats the meta device, which torch 2.13 has no autocast for, as the CPU."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
@@ -39,12 +39,12 @@ class _Autocast(torch.autocast):
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Let the meta device do what devices do, by exchanging three functions of torch for the whole process.
+    """Make the meta device behave like a real one, by patching three functions of torch for the whole process.
 
-    Tensors on other devices go to the functions that were there, in other threads too. Attention keeps its inputs and
-    one number for each query, as fused kernels do; torch 2.13 would otherwise choose the way that keeps the whole
-    matrix of weights. A dispatch mode cannot do this: none is active where checkpointing computes blocks again.
-    ``tests/test_canaries.py`` says when torch can do it by itself.
+    Tensors on other devices go to the original functions, in other threads too. Attention keeps its inputs and one
+    number per query, as fused kernels do; torch 2.13 would otherwise choose the implementation that keeps the whole
+    attention matrix. A dispatch mode cannot do this: none is active where checkpointing recomputes blocks.
+    ``tests/test_canaries.py`` shows when torch no longer needs the patch.
     """
     original, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
     enabled: Any = torch.is_autocast_enabled
@@ -74,7 +74,7 @@ def _run_fused_kernel(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor | None:
-    """The output of the fused kernel, ``None`` where there is none for such inputs."""
+    """Return the output of the fused attention kernel, ``None`` if it does not support the inputs."""
     if not query.is_meta or query.dim() != 4 or query.shape[-1] != value.shape[-1] or dropout_p:
         return None
     if attn_mask is not None:
@@ -87,12 +87,12 @@ def _run_fused_kernel(
 
 
 def activation_bytes(model: Any, batch: dict[str, torch.Tensor], removed: list[Block]) -> int:
-    """Return the most bytes alive at one time in a step, above weights, gradients and optimizer state.
+    """Return the peak bytes alive in a training step, besides weights, gradients and optimizer state.
 
     Args:
         model: A prepared model on the meta device, in training mode.
         batch: Its inputs, with labels.
-        removed: Blocks that were taken out of its stacks; each adds what its twin keeps until the backward pass.
+        removed: Blocks removed from its stacks; each adds the bytes that its twin keeps until the backward pass.
     """
     live = LiveBytes(*batch.values())
     marks: dict[str, dict[int, int]] = {}
@@ -117,7 +117,7 @@ def activation_bytes(model: Any, batch: dict[str, torch.Tensor], removed: list[B
 
 
 def _mark(blocks: Any, marks: dict[int, int], live: LiveBytes) -> list[Any]:
-    """Note the live bytes at the first entry into each block."""
+    """Record the live bytes at the first entry into each block; return the hooks."""
 
     def note(number: int) -> Any:
         return lambda module, args: marks.setdefault(number, live.live) and None
@@ -140,10 +140,10 @@ def _compute_loss(output: Any) -> torch.Tensor:
 
 
 def removable_blocks(structure: Structure) -> dict[str, tuple[int, list[int]]]:
-    """Return for each long stack how many blocks stay, and for each that goes the number of its twin.
+    """Return, by stack, the number of blocks to keep and the index of the twin of each block to remove.
 
-    Stacks stay whole where a block's twin would be the first or last of those that stay, and where the blocks
-    are not the elements of one list.
+    A twin is a kept block of the same kind, neither the first nor the last one. A stack stays whole if that would
+    remove less than half of it, or if its blocks are not the elements of one list.
     """
     found: dict[str, tuple[int, list[int]]] = {}
     stacks: dict[str, list[Any]] = {}
@@ -162,7 +162,7 @@ def removable_blocks(structure: Structure) -> dict[str, tuple[int, list[int]]]:
 
 
 def _find_prefix(kinds: list[Any]) -> int:
-    """Length of the shortest start of a stack that shows each kind twice before its last block."""
+    """Return the length of the shortest prefix of a stack with two blocks of each kind before its last block."""
     for kept in range(_FEWEST, len(kinds)):
         seen = kinds[: kept - 1]
         if all(seen.count(kind) >= min(2, kinds.count(kind)) for kind in set(kinds)):
@@ -171,7 +171,7 @@ def _find_prefix(kinds: list[Any]) -> int:
 
 
 def shorten(model: nn.Module, stacks: dict[str, tuple[int, list[int]]]) -> list[Block]:
-    """Take blocks out of a model's stacks; returns them."""
+    """Remove blocks from a model's stacks and return them."""
     removed = []
     for stack, (kept, twins) in stacks.items():
         container: Any = model.get_submodule(stack)
@@ -184,11 +184,10 @@ def shorten(model: nn.Module, stacks: dict[str, tuple[int, list[int]]]) -> list[
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts tensor storages as they come and go while the mode is active, each storage once.
 
-    On the meta device a value that Python code asks for is answered with "true" or one: that is how a
-    batch without padding answers, and a tensor without data has no other answer.
+    Meta tensors have no values: Python code that reads one gets ``True`` or 1, as from a batch without padding.
 
     Args:
-        *existing: Tensors that are there from the start.
+        *existing: Tensors that exist from the start.
 
     Attributes:
         live: Bytes now.
@@ -204,7 +203,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage from now until it is freed, unless it is counted already."""
+        """Count a tensor's storage until it is freed, unless it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -215,7 +214,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, self._drop, key)
 
     def forget(self, tensor: torch.Tensor) -> None:
-        """Take a tensor's storage out of the count, or leave it out from the start."""
+        """Stop counting a tensor's storage, or never start."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -231,7 +230,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
-            # Every label counts and every flag is set.
+            # As if every label counted and every flag were set.
             full = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device="meta")
             self.add(full)
             return full
@@ -247,7 +246,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _grouped_mm(first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Products of experts, which torch 2.13 knows on the meta device for bfloat16 only."""
+    """Multiply the experts' matrices in bfloat16: torch 2.13 supports only that on the meta device."""
     half = torch.ops.aten._grouped_mm.default(first.to(torch.bfloat16), second.to(torch.bfloat16), *args, **kwargs)
     output: torch.Tensor = half.to(first.dtype)
     return output

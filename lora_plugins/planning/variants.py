@@ -1,4 +1,4 @@
-"""The prepared model of each backend on the meta device."""
+"""Prepare and measure a model for each backend on the meta device."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ __all__ = ["Estimate", "Workbench"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of activations, and how they were found.
+    """Bytes of activations, and how they were estimated.
 
     Attributes:
         size: Bytes.
-        note: Empty when a step was simulated, else why the sizes of the layers had to do.
+        note: Empty when a step was simulated, else why the layers' sizes were used instead.
     """
 
     size: int
@@ -50,14 +50,14 @@ class Estimate:
 
 
 class Workbench:
-    """Everything that is asked of one model, each variant of it made once.
+    """Measures one model under each backend; builds each variant of it once.
 
     Args:
         base: The base model on the meta device, or a `peft.PeftModel` with its adapters.
-        settings: What was asked for.
+        settings: The requested settings.
         targets: The chosen modules, ``None`` for a model that has its adapters.
-        device: Where the model will run.
-        chunked: Whether the loss is computed in pieces where that is possible.
+        device: Device of the run.
+        chunked: Whether the loss is computed in chunks where that is possible.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Workbench:
         self.arrived = bool(_find_stand_ins(base))
         self._config = build_config(settings, targets) if targets is not None else None
         if self._config is not None:
-            # How adapters start changes nothing about sizes, and some ways need the values of the weights.
+            # Initialization does not change sizes, and some methods need the weights' values.
             self._config.init_lora_weights = True
         self._layers: dict[str, frozenset[str]] = {}
         self._whole: dict[frozenset[str] | None, nn.Module] = {}
@@ -97,7 +97,7 @@ class Workbench:
         return self._whole[key]
 
     def _find_quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
-        """Paths of the layers that a backend would quantize: most take all of them, and some can't take odd sizes."""
+        """Return the paths of the layers that a backend would quantize: some backends can't take odd sizes."""
         if quantization is None:
             return None
         if quantization.name not in self._layers:
@@ -118,7 +118,7 @@ class Workbench:
         return [p for p in self.whole(None).parameters() if p.requires_grad]
 
     def weight_bytes(self, quantization: Quantization | None) -> int:
-        """Return the bytes of all weights and buffers, scales of quantized layers among them."""
+        """Return the bytes of all weights and buffers, including the scales of quantized layers."""
         name = quantization.name if quantization is not None else ""
         if name not in self._weights:
             layers, in_float = self._divide(quantization)
@@ -140,10 +140,10 @@ class Workbench:
         return tensor_bytes(self.base).total
 
     def quantized_share(self, quantization: Quantization | None) -> float:
-        """Return the share of the base's bytes in float that a backend stores in its own way, 0 to 1."""
+        """Return the share of the float base's bytes that a backend quantizes, 0 to 1."""
         layers = self._divide(quantization)[0]
         replaced = sum(layer.weight.numel() * layer.float_dtype.itemsize for layer in layers)
-        # Stand-ins of layers that arrived quantized count a byte for each weight in the base.
+        # In the base, stand-ins of layers that arrived quantized count one byte per weight.
         there = [layer for layer in layers if layer.stored_bytes is not None]
         arrived = sum(layer.weight.numel() * (layer.float_dtype.itemsize - 1) for layer in there)
         return replaced / (self._base_bytes + arrived or 1)
@@ -155,14 +155,14 @@ class Workbench:
             quantization: The backend.
             alone: What one device alone would hold.
             optim: Name of the optimizer.
-            packed: Whether the parameters of quantized layers are divided too.
+            packed: Whether devices divide the parameters of quantized layers too.
         """
         floats, block, outside = self._list_float_weights(quantization)
         total, largest, copied = self._count_packed_weights(quantization) if packed else (0, 0, 0)
         return Parts(alone, floats, _read_sizes(self.trained), block, outside, optim, total, largest, copied)
 
     def _list_float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
-        """Return the float parameters, and the bytes of those in the largest block and outside of blocks."""
+        """Return the sizes of float parameters, and the bytes of those in the largest block and outside blocks."""
         key = self._find_quantized_layers(quantization)
         known = self._floats.get(key)
         if known is not None:
@@ -183,7 +183,7 @@ class Workbench:
         return found
 
     def _count_packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
-        """Return the bytes of quantized parameters, of those in the largest block, and of what is held twice."""
+        """Return the bytes of all quantized parameters, of those in the largest block, and of those held twice."""
         told = self._add_compute_dtype(quantization)
         total = copied = 0
         blocks: dict[str, int] = {}
@@ -198,7 +198,7 @@ class Workbench:
         return total, max(blocks.values(), default=0), copied
 
     def file_bytes(self) -> int:
-        """Return the bytes of the adapter's file."""
+        """Return the size of the adapter file."""
         return file_bytes(self.whole(None), self._find_adapter_name())
 
     # -- simulating ----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Workbench:
     def activations(
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool
     ) -> Estimate | None:
-        """Return the activations of a step, ``None`` where the model can't checkpoint."""
+        """Return the activations of a step, ``None`` if the model does not support checkpointing."""
         key = (self._make_signature(quantization), batch_size, length, checkpointing)
         if key not in self._estimates:
             found = self._simulate(quantization, batch_size, length, checkpointing)
@@ -216,7 +216,7 @@ class Workbench:
         return self._estimates[key]
 
     def _make_signature(self, quantization: Quantization | None) -> Any:
-        """What of a backend matters to activations."""
+        """Return a key of everything about a backend that affects activations."""
         if quantization is None:
             return None
         layer: Any = _find_lora_layer(quantization)
@@ -242,14 +242,14 @@ class Workbench:
     def simulate(
         self, quantization: Quantization | None, batch_size: int, length: int, checkpointing: bool, *, short: bool
     ) -> int | None:
-        """Return the activations of a step that is taken now, ``None`` where the model can't checkpoint.
+        """Simulate a step; return its activations, ``None`` if the model does not support checkpointing.
 
         Args:
             quantization: The backend.
             batch_size: Examples.
-            length: Tokens in each.
-            checkpointing: Whether blocks are computed again.
-            short: Whether blocks that are like others are left out and their share added.
+            length: Tokens per example.
+            checkpointing: Whether blocks are recomputed in the backward pass.
+            short: Whether repeated blocks are left out and their share is added afterwards.
         """
         model, removed = self._make_step_model(quantization, short)
         if not _set_checkpointing(model, checkpointing):
@@ -258,7 +258,7 @@ class Workbench:
             return activation_bytes(model, make_batch(model, batch_size, length), removed)
 
     def _estimate_roughly(self, tokens: int, checkpointing: bool) -> int:
-        """What the linear layers take in and give out, where no step can be simulated."""
+        """Estimate activations from the linear layers' inputs and outputs, if no step can be simulated."""
         item = 4 if self.settings.compute_dtype == "float32" else 2
         sizes: dict[str, int] = {}
         for linear in self.structure.linears.values():
@@ -280,9 +280,9 @@ class Workbench:
     # -- preparing -----------------------------------------------------------------------------
 
     def _prepare(self, model: nn.Module, quantization: Quantization | None) -> Any:
-        """Take a model without data through the steps of `prepare_model`, with stand-ins for quantized layers."""
+        """Run the steps of `prepare_model` on a model without data, with stand-ins for quantized layers."""
         if quantization is None and self._config is None and preparation_of(model) is not None:
-            # Prepared by us: nothing more would be done to it.
+            # `prepare_model` made it: there is nothing left to do.
             return model
         record = Preparation(
             self._find_adapter_name(), self.targets, quantization, None, TensorBytes(), heads=self.heads()
@@ -312,20 +312,20 @@ class Workbench:
         return self.settings.compute_dtype == "auto"
 
     def compute_dtype(self, quantization: Quantization | None, base: nn.Module | None = None) -> torch.dtype | None:
-        """Dtype that the frozen float weights are cast to, ``None`` to leave them."""
+        """Return the dtype that the frozen float weights are cast to, ``None`` to leave them."""
         base = base if base is not None else base_of(self.base)
         wanted, quantized = self.settings.compute_dtype, quantization is not None or self.arrived
         return resolve_compute_dtype(wanted, base, quantized=quantized, autocast=False, device=self.device)
 
     def _add_compute_dtype(self, quantization: Quantization | None) -> Quantization | None:
-        """A backend with the dtype of activations, where it wants to know it."""
+        """Return a backend with the dtype of activations, if it needs to know it."""
         if quantization is None:
             return None
         dtype = self.compute_dtype(quantization)
         return with_compute_dtype(quantization, dtype or activation_dtype(base_of(self.base), autocast=False))
 
     def heads(self) -> tuple[str, ...]:
-        """Return the names of the heads that are trained whole."""
+        """Return the names of the heads that are trained in full."""
         wrapped: Any = self.base
         config = self._config or wrapped.peft_config[wrapped.active_adapters[0]]
         return tuple(config.modules_to_save or ())
@@ -345,7 +345,7 @@ def _find_lora_layer(quantization: Quantization | None) -> type[nn.Module]:
     try:
         wanted = quantization.quantizer.lora_layer(PlannedLinear(1, 1, None, False, _float32()))
     except Exception:
-        # The layer is not one of the backend's own: a class that depends on it can't be told.
+        # The stand-in is not a layer of the backend, whose choice of a class may depend on the layer.
         return Linear
     return wanted or Linear
 
@@ -355,7 +355,7 @@ def _float32() -> torch.dtype:
 
 
 def quantize_by_stand_ins(job: Job) -> None:
-    """Put stand-ins in the place of the layers that the job's backend would quantize: the job's ``quantize`` step."""
+    """Replace the layers that the job's backend would quantize by stand-ins, as the job's ``quantize`` step."""
     quantization = job.asked_quantization
     if quantization is not None:
         targets, skipped = layers_to_quantize(job.model, quantization, job.never_quantized())
@@ -370,7 +370,7 @@ def quantize_by_stand_ins(job: Job) -> None:
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> bool:
-    """Switch gradient checkpointing as the Trainer does; false where the model has none."""
+    """Switch gradient checkpointing as the Trainer does; return false if the model does not support it."""
     if not wanted:
         if getattr(model, "is_gradient_checkpointing", False):
             model.gradient_checkpointing_disable()

@@ -24,11 +24,11 @@ __all__ = [
 #: The prompt of the recipe, in the columns of the samsum data set.
 TEMPLATE = "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n{summary}{eos_token}"
 
-#: What ``--template`` is called when the tokenizer's own chat template makes the text.
+#: Value of ``--template`` that selects the tokenizer's own chat template.
 CHAT = "chat"
 
-#: The recipe's values for flags of ``TrainingArguments``, where those have another default. Checkpoints are the one
-#: addition: the recipe wrote none, and an adapter's take next to nothing.
+#: The recipe's values for flags of ``TrainingArguments`` that have another default. Checkpoints are an addition: the
+#: recipe wrote none, and those of an adapter are small.
 TRAINING_DEFAULTS = MappingProxyType(
     {
         "output_dir": "lora-output",
@@ -51,7 +51,7 @@ TRAINING_DEFAULTS = MappingProxyType(
 
 @dataclass
 class RecipeArguments:
-    """What the recipe needs besides ``TrainingArguments``; the metadata are the help texts.
+    """The recipe's arguments besides ``TrainingArguments``; the metadata hold the help texts.
 
     Fields that are ``None`` are decided later: from the template, the output folder, or the data.
     """
@@ -152,7 +152,7 @@ class RecipeArguments:
     )
 
 
-#: Names that people know from the recipe's script or from earlier releases of transformers, and what is used today.
+#: Name in the recipe's script or in earlier releases of transformers -> today's flag.
 FORMER_NAMES = MappingProxyType(
     {
         "model_id": "--model",
@@ -177,7 +177,7 @@ FORMER_NAMES = MappingProxyType(
 
 
 def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
-    """Return what ``--lora`` holds.
+    """Return the fields that ``--lora`` sets.
 
     Raises:
         ArgumentsError: It is not a JSON object, or repeats a flag.
@@ -192,10 +192,10 @@ def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
-    """Read a JSON object, such as a mapping in a YAML file becomes.
+    """Parse a JSON object; a mapping in a YAML file arrives as one.
 
     Raises:
-        ArgumentsError: It is not one.
+        ArgumentsError: The text is not a JSON object.
     """
     try:
         found = json.loads(text)
@@ -207,7 +207,7 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
 
 
 def held_out_share(recipe: RecipeArguments) -> float | None:
-    """The share of the training split that ``--eval_split`` holds out, ``None`` where it names a split."""
+    """Return the share of the training split that ``--eval_split`` holds out, ``None`` if it names a split."""
     return _read_share(recipe.eval_split) if recipe.eval_split else None
 
 

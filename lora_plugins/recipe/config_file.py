@@ -16,11 +16,11 @@ __all__ = ["read_flags"]
 
 
 _MOST_BYTES = 1 << 20
-#: Values, counted as often as anchors repeat them, and how deep they may lie in each other.
+#: Most values, with those that anchors repeat, and how deep they may be nested.
 _MOST_VALUES = 10_000
 _DEEPEST = 20
 
-#: What YAML calls a value that is neither text, number, switch, list nor mapping, and what people call it.
+#: YAML tag of a type that no flag takes -> its name in messages.
 _FOREIGN = {"timestamp": "a date", "binary": "binary data"}
 _PLAIN = ("str", "int", "float", "bool", "null", "map", "seq", "merge", "value")
 
@@ -29,7 +29,7 @@ def read_flags(path: Path) -> dict[str, tuple[Any, int]]:
     """Return the values of a YAML file by name, each with its line.
 
     Raises:
-        ArgumentsError: The file can't be read, or holds what is not a flag's value; the message has the line.
+        ArgumentsError: The file can't be read, or holds a value that no flag takes; the message has the line.
     """
     try:
         loader = yaml.SafeLoader(read_text(path, _MOST_BYTES))
@@ -58,16 +58,16 @@ def _read_value(loader: Any, key: yaml.Node, value: yaml.Node, path: Path) -> tu
     try:
         return loader.construct_object(value, deep=True), line
     except (ValueError, yaml.YAMLError) as error:
-        # Python reads no numbers of thousands of digits.
+        # Python refuses to read integers of thousands of digits.
         reason = getattr(error, "problem", None) or one_line(error)
         raise ArgumentsError(f"{path}, line {line}: the value of {key.value} can't be read: {reason}") from error
 
 
 def _check_nodes(root: yaml.Node, path: Path) -> None:
-    """Refuse values that contain themselves, lie too deep, are too many, or of a kind that no flag takes.
+    """Reject values that contain themselves, are too deep or too many, or have a type that no flag takes.
 
     Raises:
-        ArgumentsError: It names the line.
+        ArgumentsError: A value is rejected; the message names the line.
     """
     for count, (node, above) in enumerate(_walk(root, ())):
         place = f"{path}, line {node.start_mark.line + 1}"

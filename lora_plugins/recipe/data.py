@@ -1,4 +1,4 @@
-"""Find and read data sets: files, folders, the Hub; their splits."""
+"""Load data sets and their splits from files, folders or the Hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_plugins.text import one_line
 __all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
 
 
-#: Loader of ``datasets`` by the end of a file's name.
+#: File extension -> loader of ``datasets``.
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
-#: Words in the names of files that say which split they are.
+#: Word in a file's name -> split.
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -35,11 +35,11 @@ def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset 
     """Return the rows to train on and those to evaluate on.
 
     Args:
-        recipe: Says which data sets and splits.
-        seed: Decides which rows are held out where a share of them is.
+        recipe: Names the data sets and splits.
+        seed: Decides which rows are held out if ``--eval_split`` is a share.
 
     Raises:
-        DataError: Something is not there, unreadable, empty, or has other splits.
+        DataError: A data set is missing, unreadable or empty, or has no such split.
     """
     splits = load_splits(recipe.dataset)
     train = choose_split(splits, recipe.train_split, recipe.dataset, "--train_split")
@@ -61,17 +61,17 @@ def load_examples(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset 
 
 
 def load_splits(source: str) -> dict[str, Dataset]:
-    """Read a data set: its splits by name.
+    """Return the splits of a data set by name.
 
-    A file is one split, ``"train"``. The files of a folder are the splits that their names say, and ``"train"`` if
-    none of them says one.
+    A file is the split ``"train"``. The files of a folder belong to the splits in their names, or all to ``"train"``
+    if no name has one.
 
     Args:
-        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. What looks like a path
-            (a known ending, or a beginning of ``/``, ``.`` or ``~``) or is there as one is not asked of the Hub.
+        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. Whatever looks like a
+            path (known extension, or begins with ``/``, ``.`` or ``~``) or exists as one is not looked up on the Hub.
 
     Raises:
-        DataError: It is not there or unreadable.
+        DataError: It is missing or unreadable.
     """
     path = Path(source).expanduser()
     is_path = path.suffix in LOADERS or source.startswith(("/", ".", "~")) or path.exists()
@@ -85,7 +85,7 @@ def choose_split(splits: dict[str, Dataset], name: str | None, source: str, flag
         splits: The splits.
         name: The one to take; ``None`` takes the only one.
         source: The data set, for messages.
-        flag: What chooses the split on the command line, for messages.
+        flag: Flag that chooses the split, for messages.
 
     Raises:
         DataError: It has no such split or several, or the split is empty.
@@ -127,7 +127,7 @@ def _check_file(path: Path) -> None:
 
 
 def _find_files(path: Path) -> tuple[dict[str, list[Path]], str]:
-    """Return the files by their split, and what ``datasets`` calls their kind."""
+    """Return the files by split, and the loader of ``datasets`` for them."""
     files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     loaders = {LOADERS.get(file.suffix) for file in files}
     known = ", ".join(LOADERS)
@@ -143,7 +143,7 @@ def _find_files(path: Path) -> tuple[dict[str, list[Path]], str]:
 
 
 def _sort_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Sort files by the split that is a word of their names."""
+    """Group files by the split that their names contain."""
     found: dict[str, list[Path]] = {}
     nameless = []
     for file in files:

@@ -1,4 +1,4 @@
-"""Read small text files without waiting on pipes; name the wrong line."""
+"""Read small text files; reject pipes, and report the line of an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["check_regular", "read_json", "read_text"]
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is not an ordinary file: opening a pipe would wait for somebody to write into it.
+    """Reject anything but a regular file: opening a pipe would block until somebody writes to it.
 
     Raises:
-        OSError: The file is not there.
+        OSError: The file does not exist.
         ValueError: It is a folder, a pipe, a socket or a device.
     """
     kind = path.stat().st_mode
@@ -29,7 +29,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
     Raises:
         OSError: It can't be opened.
-        ValueError: It is not an ordinary file, larger than ``most_bytes``, or not UTF-8; the message has the line.
+        ValueError: It is not a regular file, larger than ``most_bytes``, or not UTF-8; the message has the line.
     """
     check_regular(path)
     size = path.stat().st_size

@@ -24,7 +24,7 @@ __all__ = ["GRACE", "SIGNALS", "Interruption"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-#: Seconds in which further signals are taken for the first one: under torchrun, one Ctrl-C reaches a process from the
+#: Seconds in which further signals count as the first one: under torchrun, one Ctrl-C reaches a process both from the
 #: terminal and from its launcher.
 GRACE = 3.0
 
@@ -36,11 +36,11 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
     the program at once.
 
     Args:
-        grace: Seconds in which further signals are taken for the first one.
+        grace: Seconds in which further signals count as the first one.
 
     Attributes:
-        signal: The signal that came, ``None`` when none did.
-        stopped_at: The step after which training was stopped, ``None`` when it was not.
+        signal: The signal that came, ``None`` if none did.
+        stopped_at: The step after which training was stopped, ``None`` if it was not.
     """
 
     def __init__(self, grace: float = GRACE) -> None:
@@ -51,7 +51,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals inside the block; Python lets only the main thread do that, elsewhere nothing changes."""
+        """Handle the signals inside the block; outside the main thread, where Python forbids that, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -89,13 +89,13 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The Trainer takes the interruption for the epoch's end, and would evaluate, and write the checkpoint anew."""
+        """Prevent an evaluation and a second checkpoint: to the Trainer, the interruption is the epoch's end."""
         if self.stopped_at is not None:
             control.should_save = control.should_evaluate = control.should_log = False
 
 
 def _find_largest(number: int, args: TrainingArguments) -> int:
-    """Let all processes know the signal that any of them got: stopping alone would leave the others waiting."""
+    """Return the signal that any process got, else 0: a process that stopped alone would leave the others waiting."""
     if args.world_size == 1:
         return number
     import torch.distributed as dist

@@ -18,7 +18,7 @@ from lora_plugins.recipe.resume import checkpoint_folders
 __all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
 
 
-#: The arguments of the run in an output folder.
+#: File in the output folder with the arguments of the run.
 RUN_FILE = "run.json"
 
 #: Flags that may differ between a run and its continuation: they change neither data nor weights.
@@ -36,7 +36,7 @@ _FREE = frozenset(
     }
 )
 
-#: Flags of ``TrainingArguments`` that decide the weights.
+#: Flags of ``TrainingArguments`` that affect the weights.
 _DECISIVE = (
     "num_train_epochs",
     "max_steps",
@@ -67,7 +67,7 @@ _DECISIVE = (
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things go.
+    """The folders that a run writes to.
 
     Attributes:
         output: Checkpoints and the record of the run.
@@ -93,7 +93,7 @@ class Folders:
         )
 
     def check_unused(self, *, merge: bool) -> None:
-        """Refuse to mix a new run with what an earlier one left.
+        """Check that no output of an earlier run is in the way.
 
         Raises:
             ResumeError: There are checkpoints of another run.
@@ -117,7 +117,7 @@ class Folders:
 
 
 def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
-    """Return the arguments that decide the weights of a run, as plain data."""
+    """Return the arguments that affect the weights of a run, as plain data."""
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
     theirs = {name: _make_plain(getattr(training, name, None)) for name in _DECISIVE}
     return {**ours, **theirs}
@@ -132,7 +132,7 @@ def check_same_run(output: Path, record: Mapping[str, Any]) -> None:
     """Compare the arguments of a continuation with those of the run that it continues.
 
     Raises:
-        ResumeError: They differ, so the result would be of neither.
+        ResumeError: They differ.
     """
     file = output / RUN_FILE
     try:

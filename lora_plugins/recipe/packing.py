@@ -1,6 +1,6 @@
 """Cut tokenised examples into chunks of equal length, or pad them.
 
-Packing takes two steps. The first writes down where each example begins in the stream of all tokens; the second
+Packing takes two steps. The first records where each example begins in the stream of all tokens; the second
 cuts the stream at multiples of the chunk length. A chunk belongs to the example that its first token comes from,
 so which process or batch meets that example makes no difference to any chunk.
 """
@@ -25,7 +25,7 @@ __all__ = ["IGNORED", "TOKEN_COLUMNS", "PackingCounts", "PaddedCounts", "keep_ap
 #: Columns that have one value for each token.
 TOKEN_COLUMNS = ("input_ids", "labels")
 
-#: The label that the loss leaves out.
+#: The label that the loss ignores.
 IGNORED = -100
 
 
@@ -65,7 +65,7 @@ class PaddedCounts:
         tokens: Tokens of the kept examples, before padding.
         loss_tokens: How many of them count in the loss.
         too_long: Examples left out because they are longer than ``max_length``.
-        without_loss: Examples left out because no token of theirs counts in the loss.
+        without_loss: Examples left out because none of their tokens counts in the loss.
         max_length: Tokens that an example may have.
     """
 
@@ -102,8 +102,8 @@ def pack(
         tokenised: Rows of ``input_ids``, and ``labels`` of the same lengths where not every token counts in
             the loss. Other columns are dropped.
         chunk_length: Tokens in a chunk.
-        num_proc: Processes that work on it; ``None`` is this one.
-        batch_size: Rows that a process looks at together.
+        num_proc: Worker processes; ``None`` works in this one.
+        batch_size: Rows per batch.
 
     Returns:
         Rows of ``input_ids`` and ``labels``, each exactly ``chunk_length`` long, and the counts. Without
@@ -131,7 +131,7 @@ def pack(
         batch_size=batch_size,
         num_proc=num_proc,
         remove_columns=tokenised.column_names,
-        # A batch in which no chunk begins would leave the type open.
+        # A batch in which no chunk begins would have no type.
         features=_make_features(tokenised, columns),
         # The function holds the data set itself, whose hash would change.
         new_fingerprint=_make_fingerprint(tokenised, chunk_length),
@@ -165,8 +165,8 @@ def keep_apart(
     Args:
         tokenised: Rows of ``input_ids`` and ``labels``.
         max_length: Tokens that an example may have.
-        num_proc: Processes that work on it; ``None`` is this one.
-        batch_size: Rows that a process looks at together.
+        num_proc: Worker processes; ``None`` works in this one.
+        batch_size: Rows per batch.
 
     Raises:
         DataError: No example is left.
@@ -196,7 +196,7 @@ def _count_loss_tokens(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
 
 
 class _ChunksOfRows:
-    """Makes the chunks that begin in given rows; what lies beyond those rows is read from the data set."""
+    """Makes the chunks that begin in given rows; tokens beyond those rows are read from the data set."""
 
     def __init__(
         self, tokenised: Dataset, columns: list[str], offsets: npt.NDArray[np.int64], chunk_length: int
@@ -255,7 +255,7 @@ def _measure_rows(tokenised: Dataset, name: str) -> npt.NDArray[np.int64]:
 
 
 def _flatten(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the values of a column of lists, one after the other; ``flatten`` heeds slices, ``values`` would not."""
+    """Return the concatenated values of a column of lists; ``flatten`` respects slices, ``values`` would not."""
     return pa.chunked_array([part.flatten() for part in column.chunks], type=column.type.value_type)
 
 

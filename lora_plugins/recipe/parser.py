@@ -1,4 +1,4 @@
-"""Check flags and a YAML file; nothing unknown or abbreviated passes."""
+"""Parse flags and a YAML file; unknown or abbreviated flags are errors."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
 
 
 def make_parser(*, everything: bool = True) -> HfArgumentParser:
-    """Return the parser of all flags, or for a short help of ours alone."""
+    """Return the parser of all flags; without ``everything``, of our own only, for a short help."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
-        """Raises instead of ending the program."""
+        """Raises `ArgumentsError` instead of exiting."""
 
         def error(self, message: str) -> NoReturn:
             raise ArgumentsError(f"{message[:1].upper()}{message[1:]}. See `{PROGRAM} --help`.")
@@ -93,7 +93,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
             if action.choices is not None and value not in action.choices:
                 raise ArgumentsError(_describe_choice(f"--{action.dest}", value, [str(one) for one in action.choices]))
 
-    # Abbreviations would let a misspelt flag mean another one.
+    # With abbreviations, a misspelt flag could be taken for another one.
     parser = Parser(
         _list_dataclasses(everything=everything),
         prog=PROGRAM,
@@ -135,7 +135,7 @@ class _Formatter(argparse.HelpFormatter):
         return f"{flags[-1]} {value}" + (" …" if action.nargs == "+" else "")
 
     def _expand_help(self, action: argparse.Action) -> str:
-        # Help texts are taken as they are: some of TrainingArguments hold a bare per cent sign.
+        # No %-formatting: some help texts of TrainingArguments hold a bare percent sign.
         text = " ".join((action.help or "").split())
         if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, ""):
             return text
@@ -172,7 +172,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _read_tokens(path: Path, parser: HfArgumentParser) -> list[str]:
-    """Turn a YAML file into flags, so that its values are checked as those of the command line are."""
+    """Turn a YAML file into flags, so that its values are checked like those of the command line."""
     actions = {action.dest: action for action in parser._actions}
     names = flag_names(parser)
     tokens: list[str] = []
@@ -216,7 +216,7 @@ def _make_hint(name: str, names: Sequence[str]) -> str:
 
 
 def _check(recipe: RecipeArguments) -> None:
-    """Refuse values that could only fail later, when time has been spent."""
+    """Reject values that would otherwise fail only later in the run."""
     if recipe.chunk_length < 1:
         raise ArgumentsError(f"--chunk_length must be at least 1, not {recipe.chunk_length}")
     if recipe.r < 1:
@@ -242,7 +242,7 @@ def _check(recipe: RecipeArguments) -> None:
 
 
 def _check_steps(given: Mapping[str, Any]) -> None:
-    """Refuse a run that would end without a step."""
+    """Reject a run that would train nothing: no step, or a learning rate of 0 or less."""
     if given["max_steps"] < 0 and given["num_train_epochs"] <= 0:
         raise ArgumentsError(f"--num_train_epochs must be above 0, not {given['num_train_epochs']}")
     if given["max_steps"] == 0:
@@ -252,7 +252,7 @@ def _check_steps(given: Mapping[str, Any]) -> None:
 
 
 def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
-    """Evaluate once an epoch where there is something to evaluate on; early stopping keeps the best adapter."""
+    """Evaluate once per epoch by default if there is evaluation data; early stopping keeps the best adapter."""
     held_out = recipe.eval_split is not None or recipe.eval_dataset is not None
     strategy = str(getattr(given["eval_strategy"], "value", given["eval_strategy"]))
     if held_out and strategy == "no":
@@ -264,14 +264,14 @@ def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
         raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: all that is measured is the loss.")
     if recipe.early_stopping_patience:
         given["load_best_model_at_end"] = True
-        # Its patience is used up where it was when the run was interrupted.
+        # A resumed run has the patience that was left when it was interrupted.
         given["restore_callback_states_from_checkpoint"] = True
         given["save_strategy"] = given["eval_strategy"]
         given["save_steps"] = given["eval_steps"] or given["save_steps"]
 
 
 def _apply_hardware(given: dict[str, Any]) -> None:
-    """Use bfloat16 where the device is fast at it and nothing else was said; where there is only a CPU, say so."""
+    """Set ``bf16`` by default if the device is fast at it, and ``use_cpu`` if there is only a CPU."""
     import torch
 
     from lora_plugins.quantization.precision import fast_bfloat16

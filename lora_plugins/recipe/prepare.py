@@ -1,4 +1,4 @@
-"""Make what a Trainer gets: tokenizer, data sets, base model."""
+"""Make the inputs of a Trainer: tokenizer, data sets, base model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Prepared:
     Attributes:
         train: Rows of ``input_ids`` and ``labels`` to train on.
         held_out: Rows to evaluate on, or ``None``.
-        counts: What became of the examples, by ``"train"`` and ``"held_out"``.
+        counts: Counts of the examples, by ``"train"`` and ``"held_out"``.
     """
 
     train: Dataset
@@ -61,10 +61,10 @@ class Prepared:
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer; one without padding pads with its end token.
+    """Load the base model's tokenizer; without a padding token, it pads with its end token.
 
     Raises:
-        ArgumentsError: There is none at ``--model``.
+        ArgumentsError: ``--model`` has no tokenizer that can be loaded.
     """
     load = functools.partial(AutoTokenizer.from_pretrained, recipe.model, revision=recipe.revision or "main")
     tokenizer: PreTrainedTokenizerBase = _load_from_model(recipe, "tokenizer", load)
@@ -74,10 +74,10 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
 
 
 def load_base(recipe: RecipeArguments) -> PreTrainedModel:
-    """Load the base model in the dtype that it is stored in.
+    """Load the base model in its stored dtype.
 
     Raises:
-        ArgumentsError: There is none at ``--model``.
+        ArgumentsError: ``--model`` has no causal language model that can be loaded.
     """
     load = functools.partial(
         AutoModelForCausalLM.from_pretrained, recipe.model, revision=recipe.revision or "main", dtype="auto"
@@ -99,7 +99,7 @@ def _load_from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]
 def prepare_data(
     recipe: RecipeArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> Prepared:
-    """Read, render, tokenise and pack; the first process of a machine does it, the others find it cached.
+    """Read, render, tokenise and pack; the first process of a machine does it, the others use its cache.
 
     Raises:
         DataError: The data sets can't be read or hold too little.
@@ -138,17 +138,17 @@ def _make_examples(
 
 
 def completion_only(recipe: RecipeArguments) -> bool:
-    """Return whether only answers count in the loss."""
+    """Whether only answers count in the loss."""
     return (recipe.loss_on or ("completion" if recipe.template == CHAT else "all")) == "completion"
 
 
 def packs(recipe: RecipeArguments) -> bool:
-    """Return whether examples are joined and cut into chunks."""
+    """Whether examples are joined and cut into chunks."""
     return not completion_only(recipe) if recipe.packing is None else recipe.packing
 
 
 def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return what makes batches: chunks are stacked, examples padded to the longest."""
+    """Return the data collator: it stacks chunks, and pads examples to the longest."""
     if packs(recipe):
         return default_data_collator
     if tokenizer.pad_token is None:
@@ -173,7 +173,7 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
 
 
 def check_lora(recipe: RecipeArguments) -> None:
-    """Refuse LoRA arguments that no model could take, before the data are read.
+    """Check the LoRA arguments before the data are read.
 
     Raises:
         UnknownQuantizer: No plugin has the quantization backend.
@@ -186,7 +186,7 @@ def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:
     """Return the backend's name, or a mapping of it and its options; ``None`` for a base in float.
 
     Raises:
-        ArgumentsError: It begins as JSON and is not valid.
+        ArgumentsError: It has a brace and is not a JSON object.
     """
     if recipe.quantization == "none":
         return None

@@ -18,11 +18,11 @@ _REFERENCE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.+!-]+)")
 
 @dataclass(frozen=True)
 class Publication:
-    """Where the adapter goes.
+    """Name and version under which the adapter is published.
 
     Attributes:
         name: ``org/name`` in the registry.
-        version: A version, or ``patch``, ``minor``, ``major`` after the newest.
+        version: A version, or ``patch``, ``minor`` or ``major`` to increment the newest.
         base_model: Id of the base model on the Hub, where it was loaded from a folder.
     """
 
@@ -45,7 +45,7 @@ class Publication:
         return cls(match["name"], match["version"], base_model)
 
     def check(self, model: Any) -> None:
-        """Refuse before the training what could not be published after it.
+        """Check before the training that the adapter can be published after it.
 
         Raises:
             RegistryError: The version or the base model can't be published.
@@ -57,7 +57,7 @@ class Publication:
 
         Args:
             trainer: The Trainer.
-            adapter: Where the adapter was saved: that is published where no process has the whole model.
+            adapter: Folder of the saved adapter, which is published if no process holds the whole model.
             quantization: Backend of the base, by name or with its options.
 
         Returns:

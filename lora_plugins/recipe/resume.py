@@ -89,7 +89,7 @@ def _find_defects(folder: Path, processes: int) -> Iterator[str]:
                 yield f"{_STATE} is of step {content['global_step']}"
         TrainerState.load_from_json(str(folder / _STATE))
     except Exception as error:
-        # A state of other fields raises whatever its class does with them.
+        # A state with other fields may raise anything.
         yield f"{type(error).__name__}: {one_line(error)}"
         return
     yield from _find_tensor_defects(folder / ADAPTER_FILE)
@@ -101,7 +101,7 @@ def _find_defects(folder: Path, processes: int) -> Iterator[str]:
 def _find_tensor_defects(file: Path) -> Iterator[str]:
     try:
         check_regular(file)
-        # The header says how long the file must be, and opening compares.
+        # Opening compares the file's length with its header.
         with safe_open(str(file), framework="pt"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
@@ -109,11 +109,11 @@ def _find_tensor_defects(file: Path) -> Iterator[str]:
 
 
 def _find_archive_defects(file: Path) -> Iterator[str]:
-    """Yield what is wrong with a file of ``torch.save``: a zip archive, whose checksums show every cut."""
+    """Yield what is wrong with a file of ``torch.save``: a zip archive, whose checksums detect truncation."""
     try:
         check_regular(file)
         with zipfile.ZipFile(file) as archive:
-            # Nothing in it is compressed; what is compressed could be of any size.
+            # torch.save compresses nothing; a compressed member could expand to any size.
             odd = [info.filename for info in archive.infolist() if info.compress_type or info.flag_bits & 1]
             member = None if odd else archive.testzip()
         if odd or member is not None:

@@ -37,7 +37,7 @@ from lora_plugins.trainer.checkpoints import restore_best
 __all__ = ["TrainingRun", "run"]
 
 
-#: Added to the number of the signal that ended a program, as shells do.
+#: Added to the signal's number for the exit code, as shells do.
 _SIGNAL_BASE = 128
 
 
@@ -63,7 +63,7 @@ class TrainingRun:
 
     Args:
         recipe: Our own arguments.
-        training: The Trainer's.
+        training: Arguments of the Trainer.
     """
 
     def __init__(self, recipe: RecipeArguments, training: TrainingArguments) -> None:
@@ -78,11 +78,11 @@ class TrainingRun:
             print(text, flush=True)
 
     def run(self) -> int:
-        """Do all of it; see `run`."""
+        """Run all phases; see `run`."""
         prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push, self._find_base_on_hub())
         checkpoint = self._choose_checkpoint()
-        # The Trainer sets it too, after the model was loaded; a base may have weights that are in none of its files.
+        # The Trainer sets it only after the model was loaded, and loading initializes weights that no file has.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
@@ -93,13 +93,13 @@ class TrainingRun:
             write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
         with interruption.listening():
             self._train(trainer, checkpoint)
-            # A process that ended while another still writes the checkpoint would have its launcher kill that one.
+            # If a process ends while another still writes the checkpoint, the launcher kills that one.
             trainer.accelerator.wait_for_everyone()
         if interruption.stopped_at is not None:
             return self._end_interrupted(interruption)
         figures = self._save(trainer)
         unpublished = self._publish(publication, trainer)
-        # The trained model is not needed any more and would take the merge's memory.
+        # Free the trained model: the merge needs its memory.
         if unpublished is not None:
             traceback.clear_frames(unpublished.__traceback__)
         del trainer, interruption
@@ -110,14 +110,14 @@ class TrainingRun:
         return 0
 
     def _find_base_on_hub(self) -> str | None:
-        """Return the base that a published adapter names, where the model itself does not say it."""
+        """Return the base to name in the published adapter, if the model itself does not have it."""
         recipe = self.recipe
         if recipe.push_base_model is None and recipe.revision is not None and not Path(recipe.model).exists():
             return f"{recipe.model}@{recipe.revision}"
         return recipe.push_base_model
 
     def _publish(self, publication: Publication | None, trainer: Trainer) -> Exception | None:
-        """Publish the adapter; an error is given back, to be raised when the merge is done."""
+        """Publish the adapter; return an error instead of raising it, so that the merge still runs."""
         if publication is None or not self.is_main:
             return None
         try:
@@ -128,15 +128,15 @@ class TrainingRun:
         return None
 
     def _choose_checkpoint(self) -> str | None:
-        """Return the checkpoint to go on from.
+        """Return the checkpoint to resume from, ``None`` to start from the beginning.
 
         Raises:
-            ResumeError: There are checkpoints and nobody asked to resume, or they are of a run with other arguments.
-            ArgumentsError: A merged model is in the way.
+            ResumeError: There are checkpoints but no ``--resume``, or they are of a run with other arguments.
+            ArgumentsError: An adapter or a merged model is in the way.
         """
         chosen = self.training.resume_from_checkpoint
         if not (self.recipe.resume or chosen):
-            # Only one process looks, before any of them can have written something.
+            # Only one process checks, before any of them can have written something.
             if self.is_main:
                 self.folders.check_unused(merge=self.recipe.merge != "none")
             return None
@@ -173,18 +173,18 @@ class TrainingRun:
         except LoraPluginsError:
             raise
         except (ValueError, ImportError) as error:
-            # It is the first to look at some of its arguments, such as --report_to.
+            # The Trainer is the first to check some arguments, such as --report_to.
             raise ArgumentsError(f"The Trainer refuses these arguments: {error}") from error
         return trainer, interruption
 
     def _train(self, trainer: Trainer, checkpoint: str | None) -> None:
-        """Train, or take over what a run that came to its end has left: the Trainer would do one more step."""
+        """Train, or restore a finished run, on which the Trainer (transformers 5.23) would do one more step."""
         state = finished_state(Path(checkpoint)) if checkpoint is not None else None
         if state is None or checkpoint is None:
             try:
                 trainer.train(resume_from_checkpoint=checkpoint)
             except ImportError as error:
-                # Some arguments need a package that the Trainer looks for only now, such as --use_liger_kernel.
+                # Some arguments, such as --use_liger_kernel, need a package that the Trainer imports only now.
                 raise ArgumentsError(f"The Trainer lacks something for these arguments: {error}") from error
             return
         self.say(f"All {state.global_step} steps were done already")
@@ -201,7 +201,7 @@ class TrainingRun:
         return _SIGNAL_BASE + number
 
     def _save(self, trainer: Trainer) -> dict[str, Any]:
-        """Write adapter, report and figures; returns the figures."""
+        """Write adapter, report and figures; return the figures."""
         trainer.save_model(str(self.folders.adapter))
         history = trainer.state.log_history
         figures = metrics(history, self.data.counts)
@@ -221,7 +221,7 @@ class TrainingRun:
         return figures
 
     def _make_recipe_record(self, model: Any) -> dict[str, Any]:
-        """What somebody needs to use or merge the adapter as it was trained."""
+        """Return the facts that are needed to use or merge the adapter as it was trained."""
         record: dict[str, Any] = {
             "base": self.recipe.model,
             "revision": self.recipe.revision,

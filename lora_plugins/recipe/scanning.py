@@ -1,4 +1,4 @@
-"""Refuse data files that the loaders crash or hang on."""
+"""Reject data files that would make the loaders crash or hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_rows"]
 
 
 _CHUNK = 1 << 20
-#: Brackets inside brackets; the reader of JSON is recursive.
+#: Most nested brackets; the JSON reader is recursive.
 _DEEPEST = 200
 _MOST_COLUMNS = 10_000
 
@@ -26,13 +26,13 @@ _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 
 def check_rows(path: Path) -> None:
-    """Refuse a data file that is empty, not text, nested too deeply or too wide.
+    """Reject a data file that is empty, not text, nested too deeply or too wide.
 
     Args:
-        path: An ordinary file, not a pipe, of JSON, JSON lines, CSV or Parquet.
+        path: A regular file, not a pipe, of JSON, JSON lines, CSV or Parquet.
 
     Raises:
-        DataError: It names the file and, for text, the line.
+        DataError: The file is rejected; the message names it and, for text, the line.
     """
     try:
         if not path.stat().st_size:
@@ -82,7 +82,7 @@ def _read_chunks(path: Path) -> Iterator[bytes]:
 
 
 class _Nesting:
-    """Counts brackets and the names of the first row, chunk by chunk, outside of quoted text."""
+    """Counts nested brackets, and the names in the first row, chunk by chunk, outside quoted text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class _Nesting:
         self.names: int | None = 0
 
     def add(self, chunk: bytes, line: int) -> None:
-        """Look at the next chunk, which begins in ``line``."""
+        """Scan the next chunk, which begins in ``line``."""
         chunk = self.escaped + chunk
         ends = len(chunk) - len(chunk.rstrip(b"\\"))
         self.escaped = b"\\" if ends % 2 else b""

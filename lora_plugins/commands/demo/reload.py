@@ -105,7 +105,7 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
 
 
 def _pull_and_check(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:
-    """The folder of a release that has been checked against a base model, and what the check says of its identity."""
+    """Pull a release and check it against a base model; return its folder and the identity that the check found."""
     from registry import pull_adapter
 
     adapter = pull_adapter(reference, hub=registry, cache_dir=find_cache(registry), lock=False)
@@ -113,7 +113,7 @@ def _pull_and_check(reference: str, registry: Path, model: nn.Module) -> tuple[P
 
 
 def find_cache(registry: Path) -> Path:
-    """Where the demo keeps what it pulls: next to its registry, not in the user's cache."""
+    """Return the demo's own cache folder, next to its registry; the user's cache stays untouched."""
     return registry.with_name("registry-cache")
 
 
