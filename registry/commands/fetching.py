@@ -75,7 +75,7 @@ def lock(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Write the versions that references mean now to a lock file."""
+    """Write the versions that references resolve to now into a lock file."""
     from registry.pulling.pull import lock_adapters
 
     with waiting("Locking …"):
@@ -100,7 +100,7 @@ def verify(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Download a release and compare every byte with its manifest, the lock and what was pulled before."""
+    """Download a release and compare every byte with its manifest, the lock and earlier pulls."""
     from registry.upkeep.verification import verify as look
 
     with waiting(f"Checking {visible(reference)} …"):
@@ -126,7 +126,7 @@ def gc(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Find what no version, alias or pull leads to any more, in a folder registry and in the cache."""
+    """Find what no version, alias or pull refers to any more, in a folder registry and in the cache."""
     from registry.upkeep.cleanup import collect_garbage
 
     with waiting("Looking …"):

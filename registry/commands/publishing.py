@@ -209,7 +209,7 @@ def mirror(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Copy releases to another registry, byte by byte, with what was withdrawn and the aliases."""
+    """Copy releases to another registry, byte by byte, with withdrawals and aliases."""
     from registry.upkeep.mirroring import mirror as copy
 
     with waiting(f"Copying {visible(reference)} …"):

@@ -1,4 +1,4 @@
-"""What the registry's commands share: options, tables, progress."""
+"""Options, tables and progress that the registry's commands share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value, records as objects. JSON escapes what is not ASCII, so nothing reaches the terminal raw."""
+    """Print a value, records as objects. JSON escapes control characters and non-ASCII, so none reach the terminal."""
     typer.echo(json.dumps(_make_plain(value), indent=2))
 
 
@@ -50,7 +50,7 @@ def _make_plain(value: Any) -> Any:
 
 
 def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: with frames on a terminal, with tabs elsewhere."""
+    """Print a table: with borders on a terminal, with tabs elsewhere."""
     lines = [[visible(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for line in lines:
@@ -68,7 +68,7 @@ def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Bars for the files that are downloaded, on a terminal; ``None`` elsewhere."""
+    """Show progress bars of downloads on a terminal; yield ``None`` elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -89,7 +89,7 @@ def progress() -> Iterator[Callable[[str, int, int], None] | None]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Something that moves while nothing can be counted, on a terminal."""
+    """Show a spinner on a terminal."""
     if not sys.stderr.isatty():
         yield
         return

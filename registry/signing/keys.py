@@ -1,4 +1,4 @@
-"""Keys and certificates in PEM files: whose signatures are made or taken."""
+"""PEM keys and certificates that make and verify signatures."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["PASSWORD_VARIABLE", "Keys", "PathOrPaths", "SigningKey", "TrustedKey
 
 PathOrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: Where the commands find the password of an encrypted key.
+#: Environment variable with the password of an encrypted key, for the commands.
 PASSWORD_VARIABLE = "LORA_REGISTRY_KEY_PASSWORD"
 _MAX_PEM = 1024 * 1024
 _KINDS = "an ECDSA key on the curve P-256, P-384 or P-521"
 
 
 def load_library() -> None:
-    """Import OpenSSF's model-signing, which comes with an extra.
+    """Import OpenSSF's model-signing, which the extra ``signing`` installs.
 
     Raises:
-        SigningNotInstalled: It is not there.
+        SigningNotInstalled: It is not installed.
     """
     try:
         import model_signing.signing
@@ -42,13 +42,13 @@ def load_library() -> None:
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A private key to sign with, and the certificate that says whose it is, if there is one.
+    """A private key to sign with, and its certificate, if there is one.
 
     Attributes:
         private_key: PEM file with an ECDSA key on P-256, P-384 or P-521.
         certificate: PEM file with the certificate of the key; without one, users verify with the public key.
         chain: PEM files with the certificates between that one and the one that users trust.
-        password: For an encrypted key; not with a certificate.
+        password: Password of an encrypted key; not supported with a certificate.
     """
 
     private_key: str | os.PathLike[str]
@@ -58,15 +58,15 @@ class SigningKey:
 
     @classmethod
     def of(cls, key: SigningKey | str | os.PathLike[str]) -> SigningKey:
-        """Return a key that is given as one, or as the path of its file."""
+        """Return the key, which is given as such or as the path of its file."""
         return key if isinstance(key, SigningKey) else cls(key)
 
     def configure(self) -> signing.Config:
         """Load the key into the library's configuration.
 
         Raises:
-            InvalidKey: A file cannot be read, or is not what it should be, or they do not belong together.
-            SigningNotInstalled: The library is not there.
+            InvalidKey: A file cannot be read or has the wrong content, or the files do not belong together.
+            SigningNotInstalled: model-signing is not installed.
         """
         load_library()
         from model_signing import signing
@@ -77,10 +77,10 @@ class SigningKey:
         config = signing.Config()
         try:
             if self.certificate is None:
-                # Declared as text (1.1.1), and handed on to cryptography, which takes bytes.
+                # model-signing 1.1.1 declares it as text and passes it on to cryptography, which takes bytes.
                 password: Any = None if self.password is None else self.password.encode()
                 return config.use_elliptic_key_signer(private_key=self.private_key, password=password)
-            # An empty chain is refused (1.1.1), so that of a certificate right below the root is itself.
+            # model-signing 1.1.1 rejects an empty chain, so a certificate right below the root is its own chain.
             chain = self.chain or (self.certificate,)
             return config.use_certificate_signer(
                 private_key=self.private_key, signing_certificate=self.certificate, certificate_chain=chain
@@ -100,7 +100,7 @@ class SigningKey:
         return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
     def certificate_text(self) -> str:
-        """Return the certificate as signatures hold it."""
+        """Return the certificate as signatures hold it: DER in base64."""
         from cryptography import x509
         from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -110,7 +110,7 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class TrustedKey:
-    """A public key, or a root certificate, whose signatures are taken.
+    """A public key, or a root certificate, whose signatures are accepted.
 
     Attributes:
         path: The PEM file.
@@ -125,7 +125,7 @@ class TrustedKey:
         """Read what a PEM file holds.
 
         Raises:
-            InvalidKey: Neither a public key nor a certificate, or one that cannot be used.
+            InvalidKey: It holds neither a public key nor a certificate, or one that cannot be used.
         """
         data = read_pem(path)
         if b"PRIVATE KEY-----" in data:
@@ -141,11 +141,11 @@ class TrustedKey:
         return found
 
     def configure(self) -> verifying.Config:
-        """Load it into the library's configuration.
+        """Load the key into the library's configuration.
 
         Raises:
             InvalidKey: It cannot be used.
-            SigningNotInstalled: The library is not there.
+            SigningNotInstalled: model-signing is not installed.
         """
         load_library()
         from model_signing import verifying
@@ -169,16 +169,16 @@ class TrustedKey:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys and certificates of which one has to have signed."""
+    """Trusted keys and certificates, one of which must have signed."""
 
     trusted: tuple[TrustedKey, ...]
 
     @classmethod
     def read(cls, paths: PathOrPaths | None) -> Keys | None:
-        """Read the files that a caller names; `None` where no signature is required.
+        """Read key files; ``None`` stands for no required signature.
 
         Raises:
-            InvalidKey: There is none, or one cannot be used.
+            InvalidKey: No key is given, or one cannot be used.
         """
         if paths is None:
             return None

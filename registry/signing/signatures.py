@@ -1,8 +1,8 @@
-"""Sign the manifest of a release, and verify such a signature.
+"""Sign the manifest of a release, and verify signatures.
 
-What is signed is a folder with one file, ``<org>/<name>/adapter_manifest.json``. The manifest has the version and the
-sha256 of every other file, and the path has the name of the repository, so the signature of one release fits no other.
-The file is a Sigstore bundle as OpenSSF's model-signing writes it, and its own command verifies it, too.
+A signature covers a folder with one file, ``<org>/<name>/adapter_manifest.json``. The manifest has the version and the
+sha256 of every other file, and the path has the name of the repository, so a signature is valid for one release only.
+It is a Sigstore bundle as OpenSSF's model-signing writes it, which model-signing's own command verifies, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SIGNATURE", "check_own_signature", "sign_manifest", "verify_signature"]
 
-#: Bytes that a signature may have; one with a chain of certificates has about 10 KB.
+#: Most bytes of a signature; one with a chain of certificates has about 10 KB.
 MAX_SIGNATURE = 256 * 1024
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -48,11 +48,11 @@ def sign_manifest(name: str, manifest: bytes, key: SigningKey) -> bytes:
     Args:
         name: ``org/name``.
         manifest: The bytes of its manifest.
-        key: Who signs.
+        key: The key to sign with.
 
     Raises:
         InvalidKey: The key cannot be used.
-        SigningNotInstalled: The library is not there.
+        SigningNotInstalled: model-signing is not installed.
     """
     config = key.configure().set_hashing_config(_configure_hashing())
     with _stage(name, manifest) as (folder, signature):
@@ -66,19 +66,19 @@ def sign_manifest(name: str, manifest: bytes, key: SigningKey) -> bytes:
 
 
 def verify_signature(name: str, manifest: bytes, signature: bytes, keys: Keys) -> None:
-    """Make sure that one of these keys has signed this manifest for this repository.
+    """Check that one of these keys has signed this manifest for this repository.
 
     Args:
         name: ``org/name``.
         manifest: The bytes of the manifest.
         signature: The signature.
-        keys: Whose signature is taken.
+        keys: Keys whose signature is accepted.
 
     Raises:
         InvalidSignature: It is malformed, or was tampered with.
         UnknownSigner: It was made with another key.
         SignatureMismatch: It is the signature of another release.
-        SigningNotInstalled: The library is not there.
+        SigningNotInstalled: model-signing is not installed.
     """
     load_library()
     bundle = _read_bundle(signature)
@@ -88,17 +88,17 @@ def verify_signature(name: str, manifest: bytes, signature: bytes, keys: Keys) -
         if problem is None:
             return
         problems.append(problem)
-    # With several keys, what the one that signed says is worth more than what the others do.
+    # With several keys, the problem of the one that signed is worth more than "made with another key".
     raise next((each for each in problems if not isinstance(each, UnknownSigner)), problems[0])
 
 
 def check_own_signature(name: str, manifest: bytes, signature: bytes, key: SigningKey) -> None:
-    """Make sure that a signature is one that this key has made before for this release.
+    """Check that this key has made a signature for this release before.
 
-    Who has a certificate need not have the one that users trust, so that of the key itself is compared.
+    A signer with a certificate need not have the root that users trust, so the key's own certificate is compared.
 
     Raises:
-        SignatureError: It is another one.
+        SignatureError: It was made with another key, or for another release.
     """
     if key.certificate is None:
         with temporary_folder() as folder:
@@ -141,12 +141,12 @@ def _find_problem(
         if not _states(bundle, name, manifest):
             return SignatureMismatch(_describe_other(name, bundle))
         return InvalidSignature(f"{what} cannot be verified: {type(error).__name__}: {str(error)[:300]}")
-    # The library takes a statement that leaves paths out, or names other algorithms; this one has to say all.
+    # model-signing 1.1.1 accepts a statement that leaves paths out or names other algorithms; ours must be complete.
     return None if _states(bundle, name, manifest) else SignatureMismatch(_describe_other(name, bundle))
 
 
 def _read_bundle(signature: bytes) -> dict[str, Any]:
-    """Read a signature without believing it: the library reads whatever stands there."""
+    """Parse an untrusted signature strictly, which the library does not do."""
     try:
         bundle: dict[str, Any] = parse(signature, MAX_SIGNATURE)
         envelope, material = bundle["dsseEnvelope"], bundle["verificationMaterial"]
@@ -188,7 +188,7 @@ def _describe_other(name: str, bundle: dict[str, Any]) -> str:
 
 @contextmanager
 def _stage(name: str, manifest: bytes) -> Iterator[tuple[Path, Path]]:
-    """A folder with the manifest as it is signed, and a place for the signature beside it."""
+    """Make a folder with the manifest as it is signed, and a path beside it for the signature."""
     with temporary_folder() as parent:
         folder = parent / "release"
         place = folder.joinpath(*check_name(name).split("/"))

@@ -1,4 +1,4 @@
-"""Faults that a loopback Hub can be told to have.
+"""Faults that a loopback Hub can simulate.
 
 Everything here is off until asked for, and ``clear()`` switches it off again. The names of the routes are the keys of
 ``registry.testing.routes.ROUTES``: ``"commit"``, ``"tag"``, ``"refs"``, ``"tree"``, ``"resolve"``, ``"storage"``, …
@@ -191,18 +191,18 @@ class Faults:
         return tuple(self._listing)
 
     def name_storage(self, sha256: str, path: str) -> None:
-        """Remember under which path a client asked for a stored object: the storage origin knows only its hash."""
+        """Record the path under which a client asked for a stored object: the storage origin knows only its hash."""
         self._storage_paths[sha256] = path
 
     def before(self, request: Request) -> Response | None:
-        """What a fault answers instead of the route, if one does."""
+        """Return a fault's answer in place of the route's, if a fault has one."""
         for fault in self._find_due(request, None):
             if fault.before is not None and (answer := fault.before(request)) is not None:
                 return answer
         return None
 
     def after(self, request: Request, response: Response) -> Response:
-        """The route's answer as the faults leave it."""
+        """Return the route's answer, changed by the faults."""
         for fault in self._find_due(request, response):
             if fault.after is not None:
                 response = fault.after(request, response)
@@ -213,7 +213,7 @@ class Faults:
             self._faults.append(fault)
 
     def _find_due(self, request: Request, response: Response | None) -> list[_Fault]:
-        """The faults of this request, before there is a response or after; they are used up by being asked for."""
+        """Return the faults that apply to this request, before or after its response, and count each as used."""
         path = self._find_path(request)
         with self._lock:
             due = [

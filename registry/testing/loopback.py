@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, for tests.
 
-It speaks the part of the Hub's protocol by which model repositories are created, written, listed, tagged and read, as
-the stock clients use it, and can be told to misbehave (``hub.faults``). It listens on 127.0.0.1 only and keeps
+It implements the part of the Hub's protocol by which the stock clients create, write, list, tag and read model
+repositories, and can be told to misbehave (``hub.faults``). It listens on loopback addresses only and keeps
 everything in memory. As a program, ``python -m registry.testing.loopback`` prints the endpoint and a token and serves
 until stopped.
 """
@@ -30,7 +30,7 @@ class LoopbackHubCrash(AssertionError):
 
 @dataclass(frozen=True)
 class Served:
-    """One request that the hub has answered."""
+    """A request that the hub has answered."""
 
     route: str
     method: str
@@ -66,8 +66,8 @@ class LoopbackHub:
 
     def start(self) -> LoopbackHub:
         """Listen; both ports are free ones chosen by the system unless ``port`` was given for the Hub's."""
-        # Two host names, as on the real Hub: some clients take another port of the same host for the same server, and
-        # then send it the token.
+        # Two host names, as on the real Hub: some clients treat another port of the same host as the same server, and
+        # send it the token.
         for name, host, port in (("hub", "127.0.0.1", self._port), ("storage", "localhost", 0)):
             server = Server(name, self._answer, host, port)
             self._servers.append(server)
@@ -112,17 +112,17 @@ class LoopbackHub:
 
     @property
     def faults(self) -> Faults:
-        """What goes wrong; nothing, to begin with."""
+        """The hub's faults; none at first."""
         return self._site.faults
 
-    # -- the content, from behind --------------------------------------------------------------------------------
+    # -- the content, without a client ---------------------------------------------------------------------------
 
     def add_user(self, name: str, *, orgs: Iterable[str] = (), role: str = "write") -> User:
         """Create another account; ``role="read"`` makes a token that can't write."""
         return self._site.store.add_user(name, orgs=orgs, role=role)
 
     def repo(self, repo_id: str) -> Repo:
-        """A repository as it is stored: ``branches``, ``tags``, ``commits``, ``private``, ``gated``, ``readers``."""
+        """Return a stored repository: ``branches``, ``tags``, ``commits``, ``private``, ``gated``, ``readers``."""
         return self._site.store.repos[repo_id]
 
     def create_repo(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repo:
@@ -134,7 +134,7 @@ class LoopbackHub:
     def commit(
         self, repo_id: str, files: Mapping[str, bytes | None], *, branch: str = "main", message: str = "a commit"
     ) -> str:
-        """Commit behind everybody's back: ``files`` are added or replaced, those with ``None`` removed.
+        """Commit without a client: ``files`` are added or replaced, those with ``None`` removed.
 
         A new branch starts from main. Returns the commit id.
         """
@@ -150,12 +150,12 @@ class LoopbackHub:
             return store.write_commit(repo, branch, content, title=message, author=self.user.name).oid
 
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
-        """The bytes of a file as they are stored, whatever the faults do to downloads."""
+        """Return the bytes of a file as they are stored, unaffected by faults."""
         entry = self.repo(repo_id).resolve(revision).files[path]
         return self._site.store.blobs[entry.sha256]
 
     def files(self, repo_id: str, revision: str = "main") -> list[str]:
-        """The paths of a commit, sorted."""
+        """Return the paths of a commit, sorted."""
         return sorted(self.repo(repo_id).resolve(revision).files)
 
     def move_tag(self, repo_id: str, tag: str, revision: str) -> None:
@@ -172,17 +172,17 @@ class LoopbackHub:
         self._site.page_size = entries
 
     def set_part_size(self, size: int) -> None:
-        """Ask for uploads of more than this many bytes in parts."""
+        """Request uploads of more than this many bytes in parts."""
         self._site.part_size = size
 
     # -- the log -------------------------------------------------------------------------------------------------
 
     def routes(self, matching: Callable[[Served], bool] | None = None) -> list[str]:
-        """The names of the routes served so far, in order."""
+        """Return the names of the routes served so far, in order."""
         return [served.route for served in self.requests if matching is None or matching(served)]
 
     def leaks(self) -> list[Served]:
-        """The requests that carried an ``Authorization`` header to the second origin; there should be none."""
+        """Return the requests that carried an ``Authorization`` header to the second origin; there should be none."""
         return [served for served in self.requests if served.server == "storage" and served.authorized]
 
     def _answer(self, request: Request) -> Response:

@@ -16,7 +16,7 @@ from registry.testing.wire import HubFailure, User
 
 __all__ = ["Commit", "Entry", "HubFailure", "Repo", "Store", "User"]
 
-#: What huggingface.co puts into the first commit of every model repository, shortened to what adapters meet.
+#: What huggingface.co puts into the first commit of every model repository, limited to common file types.
 GITATTRIBUTES = "".join(
     f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n"
     for ending in ("bin", "gguf", "h5", "onnx", "pickle", "pkl", "pt", "pth", "safetensors", "tar", "zip")
@@ -32,7 +32,7 @@ _REF_PATTERN = re.compile(r"(?!.*(?:\.\.|//|@\{))[^\s~^:?*\[\\\x00-\x1f/][^\s~^:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a commit: the sha256 of its bytes, their number, and whether git holds only a pointer to them."""
+    """One file of a commit: sha256 and size of its content, and whether git holds only a pointer to it."""
 
     sha256: str
     size: int
@@ -84,7 +84,7 @@ class Repo:
         return self.id.partition("/")[0]
 
     def resolve(self, revision: str, *, tags: bool = True) -> Commit:
-        """The commit that a branch, tag, pull-request ref, commit id (7 digits or more) or ``HEAD`` stands for."""
+        """Return the commit that a branch, tag, pull-request ref, commit id (7 digits or more) or ``HEAD`` names."""
         name = "main" if revision == "HEAD" else revision
         oid = self.branches.get(name.removeprefix("refs/heads/")) or self.pull_requests.get(name)
         if oid is None and tags:
@@ -97,7 +97,7 @@ class Repo:
         return self.commits[oid]
 
     def history(self, commit: Commit) -> list[Commit]:
-        """``commit`` and its ancestors, newest first."""
+        """Return ``commit`` and its ancestors, newest first."""
         line = [commit]
         while line[-1].parent is not None:
             line.append(self.commits[line[-1].parent])
@@ -126,7 +126,7 @@ class Store:
         return user
 
     def user_of(self, authorization: str | None) -> User | None:
-        """Who sent this ``Authorization`` header; ``None`` without one."""
+        """Return the sender of an ``Authorization`` header; ``None`` without one."""
         if not authorization:
             return None
         user = self.users.get(authorization.removeprefix("Bearer "))
@@ -150,11 +150,11 @@ class Store:
             return repo
 
     def repo_for(self, repo_id: str, user: User | None, *, write: bool = False, content: bool = False) -> Repo:
-        """The repository, if ``user`` may see it (and ``write`` to it, or read the ``content`` of a gated one)."""
+        """Return the repository if ``user`` may see it (and ``write`` to it, or read ``content`` of a gated one)."""
         repo = self.repos.get(repo_id)
         member = repo is not None and user is not None and user.belongs_to(repo.namespace)
         if repo is None or (repo.private and not member and (user is None or user.name not in repo.readers)):
-            # Like the real Hub: what you may not see does not exist, and without a token you are told to log in.
+            # Like the real Hub: repositories that you may not see "do not exist"; without a token, you must log in.
             raise HubFailure(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and user is None:
             raise HubFailure(401, "Invalid username or password.")

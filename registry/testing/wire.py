@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 __all__ = ["Application", "HubFailure", "Request", "Response", "Server", "User", "failure"]
 
-#: What answers a request; the name of the server that got it is in ``Request.server``.
+#: A function that answers a request; ``Request.server`` names the server that got it.
 Application = Callable[["Request"], "Response"]
 
 
@@ -69,12 +69,12 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        """The query parameters, the last one where a name is repeated."""
+        """The query parameters; of a repeated name, the last one."""
         parsed = parse_qs(urlsplit(self.target).query, keep_blank_values=True)
         return {name: values[-1] for name, values in parsed.items()}
 
     def json(self) -> dict[str, object]:
-        """The body as a JSON object."""
+        """Return the body as a JSON object."""
         try:
             value = json.loads(self.body or b"{}")
         except ValueError:
@@ -86,7 +86,7 @@ class Request:
 
 @dataclass
 class Response:
-    """One answer, and how badly it is to be delivered."""
+    """One answer, and the faults of its delivery."""
 
     status: int = 200
     body: bytes = b""
@@ -100,14 +100,14 @@ class Response:
 
     @classmethod
     def of(cls, value: object, status: int = 200, **headers: str) -> Response:
-        """``value`` as JSON."""
+        """Return an answer with ``value`` as JSON."""
         body = json.dumps(value).encode()
         sent = {name.replace("_", "-"): text for name, text in headers.items()}
         return cls(status, body, {"Content-Type": "application/json; charset=utf-8", **sent})
 
 
 def failure(error: HubFailure) -> Response:
-    """The answer by which clients recognise ``error``."""
+    """Return the answer by which clients recognise ``error``."""
     answer = Response.of({"error": error.message, **error.extra}, error.status)
     answer.headers.update(error.headers)
     answer.headers["X-Error-Message"] = error.message.encode("ascii", "replace").decode().replace("\n", " ")
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: ``LoopbackHub.requests`` is the log."""
+        """Print nothing: ``LoopbackHub.requests`` is the log."""
 
 
 class Server(ThreadingHTTPServer):
@@ -197,4 +197,4 @@ class Server(ThreadingHTTPServer):
         return f"http://{self.host}:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: clients that hang up (or are killed) in the middle are what this server is for."""
+        """Print nothing: tests make clients hang up (or be killed) in the middle of a request."""

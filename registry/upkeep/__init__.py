@@ -1,1 +1,1 @@
-"""Mirror, compare, verify and clean up what is there."""
+"""Mirror, compare, verify and clean up releases."""

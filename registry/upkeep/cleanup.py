@@ -1,4 +1,4 @@
-"""Delete what nobody can reach, in folder registries and the cache."""
+"""Delete unreachable data in folder registries and the cache."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Garbage", "collect_garbage"]
 
 @dataclass(frozen=True)
 class Garbage:
-    """What can't be reached.
+    """Unreachable data.
 
     Attributes:
-        paths: Folders of commits, of cached releases, and halves of both.
+        paths: Folders of commits, of cached releases, and unfinished ones of both.
         size: Bytes in them.
         deleted: Whether they were deleted.
-        problems: What could not be looked at, because it is damaged; nothing of it was deleted.
+        problems: What is damaged and could not be examined; nothing of it was deleted.
     """
 
     paths: tuple[Path, ...]
@@ -39,16 +39,15 @@ def collect_garbage(
     dry_run: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Garbage:
-    """Find, and unless it is a dry run delete, what can't be reached.
+    """Find unreachable data, and delete it unless this is a dry run.
 
-    In a folder registry that is every commit that neither a branch nor a tag stands at and that is older than a day;
-    every release, withdrawn or not, and every alias stays. In the cache it is every release of which no pull is
-    remembered and that no pull has handed out within a day, so other processes may pull meanwhile. A hub on the network
-    keeps its own house.
+    In a folder registry that is every commit older than a day that no branch or tag points to; every release,
+    withdrawn or not, and every alias stays. In the cache it is every release that no recorded pull refers to and that
+    no pull has returned within a day, so other processes may pull meanwhile. Hubs on the network are left alone.
 
     Args:
-        hub: Which registry.
-        dry_run: Whether to look only.
+        hub: The registry.
+        dry_run: Whether to delete nothing.
         cache_dir: The cache.
 
     Raises:
@@ -65,7 +64,7 @@ def collect_garbage(
         for name, paths in in_registry.items():
             place.remove(name, paths)  # type: ignore[attr-defined]
         kept = [cache.path(digest) for digest in forgotten if not cache.remove(digest)]
-        for path in kept:  # somebody has pulled it meanwhile
+        for path in kept:  # pulled again meanwhile
             del size[path]
         for path in halves:
             delete(path)
@@ -73,7 +72,7 @@ def collect_garbage(
 
 
 def _find_unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
-    """Find commits by repository; a damaged repository keeps nobody from the others."""
+    """Return unreachable commits by repository; a damaged repository does not stop the search in others."""
     found = {name: _find_unreachable_in(hub, name, problems) for name in hub.names()}
     return {name: paths for name, paths in found.items() if paths}
 
@@ -91,7 +90,7 @@ def _find_forgotten(cache: Cache, problems: list[str]) -> list[str]:
         remembered = {pulled.manifest for seen in cache.records() for pulled in seen.versions.values()}
     except RegistryError as problem:
         problems.append(str(problem))
-        return []  # what a damaged record leads to is not known
+        return []  # what a damaged record refers to is unknown
     return [digest for digest in cache.digests() if digest not in remembered and not cache.is_leased(digest)]
 
 

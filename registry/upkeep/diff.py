@@ -28,9 +28,9 @@ class LayerChange:
     """How a layer's weight differs: Frobenius norms of what the adapters add to it.
 
     Attributes:
-        name: Of the layer in the base model.
-        before: Norm of what the first adapter adds; 0.0 where it has nothing there.
-        after: The same of the second one.
+        name: Name of the layer in the base model.
+        before: Norm of what the first adapter adds; 0.0 if it does not adapt the layer.
+        after: The same for the second adapter.
         change: Norm of the difference.
     """
 
@@ -47,10 +47,10 @@ class Difference:
     Attributes:
         before: The first release, ``org/name@version``.
         after: The second.
-        config: Fields of the configuration, those that are at their default as ``None``.
-        metrics: Metrics that either has.
+        config: Fields of the configuration that differ; ``None`` is the default.
+        metrics: Metrics of either release.
         base: Id, commit and fingerprint of the base model, where they differ.
-        layers: Every layer that either adapts.
+        layers: Every layer that either release adapts.
     """
 
     before: str
@@ -91,11 +91,11 @@ class _Weights:
         self.others = set(other_tensors(self._header.tensors))
 
     def tensor(self, name: str) -> numpy.ndarray:
-        """The values of a tensor, in float64."""
+        """Return the values of a tensor, in float64."""
         return read_values(self._file, self._header, name).astype("float64")
 
     def factors(self, name: str) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
-        """B, scaled, and A of what the adapter adds to a layer; one pair for each expert. Empty where it adds none."""
+        """Return scaled B, and A, of what the adapter adds to a layer: a pair per expert, none if it adds nothing."""
         module = self.modules.get(name)
         return [] if module is None else self._read_factors(name, module)
 
@@ -118,7 +118,7 @@ class _Weights:
 
 
 def _match_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value for a layer, as PEFT looks it up; that the expressions are cheap was checked with the configuration."""
+    """Return a layer's value, looked up as PEFT does; parsing the configuration has rejected expensive patterns."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -158,9 +158,9 @@ def _negate(factors: Any) -> Any:
 
 
 def _compute_norm(terms: list[Any]) -> float:
-    """The norm of a sum of products B A, of which the large matrix is never made.
+    """Return the Frobenius norm of a sum of products B A without forming the large matrix.
 
-    By QR decomposition of the joined factors; differences of squares would lose half of the digits.
+    It uses QR decompositions of the concatenated factors; differences of squares would lose half of the digits.
     """
     import numpy
 
@@ -168,7 +168,7 @@ def _compute_norm(terms: list[Any]) -> float:
     if not there:
         return 0.0
     if len({(b.shape[0], a.shape[1]) for b, a in there}) > 1:
-        # Layers of different sizes have no difference: the norms of both together.
+        # Layers of different sizes have no difference: combine their norms.
         return float(sum(_compute_norm([term]) ** 2 for term in there) ** 0.5)
     left: Any = numpy.linalg.qr(numpy.concatenate([b for b, _ in there], axis=1), mode="r")
     right: Any = numpy.linalg.qr(numpy.concatenate([a for _, a in there], axis=0).T, mode="r")

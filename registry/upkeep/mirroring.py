@@ -33,24 +33,24 @@ def mirror(
     force: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Published]:
-    """Copy releases to another registry, with their signatures, what was withdrawn and the aliases.
+    """Copy releases to another registry, with signatures, withdrawals and aliases.
 
     Args:
-        reference: ``org/name`` is all its releases; with a version, a range, an alias or a commit it is one.
-        target: Where to.
-        hub: Where from.
-        token: For where they come from.
-        target_token: For where they go.
+        reference: ``org/name`` for all its releases; with a version, a range, an alias or a commit, for one.
+        target: Registry to copy to.
+        hub: Registry to copy from.
+        token: Token for ``hub``.
+        target_token: Token for ``target``.
         private: Whether a new repository is private.
         force: See `push_adapter`.
-        cache_dir: The cache, through which they go.
+        cache_dir: The cache that releases pass through.
 
     Returns:
         The releases, oldest version first; ``created`` says which were not there before.
 
     Raises:
         VersionExists: The target has another release under one of the versions.
-        RepositoryConflict: The target has files of others under the names of a release's.
+        RepositoryConflict: The target has others' files under the names of a release's files.
         UnknownBase: The target is a hub, and an adapter's base model has no id there.
     """
     source, destination, parsed = open_hub(hub, token), open_hub(target, target_token), Reference.parse(reference)
@@ -85,7 +85,7 @@ def _copy(fetched: Fetched, signature: bytes | None, target: Hub, private: bool 
 
 
 def _copy_state(target: Hub, name: str, source: State) -> None:
-    """Add what the source knows about the versions that are there."""
+    """Copy withdrawals and aliases of the versions that the target has."""
 
     def change(state: State, refs: Refs) -> State:
         there = {str(tag.removeprefix("v")) for tag in versions_in(refs.tags).values()}

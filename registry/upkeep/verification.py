@@ -1,4 +1,4 @@
-"""Compare a release on a hub with its manifest, the lock and the past."""
+"""Compare a release on a hub with its manifest, lock and earlier pulls."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["Verification", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        release: That was looked at.
-        manifest: Of it; ``None`` if there is none that can be read.
-        problems: What is wrong, one sentence each; nothing, if all is well.
-        others: Files in the commit that the manifest doesn't list. They are not part of the release: no pull takes
-            them. Other programs that read the repository may.
+        release: The verified release.
+        manifest: Its manifest; ``None`` if it can't be read.
+        problems: What is wrong, one sentence each; empty if nothing is.
+        others: Files in the commit that the manifest doesn't list. They are not part of the release, and pulls ignore
+            them; other programs that read the repository may not.
     """
 
     release: Release
@@ -61,11 +61,11 @@ def verify(
     cache_dir: str | os.PathLike[str] | None = None,
     require_signature: PathOrPaths | None = None,
 ) -> Verification:
-    """Download a release, whatever is in the cache, and compare it with its manifest, the lock and what was pulled.
+    """Download a release, even if it is cached, and compare it with its manifest, the lock and earlier pulls.
 
     Args:
         reference: The release, see `pull_adapter`.
-        hub: Which registry.
+        hub: The registry.
         token: For a hub on the network.
         lock: The lock file to compare with; by default the one in the working directory, if there is one.
         cache_dir: The cache to compare with.

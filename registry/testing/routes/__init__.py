@@ -1,4 +1,4 @@
-"""The loopback Hub's table of routes, and their one entrance."""
+"""The loopback Hub's table of routes, and the function that runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHA256 = r"(?P<sha256>[0-9a-f]{64})"
 
 @dataclass(frozen=True)
 class Route:
-    """What answers which method and path; ``server`` is the origin it lives at."""
+    """The function that answers a method and path; ``server`` is its origin."""
 
     methods: str
     pattern: str
@@ -32,7 +32,7 @@ class Route:
     server: str = "hub"
 
     def match(self, request: Request) -> dict[str, str] | None:
-        """The unquoted parts of the path, if this is the route of ``request``."""
+        """Return the unquoted parts of the path if this is the route of ``request``."""
         if request.server != self.server or request.method not in self.methods.split():
             return None
         found = re.fullmatch(self.pattern, request.path)
@@ -78,7 +78,7 @@ ROUTES = {
 
 
 def answer(site: Site, request: Request, crashes: list[str]) -> Response:
-    """Route ``request``, with the faults that concern it; a bug of this server is added to ``crashes``."""
+    """Answer ``request``, with the faults that apply to it; tracebacks of this server's bugs go to ``crashes``."""
     route = _find(request)
     try:
         early = site.faults.before(request)
@@ -93,7 +93,7 @@ def answer(site: Site, request: Request, crashes: list[str]) -> Response:
         response = failure(error)
     except Exception:
         crashes.append(traceback.format_exc())
-        # Not a 5xx: on those clients wait and try again, for up to half a minute.
+        # Not a 5xx: clients retry those for up to half a minute.
         response = Response.of({"error": "The loopback Hub has a bug; see LoopbackHub.crashes"}, 400)
     return site.faults.after(request, response)
 

@@ -1,4 +1,4 @@
-"""Routes by which files go out: resolve, its two redirects, and raw."""
+"""Download routes: resolve, the two targets of its redirects, and raw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
 def resolve(site: Site, request: Request) -> Response:
-    """Say where a file's bytes are, and in headers what they are."""
+    """Redirect to a file's bytes, with their metadata in headers."""
     commit, path, entry = _locate(site, request)
     headers = _make_metadata(commit, entry)
     if site.faults.xet_cas_url is not None and entry.lfs:
@@ -32,13 +32,13 @@ def resolve(site: Site, request: Request) -> Response:
 
 
 def resolve_cache(site: Site, request: Request) -> Response:
-    """The bytes of a file that git keeps."""
+    """Return the bytes of a file that git stores itself."""
     commit, _, entry = _locate(site, request)
     return _send_bytes(site, request, entry, _make_metadata(commit, entry))
 
 
 def raw(site: Site, request: Request) -> Response:
-    """A file as git has it: for LFS files, the pointer."""
+    """Return a file as git stores it: for LFS files, the pointer."""
     commit, _, entry = _locate(site, request)
     content = site.store.blobs[entry.sha256]
     if entry.lfs:
@@ -48,7 +48,7 @@ def raw(site: Site, request: Request) -> Response:
 
 
 def storage(site: Site, request: Request) -> Response:
-    """The bytes of an LFS object, from the second origin: whoever has the (signed) address may read them."""
+    """Return the bytes of an LFS object from the second origin, to whoever has the (signed) address."""
     sha256 = request.parts["sha256"]
     if sha256 not in site.store.blobs:
         raise HubFailure(404, "The specified key does not exist.")
@@ -80,7 +80,7 @@ def _make_metadata(commit: Commit, entry: Entry) -> dict[str, str]:
 
 
 def _send_bytes(site: Site, request: Request, entry: Entry, headers: dict[str, str]) -> Response:
-    """The content, or the range of it that was asked for."""
+    """Return the content, or the requested range of it."""
     content = site.store.blobs[entry.sha256]
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
     match = _RANGE.fullmatch(request.headers.get("Range") or "")

@@ -210,7 +210,7 @@ def _describe_model(site: Site, repo: Repo, commit: Commit, *, blobs: bool) -> d
 
 
 def _read_card_tags(site: Site, commit: Commit) -> list[str]:
-    """The tags that the Hub derives from a model card's front matter, for the two keys that adapters are found by."""
+    """Return the tags that the Hub derives from a card's front matter, for the two keys that adapters are found by."""
     if "README.md" not in commit.files:
         return []
     lines = site.store.blobs[commit.files["README.md"].sha256].decode("utf-8", "replace").split("\n")
@@ -271,7 +271,7 @@ def _invent_entry(site: Site) -> Entry:
 
 
 def _make_page(site: Site, request: Request, items: Sequence[object], *, limit: int) -> Response:
-    """One page of ``items``, and the address of the next one as the Hub gives it (a ``Link`` header)."""
+    """Return one page of ``items``, with the address of the next one in a ``Link`` header, as the Hub does."""
     size = max(1, min(limit, site.page_size))
     start = int(request.query.get("cursor", 0))
     answer = Response.of(list(items[start : start + size]))

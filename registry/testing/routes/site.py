@@ -1,4 +1,4 @@
-"""What the routes of the loopback Hub share."""
+"""State and lookups that the loopback Hub's routes share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Site:
 
     store: Store = field(default_factory=Store)
     faults: Faults = field(default_factory=Faults)
-    #: ``http://127.0.0.1:<port>`` of the Hub, and of the origin that large files are kept at.
+    #: Origin of the Hub (``http://127.0.0.1:<port>``), and the second one, where large files are stored.
     hub_origin: str = ""
     storage_origin: str = ""
     #: Entries of a listing per page.
@@ -26,15 +26,15 @@ class Site:
     part_size: int = 64 * 1024 * 1024
 
     def repo(self, request: Request, *, write: bool = False, content: bool = False) -> Repo:
-        """The repository in the request's path, if its sender has this kind of access."""
+        """Return the repository in the request's path, if its sender has this kind of access."""
         return self.store.repo_for(request.parts["repo"], request.user, write=write, content=content)
 
     def commit(self, repo: Repo, revision: str) -> Commit:
-        """The commit that ``revision`` stands for on this hub."""
+        """Return the commit that ``revision`` names on this hub."""
         return repo.resolve(revision, tags=self.faults.resolves_tags)
 
     def branch(self, repo: Repo, revision: str) -> str:
-        """The name of the branch (or pull request) to commit to."""
+        """Return the name of the branch (or pull request) to commit to."""
         name = "main" if revision == "HEAD" else revision.removeprefix("refs/heads/")
         if name not in repo.branches and name not in repo.pull_requests:
             raise HubFailure(404, f"Invalid rev id: {revision}", "RevisionNotFound")

@@ -1,4 +1,4 @@
-"""Routes by which files come in: pre-upload, git-lfs and commit."""
+"""Upload routes: pre-upload, git-lfs and commit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def preupload(site: Site, request: Request) -> Response:
 
 
 def xet_token(site: Site, request: Request) -> Response:
-    """Where to find the xet storage: nowhere, unless a fault says otherwise."""
+    """Return the address of the xet storage; 404 unless a fault sets one."""
     site.repo(request, write=request.route == "xet_write_token")
     url = site.faults.xet_cas_url
     if url is None:
@@ -170,7 +170,7 @@ def _read_objects(request: Request) -> Iterator[tuple[str, int]]:
 
 
 def _list_actions(site: Site, wanted: tuple[str, int]) -> dict[str, object]:
-    """Where an object is to be put; nothing, if it is already here."""
+    """Return where to upload an object; no actions if it is stored already."""
     oid, size = wanted
     answer: dict[str, object] = {"oid": oid, "size": size}
     if oid in site.store.blobs:
