@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from lora_plugins import LoraCallback, prepare_model
+from lora_plugins import Int8PreparationCallback, LoraCallback, prepare_model
 from lora_plugins.commands.cli import program
 from lora_plugins.errors import AdapterMismatch
 from lora_plugins.merging.job import AS_TRAINED, read_job
@@ -92,6 +94,43 @@ def test_what_was_quantized_elsewhere_is_known_or_there_is_a_way_out(
     words = ["merge", "org/name@1.0.0", "merged", "--dtype", "same", "--base", "./base", "--json"]
     run_command(*words, "--quantization", '{"name": "nf4", "double_quant": false}')
     assert json.loads(capsys.readouterr().out)["distance"]["relative"] < 1e-3
+
+
+def test_adapters_of_trl_are_pushed_pulled_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL's own ``peft_config=``, over a base that we quantize and over one that was loaded quantized."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    rows = Dataset.from_dict({"input_ids": [[3, 4, 5, 6, 7, 8]] * 16})
+    loaded = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    for backend, config, callbacks in (("int8", None, [Int8PreparationCallback()]), ("nf4", loaded, [])):
+        base = AutoModelForCausalLM.from_pretrained("base", quantization_config=config)
+        trainer = trl.SFTTrainer(
+            model=base,
+            args=trl.SFTConfig(
+                f"run-{backend}", max_steps=3, learning_rate=0.1, report_to=[], use_cpu=True, bf16=False
+            ),
+            train_dataset=rows,
+            processing_class=words(),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+            callbacks=callbacks,
+        )
+        trainer.train()
+        reference = f"org/{backend}@1.0.0"
+        push_adapter(trainer, f"org/{backend}", version="1.0.0")
+        recorded = pull_adapter(reference).manifest.training["quantization"]
+        capsys.readouterr()
+        # One that somebody else prepared is not known, and the user says it.
+        known = [] if backend == "int8" else ["--quantization", "nf4"]
+        assert recorded == "not known" if known else recorded["name"] == "int8"
+        run_command("merge", reference, f"merged-{backend}", "--dtype", "same", "--base", "./base", "--json", *known)
+        assert json.loads(capsys.readouterr().out)["distance"]["relative"] < 1e-3
+        merged = AutoModelForCausalLM.from_pretrained(f"merged-{backend}").eval()
+        assert torch.allclose(logits(merged), logits(trainer.model.train()), atol=2e-2)
+
+
+def words() -> PreTrainedTokenizerFast:
+    names = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, tiny.VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
 
 
 def make_release(base: Any) -> None:
