@@ -362,7 +362,7 @@ def test_saving_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_resized_embeddings_are_saved_without_asking_anyone(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "base")
-    for rows, saved in ((tiny.VOCABULARY, 0), (tiny.VOCABULARY + 4, 2)):
+    for rows, saved in ((tiny.VOCABULARY, 0), (tiny.VOCABULARY + 4, 4)):
         model = type(tiny.llama()).from_pretrained(tmp_path / "base")
         model.resize_token_embeddings(rows)
         prepare_model(model, r=4).save_pretrained(tmp_path / "adapter")

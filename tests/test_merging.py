@@ -24,6 +24,7 @@ from lora_plugins.merging.job import RECIPE_FILE
 from lora_plugins.merging.merge import merge_and_save
 from lora_plugins.merging.probe import compare_logits
 from lora_plugins.merging.weights import unquantized_layers
+from registry import pull_adapter, push_adapter
 
 WORDS = 320
 
@@ -357,12 +358,16 @@ def test_distance_does_not_pass_for_one_from_the_trained_model_where_that_is_not
 def test_manifest_of_a_release_says_how_the_base_was_quantized(tmp_path: Path) -> None:
     adapter, trained = make(tmp_path, bloom())
     (adapter / RECIPE_FILE).unlink()
-    (adapter / "adapter_manifest.json").write_text(json.dumps({"training": {"quantization": "int8"}}))
-    merge_and_save(adapter, tmp_path / "merged", "same", base=tmp_path / "base")
+    for version, facts in (("1.0.0", {"quantization": "int8"}), ("2.0.0", {"quantization": "not known"})):
+        push_adapter(adapter, "org/name", version=version, training=facts, hub=tmp_path / "registry")
+    pulled = [
+        pull_adapter(f"org/name@{version}", hub=tmp_path / "registry", cache_dir=tmp_path / "cache").path
+        for version in ("1.0.0", "2.0.0")
+    ]
+    merge_and_save(pulled[0], tmp_path / "merged", "same", base=tmp_path / "base")
     assert torch.allclose(logits(reload(tmp_path / "merged")), trained_logits(trained), atol=1e-4)
-    (adapter / "adapter_manifest.json").write_text(json.dumps({"training": {"steps": 3}}))
     with pytest.raises(MergeError, match="needs to know how the base was quantized"):
-        merge_and_save(adapter, tmp_path / "unknown", "same", base=tmp_path / "base")
+        merge_and_save(pulled[1], tmp_path / "unknown", "same", base=tmp_path / "base")
 
 
 def test_unknown_dtype_is_named(tmp_path: Path) -> None:

@@ -214,7 +214,8 @@ def test_a_base_that_nobody_has_seen_is_told(folder: Path, tmp_path: Path) -> No
 def test_an_adapter_that_does_not_fit_its_own_model_is_refused(tmp_path: Path) -> None:
     model = adapted(tiny.llama())
     # Somebody resized the layers under the adapter after it was made.
-    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer = torch.nn.Linear(8, 8, bias=False)
+    other = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer = other
     with pytest.raises(BaseMismatch):
         pushed(model, tmp_path, base_model=BASE)
 

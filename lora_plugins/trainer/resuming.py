@@ -16,6 +16,7 @@ from transformers import Trainer
 from lora_plugins.adapters import files as adapters
 from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint, LivenessWarning, ResumeConflict
+from lora_plugins.plugins.packages import installed_versions
 from lora_plugins.text import write_json
 
 __all__ = ["RUN_FILE", "compare_runs", "describe_run", "has_optimizer", "write_run"]
@@ -37,7 +38,7 @@ _ORDER = (
     "length_column_name",
     "ignore_data_skip",
 )
-_PACKAGES = ("lora-plugins", "peft", "transformers", "accelerate", "torch", "bitsandbytes")
+_PACKAGES = ("lora-plugins", "peft", "transformers", "accelerate", "torch")
 #: Fields of an adapter's configuration that do not affect what is trained.
 _SILENT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 
@@ -49,9 +50,10 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     """
     record = preparation_of(trainer.model)
     quantization = record.quantization if record is not None else None
+    libraries = installed_versions(quantization.quantizer.requires) if quantization is not None else {}
     rows = trainer.train_dataset
     return {
-        "versions": {name: version for name in _PACKAGES if (version := _find_version(name))},
+        "versions": {name: version for name in (*_PACKAGES, *libraries) if (version := _find_version(name))},
         "quantization": quantization.name if quantization is not None else None,
         "optim": _unwrap_enum(trainer.args.optim),
         "data": {

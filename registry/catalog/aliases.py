@@ -45,7 +45,8 @@ def set_alias(
         InvalidReference: The alias is invalid.
         VersionNotFound: No release matches the reference.
     """
-    parsed, place = Reference.parse(reference), open_hub(hub, token)
+    parsed = Reference.parse(reference)
+    place, token = open_hub(hub, token), None
     release = read_index(place, parsed.name).resolve(parsed)
     _move(place, parsed.name, check_alias(alias), release.version, expect)
     return read_index(place, parsed.name).release(parse_version(release.version))
@@ -65,14 +66,15 @@ def remove_alias(
         AliasNotFound: The alias does not exist.
         AliasMoved: It points to another version than expected.
     """
-    _move(open_hub(hub, token), check_name(name), check_alias(alias), None, expect)
+    place, token = open_hub(hub, token), None
+    _move(place, check_name(name), check_alias(alias), None, expect)
 
 
 def aliases(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> Mapping[str, tuple[Move, ...]]:
     """Return all aliases of an adapter, each with the versions it pointed to, oldest first."""
-    place = open_hub(hub, token)
+    place, token = open_hub(hub, token), None
     return read_state(place, check_name(name), place.refs(name)).aliases
 
 

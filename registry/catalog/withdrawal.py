@@ -36,7 +36,9 @@ def yank(
         InvalidReference: The reference may match several releases, or the reason is not one line of text.
         VersionNotFound: There is no such release.
     """
-    return _change(reference, Yank(check_reason(reason), now()), open_hub(hub, token))
+    # Printers of tracebacks show the variables of a frame: it holds no token while the hub is asked.
+    place, token = open_hub(hub, token), None
+    return _change(reference, Yank(check_reason(reason), now()), place)
 
 
 def unyank(
@@ -47,7 +49,8 @@ def unyank(
     Raises:
         VersionNotFound: There is no such release.
     """
-    return _change(reference, None, open_hub(hub, token))
+    place, token = open_hub(hub, token), None
+    return _change(reference, None, place)
 
 
 def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:

@@ -101,6 +101,7 @@ def push_adapter(
     wanted = version if version in BUMPS else parse_version(version)
     place, signer = open_hub(hub, token), Signer.of(name, sign)
     bases = _open_bases(place, base_hub, token if base_token is None else base_token)
+    token = base_token = None
     with collect(
         source,
         on_hub=not place.local,

@@ -53,7 +53,9 @@ def mirror(
         RepositoryConflict: The target has others' files under the names of a release's files.
         UnknownBase: The target is a hub, and an adapter's base model has no id there.
     """
-    source, destination, parsed = open_hub(hub, token), open_hub(target, target_token), Reference.parse(reference)
+    parsed = Reference.parse(reference)
+    source, token = open_hub(hub, token), None
+    destination, target_token = open_hub(target, target_token), None
     index = read_index(source, parsed.name)
     wanted = index.releases() if parsed == Reference(parsed.name) else [index.resolve(parsed)]
     fetcher = Fetcher(source, Cache(cache_dir), Lock(None), quiet=True)
