@@ -16,7 +16,7 @@ __all__ = ["Dtype", "merge"]
 
 
 class Dtype(str, Enum):
-    """What the adapter is merged into."""
+    """The weights that the adapter is merged into."""
 
     fp16 = "fp16"
     bf16 = "bf16"

@@ -71,7 +71,7 @@ def nearest_change(
                 if best is None or size < best[0]:
                     best = (size, words)
     if best is None:
-        return "Nothing that could be changed makes it smaller."
+        return "No change that was tried makes it smaller."
     return f"Nothing that was tried makes it fit; the smallest is {show_bytes(best[0])} on each device, with {best[1]}."
 
 

@@ -182,7 +182,7 @@ def shorten(model: nn.Module, stacks: dict[str, tuple[int, list[int]]]) -> list[
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts tensor storages as they come and go while the mode is active, each storage once.
+    """Counts the tensor storages that are alive while the mode is active, each storage once.
 
     Meta tensors have no values: Python code that reads one gets ``True`` or 1, as from a batch without padding.
 

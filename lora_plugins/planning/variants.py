@@ -149,7 +149,7 @@ class Workbench:
         return replaced / (self._base_bytes + arrived or 1)
 
     def parts(self, quantization: Quantization | None, alone: Memory, optim: str, *, packed: bool) -> Parts:
-        """Return what several devices can divide.
+        """Return the parts of memory that several devices can divide.
 
         Args:
             quantization: The backend.

@@ -82,7 +82,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         if state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_save = True
-            # A spot instance is gone in two minutes; the evaluation comes before the checkpoint and may take longer.
+            # A spot instance ends within two minutes; the evaluation precedes the checkpoint and may take longer.
             control.should_evaluate = False
             control.should_training_stop = True
 

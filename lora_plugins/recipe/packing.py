@@ -48,7 +48,7 @@ class PackingCounts:
     left_over: int
 
     def line(self) -> str:
-        """The counts as a sentence."""
+        """Return the counts as a sentence."""
         return (
             f"{self.examples:,} examples, {self.tokens:,} tokens -> {self.chunks:,} chunks of {self.chunk_length:,}; "
             f"{self.left_over:,} tokens left over"
@@ -78,7 +78,7 @@ class PaddedCounts:
     max_length: int
 
     def line(self) -> str:
-        """The counts as a sentence."""
+        """Return the counts as a sentence."""
         text = (
             f"{self.examples:,} examples -> {self.kept:,} kept with {self.tokens:,} tokens, {self.loss_tokens:,} of "
             f"them in the loss; {self.too_long:,} left out as longer than {self.max_length:,} tokens"
@@ -133,7 +133,7 @@ def pack(
         remove_columns=tokenised.column_names,
         # A batch in which no chunk begins would have no type.
         features=_make_features(tokenised, columns),
-        # The function holds the data set itself, whose hash would change.
+        # The function holds the data set, whose hash would differ each time.
         new_fingerprint=_make_fingerprint(tokenised, chunk_length),
         desc="Packing",
     )

@@ -123,7 +123,7 @@ def _list_dataclasses(*, everything: bool) -> list[Any]:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Spell each flag once, and show defaults where there are some."""
+    """Spells each flag once, and shows its default if it has one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags = [flag for flag in action.option_strings if "_" not in flag]
@@ -232,8 +232,8 @@ def _check(recipe: RecipeArguments) -> None:
         )
     if held_out_share(recipe) is not None and recipe.eval_dataset:
         raise ArgumentsError(
-            f"--eval_split {recipe.eval_split} holds out a part of --dataset and --eval_dataset {recipe.eval_dataset} "
-            "is another one. Give one of them."
+            f"--eval_split {recipe.eval_split} holds out a part of --dataset, and --eval_dataset "
+            f"{recipe.eval_dataset} is given too. Give one of them."
         )
     if recipe.lora is not None:
         extra_lora_fields(recipe)
@@ -261,7 +261,7 @@ def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
         raise ArgumentsError("There is nothing to evaluate on. Give --eval_split or --eval_dataset.")
     metric = given["metric_for_best_model"]
     if metric not in (None, "loss", "eval_loss"):
-        raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: all that is measured is the loss.")
+        raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: only the loss is measured.")
     if recipe.early_stopping_patience:
         given["load_best_model_at_end"] = True
         # A resumed run has the patience that was left when it was interrupted.
@@ -280,7 +280,7 @@ def _apply_hardware(given: dict[str, Any]) -> None:
     given["use_cpu"] = given["use_cpu"] or accelerator is None
     device = torch.device("cpu") if accelerator is None or given["use_cpu"] else accelerator
     if given["disable_tqdm"] is None:
-        # Progress bars that nobody watches fill log files.
+        # Without a terminal, progress bars only fill log files.
         given["disable_tqdm"] = not sys.stderr.isatty()
     if given["bf16"] is None:
         given["bf16"] = not given["fp16"] and fast_bfloat16(device)

@@ -71,7 +71,7 @@ def checkpoint_folders(output: Path) -> list[Path]:
 
 
 def finished_state(checkpoint: Path) -> TrainerState | None:
-    """Return the Trainer's state in a checkpoint whose run has done all its steps, ``None`` for any other."""
+    """Return the Trainer's state in the checkpoint of a finished run, ``None`` if steps are left."""
     state = TrainerState.load_from_json(str(checkpoint / _STATE))
     return state if state.global_step >= state.max_steps else None
 
@@ -120,7 +120,7 @@ def _find_archive_defects(file: Path) -> Iterator[str]:
             yield f"{file.name}: {member or odd[0]} is damaged, or not written by torch.save"
             return
         with safe_globals():
-            # Reads the structure; the tensors stay in the file. Code in it is refused, as the Trainer refuses it.
+            # Reads the structure; the tensors stay in the file. Pickled code is rejected, as by the Trainer.
             torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # zipfile and the unpickler raise errors of many kinds for damaged files.

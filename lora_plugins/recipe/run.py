@@ -42,7 +42,7 @@ _SIGNAL_BASE = 128
 
 
 def run(words: Sequence[str]) -> int:
-    """Do what a command line asks for.
+    """Run the command line of ``lora-plugins train``.
 
     Args:
         words: The command line without ``lora-plugins train``.
@@ -207,7 +207,7 @@ class TrainingRun:
         figures = metrics(history, self.data.counts)
         if not self.is_main:
             return figures
-        # A pickle with this machine's paths in it, of no use to anybody who loads the adapter.
+        # A pickle with this machine's paths in it, of no use to users of the adapter.
         (self.folders.adapter / "training_args.bin").unlink(missing_ok=True)
         write_json(self.folders.adapter / RECIPE_FILE, self._make_recipe_record(trainer.model))
         report = self.folders.report

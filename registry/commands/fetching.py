@@ -142,5 +142,5 @@ def gc(
     say(f"{len(found.paths)} folders, {found.size:,} bytes: {what if found.paths else 'nothing to do'}")
 
 
-#: What this module adds to the program.
+#: Commands that this module adds to the program.
 COMMANDS = (pull, verify, lock, gc)

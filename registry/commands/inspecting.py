@@ -61,7 +61,7 @@ def show(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the manifest of a release says."""
+    """Show the manifest of a release."""
     from registry.catalog.listing import show as described
 
     with waiting(f"Reading {visible(reference)} …"):
@@ -138,5 +138,5 @@ def _show_value(value: object) -> object:
     return "-" if value is None else value
 
 
-#: What this module adds to the program.
+#: Commands that this module adds to the program.
 COMMANDS = (versions, show, diff)

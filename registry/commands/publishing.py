@@ -158,7 +158,7 @@ def alias(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Let a name such as 'champion' stand for a version, or list such names with their history."""
+    """Point a name such as 'champion' at a version, or list such names with their history."""
     from registry.catalog.aliases import ANY, remove_alias, set_alias
 
     if name is None:
@@ -221,5 +221,5 @@ def mirror(
         print_rows(("release", "digest", ""), rows)
 
 
-#: What this module adds to the program.
+#: Commands that this module adds to the program.
 COMMANDS = (push, yank, alias, mirror)

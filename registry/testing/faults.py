@@ -70,7 +70,7 @@ class Faults:
     # -- answers that go wrong -----------------------------------------------------------------------------------
 
     def lose_response(self, route: str, *, times: int | None = 1, status: int | None = None) -> None:
-        """Do what was asked, then close the connection without an answer, or answer with ``status`` (a gateway's 503).
+        """Handle the request, then close the connection without an answer, or answer with ``status`` (a gateway's 503).
 
         ``times=None`` here and below means: until ``clear()``.
         """
@@ -83,7 +83,7 @@ class Faults:
     def status(
         self, route: str, status: int, *, times: int | None = 1, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Refuse with ``status`` instead of doing what was asked; ``route="*"`` is every route."""
+        """Answer with ``status`` instead of handling the request; ``route="*"`` is every route."""
 
         def refuse(request: Request) -> Response:
             return Response.of({"error": f"{status} on purpose"}, status, **dict(headers or {}))
@@ -91,11 +91,11 @@ class Faults:
         self._add(_Fault((route,), times, before=refuse))
 
     def refuse_connection(self, route: str, *, times: int | None = 1) -> None:
-        """Close the connection instead of doing what was asked."""
+        """Close the connection instead of handling the request."""
         self._add(_Fault((route,), times, before=lambda request: Response(drop=True)))
 
     def slow(self, route: str, seconds: float, *, times: int | None = None) -> None:
-        """Wait before doing what was asked."""
+        """Wait before handling the request."""
 
         def wait(request: Request) -> None:
             time.sleep(seconds)
@@ -112,7 +112,7 @@ class Faults:
         self._add(_Fault((route,), times, after=slowly))
 
     def answer(self, route: str, body: bytes, *, status: int = 200, times: int | None = 1, **headers: str) -> None:
-        """Answer with this instead of doing what was asked: an HTML page, nothing, half a JSON document."""
+        """Answer with ``body`` instead of handling the request: an HTML page, nothing, half a JSON document."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         self._add(_Fault((route,), times, before=lambda request: Response(status, body, dict(sent))))
 
@@ -164,10 +164,10 @@ class Faults:
         with self._lock:
             self._listing.extend(paths)
 
-    # -- looking on ----------------------------------------------------------------------------------------------
+    # -- callbacks -----------------------------------------------------------------------------------------------
 
     def call_before(self, route: str, function: Callable[[Request], object], *, times: int | None = None) -> None:
-        """Call ``function`` with each request before it is acted on (to kill the client there, say)."""
+        """Call ``function`` with each request before it is handled (to kill the client there, say)."""
 
         def call(request: Request) -> None:
             function(request)
@@ -175,7 +175,7 @@ class Faults:
         self._add(_Fault((route,), times, before=call))
 
     def call_after(self, route: str, function: Callable[[Request], object], *, times: int | None = None) -> None:
-        """Call ``function`` with each request after it was acted on and before it is answered."""
+        """Call ``function`` with each request after it was handled and before it is answered."""
 
         def call(request: Request, response: Response) -> Response:
             function(request)

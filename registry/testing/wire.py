@@ -57,7 +57,7 @@ class Request:
     body: bytes = field(repr=False)
     #: ``"hub"``, or ``"storage"`` for the second origin, to which downloads are redirected.
     server: str
-    #: Set by routing: the route's name, the parts of the path, and who asks.
+    #: Set by routing: the route's name, the parts of the path, and the sender.
     route: str = "unknown"
     parts: dict[str, str] = field(default_factory=dict)
     user: User | None = None

@@ -109,7 +109,7 @@ def split_examples(
 
 
 def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the model reads before its answer: by the tokenizer's chat template, else as plain text."""
+    """Return the prompt of an example: by the tokenizer's chat template, else as plain text."""
     question = QUESTION.format(source=example.source)
     if not tokenizer.chat_template:
         return f"{question}\n\nSummary: "

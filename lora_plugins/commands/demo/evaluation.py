@@ -42,7 +42,7 @@ def held_out_loss(model: nn.Module, dataset: Dataset, tokenizer: PreTrainedToken
 def answers(
     model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 24
 ) -> list[str]:
-    """Return what the model answers, by greedy decoding, one prompt at a time so that none depends on padding."""
+    """Return the model's answers by greedy decoding, one prompt at a time, so that none depends on padding."""
     import torch
 
     device = next(model.parameters()).device

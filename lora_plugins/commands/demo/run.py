@@ -38,13 +38,13 @@ BATCH_SIZE = 8
 MAX_TOKENS = 128
 HELD_OUT = 40
 SHOWN = 3
-#: What the adapter is called in the demo's registry.
+#: Name of the adapter in the demo's registry.
 ADAPTER = "demo/summaries"
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What to run.
+    """Options of the demo.
 
     Attributes:
         model: Folder or id of a causal language model; ``None`` for the small one that comes as a package.
@@ -91,10 +91,10 @@ class DemoResult:
         perplexity_after: ``exp(loss_after)``.
         training_loss: Loss of each step, in training mode.
         samples: Generations before and after.
-        release: What the adapter is published as, in a registry that is a folder.
-        content: sha256 over what was published: weights, configuration, base.
-        reload: How the adapter does when it is pulled and loaded in a new process.
-        files: What was written.
+        release: The published release, in a folder registry.
+        content: sha256 of the published content: weights, configuration, base.
+        reload: Comparison with the adapter pulled and loaded in a new process.
+        files: Files and folders that were written.
         seconds: Wall time by phase.
     """
 
