@@ -55,7 +55,7 @@ class TensorPrint:
         sha256: Hash of its shape and its first rows, rounded to bfloat16.
         dtype: The dtype it was read in. float16 represents small bfloat16 values inexactly, so hashes of the same model
             can differ.
-        values: A few of its values, for an approximate comparison in that case.
+        values: A sample of these rows' values, for an approximate comparison in that case.
     """
 
     sha256: str

@@ -1,1 +1,1 @@
-"""From a trained adapter to a release."""
+"""Publish a trained adapter as a release."""

@@ -23,29 +23,30 @@ from registry.publishing.training_facts import metrics_in
 __all__ = ["PushToRegistryCallback"]
 
 _log = logging.getLogger(__name__)
-#: Where an adapter is kept that could not be published, below the output folder.
+#: Folder below the output folder for an adapter that could not be published.
 UNPUBLISHED = "unpublished-adapter"
-#: Options of `push_adapter` that decide whether something can be published, known before the training.
+#: Options of `push_adapter` that can be checked before training.
 _CHECKED = ("adapter_name", "allow", "base_aliases", "base_model", "token")
 
 
 class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
-    """Publishes the adapter when training ends: one push, from one process, with metrics, card and loss curve.
+    """Publishes the adapter when training ends: one push from one process, with metrics, card and loss curve.
 
-    That the name, the version and the base model are such that they can be published is checked when training begins.
-    If the push fails, the adapter is saved below the output folder and the error says where.
+    Name, version and base model are checked when training begins. If the push fails, the adapter is saved below the
+    output folder and the error names the folder.
 
     Args:
         name: ``org/name``.
-        version: A version, or ``"patch"``, ``"minor"``, ``"major"`` after the newest one.
-        when: ``"end"`` publishes what the last step left (or the best checkpoint, if the Trainer loads that at the
-            end); ``"best"`` the best checkpoint in any case.
-        metrics: Results for manifest and card; by default those of the evaluation of what is published.
-        hub: Which registry, see `push_adapter`.
+        version: A version, or ``"patch"``, ``"minor"``, ``"major"`` to increment the newest one.
+        when: ``"end"`` publishes the state after the last step (or the best checkpoint, if the Trainer loads that at
+            the end); ``"best"`` always publishes the best checkpoint.
+        metrics: Results for manifest and card; by default, with the best checkpoint those of its evaluation, else those
+            of the last evaluation.
+        hub: The registry; see `push_adapter`.
         **options: For `push_adapter`: ``token``, ``private``, ``base_model``, ``allow``, ``commit_message``, …
 
     Attributes:
-        published: What came of it; ``None`` before, and on other processes than the first.
+        published: The published release; ``None`` before, and on all processes but the first.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse now what could not be published later."""
+        """Check that the adapter can be published later."""
         if self.when == "best" and args.eval_strategy == "no":
             raise InvalidAdapter("when='best' needs evaluations that say which checkpoint is best: set eval_strategy")
         if not state.is_world_process_zero:
@@ -85,7 +86,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish."""
+        """Publish the adapter."""
         if not state.is_world_process_zero:
             return
         model = kwargs.get("model")
@@ -122,7 +123,7 @@ class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]
         return Path(folder)
 
     def _keep(self, error: RegistryError, args: TrainingArguments, model: Any) -> RegistryError:
-        """Save the adapter, and return the error with the folder in which it is."""
+        """Save the adapter, and return the error with its folder in the message."""
         folder = Path(args.output_dir, UNPUBLISHED)
         if _is_spread(model):
             return error
@@ -145,12 +146,12 @@ def _find_peft_model(model: Any) -> Any:
 
 
 def _is_spread(model: Any) -> bool:
-    """Whether no process has whole weights."""
+    """Whether the weights are sharded across processes."""
     return any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _find_best_metrics(state: TrainerState) -> dict[str, float] | None:
-    """What the evaluation of the best checkpoint found."""
+    """Return the metrics of the best checkpoint's evaluation."""
     step = getattr(state, "best_global_step", None)
     entries: Sequence[Mapping[str, Any]] = [entry for entry in state.log_history if entry.get("step") == step]
     found = {key: value for entry in entries for key, value in metrics_in(entry).items()}

@@ -1,6 +1,6 @@
 """The model card of a release: front matter, facts, results, usage.
 
-Everything that comes from outside is escaped: a name can add neither a key to the front matter nor HTML to the page.
+All text from outside is escaped: a name can add neither a key to the front matter nor HTML to the page.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from registry.text import visible
 
 __all__ = ["LOSS_CURVE", "CardFields", "loss_curve", "model_card"]
 
-#: The picture that a card shows, next to it.
+#: File name of the card's picture, which is next to the card.
 LOSS_CURVE = "loss.png"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#!|~$])")
-#: The auto classes of transformers for PEFT's tasks.
+#: transformers auto classes for PEFT's task types.
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -32,10 +32,10 @@ _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-#: Names of metrics that the Hub's listings get; the table of results has them all.
+#: Metric names that are sent to the Hub's listings; the results table has all metrics.
 _METRIC = re.compile(r"[\w@./ -]{1,100}", re.ASCII)
-#: The Hub's tasks by the end of a class name. ``ForConditionalGeneration`` is left out: it is used for text, speech and
-#: images alike.
+#: The Hub's tasks by the suffix of a class name. ``ForConditionalGeneration`` is omitted because it is used for text,
+#: speech and images.
 _PIPELINES_BY_CLASS = {
     "ForAudioClassification": "audio-classification",
     "ForCTC": "automatic-speech-recognition",
@@ -51,7 +51,7 @@ _PIPELINES_BY_CLASS = {
     "ForTokenClassification": "token-classification",
     "LMHeadModel": "text-generation",
 }
-#: The Hub's tasks by PEFT's, for a base whose class is not known.
+#: The Hub's tasks by PEFT task type, for a base of unknown class.
 _PIPELINES_BY_TASK = {
     "CAUSAL_LM": "text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
@@ -63,13 +63,13 @@ _PIPELINES_BY_TASK = {
 
 @dataclass(frozen=True)
 class CardFields:
-    """What a publisher says about an adapter for the Hub's listings; what is not given is not written.
+    """The publisher's information for the Hub's listings; fields not given are not written.
 
     Attributes:
         license: Id of a license, such as ``"apache-2.0"``.
         datasets: Ids of the training datasets.
         language: Code of the language, such as ``"en"``, or several.
-        pipeline_tag: The Hub's task; by default the one that follows from the class of the base.
+        pipeline_tag: The Hub's task; by default derived from the class of the base.
     """
 
     license: str | None = None
@@ -92,20 +92,20 @@ def model_card(
     class_name: str | None = None,
     fields: CardFields | None = None,
 ) -> str:
-    """The card as a README: front matter, and Markdown between the markers of `registry.formats.readme`.
+    """Return the card as a README: front matter, and Markdown between the markers of `registry.formats.readme`.
 
     Args:
         name: ``org/name``; ``None`` for an adapter that is not published.
-        version: The version that it belongs to, if it is published.
+        version: Version of the release, if it is published.
         base: Id of the base model, if it has one.
         base_commit: Commit of the base model.
-        parameters: Kind of module, number of tensors, number of parameters.
+        parameters: Module kind, number of tensors, number of parameters.
         training: Facts about the training, by name; nested ones are flattened.
         metrics: Results by name.
-        picture: Whether the loss curve is there.
-        task_type: PEFT's, such as ``CAUSAL_LM``.
-        class_name: Class of the base in transformers, if it is known.
-        fields: What the publisher says for the front matter.
+        picture: Whether there is a loss curve.
+        task_type: PEFT's task type, such as ``CAUSAL_LM``.
+        class_name: transformers class of the base, if known.
+        fields: The publisher's information for the front matter.
     """
     facts = list(_flatten(training))
     sections = [
@@ -126,7 +126,7 @@ def model_card(
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """A picture (PNG) of the training and evaluation loss in a Trainer's log; ``None`` if there is no curve."""
+    """Return a PNG of the training and evaluation loss in a Trainer's log; ``None`` if there are too few points."""
     curves = {label: _read_points(log, key) for label, key in (("training", "loss"), ("evaluation", "eval_loss"))}
     if not any(len(points) > 1 for points in curves.values()):
         return None
@@ -135,12 +135,12 @@ def loss_curve(log: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 @lru_cache(maxsize=4)
 def _draw(curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]) -> bytes:
-    """The picture; drawn once, however often a push is tried."""
-    # matplotlib takes long to load.
+    """Draw the picture; cached for retries of a push."""
+    # Imported late because matplotlib loads slowly.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: that keeps global state and may want a display.
+    # Not pyplot, which keeps global state and may require a display.
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for label, points in curves:
@@ -149,7 +149,7 @@ def _draw(curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]) -> by
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
-    # The same curve gives the same bytes.
+    # Without metadata, the same curve gives the same bytes.
     FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
     return picture.getvalue()
 
@@ -170,7 +170,7 @@ def _find_pipeline(class_name: str | None, task_type: str | None) -> str | None:
 def _make_front_matter(
     name: str | None, base: str | None, metrics: Mapping[str, float], fields: CardFields, pipeline: str | None
 ) -> dict[str, Any]:
-    # huggingface_hub takes long to load.
+    # Imported late because huggingface_hub loads slowly.
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = next(iter(fields.datasets), "unknown")
@@ -257,7 +257,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _escape_text(text: str) -> str:
-    """Text in which nothing is Markdown or HTML, on one line, in the direction in which it is read."""
+    """Return text on one line with Markdown and HTML escaped, and control and bidirectional characters removed."""
     return html.escape(_MARKDOWN.sub(r"\\\1", visible(text)), quote=False)
 
 

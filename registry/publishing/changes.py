@@ -1,7 +1,7 @@
-"""Which files of a repository are a release's, and what a push changes.
+"""Decide which files of a repository a push changes.
 
-A push writes the files of its release and removes those of the release before; everything else in the repository
-belongs to others and stays as it is.
+A push writes the files of its release and removes those of the previous release; all other files in the repository
+are foreign and left unchanged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from registry.hubs.protocol import Hub
 
 __all__ = ["Changes", "Draft", "Head", "Published", "check_repository", "manifest_at", "plan_changes", "read_head"]
 
-#: Bytes of a README or of a model's configuration that are looked at.
+#: Maximum bytes read of a README or a model's configuration.
 _SMALL = 4 * 1024 * 1024
 _SHOWN = 5
 _WEIGHTS = frozenset({".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"})
-#: What Trainers leave beside an adapter: the first words of their names.
+#: Name prefixes of the state files that Trainers write beside an adapter.
 _TRAINING_STATE = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")
 _INDEXES = (".bin.index.json", ".safetensors.index.json")
-#: Keys by which the configuration of a model is known: transformers, timm, diffusers.
+#: Keys that identify a model's configuration: transformers, timm, diffusers.
 _MODEL_KEYS = frozenset({"_class_name", "architecture", "architectures", "model_type"})
 _MODEL_CONFIGS = ("config.json", "model_index.json")
 
@@ -41,8 +41,8 @@ class Draft:
     Attributes:
         manifest: Its manifest.
         files: Its other files with their content.
-        fixed: Whether its bytes are those of another registry, so that the card can't be put elsewhere.
-        signer: Signs its manifest, as it is when the files are written.
+        fixed: Whether it is a copy from another registry, so that the card cannot be placed elsewhere.
+        signer: Signs the final manifest when the files are written.
     """
 
     manifest: Manifest
@@ -51,7 +51,7 @@ class Draft:
     signer: Callable[[Manifest], bytes] | None = None
 
     def all_files(self) -> dict[str, Path | bytes]:
-        """The files with the manifest, and its signature if it is signed."""
+        """Return the files with the manifest, and its signature if it is signed."""
         signed = {} if self.signer is None else {SIGNATURE_FILE: self.signer(self.manifest)}
         return {**self.files, MANIFEST_FILE: self.manifest.to_bytes(), **signed}
 
@@ -61,11 +61,11 @@ class Changes:
     """What a push does to the files of a branch, by path.
 
     Attributes:
-        written: Files that are new.
-        replaced: Files of the release before, which get the content of this one.
-        deleted: Files of the release before that this one doesn't have.
-        overwritten: Files of others that the release replaces, because the caller insists (``force=True``).
-        left: Files of others, which stay as they are.
+        written: New files.
+        replaced: Existing files that get this release's content, such as those of the previous release.
+        deleted: Files of the previous release that this one does not have.
+        overwritten: Foreign files that the release replaces because of ``force=True``.
+        left: Foreign files, which are left unchanged.
     """
 
     written: tuple[str, ...] = ()
@@ -82,13 +82,13 @@ class Published:
     Attributes:
         name: ``org/name``.
         version: The version.
-        commit: Commit holding the release; for a change request and a dry run the one that it starts from, which is
-            empty where there is no repository yet.
-        manifest: Of the release.
-        created: Whether it was published now; otherwise the same content had been before, or it is a dry run.
-        url: The change request, if that is what was made.
-        changes: What happened to the files of the repository, or would happen; ``None`` where nothing was published.
-        dry_run: Whether it was only looked at.
+        commit: Commit holding the release; for a change request or a dry run its parent commit, which is empty if there
+            is no repository yet.
+        manifest: Manifest of the release.
+        created: Whether it was published now; false if the same content had been published before, or for a dry run.
+        url: Address of the change request, if one was opened.
+        changes: Changes to the files of the repository, made or planned; ``None`` if nothing was published.
+        dry_run: Whether nothing was changed on purpose.
     """
 
     name: str
@@ -106,14 +106,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Head:
-    """The files of one commit, told apart by who put them there.
+    """The files of one commit, divided into the release's own and foreign ones.
 
     Attributes:
         commit: Its id.
-        manifest: Of the release that it holds; ``None`` if there is none.
-        own: Files that this release put there.
-        foreign: The others, with their sizes.
-        readme: Its ``README.md``, whoever wrote it; ``None`` if there is none, or one too large for a card.
+        manifest: Manifest of the release that it holds; ``None`` if there is none.
+        own: Files of this release.
+        foreign: All other files, with their sizes.
+        readme: Its ``README.md``, own or foreign; ``None`` if there is none, or it is too large.
     """
 
     commit: str = ""
@@ -124,7 +124,7 @@ class Head:
 
 
 def manifest_at(hub: Hub, name: str, commit: str) -> Manifest | None:
-    """The manifest in a commit; ``None`` if there is none that can be read."""
+    """Return the manifest in a commit; ``None`` if it is missing or malformed."""
     try:
         return Manifest.parse(hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
     except (HubFileNotFound, InvalidManifest):
@@ -132,14 +132,14 @@ def manifest_at(hub: Hub, name: str, commit: str) -> Manifest | None:
 
 
 def read_head(hub: Hub, name: str, commit: str, published: Container[str]) -> Head:
-    """Tell the files of a commit apart.
+    """Divide the files of a commit into own and foreign ones.
 
     Args:
-        hub: Where it is.
+        hub: The hub of the repository.
         name: ``org/name``.
         commit: Its id.
-        published: Commits of releases. In one of these, what the manifest lists is as it was published; in any other,
-            somebody may have changed it since, so its content is compared.
+        published: Commits of releases. In these, the files in the manifest are unchanged; in other commits they may
+            have been changed, so their content is compared.
     """
     files = {path: size for path, size in hub.files(name, commit).items() if path != GIT_ATTRIBUTES}
     manifest = manifest_at(hub, name, commit) if MANIFEST_FILE in files else None
@@ -157,13 +157,13 @@ def read_head(hub: Hub, name: str, commit: str, published: Container[str]) -> He
 
 
 def plan_changes(hub: Hub, name: str, draft: Draft, head: Head, *, force: bool) -> tuple[Draft, Changes]:
-    """Fit a release into what is there.
+    """Plan how a release changes the files of a commit.
 
     Returns:
-        The release with its card where it belongs in this repository, and what publishing it changes.
+        The release with its card placed for this repository, and the changes.
 
     Raises:
-        RepositoryConflict: Others' files have the names of its files, and the caller doesn't insist.
+        RepositoryConflict: Foreign files have the names of its files, and ``force`` is false.
     """
     placed = draft if draft.fixed else _place_card(draft, head)
     files = placed.all_files()
@@ -188,12 +188,12 @@ def plan_changes(hub: Hub, name: str, draft: Draft, head: Head, *, force: bool) 
 def check_repository(hub: Hub, name: str, head: Head) -> None:
     """Refuse a repository that holds a base model and no release.
 
-    What tells a base model, in any folder of the repository: an index of weight files; or the configuration of a model
-    and weights. Trainers leave a base's configuration and their own state beside an adapter, so where there is an
-    adapter's configuration, only weights that are called a model's count.
+    A folder of the repository holds a base model if it has an index of weight files, or a model's configuration and
+    weights. Trainers leave a base's configuration and their own state beside an adapter, so beside an adapter's
+    configuration only weights named like a model's count.
 
     Raises:
-        RepositoryConflict: It holds one; the message names its files.
+        RepositoryConflict: It holds a base model; the message names its files.
     """
     if head.manifest is not None:
         return
@@ -211,7 +211,7 @@ def check_repository(hub: Hub, name: str, head: Head) -> None:
 
 
 def _find_base(hub: Hub, name: str, commit: str, files: Iterable[str]) -> list[str]:
-    """The files of one folder that make it a base model's."""
+    """Return the files of a folder that identify a base model; empty if there is none."""
     names = {path: PurePosixPath(path).name for path in files}
     adapter = ADAPTER_CONFIG in names.values()
     weights = [path for path, file in names.items() if _is_model_weight(file, beside_adapter=adapter)]
@@ -241,13 +241,13 @@ def _is_model_config(hub: Hub, name: str, commit: str, path: str) -> bool:
 
 
 def _place_card(draft: Draft, head: Head) -> Draft:
-    """Put the card into the README that is there, or beside it."""
+    """Merge the card into the existing README, or place it beside that."""
     card = draft.files.get(CARD)
     if not isinstance(card, bytes) or (CARD not in head.own and CARD not in head.foreign):
         return draft
     merged = None if head.readme is None else merge_readme(head.readme, card)
     if merged is None and CARD in head.own:
-        return draft  # it was generated, and not changed since
+        return draft  # a generated README without edits
     place, content = (CARD_BESIDE, card) if merged is None else (CARD, merged)
     files = {**{path: file for path, file in draft.files.items() if path != CARD}, place: content}
     record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
@@ -284,7 +284,7 @@ def _list(paths: list[str]) -> str:
 
 
 class _Digest:
-    """A file that keeps nothing of what is written to it but its hash."""
+    """A file object that keeps only the hash of what is written to it."""
 
     def __init__(self) -> None:
         self._digest, self._size = hashlib.sha256(), 0
@@ -298,7 +298,7 @@ class _Digest:
         return self._size
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Only to the start: a download that goes on elsewhere begins anew."""
+        """Seek to the start, which resets the hash; other positions are refused, so a download starts over."""
         if offset != 0 or whence != 0:
             raise ValueError("a hash can only begin anew")
         self.__init__()  # type: ignore[misc]

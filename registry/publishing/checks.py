@@ -1,4 +1,4 @@
-"""What a push refuses of an adapter's files, before anything is uploaded."""
+"""Check an adapter's files for a push, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = [
     "warn_of_rest",
 ]
 
-#: Bytes that tensors other than LoRA's may have together, unless they are allowed by name.
+#: Maximum total bytes of tensors other than LoRA's, except those allowed by name.
 LARGE = 32 * 1024 * 1024
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _CHUNK = 4 * 1024 * 1024
-#: Kinds of files that hold tensors.
+#: Suffixes of files that hold tensors.
 _TENSORS = frozenset({".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"})
-#: What a Trainer leaves to go on from, the first words of the names: nothing of it is part of the result.
+#: Name prefixes of a Trainer's state for resuming, which is not part of the result.
 _TO_GO_ON = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")
 
 
@@ -42,14 +42,14 @@ def check_tensors(file: Path, config: AdapterConfig, allow: Sequence[str]) -> Ma
     """Check the weights of an adapter.
 
     Args:
-        file: The safetensors.
+        file: The safetensors file.
         config: The adapter's configuration.
         allow: Names of modules whose tensors may be large although they are not LoRA's.
 
     Raises:
-        InvalidAdapter: They would be of no use.
+        InvalidAdapter: They are unusable.
         UnsafeFile: The file is malformed.
-        TooLarge: Tensors that are not LoRA's are large.
+        TooLarge: Tensors other than LoRA's are large.
     """
     checked = check_weights(file, config)
     if checked.warnings:
@@ -60,15 +60,15 @@ def check_tensors(file: Path, config: AdapterConfig, allow: Sequence[str]) -> Ma
 
 
 def check_size(sizes: Mapping[str, int], allow: Sequence[str], total: int) -> None:
-    """Refuse large tensors that are not LoRA's.
+    """Refuse large tensors other than LoRA's.
 
     Args:
-        sizes: Their names and bytes.
+        sizes: Bytes of these tensors, by name.
         allow: Names of modules whose tensors may be large.
         total: Bytes of all tensors.
 
     Raises:
-        TooLarge: Those that are not allowed have more than 32 MB together.
+        TooLarge: Those not allowed have more than 32 MB in total.
     """
     refused = {name: size for name, size in sizes.items() if not any(f".{part}." in f".{name}" for part in allow)}
     if sum(refused.values()) <= LARGE:
@@ -83,7 +83,7 @@ def check_size(sizes: Mapping[str, int], allow: Sequence[str], total: int) -> No
 
 
 def check_use(config: AdapterConfig) -> None:
-    """Refuse a configuration with which the adapter changes nothing.
+    """Refuse a configuration with which the adapter has no effect.
 
     Raises:
         InvalidAdapter: ``lora_alpha`` is zero: PEFT multiplies every update by it.
@@ -97,7 +97,7 @@ def check_use(config: AdapterConfig) -> None:
 
 
 def check_tokenizer(folder: Path, names: Collection[str]) -> None:
-    """Refuse a tokenizer by which transformers would run code: only one of its files decides that.
+    """Refuse a tokenizer that makes transformers run code; only ``tokenizer_config.json`` can.
 
     Raises:
         UnsafeFile: It has ``auto_map`` or ``trust_remote_code``, or is malformed.
@@ -108,7 +108,7 @@ def check_tokenizer(folder: Path, names: Collection[str]) -> None:
 
 
 def warn_of_rest(source: Path) -> None:
-    """Name files with tensors that lie beside an adapter and are not published with it."""
+    """Warn of files with tensors beside an adapter that are not published with it."""
     names = sorted(name for name in os.listdir(source) if _is_left_behind(name))
     if names:
         warnings.warn(
@@ -137,7 +137,7 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def record_file(path: Path) -> FileRecord:
-    """The size and the hash of a file."""
+    """Return the size and the hash of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""Records of what is published: a training, a run, a checked adapter."""
+"""Records for publishing: training facts, a Trainer's run, a checked adapter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Training:
     """Facts about a training, and its log.
 
     Attributes:
-        facts: What the manifest gets, JSON values by name.
+        facts: Facts for the manifest, JSON values by name.
         log: The Trainer's log history, for the loss curve.
-        metrics: Those of the last evaluation.
+        metrics: Metrics of the last evaluation.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Run:
-    """What a Trainer's callbacks see of it, as a source.
+    """A source to publish from: the parts of a Trainer that its callbacks see.
 
     Attributes:
-        model: The `PeftModel`, not wrapped.
+        model: The unwrapped `PeftModel`.
         args: The Trainer's arguments.
         state: The Trainer's state.
         processing_class: Its tokenizer or processor, if it has one.
@@ -52,17 +52,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Collected:
-    """An adapter that can be published: checked, and copied to a folder of its own.
+    """An adapter ready for publishing: checked, and copied to a private folder.
 
     Attributes:
-        folder: Where the copies are, for as long as the context manager is open.
+        folder: The folder of the copies, which exists while the context manager is open.
         files: The files to publish; the card and the manifest are added with the version.
         config: Its configuration.
-        non_default: The fields of the configuration that are not at their default.
+        non_default: The configuration fields that differ from their default.
         base: The base model.
         architecture: Kind of base model.
-        tensors: Of the weights.
-        tokenizer_hash: sha256 over the tokenizer, if one was at hand.
+        tensors: Dtype and shape of its tensors, by name.
+        tokenizer_hash: sha256 of the tokenizer, if one was available.
         training: Facts about the training, and its log.
         metrics: Results.
     """

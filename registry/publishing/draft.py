@@ -1,4 +1,4 @@
-"""Make a release of a collected adapter: card, picture, manifest."""
+"""Make a release from a collected adapter: card, picture, manifest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def make_release(
     *,
     fields: CardFields | None = None,
 ) -> tuple[Manifest, dict[str, Path | bytes]]:
-    """The manifest of a release, and its other files.
+    """Return the manifest of a release, and its other files.
 
     Args:
-        collected: What is published.
+        collected: The adapter to publish.
         name: ``org/name``.
-        version: Normalized.
+        version: Normalized version.
         parent_version: The version before it.
-        fields: What the publisher says for the card.
+        fields: The publisher's information for the card.
     """
     files: dict[str, Path | bytes] = {file: collected.folder / file for file in collected.files}
     curve = loss_curve(collected.training.log)
@@ -53,7 +53,7 @@ def make_release(
         training=collected.training.facts,
         metrics=collected.metrics,
     )
-    # What is published can be read again: the parser is stricter than what is known of the values here.
+    # Parse it again, because the parser checks more than this code does: what is published must be readable.
     return Manifest.parse(manifest.to_bytes()), files
 
 

@@ -20,26 +20,25 @@ from registry.publishing.source import find_base_folder
 __all__ = ["write_card"]
 
 _LIMIT = 4 * 1024 * 1024
-#: What stands in cards that PEFT, transformers and TRL write by themselves.
+#: Text in the cards that PEFT, transformers and TRL generate.
 _GENERATED = (b"# Model Card for Model ID", b"generated_from_trainer")
 
 
 def write_card(folder: str | os.PathLike[str]) -> Path:
-    """Write the ``README.md`` of an adapter folder, such as a Trainer's checkpoint, from what its files say.
+    """Write the ``README.md`` of an adapter folder, such as a Trainer's checkpoint, from its files.
 
-    PEFT and transformers write a template there, with the folder that the base was loaded from as ``base_model``; that
-    is replaced. In a README with the markers of our cards, the part between them is written anew. Any other README,
-    which somebody wrote, stays as it is.
+    A template of PEFT or transformers, which may name a local folder as ``base_model``, is replaced. In a README with
+    the markers of our cards, the part between them is rewritten. Any other README is left unchanged.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``, as ``save_pretrained`` writes them.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         UnsafeFile: A file of the adapter is malformed.
-        OSError: A file can't be read or written.
+        OSError: A file cannot be read or written.
     """
     place = Path(folder)
     file, card = place / CARD, _describe(place).encode()

@@ -1,4 +1,4 @@
-"""Convert adapters whose initialisation changed the base to plain LoRA."""
+"""Convert adapters whose initialization changed the base to plain LoRA."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ if TYPE_CHECKING:
 
 __all__ = ["changes_base", "make_plain"]
 
-#: Values of ``init_lora_weights`` that change the weights of the base. PEFT repeats the first two.
+#: Values of ``init_lora_weights`` that change the base's weights. PEFT repeats these two on loading.
 _REPEATED = ("pissa", "olora")
 _CHANGING = (*_REPEATED, "pissa_niter_", "corda", "lora_ga", "loftq")
-#: Those that leave the base alone, and read it or need data: the values are in the file.
+#: Values that do not change the base but read its weights or need data; the results are in the file.
 _FROM_BASE = ("eva", "orthogonal", "mica")
 _PREFIX = "base_model.model."
 
 
 def changes_base(init: object) -> bool:
-    """Whether an initialisation of LoRA changes the weights of the base."""
+    """Whether a LoRA initialization changes the weights of the base."""
     return isinstance(init, str) and init.lower().startswith(_CHANGING)
 
 
 def make_plain(
     model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Return the tensors and the configuration of a plain LoRA that does the same on the base as it was.
+    """Return tensors and configuration of a plain LoRA with the same effect on the original base.
 
-    Such an initialisation takes a product ``B0 A0`` out of the base's weight. With the opposite sign beside the trained
-    ``B A``, it gives an adapter of twice the rank for the unchanged base, exact to rounding.
+    Such an initialization subtracts a product ``B0 A0`` from the base's weight. Concatenating ``-B0 A0`` to the trained
+    ``B A`` gives an adapter of twice the rank for the original base, exact to rounding.
 
     Args:
         model: The trained model.
-        adapter_name: Which of its adapters.
-        state: The tensors of the adapter, under the names of its file.
+        adapter_name: Name of the adapter in the model.
+        state: The tensors of the adapter, under their names in its file.
 
     Raises:
-        InvalidAdapter: The base's own weights are not on this machine, or differ by more than such a product.
+        InvalidAdapter: The base's original weights are not on this machine, or differ by more than such a product.
     """
     config = copy.deepcopy(model.peft_config[adapter_name])
     init = config.init_lora_weights
@@ -91,7 +91,7 @@ def _widen(
     originals: BaseFiles,
     config: LoraConfig,
 ) -> None:
-    """Put the product that was taken out of one layer's base beside the trained one."""
+    """Concatenate the product that was subtracted from one layer's base to the trained one."""
     import torch
 
     base, scaling, rank = layer.get_base_layer(), layer.scaling[adapter_name], layer.r[adapter_name]
@@ -131,7 +131,7 @@ def _widen(
 def _repeat(
     weight: torch.Tensor, layer: Any, adapter_name: str, config: LoraConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first values of A and B, as PEFT makes them from the base's own weight."""
+    """Return the initial A and B as PEFT computes them from the base's original weight."""
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
@@ -154,7 +154,7 @@ def _repeat(
 
 
 def _decompose(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B whose product this is, if its rank is not higher."""
+    """Return A and B whose product ``B A`` is the given one, if its rank is at most ``rank``."""
     import torch
 
     left, values, right = torch.linalg.svd(product, full_matrices=False)
@@ -163,7 +163,7 @@ def _decompose(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _make_plain_config(config: LoraConfig) -> LoraConfig:
-    """The configuration with twice the rank and the same scaling."""
+    """Return the configuration with twice the rank and the same scaling."""
     factor = math.sqrt(2) if config.use_rslora else 2
     config.r *= 2
     config.lora_alpha = config.lora_alpha * factor

@@ -1,7 +1,7 @@
-"""Publish a release: one commit, then its tag, whoever else does the same.
+"""Publish a release: one commit, then its tag, safe against concurrent pushes.
 
-The tag decides. A commit without its tag is not a release: whoever is asked for that version next takes it over, if it
-holds the same content, or writes another one over it, if whoever wrote it doesn't set the tag in time.
+The tag decides: a commit without its tag is not a release. The next push of that version takes such a commit over if it
+holds the same content, and otherwise overwrites it if its author does not set the tag in time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from registry.publishing.changes import (
 
 __all__ = ["Draft", "Published", "manifest_at", "publish"]
 
-#: Seconds that another pusher gets between its commit and its tag before it counts as dead.
+#: Seconds between another push's commit and its tag after which that push counts as dead.
 PATIENCE = 10.0
-#: Attempts to publish while others publish, too.
+#: Attempts to publish while others publish.
 _ATTEMPTS = 30
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One release on its way to one hub."""
+    """The publication of one release on one hub."""
 
     hub: Hub
     name: str
@@ -51,7 +51,7 @@ class _Task:
     force: bool = False
 
     def attempt(self, refs: Refs, version: Version, draft: Draft) -> Published | None:
-        """Publish, as things stand; ``None`` when somebody else has changed them."""
+        """Try to publish given the current refs; ``None`` if another push interfered."""
         line = self._choose_line(refs, version)
         if line is None:
             return None
@@ -76,18 +76,18 @@ class _Task:
         return replace(self._tag(version, commit, placed.manifest), changes=changes)
 
     def plan(self, refs: Refs, head: str, draft: Draft) -> tuple[Draft, Changes]:
-        """The release as it fits into a commit, and what it changes there.
+        """Return the release as placed in a commit, and the changes to the files there.
 
         Raises:
-            RepositoryConflict: Files of others are in its way.
+            RepositoryConflict: Foreign files have the names of its files.
         """
         return plan_changes(self.hub, self.name, draft, self._read_head(refs, head), force=self.force)
 
     def look(self, refs: Refs, version: Version, draft: Draft) -> Published:
-        """What `attempt` would do, without doing it.
+        """Return the result that `attempt` would have, without changing anything.
 
         Raises:
-            RepositoryConflict: It would refuse.
+            RepositoryConflict: `attempt` would raise it.
         """
         self._check_first(refs)
         own = line_of(version)
@@ -100,7 +100,7 @@ class _Task:
         """Open a change request with the files of the release.
 
         Raises:
-            RepositoryConflict: Accepting it would replace files of others.
+            RepositoryConflict: Accepting it would replace foreign files.
         """
         self._check_first(refs)
         head = refs.branches[MAIN]
@@ -109,11 +109,11 @@ class _Task:
         return Published(self.name, version_text(version), head, placed.manifest, url=url, changes=changes)
 
     def index(self, refs: Refs) -> Index:
-        """The releases as the tags stand."""
+        """Return the index of the releases that the tags publish."""
         return index_of(self.name, refs, State(), self.manifests)
 
     def newer_exists(self, refs: Refs, version: Version) -> bool:
-        """Whether a version is not the newest stable one."""
+        """Whether a version is a pre-release, or a newer stable release exists."""
         index = self.index(refs)
         newer = [v for v in index.versions if v > version and not v.is_prerelease]
         return version.is_prerelease or index.newest_of(newer) is not None
@@ -122,16 +122,16 @@ class _Task:
         return read_head(self.hub, self.name, commit, frozenset(refs.tags.values()))
 
     def _check_first(self, refs: Refs) -> None:
-        """Refuse to publish the first release of a repository into a base model's."""
+        """Refuse to publish a first release into the repository of a base model."""
         index = self.index(refs)
         if not self.force and index.newest_of(index.versions) is None:
             check_repository(self.hub, self.name, self._read_head(refs, refs.branches[MAIN]))
 
     def existing(self, version: Version, commit: str, content_digest: str) -> Published:
-        """The release that stands already, if it has the same content.
+        """Return the existing release of a version, if it has the same content.
 
         Raises:
-            VersionExists: It hasn't.
+            VersionExists: It has other content.
         """
         held = manifest_at(self.hub, self.name, commit)
         if held is None:
@@ -147,9 +147,9 @@ class _Task:
         return Published(self.name, version_text(version), commit, held, created=False)
 
     def _choose_line(self, refs: Refs, version: Version) -> str | None:
-        """The branch to publish on: ``main`` for the newest stable version, else one of its own.
+        """Return the branch to publish on: ``main`` for the newest stable version, else a branch of its own.
 
-        ``None`` when main has moved while it was waited for.
+        ``None`` if main moved during the wait for another push.
         """
         if self.newer_exists(refs, version):
             return line_of(version)
@@ -157,11 +157,11 @@ class _Task:
         held = manifest_at(self.hub, self.name, head)
         if held is None or Version(held.version) <= version or tag_of(Version(held.version)) in refs.tags:
             return MAIN
-        # Somebody is publishing a newer one, or has died over it.
+        # Another push is publishing a newer version, or died before its tag.
         return MAIN if self._is_abandoned(Version(held.version), MAIN, head) else None
 
     def _is_abandoned(self, version: Version, line: str, head: str) -> bool:
-        """Whether a commit has no tag, and gets none in time; ``False`` as soon as anything happens."""
+        """Wait for a commit's tag; ``True`` if none is set in time, ``False`` as soon as the refs change."""
         end, delay = time.monotonic() + PATIENCE, 0.02
         while time.monotonic() < end:
             time.sleep(delay)
@@ -172,7 +172,7 @@ class _Task:
         return True
 
     def _tag(self, version: Version, commit: str, manifest: Manifest) -> Published:
-        """Set the tag, the moment at which a release is published; then look at what came of it."""
+        """Set the tag, which publishes the release, then verify the result."""
         tag = tag_of(version)
         try:
             self.hub.create_tag(self.name, tag, commit)
@@ -189,9 +189,9 @@ class _Task:
         return Published(self.name, version_text(version), commit, manifest)
 
     def _settle(self) -> None:
-        """Let main hold the newest stable release again, where a loser or an older one has been written over it.
+        """Restore the newest stable release on main if a losing or older push has overwritten it.
 
-        That happens only where a hub doesn't compare the parent of a commit, or somebody was taken for dead.
+        That happens only if a hub does not compare a commit's parent, or if a live push was taken for dead.
         """
         refs = self.hub.refs(self.name)
         index = self.index(refs)
@@ -201,7 +201,7 @@ class _Task:
             return
         tagged_at = refs.tags.get(tag_of(Version(held.version)))
         if tagged_at is None:
-            return  # somebody is publishing it at this moment
+            return  # another push is publishing it
         tagged = manifest_at(self.hub, self.name, tagged_at)
         if tagged is not None and tagged.digest == held.digest and Version(held.version) >= newest:
             return
@@ -216,7 +216,7 @@ class _Task:
             files: dict[str, Path | bytes] = {MANIFEST_FILE: manifest.to_bytes()}
             for name, record in manifest.files.items():
                 if name in head.foreign:
-                    continue  # pulls take it from the commit of the release
+                    continue  # a foreign file; pulls read from the release's own commit
                 files[name] = Path(folder, name)
                 with open(Path(folder, name), "xb") as sink:
                     self.hub.download(self.name, commit, name, sink, record.size)
@@ -225,7 +225,7 @@ class _Task:
                 gone = tuple(sorted(head.own - set(files)))
                 self.hub.commit(self.name, MAIN, files, parent=head.commit, message=message, delete=gone)
             except Conflict:
-                return  # somebody else is publishing, and will look at it
+                return  # another push is in progress, and will check main
 
 
 def publish(
@@ -240,26 +240,26 @@ def publish(
     force: bool = False,
     dry_run: bool = False,
 ) -> Published:
-    """Publish a release, or find that it is.
+    """Publish a release, unless the same content is published already.
 
-    Files that no release put into the repository stay as they are.
+    Foreign files in the repository are left unchanged.
 
     Args:
-        hub: Where to.
-        name: ``org/name``; the repository is made if there is none.
-        version: The version, or ``"patch"``, ``"minor"`` or ``"major"`` for the next one after the newest. With these,
-            content that the newest version has already is not published again.
-        draft: Makes the release of its version and the newest one before it.
-        message: Of the commit; the version, if there is none.
-        private: Whether a new repository is private; ``None`` is what the owner has set.
-        propose: Open a change request with the files of the release, instead of publishing it.
-        force: Publish into a repository that holds a base model, and over files of others that have a release's names.
-        dry_run: Change nothing; say what would be changed.
+        hub: The hub.
+        name: ``org/name``; the repository is created if it does not exist.
+        version: The version, or ``"patch"``, ``"minor"`` or ``"major"`` to increment the newest one. With these,
+            content equal to the newest version's is not published again.
+        draft: Makes the release from its version and the newest one before it.
+        message: Commit message; by default, it names the version.
+        private: Whether a new repository is private; ``None`` is the owner's default.
+        propose: Open a change request with the files of the release instead of publishing it.
+        force: Publish into a repository that holds a base model, and replace foreign files with a release's names.
+        dry_run: Change nothing; report what would change.
 
     Raises:
-        RepositoryConflict: The repository holds a base model, or files of others where those of a release have to go.
+        RepositoryConflict: The repository holds a base model, or foreign files with the names of a release's files.
         VersionExists: Other content has been published under this version.
-        PublishConflict: Others publish at the same time, again and again.
+        PublishConflict: Others published concurrently during every attempt.
     """
     manifests = Manifests(hub, name)
     for attempt in range(_ATTEMPTS):
@@ -303,7 +303,7 @@ def _make_refs(hub: Hub, name: str, private: bool | None) -> Refs:
 
 
 def _choose(version: Version | str, index: Index) -> tuple[Version, Version | None]:
-    """The version to publish, and the newest release before it."""
+    """Return the version to publish, and the newest release before it."""
     if isinstance(version, str):
         newest = index.newest_of(v for v in index.versions if is_in(None, v)) or index.newest_of(index.versions)
         chosen = bumped(newest, version)

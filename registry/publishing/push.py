@@ -1,4 +1,4 @@
-"""Pushing: from a trained adapter to a release."""
+"""Push a trained adapter as a release."""
 
 from __future__ import annotations
 
@@ -51,50 +51,52 @@ def push_adapter(
     language: str | Sequence[str] | None = None,
     pipeline_tag: str | None = None,
 ) -> Published:
-    """Publish an adapter as a version that never changes again.
+    """Publish an adapter as an immutable version.
 
-    Everything is checked before anything is uploaded. The same content under the same version again is success. Files
-    that no release put into the repository are neither changed nor part of the release.
+    Everything is checked before anything is uploaded. Publishing the same content under the same version again
+    succeeds. Foreign files in the repository are neither changed nor part of the release.
 
     Args:
         source: A `PeftModel`, a Trainer that holds one, an adapter folder, or a Trainer's checkpoint.
-        name: ``org/name``; the repository is made if there is none.
-        version: A version such as ``"1.2.0"``; ``"patch"``, ``"minor"`` or ``"major"`` counts from the newest.
-        hub: Which registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
+        name: ``org/name``; the repository is created if it does not exist.
+        version: A version such as ``"1.2.0"``; ``"patch"``, ``"minor"`` or ``"major"`` increments the newest one.
+        hub: The registry: ``https://…``, ``file:///…`` or a path; by default ``LORA_REGISTRY``, else the Hugging
             Face Hub.
-        token: For the registry; by default the one that the user logged in with.
+        token: Token for the registry; by default the one that the user logged in with.
         private: Whether a new repository is private.
-        base_model: ``org/base`` or ``org/base@revision``, where the base model has no id or another one.
-        base_hub: Where ``base_model`` is, to find its commit and compare it; by default the registry, if that is a hub.
-        base_token: For that hub; by default ``token``.
-        base_aliases: Other ids of the base, such as a mirror's. If its own id is gone, loading takes the first of these
-            that is there, and refuses it unless its fingerprint is the recorded one.
-        adapter_name: Which adapter of a model; the active one by default.
+        base_model: ``org/base`` or ``org/base@revision``, if the base model has no id or should be recorded under
+            another one.
+        base_hub: The hub of ``base_model``, to find its commit and compare it; by default the registry, if that is on
+            the network.
+        base_token: Token for that hub; by default ``token``.
+        base_aliases: Further ids of the base, such as a mirror's. If its own id is gone, loading uses the first one
+            that exists, and refuses it unless its fingerprint matches.
+        adapter_name: Name of the adapter in the model; the active one by default.
         metrics: Results for manifest and card; those of the last evaluation by default.
-        training: More facts about the training for manifest and card, JSON values by name.
-        allow: Names of modules whose tensors may be large although they are not LoRA's, such as ``"lm_head"``.
-        commit_message: For the history of the repository.
-        create_pr: Open a change request instead of publishing. Pushing the same again once it is accepted publishes.
-        force: Publish into a repository that holds a base model, and replace files of others that have the names of a
+        training: Further facts about the training for manifest and card, JSON values by name.
+        allow: Names of modules, such as ``"lm_head"``, whose tensors may be large although they are not LoRA's.
+        commit_message: Commit message.
+        create_pr: Open a change request instead of publishing. After it is accepted, the same push publishes.
+        force: Publish into a repository that holds a base model, and replace foreign files that have the names of a
             release's files.
-        dry_run: Check everything and change nothing: the result's ``changes`` say what would be written, replaced,
+        dry_run: Check everything and change nothing: the result's ``changes`` list what would be written, replaced,
             deleted and left.
-        sign: Sign the release with this private key: the path of its PEM file, or a `SigningKey` that has a
-            certificate or a password. Needs ``pip install 'lora-plugins[signing]'``.
+        sign: Sign the release with this private key: the path of its PEM file, or a `SigningKey` with a certificate or
+            a password. Needs ``pip install 'lora-plugins[signing]'``.
         license: For the model card: id of a license, such as ``"apache-2.0"``.
         datasets: For the model card: ids of the training datasets.
         language: For the model card: code of the language, such as ``"en"``, or several.
-        pipeline_tag: For the model card: the Hub's task; by default the one that follows from the base's class.
+        pipeline_tag: For the model card: the Hub's task; by default derived from the base's class.
 
     Raises:
         InvalidReference: The name or the version is malformed.
-        RepositoryConflict: The repository holds a base model, or files of others where those of a release have to go.
-        UnknownBase: Nobody could find the base model, or an alias is not an id.
+        RepositoryConflict: The repository holds a base model, or foreign files with the names of a release's files.
+        UnknownBase: The base model is not identified well enough to be found again, or an alias is not an id.
         VersionExists: Other content has been published under this version.
-        PublishError: The adapter would be of no use, or others publish at the same time, again and again.
-        UnsafeFile: A file is not what it should be.
+        PublishError: The adapter is unusable, or others published concurrently during every attempt.
+        UnsafeFile: A file is malformed or not allowed.
         InvalidKey: The key cannot sign.
-        HubError: The registry didn't do what it was asked for.
+        HubError: The registry failed.
     """
     check_name(name)
     fields = CardFields(license, datasets, language, pipeline_tag)
@@ -145,16 +147,16 @@ def check_push(
     adapter_name: str | None = None,
     allow: Sequence[str] = (),
 ) -> None:
-    """Refuse before a training what `push_adapter` would refuse after it; no hub is asked.
+    """Check before training what `push_adapter` checks after it, without asking a hub.
 
-    What only the training decides is not checked: whether values are finite, and what others publish meanwhile.
+    Not checked is what depends on the training (whether values are finite) and on what others publish meanwhile.
 
     Args:
         model: The `PeftModel` that will be trained.
         name: ``org/name``.
         version: See `push_adapter`.
-        hub: Which registry.
-        token: For the registry.
+        hub: The registry.
+        token: Token for the registry.
         base_model: See `push_adapter`.
         base_aliases: See `push_adapter`.
         adapter_name: See `push_adapter`.
@@ -162,10 +164,10 @@ def check_push(
 
     Raises:
         InvalidReference: The name, the version or the registry is malformed.
-        UnknownBase: Nobody could find the base model.
-        UnsafeFile: The configuration can't be published, for example because it has an expression that takes forever.
-        InvalidAdapter: With this configuration the adapter would change nothing.
-        TooLarge: It would hold large tensors that are not LoRA's.
+        UnknownBase: The base model is not identified well enough to be found again.
+        UnsafeFile: The configuration cannot be published, for example because of an expression that may take forever.
+        InvalidAdapter: With this configuration the adapter would have no effect.
+        TooLarge: It would hold large tensors other than LoRA's.
     """
     check_name(name)
     if version not in BUMPS:
@@ -184,7 +186,7 @@ def check_push(
 
 
 def _open_bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
-    """Where base models are; pushing to a folder asks nobody, unless it is said whom."""
+    """Open the hub of the base models; ``None`` when pushing to a folder, unless one is given."""
     if given is not None:
         return open_hub(given, token)
     return None if place.local else open_hub(place.location, token)

@@ -1,4 +1,4 @@
-"""Sign a release while it is published, and check that it stands."""
+"""Sign a release while publishing it, and check the published signature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Signer"]
 
 @dataclass(frozen=True)
 class Signer:
-    """Signs the manifests of one repository; each once, because two signatures of one thing differ."""
+    """Signs the manifests of one repository; each only once, because two signatures of the same bytes differ."""
 
     name: str
     key: SigningKey
@@ -26,11 +26,11 @@ class Signer:
 
     @classmethod
     def of(cls, name: str, key: SigningKey | str | os.PathLike[str] | None) -> Signer | None:
-        """Return what signs with this key, which is tried at once; `None` without a key.
+        """Return a signer for this key, which is checked immediately; ``None`` without a key.
 
         Raises:
-            InvalidKey: It cannot be used.
-            SigningNotInstalled: The library is not there.
+            InvalidKey: The key cannot be used.
+            SigningNotInstalled: The signing library is not installed.
         """
         if key is None:
             return None
@@ -45,10 +45,10 @@ class Signer:
         return self._made[manifest.digest]
 
     def check(self, hub: Hub, done: Published) -> Published:
-        """Return a release if it stands on its hub with a signature of this key.
+        """Return a release if it is published with a signature of this key.
 
         Raises:
-            VersionExists: It was published before without one, or with another.
+            VersionExists: It was published before without a signature, or with another key's.
         """
         try:
             found = hub.read(self.name, done.commit, SIGNATURE_FILE, MAX_SIGNATURE)

@@ -1,6 +1,6 @@
-"""Copy what is published to a private folder, once.
+"""Copy the files to publish to a private folder.
 
-What is checked is what is uploaded, whatever happens to the original meanwhile.
+The copies are checked and uploaded, so changes to the originals meanwhile have no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["copy_adapter", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
-#: Bytes of a tokenizer file; the largest have 30 MB.
+#: Maximum bytes of a tokenizer file; the largest have 30 MB.
 _MAX_TOKENIZER = 256 * 1024 * 1024
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _CHUNK = 4 * 1024 * 1024
@@ -35,8 +35,8 @@ def copy_adapter(source: Path, target: Path) -> None:
 
     Raises:
         InvalidAdapter: The folder holds no adapter.
-        UnsafeFile: A file is a link, not a regular file, or a pickle where there are no safetensors.
-        TooLarge: A file is larger than any adapter.
+        UnsafeFile: A file is a link or not a regular file, or the weights are a pickle.
+        TooLarge: A file is larger than allowed.
     """
     if not source.is_dir():
         raise InvalidAdapter(
@@ -64,7 +64,7 @@ def _make_hint(source: Path, names: Iterable[str]) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files of a folder; their names."""
+    """Copy the tokenizer files of a folder, and return their names."""
     found = sorted(name for name in os.listdir(source) if name in TOKENIZER_FILES)
     for name in found:
         _copy(source / name, target / name, _MAX_TOKENIZER)
@@ -72,8 +72,8 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def _copy(source: Path, target: Path, limit: int) -> None:
-    """Copy a regular file, and nothing that stands for another one."""
-    # Not blocking, because opening a FIFO would wait for its writer.
+    """Copy a regular file; links are refused."""
+    # Non-blocking, because opening a FIFO would wait for its writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(source, flags)
@@ -96,7 +96,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
         if status.st_size > limit:
             raise TooLarge(f"{source} has {status.st_size:,} bytes; a file of a release may have {limit:,}")
         if source.name == ADAPTER_WEIGHTS:
-            # A sparse file can say that it has any size; its header says what there is.
+            # A sparse file can claim any size; its header must account for every byte.
             read_open_header(file, source.name)
             file.seek(0)
         left = limit
@@ -110,7 +110,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
 def save_model(
     model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor], config: LoraConfig, target: Path
 ) -> None:
-    """Save tensors and configuration of one adapter of a model, without asking any hub about its base."""
+    """Save tensors and configuration of one adapter of a model, without asking a hub about its base."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
@@ -119,7 +119,7 @@ def save_model(
 
 
 def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The embedding or head of a grown vocabulary that PEFT does not save, because the other one has an adapter."""
+    """Return the embedding or head of a grown vocabulary that PEFT 0.21.2 omits if the other one has an adapter."""
     from registry.base.places import ends_of
 
     saved = {tensor.data_ptr() for tensor in state.values()}
@@ -128,17 +128,18 @@ def _find_ends_left_out(model: PeftModel, state: Mapping[str, torch.Tensor]) -> 
 
 
 def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter of a model, under the names of its file.
+    """Return the tensors of one adapter of a model, under their names in its file.
 
     Raises:
-        InvalidAdapter: The model has no adapter of that name, or trains what no adapter holds.
+        InvalidAdapter: The model has no adapter of that name, or trains tensors that no adapter holds.
     """
     import peft
 
     if adapter_name not in model.peft_config:
         known = ", ".join(model.peft_config)
         raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
-    # By itself, PEFT asks the Hub how large the base's vocabulary was.
+    # By default, PEFT 0.21.2 asks the Hub for the base's vocabulary size:
+    # https://github.com/huggingface/peft/issues/1452
     resized = _saves_embeddings(model)
     found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=resized
@@ -149,7 +150,7 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
 
 
 def _check_trained(model: PeftModel, adapter_name: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise `InvalidAdapter` if a tensor is trained and belongs neither to this adapter nor to another one."""
+    """Raise `InvalidAdapter` if a trained tensor belongs to no adapter."""
     held = {tensor.data_ptr() for tensor in state.values()}
     others = {f".{name}." for name in model.peft_config if name != adapter_name}
     lost = [
@@ -160,7 +161,7 @@ def _check_trained(model: PeftModel, adapter_name: str, state: Mapping[str, torc
         and parameter.data_ptr() not in held
         and not any(other in name for other in others)
     ]
-    # Whoever trains with skip_checks=["unsaved-tensors"] has said that these are not to be saved.
+    # skip_checks=["unsaved-tensors"] states that these tensors need not be saved.
     if lost and not vars(model).get("lora_plugins_unsaved_allowed", False):
         raise InvalidAdapter(
             f"{len(lost)} tensors of the model are trained and belong to no adapter, first {lost[0]}: a release would "
@@ -169,10 +170,10 @@ def _check_trained(model: PeftModel, adapter_name: str, state: Mapping[str, torc
 
 
 def read_config(model: PeftModel, adapter_name: str) -> AdapterConfig:
-    """The configuration of one adapter of a model, as its file will be read.
+    """Return the configuration of one adapter of a model, parsed like its file.
 
     Raises:
-        UnsafeFile: It can't be published.
+        UnsafeFile: It cannot be published.
     """
     values = model.peft_config[adapter_name].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
@@ -180,18 +181,18 @@ def read_config(model: PeftModel, adapter_name: str) -> AdapterConfig:
 
 
 def _make_auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | None:
-    """How PEFT's auto class finds the class of a base whose task isn't named."""
+    """Return the record by which PEFT's auto class finds the base's class, for adapters without a task type."""
     if model.peft_config[adapter_name].task_type is not None:
         return None
     base = type(model.get_base_model())
     if not base.__module__.startswith("transformers."):
-        # Nobody else has a class of the user's own, and importing one runs code.
+        # Others do not have a custom class, and importing it runs code.
         return None
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
 def _saves_embeddings(model: PeftModel) -> bool:
-    """Whether the embeddings must be saved along: somebody added tokens, or trains them."""
+    """Whether the embeddings must be saved: tokens were added, or an embedding or head is adapted."""
     from registry.base.files import original_vocabulary
     from registry.base.places import ends_of
 

@@ -1,4 +1,4 @@
-"""Collect what is published, from a model, a Trainer or a folder."""
+"""Collect an adapter for publishing from a model, a Trainer or a folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _VOCABULARY = ("embed", "lm_head", "wte", "trainable_tokens", "shared")
 
 @dataclass
 class _Found:
-    """What a source has, before it is checked."""
+    """The content of a source before it is checked."""
 
     base: BaseRecord
     architecture: BaseKind
@@ -72,26 +72,26 @@ def collect(
 
     Args:
         source: A `PeftModel`, a Trainer that holds one, an adapter folder, or a Trainer's checkpoint.
-        on_hub: Whether it will be published where others can only load bases by their id.
-        base_model: ``org/base`` or ``org/base@revision``, where the base has no id or another one.
-        base_hub: Where base models are, to resolve ``base_model`` and compare it; ``None`` to do neither.
-        base_aliases: Other ids under which the base may be found, should its own be gone.
-        adapter_name: Which adapter of a model; the active one by default.
+        on_hub: Whether it will be published on a network hub, where others can load bases only by id.
+        base_model: ``org/base`` or ``org/base@revision``, if the base has no id or should get another one.
+        base_hub: The hub of the base models, to resolve ``base_model`` and compare it; ``None`` to do neither.
+        base_aliases: Further ids of the base to try if its own is gone.
+        adapter_name: Name of the adapter in the model; the active one by default.
         metrics: Results; those of the last evaluation by default.
-        training: More facts about the training, JSON values.
+        training: Further facts about the training, JSON values.
         allow: Names of modules (``"lm_head"``) whose tensors may be large although they are not LoRA's.
 
     Raises:
-        InvalidAdapter: It would be of no use.
-        UnknownBase: Nobody could find its base model.
+        InvalidAdapter: It is unusable.
+        UnknownBase: Its base model is not identified well enough to be found again.
         BaseMismatch: ``base_model`` is another model, or the adapter does not fit the model that it is in.
-        TooLarge: It holds large tensors that are not LoRA's.
-        UnsafeFile: A file is not what it should be.
+        TooLarge: It holds large tensors other than LoRA's.
+        UnsafeFile: A file is malformed or not allowed.
     """
     with temporary_folder() as folder:
         found = _copy_source(source, folder, adapter_name)
         found.training.facts.update(training or {})
-        # A live model's configuration may name a class of the user's own; that of a folder must not.
+        # A live model's configuration may name a custom class of the base; that of a folder must not.
         own = not isinstance(source, (str, os.PathLike))
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=own)
         check_use(config)
@@ -123,7 +123,7 @@ def collect(
 
 
 def _find_branch(base: BaseRecord, config: AdapterConfig) -> str | None:
-    """The base with the branch or tag that the configuration names, where it is not known which commit that was."""
+    """Return the base with the configured branch or tag, if its commit is unknown; else ``None``."""
     revision = config.fields.get("revision")
     return f"{base.id}@{revision}" if revision and base.commit is None and is_hub_id(base.id) else None
 
@@ -150,7 +150,7 @@ def _copy_source(source: Any, folder: Path, adapter_name: str | None) -> _Found:
 
 
 def _collect_folder(source: Path, folder: Path) -> _Found:
-    # The folder itself may be reached through links ("latest"); what is in it may not.
+    # The folder itself may be reached through links ("latest"), but its files must not be links.
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
@@ -170,7 +170,7 @@ def _collect_folder(source: Path, folder: Path) -> _Found:
 
 
 def find_base_folder(source: Path, name: str | None) -> Path | None:
-    """The folder that a relative name of a base meant in training: trainings write below the folder they run in."""
+    """Return the folder that a relative base name denoted in training, in ``source`` or one of its parents, if any."""
     if name is None or not is_hub_id(name):
         return None
     return next((parent / name for parent in (source, *source.parents) if (parent / name).is_dir()), None)
@@ -219,7 +219,7 @@ def _collect_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
 
 
 def find_adapter_name(model: Any) -> str:
-    """The name of the one active adapter of a model.
+    """Return the name of a model's only active adapter.
 
     Raises:
         InvalidAdapter: Several are active.
@@ -233,7 +233,7 @@ def find_adapter_name(model: Any) -> str:
 
 
 def _defaults() -> dict[str, Any]:
-    # PEFT loads torch.
+    # Imported late because PEFT loads torch.
     import peft
 
     return peft.LoraConfig().to_dict()

@@ -1,4 +1,4 @@
-"""Facts about a training, from a Trainer or a checkpoint."""
+"""Collect facts about a training from a Trainer or a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = [
     "read_quantization",
 ]
 
-#: Arguments that describe the training; others hold paths, names of machines, tokens.
+#: Arguments that describe the training; others may hold paths, machine names or tokens.
 _ARGUMENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing",
     "label_smoothing_factor", "learning_rate", "lr_scheduler_type", "max_grad_norm", "neftune_noise_alpha",
     "num_train_epochs", "optim", "per_device_train_batch_size", "seed", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 _LIBRARIES = ("lora-plugins", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
-#: Where a prepared model says how its base is stored.
+#: Attribute of a prepared model that says how its base is stored.
 _FACTS = "lora_plugins_facts"
-#: What is recorded of a base that was quantized, or not, by somebody else.
+#: Recorded for a model that was not prepared by lora-plugins.
 UNKNOWN = "not known"
 _MAX_STATE = 64 * 1024 * 1024
 _STATE = "trainer_state.json"
@@ -38,7 +38,7 @@ _TIMES = ("_runtime", "_per_second")
 
 
 def of_run(args: Any, state: Any) -> tuple[dict[str, Any], list[Any]]:
-    """Facts about a training so far, and its log, from the Trainer's arguments and state."""
+    """Return facts about a training so far, and its log, from the Trainer's arguments and state."""
     facts = _read_state_facts(vars(state))
     arguments = {key: _convert_to_json(getattr(args, key, None)) for key in _ARGUMENTS}
     facts["arguments"] = {key: value for key, value in arguments.items() if value is not None}
@@ -47,12 +47,12 @@ def of_run(args: Any, state: Any) -> tuple[dict[str, Any], list[Any]]:
 
 
 def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Facts and log in a checkpoint; none where there is no readable state."""
+    """Return facts and log of a checkpoint; both empty if it has no readable state."""
     file = folder / _STATE
     try:
         if file.is_symlink() or file.stat().st_size > _MAX_STATE:
             return {}, []
-        # The Trainer writes NaN for a loss that is not finite.
+        # The Trainer writes NaN for a loss that is not finite, so the strict parser cannot be used.
         state = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}, []
@@ -70,14 +70,13 @@ def _read_state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(model: Any) -> str | dict[str, Any]:
-    """How the base of a model was quantized in training, as whoever prepared the model says.
+    """Return how the base of a model was quantized in training, as recorded when the model was prepared.
 
-    A prepared model carries that as plain data, ``lora_plugins_facts``. Nobody else's layers are looked at: what they
-    are called says nothing of their options.
+    A prepared model carries this as plain data in ``lora_plugins_facts``. Layers are not inspected, because their class
+    names do not reveal their options.
 
     Returns:
-        Name and options of a backend, ``"none"`` for a float base, ``"not known"`` for a model that was prepared
-        elsewhere.
+        Name and options of a backend, ``"none"`` for a float base, or ``"not known"`` for a model prepared elsewhere.
     """
     facts = getattr(model, _FACTS, None)
     if not isinstance(facts, dict) or facts.get("known") is not True or "quantization" not in facts:
@@ -92,7 +91,7 @@ def read_quantization(model: Any) -> str | dict[str, Any]:
 
 
 def libraries() -> dict[str, str]:
-    """The versions of the libraries that took part."""
+    """Return the installed versions of the libraries used in training."""
     return {name: version for name in _LIBRARIES if (version := _find_version(name)) is not None}
 
 
@@ -104,7 +103,7 @@ def _find_version(name: str) -> str | None:
 
 
 def last_evaluation(log: Sequence[Any]) -> dict[str, float]:
-    """The metrics of the last evaluation in a log."""
+    """Return the metrics of the last evaluation in a log."""
     for entry in reversed(log):
         found = metrics_in(entry) if isinstance(entry, Mapping) else {}
         if found:
@@ -113,7 +112,7 @@ def last_evaluation(log: Sequence[Any]) -> dict[str, float]:
 
 
 def metrics_in(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The results of an evaluation in one entry of a log, without how long it took."""
+    """Return the evaluation results in one log entry, without timings."""
     return {
         str(key): float(value)
         for key, value in entry.items()
