@@ -1,4 +1,4 @@
-"""Records for publishing: training facts, a Trainer's run, a checked adapter."""
+"""Records for publishing: training facts, a run, a checked adapter."""
 
 from __future__ import annotations
 

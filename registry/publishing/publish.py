@@ -1,4 +1,4 @@
-"""Publish a release: one commit, then its tag, safe against concurrent pushes.
+"""Publish a release: one commit, then its tag, despite concurrent pushes.
 
 The tag decides: a commit without its tag is not a release. The next push of that version takes such a commit over if it
 holds the same content, and otherwise overwrites it if its author does not set the tag in time.
