@@ -34,7 +34,7 @@ __all__ = [
 #: Sum of learning rates from which a tensor that did not start as zero must show a change. Below it, as in
 #: the first steps of a long warm-up, updates drown in the optimizer's epsilon or in float16's smallest number.
 VISIBLE_RATE = 1e-6
-#: Counted steps after which tensors that are exempt (experts, towers) are no longer watched.
+#: Counted steps after which tensors that are unreached (experts, towers) are no longer watched.
 WATCHED_STEPS = 20
 #: Counted steps after which a tensor is called stuck if its gradient was zero each time, as stochastic depth makes it,
 #: or if its whole layer may be left out.
@@ -94,7 +94,7 @@ class Watched:
         parameter: The tensor itself.
         due: After how many counted steps it must have moved: 1 for B, 2 for A (whose first gradient is zero),
             `PATIENT_STEPS` where layers are left out at random.
-        exempt: Whether it may wait until a gradient reaches it (experts, towers).
+        unreached: Whether it may wait until a gradient reaches it (experts, towers).
         from_zero: Whether it started as zero, so that any update at all shows.
         visible: Whether its gradient, taken once at the learning rate, changes at least one of its values.
         reached: Whether the backward pass reached it at all, with a gradient of zero or not.
@@ -103,7 +103,7 @@ class Watched:
     name: str
     parameter: torch.Tensor
     due: int
-    exempt: bool
+    unreached: bool
     from_zero: bool
     before: tuple[float, float] = (0.0, 0.0)
     had_gradient: bool = False
@@ -119,7 +119,7 @@ class Watched:
         """
         if self.had_gradient:
             return self.visible and (self.from_zero or rate >= VISIBLE_RATE)
-        if self.exempt or not (self.from_zero or rate >= VISIBLE_RATE):
+        if self.unreached or not (self.from_zero or rate >= VISIBLE_RATE):
             return False
         # A gradient of zero shows that the tensor is part of the loss: stochastic depth leaves a branch out by chance.
         return counted >= (PATIENT_STEPS if self.reached else self.due)
@@ -145,14 +145,14 @@ class MovementWatch:
     _rate: float = field(default=0.0, repr=False)
 
     @classmethod
-    def over(cls, model: nn.Module, exempt: Iterable[str] = ()) -> MovementWatch:
+    def over(cls, model: nn.Module, unreached: Iterable[str] = ()) -> MovementWatch:
         """Watch the trainable LoRA tensors of a model.
 
         Args:
             model: The model in the Trainer.
-            exempt: Path parts of modules that a batch may not reach: experts, vision towers.
+            unreached: Path parts of modules that a batch may not reach: experts, vision towers.
         """
-        parts = set(exempt)
+        parts = set(unreached)
         everything = _drops_layers(model)
         watched = []
         for name, parameter in model.named_parameters():
