@@ -38,5 +38,8 @@ def quiet() -> None:
     calm()
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+    transformers_logging.get_logger("transformers")
+    # Not the logger's own level: the library's report follows it.
+    for handler in logging.getLogger("transformers").handlers:
+        handler.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()

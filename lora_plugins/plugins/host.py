@@ -39,7 +39,7 @@ DISTRIBUTION = "lora-plugins"
 PLUGINS = (
     "lora_plugins.builtin.architectures",
     "lora_plugins.builtin.quantizers.bitsandbytes",
-    "lora_plugins.commands.plugin",
+    "lora_plugins.commands",
     "lora_plugins.builtin.quantizers.hqq",
     "lora_plugins.builtin.quantizers.quanto",
     "lora_plugins.builtin.quantizers.torchao",
