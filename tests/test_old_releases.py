@@ -12,7 +12,6 @@ import hashlib
 import importlib.resources
 import io
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lora_plugins import LoraCallback, ParameterReportCallback, prepare_model
+from lora_plugins.commands.cli import main
 from registry import (
     FolderHub,
     Manifest,
@@ -85,12 +85,12 @@ def assert_says(model: Any, key: str, tolerance: float = 1e-4) -> None:
 
 
 def command(*arguments: str) -> str:
-    """What ``python -m lora_plugins`` prints, run in this process: starting another takes longer than the command."""
+    """What ``lora-plugins`` prints, run in this process: starting another takes longer than the command."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.setattr(sys, "argv", ["lora-plugins", *arguments])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module("lora_plugins", run_name="__main__")
+            main()
     assert not ended.value.code, output.getvalue()
     return output.getvalue()
 
