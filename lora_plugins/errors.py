@@ -139,7 +139,7 @@ class QuantizerConflict(PluginError):
 
 
 class TargetError(LoraPluginsError, ValueError):
-    """The modules that should get adapters can't be determined, or are not there."""
+    """The modules that should get adapters cannot be determined, or are not there."""
 
 
 class UnknownScope(TargetError):
@@ -163,7 +163,7 @@ class UnevenCoverage(TargetError):
 
 
 class QuantizationError(LoraPluginsError):
-    """The base model can't be quantized as asked."""
+    """The base model cannot be quantized as asked."""
 
 
 class UnknownQuantizer(QuantizationError, ValueError):
@@ -171,7 +171,7 @@ class UnknownQuantizer(QuantizationError, ValueError):
 
 
 class QuantizerUnavailable(QuantizationError):
-    """The backend is registered and can't run here; the message has the reason and the install line."""
+    """The backend is registered and cannot run here; the message has the reason and the install line."""
 
 
 class QuantizerSelfTestFailed(QuantizationError):
@@ -191,7 +191,7 @@ class UnsupportedInitialization(QuantizationError, ValueError):
 
 
 class PreparationError(LoraPluginsError):
-    """The model can't be prepared for training."""
+    """The model cannot be prepared for training."""
 
 
 class UnknownArgument(PreparationError, TypeError):
@@ -203,7 +203,7 @@ class UnknownCheck(PreparationError, ValueError):
 
 
 class UnsupportedTraining(PreparationError):
-    """An option of the Trainer can't be combined with the adapters as they were asked for."""
+    """An option of the Trainer cannot be combined with the adapters as they were asked for."""
 
 
 class UnloadableAdapter(PreparationError):
@@ -215,15 +215,15 @@ class AdapterMismatch(PreparationError, ValueError):
 
 
 class AttachError(LoraPluginsError):
-    """The adapters can't be put into this Trainer."""
+    """The adapters cannot be put into this Trainer."""
 
 
 class TrainerNotFound(AttachError):
-    """The callback can't find the Trainer that it belongs to; ``attach(trainer, …)`` is the way out."""
+    """The callback cannot find the Trainer that it belongs to; ``attach(trainer, …)`` is the way out."""
 
 
 class OptimizerConflict(AttachError):
-    """The Trainer's optimizer can't be changed to the adapter's parameters."""
+    """The Trainer's optimizer cannot be changed to the adapter's parameters."""
 
 
 class LivenessError(LoraPluginsError):
@@ -275,7 +275,7 @@ class ProcessMissing(LivenessError):
 
 
 class TrainingError(LoraPluginsError):
-    """The command ``train`` can't do what it was asked."""
+    """The command ``train`` cannot do what it was asked."""
 
 
 class ArgumentsError(TrainingError, ValueError):
@@ -283,7 +283,7 @@ class ArgumentsError(TrainingError, ValueError):
 
 
 class DataError(TrainingError, ValueError):
-    """The data set can't be found, read, or turned into training examples."""
+    """The data set cannot be found, read, or turned into training examples."""
 
 
 class TemplateError(TrainingError, ValueError):
@@ -291,15 +291,15 @@ class TemplateError(TrainingError, ValueError):
 
 
 class ResumeError(TrainingError):
-    """The run in the output folder can't be continued as asked."""
+    """The run in the output folder cannot be continued as asked."""
 
 
 class MergeError(LoraPluginsError):
-    """An adapter can't be merged into its base model."""
+    """An adapter cannot be merged into its base model."""
 
 
 class PlanError(LoraPluginsError, ValueError):
-    """What a run would take can't be worked out: the model is unknown, or an argument has no meaning."""
+    """What a run would take cannot be worked out: the model is unknown, or an argument has no meaning."""
 
 
 class DemoError(LoraPluginsError):

@@ -78,7 +78,7 @@ def check_quantizer(
         dtype: Dtype of the activations; float32 by default.
 
     Raises:
-        AssertionError: It can't run here, fails the training that every backend must pass, or a size is wrong.
+        AssertionError: It cannot run here, fails the training that every backend must pass, or a size is wrong.
     """
     dtype = dtype or torch.float32
     asked = Quantization(quantizer, {"skip_modules": [], **(options or {})})

@@ -289,7 +289,7 @@ def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
 
 
 def tensors_in(data: bytes) -> dict[str, Any]:
-    """What a header says about the tensors, as an attacker puts it into the manifest; nothing if it can't be read."""
+    """What a header says about the tensors, as an attacker puts it into the manifest; nothing if it cannot be read."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return {

@@ -153,7 +153,7 @@ def _other_tree(scene: Scene) -> Iterator[Attempt]:
 
 
 def _rollback(scene: Scene) -> Iterator[Attempt]:
-    """A first pull can't know what was there; from the second on, the machine remembers."""
+    """A first pull cannot know what was there; from the second on, the machine remembers."""
     name = scene.publish(seed=1)
     scene.publish(name, version="1.1.0", seed=2)
     scene.pull(name, lock=False)

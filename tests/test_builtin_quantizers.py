@@ -114,7 +114,7 @@ def test_loaded_equals_in_place(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["int8-hqq", "int4-hqq"])
 def test_backend_that_cant_load_says_how_else(name: str) -> None:
-    with pytest.raises(QuantizationError, match=rf"can't quantize while loading.*quantization='{name}'"):
+    with pytest.raises(QuantizationError, match=rf"cannot quantize while loading.*quantization='{name}'"):
         quantization_config(name)
 
 
@@ -252,7 +252,7 @@ def test_plain_peft_loads_onto_a_base_that_was_quantized_here(folder: Path, adap
     plain = peft.PeftModel.from_pretrained(ours.unload(), str(adapter))
     # PEFT's layers over bitsandbytes round once more.
     assert torch.allclose(logits(plain), expected, atol=0.02)
-    # Recognized again: with layers that can't lose the adapter in a merge, and the very same predictions.
+    # Recognized again: with layers that cannot lose the adapter in a merge, and the very same predictions.
     prepare_model(plain)
     assert torch.equal(logits(plain), expected)
     lora = [m for m in plain.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
@@ -420,7 +420,7 @@ def test_layer_left_in_float_without_a_word_is_found() -> None:
 
 @pytest.mark.parametrize("name", ["int8-quanto", "int4-quanto"])
 def test_dora_over_quanto_is_refused(name: str) -> None:
-    with pytest.raises(PreparationError, match=rf"use_dora=True can't be combined with quantization='{name}'"):
+    with pytest.raises(PreparationError, match=rf"use_dora=True cannot be combined with quantization='{name}'"):
         prepare_model(tiny.llama(), r=4, quantization=name, use_dora=True)
 
 
@@ -439,8 +439,8 @@ class Odd(nn.Module):
     [
         # Not skipping this one ends the process: its kernel reads past the end of the weight.
         ("int8-quanto", 100, "100 input features are not a multiple of 16"),
-        ("int8-hqq", 100, "100 input features can't be parted in groups"),
-        ({"name": "int4-hqq", "group_size": 64}, 96, "96 input features can't be parted in groups of 64"),
+        ("int8-hqq", 100, "100 input features cannot be parted in groups"),
+        ({"name": "int4-hqq", "group_size": 64}, 96, "96 input features cannot be parted in groups of 64"),
     ],
 )
 def test_layer_that_does_not_fit_stays_in_float_with_the_reason(quantization: Any, width: int, reason: str) -> None:
@@ -462,7 +462,7 @@ def test_report_says_which_layers_stay_in_float() -> None:
 def test_model_loaded_with_a_layer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     tiny.llama(intermediate_size=100).save_pretrained(tmp_path)
     loaded = fresh(tmp_path, quantization_config=quantization_config("int8-quanto"))
-    with pytest.raises(QuantizationError, match=r"mlp\.down_proj was loaded quantized and 'int8-quanto' can't"):
+    with pytest.raises(QuantizationError, match=r"mlp\.down_proj was loaded quantized and 'int8-quanto' cannot"):
         prepare_model(loaded, r=4)
 
 

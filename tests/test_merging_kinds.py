@@ -180,7 +180,7 @@ def test_vocabularies_that_grew(fields: dict[str, Any], tied: bool, tmp_path: Pa
 
 
 def test_added_tokens_whose_embedding_was_not_saved_along(tmp_path: Path) -> None:
-    """PEFT leaves it out where it can't ask the Hub for the base's vocabulary."""
+    """PEFT leaves it out where it cannot ask the Hub for the base's vocabulary."""
     base = tiny.llama(tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
     base.resize_token_embeddings(98)
@@ -260,7 +260,7 @@ def test_unknown_quantizer_names_the_float_twin(tmp_path: Path) -> None:
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(MergeError, match=r"stored quantized and can't be dequantized here.*--base"):
+    with pytest.raises(MergeError, match=r"stored quantized and cannot be dequantized here.*--base"):
         merge_and_save(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -333,7 +333,7 @@ def test_probe_says_what_it_can_not_see(tmp_path: Path) -> None:
         parameter.data *= 1 - parameter.requires_grad
     model.save_pretrained(tmp_path / "adapter")
     result = merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
-    assert "can't tell whether the adapter is in" in result.line()
+    assert "cannot tell whether the adapter is in" in result.line()
 
 
 @pytest.mark.parametrize(

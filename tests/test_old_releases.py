@@ -1,7 +1,7 @@
 """What version 0.1.0 has written can still be read: registry, lock file, cache, adapters, checkpoints.
 
 The data is in ``data/version_0_1_0``; ``make_old_releases.py`` made it with that version, once. It is never changed: a
-test that fails here says that users can't read what they have. Only public names are used, so that the code may be
+test that fails here says that users cannot read what they have. Only public names are used, so that the code may be
 arranged in any way.
 """
 

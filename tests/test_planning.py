@@ -212,7 +212,7 @@ def test_model_that_arrives_quantized_or_prepared(backend: str) -> None:
         ("no/such-model", {}, "No configuration for 'no/such-model'"),
         (7, {}, "plan\\(\\) takes a model"),
         ({"hidden_size": 3}, {}, "names no model_type"),
-        ({"model_type": "llamma"}, {}, "can't read the mapping"),
+        ({"model_type": "llamma"}, {}, "cannot read the mapping"),
         (llama(), {"task": "causal-ml"}, "Did you mean 'causal-lm'"),
         (llama(), {"task": "image-classification"}, "no model for image-classification of type 'llama'"),
         (llama(), {"dtype": "int8"}, "must be a float dtype"),
@@ -296,7 +296,7 @@ def test_bytes_of_a_layer_are_those_of_a_real_one(name: str, shape: tuple[int, i
     parsed = parse_quantization(name)
     assert parsed is not None
     if parsed.quantizer.available(torch.device("cpu"), torch.bfloat16, parsed.options):
-        pytest.skip("can't run here")
+        pytest.skip("cannot run here")
     if parsed.quantizer.unsuitable(*shape, parsed.options):
         pytest.skip("takes no such shape")
     linear = nn.Linear(*shape, bias=False, dtype=torch.bfloat16).requires_grad_(False)
@@ -452,7 +452,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "near: q_proj" in run("--target-modules", "q_prooj", "--target-modules", "v_proj")
 
 
-# -- models that can't take a step without data ------------------------------------------------
+# -- models that cannot take a step without data ------------------------------------------------
 
 
 def test_step_that_needs_values_is_said() -> None:

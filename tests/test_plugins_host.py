@@ -189,7 +189,7 @@ def test_a_plugin_that_can_not_be_hashed_works_and_harms_nobody(host_with: MakeH
 
 
 def test_a_package_with_unreadable_metadata_does_not_hide_the_others(host_with: MakeHost) -> None:
-    with pytest.warns(PluginWarning, match="has metadata that can't be read"):
+    with pytest.warns(PluginWarning, match="has metadata that cannot be read"):
         host = host_with("broken_metadata")
 
     assert plugin(host, "working").version == "1.2.3"

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,45 @@ def test_every_imported_library_is_declared() -> None:
     outside = imported - set(sys.stdlib_module_names) - {"lora_plugins", "registry"}
     distributions = {"yaml": "pyyaml", "optimum": "optimum_quanto", "google": "protobuf", "OpenSSL": "pyopenssl"}
     assert {name for name in outside if distributions.get(name, name).lower() not in _required()} == set()
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    """The strings of a module, docstrings left out; ``{}`` stands for what an f-string inserts."""
+    held: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = node.values
+            held |= {id(part) for part in parts}
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            held.add(id(node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in held:
+            yield node.value
+
+
+def _find_riddles(package: str) -> set[str]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    texts = ((path, text) for path in files for text in _texts(ast.parse(path.read_text())))
+    # "There is no adapter" is plain English, "x is no adapter" is not.
+    riddle = re.compile(r"(?<!here )\b(?:is|are) (?:no|the \w+ of no)\b(?! (?:longer|more)\b)")
+    return {f"{path.name}: {text}" for path, text in texts if riddle.search(text)}
+
+
+@pytest.mark.parametrize("package", ["lora_plugins", "registry"])
+def test_no_message_says_that_something_is_no_thing(package: str) -> None:
+    """A user reads "must be" or "is not a valid …", never "'x' is no version"."""
+    assert _find_riddles(package) == set()
+
+
+def test_a_message_that_says_is_no_is_found() -> None:
+    module = ast.parse('def f(x):\n    "x is no y."\n    raise ValueError(f"{x!r} is no "\n        "version")\n')
+    assert list(_texts(module)) == ["{} is no version"]
+
+
+@pytest.mark.parametrize("package", ["lora_plugins", "registry"])
+def test_words_are_written_out(package: str) -> None:
+    files = (ROOT / package).rglob("*.py")
+    assert {path.name for path in files if "can't" in path.read_text()} == set()
 
 
 #: Tests of the whole product, which no single room owns.

@@ -303,7 +303,7 @@ def test_initialisation_from_float_is_refused_on_a_quantized_base(tmp_path: Path
         prepare_model(model, r=4, init_lora_weights="pissa")
 
 
-# -- backends that can't train -----------------------------------------------------------------
+# -- backends that cannot train -----------------------------------------------------------------
 
 
 class Rounded(nn.Module):

@@ -70,8 +70,8 @@ def test_dashes_and_underscores_are_the_same() -> None:
         (["stray"], "'stray' stands where a flag was expected"),
         (["--r", "eight"], "invalid int value: 'eight'"),
         (["--r", "0"], "--r must be at least 1, not 0"),
-        (["--merge", "fp8"], "--merge can't be 'fp8'. Known: none, fp16, bf16, same"),
-        (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type can't be 'cosin'. Did you mean 'cosine'?"),
+        (["--merge", "fp8"], "--merge cannot be 'fp8'. Known: none, fp16, bf16, same"),
+        (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type cannot be 'cosin'. Did you mean 'cosine'?"),
         (["--resume", "perhaps"], "perhaps"),
         (["--optim", "adafactory"], "Did you mean 'adafactor'?"),
         (["--chunk_length", "0"], "--chunk_length must be at least 1, not 0"),
@@ -82,14 +82,14 @@ def test_dashes_and_underscores_are_the_same() -> None:
         (["--max_steps", "0"], "--max_steps must be above 0, not 0"),
         (["--learning_rate=-1e-4"], "--learning_rate must be above 0, not -0.0001"),
         (["--model", "/", "--revision", "v2"], "--model / is a folder here, which has no revisions"),
-        (["--metric_for_best_model", "rouge"], "--metric_for_best_model can't be 'rouge'"),
+        (["--metric_for_best_model", "rouge"], "--metric_for_best_model cannot be 'rouge'"),
         (["--eval_strategy", "epoch"], "nothing to evaluate on"),
         (["--early_stopping_patience", "2"], "nothing to evaluate on"),
         (["--lora", "{"], "--lora must be a JSON object, not '{'"),
         (["--lora", '{"r": 4}'], "--lora has r, which has a flag of its own: --r"),
         (["--config"], "--config must be followed by the path"),
         (["--config", "a", "--config", "b"], "--config was given 2 times"),
-        (["--config", "missing.yaml"], "missing.yaml can't be read"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str) -> None:
@@ -153,7 +153,7 @@ def test_yaml_and_flags_together(tmp_path: Path) -> None:
         ("r: eight", "invalid int value: 'eight'"),
         ("r: [8]", "r takes one value, not the list [8]"),
         ("- r", "must hold 'name: value' lines, not a list"),
-        ("r: [", "can't be read"),
+        ("r: [", "cannot be read"),
     ],
 )
 def test_mistakes_in_yaml_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -116,7 +116,7 @@ def test_several_splits_of_an_evaluation_set_need_a_choice(tmp_path: Path) -> No
         (lambda folder: None, "missing.jsonl", "missing.jsonl is not there"),
         (lambda folder: (folder / "notes.txt").write_text("x"), "notes.txt", "none of the files that can be read"),
         (lambda folder: (folder / "empty").mkdir(), "empty", "has neither .json, .jsonl, .csv, .parquet files"),
-        (lambda folder: (folder / "bad.jsonl").write_text('{"a": 1}\n{"a"'), "bad.jsonl", "can't be read"),
+        (lambda folder: (folder / "bad.jsonl").write_text('{"a": 1}\n{"a"'), "bad.jsonl", "cannot be read"),
         (lambda folder: (folder / "none.csv").write_text("dialogue,summary\n"), "none.csv", "no data"),
         (lambda folder: write(folder, "splits"), "saved", "has no split 'dev'; it has train, test"),
     ],
@@ -137,7 +137,7 @@ def test_mixed_folder_is_refused(tmp_path: Path) -> None:
 
 def test_hub_id_without_a_network_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="some/dataset can't be read"):
+    with pytest.raises(DataError, match="some/dataset cannot be read"):
         load_splits("some/dataset")
 
 
@@ -246,7 +246,7 @@ def test_rows_with_an_empty_column_are_left_out_and_counted(tokenizer: Any) -> N
         ),
         ("no column", "names no column"),
         ("{eos_token}", "names no column"),
-        ("{dialogue", "can't be read"),
+        ("{dialogue", "cannot be read"),
         ("{dialogue[0]}", "not the plain name of a column"),
         ("{dialogue!r}", "not the plain name of a column"),
         ("{}", "not the plain name of a column"),

@@ -45,18 +45,18 @@ def _quickly() -> Iterator[None]:
         ("r: 4\n\nlora: &a {b: {c: *a}}\n", 3, "contains itself"),
         ("r: 4\nlora: " + "[" * 100 + "]" * 100, 2, "deep"),
         ("lora: " + "[" * DEEP + "]" * DEEP, None, "nested too deeply"),
-        ("r: 4\nrun_name: 2024-01-01\n", 2, "a date can't be .* Put it in quotes"),
+        ("r: 4\nrun_name: 2024-01-01\n", 2, "a date cannot be .* Put it in quotes"),
         ("run_name: 2024-01-01 10:00:00\n", 1, "a date"),
         ("lora: {a: 2024-01-01}\n", 1, "a date"),
         ("run_name: !!binary aGVsbG8=\n", 1, "binary data"),
         ("run_name: !!python/object:os.system {}\n", 1, "python/object"),
         ("target_modules: !!set {q_proj, v_proj}\n", 1, "set"),
-        ("r: 4\nmax_steps: " + "9" * 5001 + "\n", 2, "the value of max_steps can't be read: .*digits"),
+        ("r: 4\nmax_steps: " + "9" * 5001 + "\n", 2, "the value of max_steps cannot be read: .*digits"),
         ("a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
          "c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\n", None, "10,000 in all"),
         ("r: 4\nrank: 8\n", 2, "'rank' is not a flag"),
         ("r: 4\nlearning_rate: [1, 2]\n", 2, "learning_rate takes one value"),
-        ("r: 4\n  x: [\n", 2, "can't be read"),
+        ("r: 4\n  x: [\n", 2, "cannot be read"),
         ("- r\n", None, "must hold 'name: value' lines, not a list"),
     ],
 )  # fmt: skip
@@ -73,7 +73,7 @@ def test_yaml_that_is_no_list_of_flags_is_told_with_its_line(
 
 def test_yaml_that_is_not_utf8_or_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"r: 4\nrun_name: caf\xe9\n")
-    with pytest.raises(ArgumentsError, match=r"latin\.yaml can't be read: line 2 is not UTF-8"):
+    with pytest.raises(ArgumentsError, match=r"latin\.yaml cannot be read: line 2 is not UTF-8"):
         read_flags(tmp_path / "latin.yaml")
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ArgumentsError, match="it is a pipe, not a file"):
@@ -111,7 +111,7 @@ def test_anchors_and_merged_mappings_still_work(tmp_path: Path) -> None:
         ("wide.jsonl", json.dumps({f"c{i}": i for i in range(100_000)}).encode(), "columns"),
         ("wide.json", json.dumps([{f"c{i}": i for i in range(100_000)}]).encode(), "columns"),
         ("wide.csv", ",".join(f"c{i}" for i in range(100_000)).encode() + b"\n", "100,000 columns"),
-        ("cut.parquet", b"PAR1xxxxPAR1", "can't be read"),
+        ("cut.parquet", b"PAR1xxxxPAR1", "cannot be read"),
         ("empty.parquet", b"", "the file is empty"),
     ],
 )
@@ -236,7 +236,7 @@ def test_damaged_checkpoint_is_told_and_nothing_of_it_is_run(
 @pytest.mark.parametrize("content", ["[" * DEEP, "[]", "{", b"\xff".decode("latin-1")])
 def test_damaged_record_of_a_run_is_an_error_of_ours(content: str, tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).write_bytes(content.encode("latin-1"))
-    with pytest.raises(ResumeError, match=rf"{RUN_FILE} can't be read: .*Start anew"):
+    with pytest.raises(ResumeError, match=rf"{RUN_FILE} cannot be read: .*Start anew"):
         check_same_run(tmp_path, {"r": 4})
 
 

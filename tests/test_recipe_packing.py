@@ -24,7 +24,7 @@ def rows_of(lengths: list[int], *, labels: bool = False) -> Dataset:
         position += length
     data: dict[str, Any] = {"input_ids": rows}
     if labels:
-        # A label that can't be mistaken for its token, and ignored ones among them.
+        # A label that cannot be mistaken for its token, and ignored ones among them.
         data["labels"] = [[-100 if token % 3 == 0 else -token - 1 for token in row] for row in rows]
         return Dataset.from_dict(data, features=FEATURES)
     return Dataset.from_dict(data, features=Features({"input_ids": FEATURES["input_ids"]}))

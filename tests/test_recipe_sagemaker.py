@@ -136,7 +136,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     if installed.returncode:
-        pytest.skip(f"{TOOLKIT} can't be installed here: {installed.stderr.strip()[-300:]}")
+        pytest.skip(f"{TOOLKIT} cannot be installed here: {installed.stderr.strip()[-300:]}")
     packages = next((folder / "lib").glob("python*/site-packages"))
     # addsitedir also heeds the .pth files there, by which a checkout is installed.
     lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]

@@ -442,7 +442,7 @@ def test_new_run_over_the_files_of_another_is_refused(
         shutil.copytree(place.folder / "whole" / folder, place.folder / f"only-{folder}" / folder)
         with pytest.raises(ArgumentsError, match=f"only-{folder}/{folder} already holds an? {folder}"):
             inside(f"only-{folder}", *more)
-    with pytest.raises(ArgumentsError, match="can't both go to mixed"):
+    with pytest.raises(ArgumentsError, match="cannot both go to mixed"):
         inside("new", "--adapter_folder", "mixed", "--model_folder", "mixed")
 
 

@@ -59,7 +59,7 @@ CLASSES = {
 FOREIGN = ("custom-glm", "custom-baichuan", "diffusers")
 #: Written by another trainer, in a form of its own.
 OF_OTHERS = (22,)
-#: PEFT itself can't make these adapters any more, and why.
+#: PEFT itself cannot make these adapters any more, and why.
 REFUSED_BY_PEFT = {29: "No modules were targeted", 44: "incompatible with Mamba-based models"}
 #: One of each kind: PEFT's record of the class, VLMs under a text task, heads, regex targets, embeddings as targets.
 FAST = (3, 2, 11, 16, 17, 36, 43)

@@ -1,4 +1,4 @@
-"""Publishing from a training run: when it ends, with what it found out, and nothing lost when it can't be."""
+"""Publishing from a training run: when it ends, with what it found out, and nothing lost when it cannot be."""
 
 from __future__ import annotations
 

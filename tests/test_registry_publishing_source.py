@@ -184,7 +184,7 @@ def test_a_base_model_that_is_no_id_is_refused(folder: Path, given: str) -> None
 
 def test_a_base_that_cannot_be_identified_is_refused_everywhere(folder: Path, tmp_path: Path) -> None:
     unknown = with_config(folder, tmp_path / "a", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(UnknownBase, match="can't be identified from here"):
+    with pytest.raises(UnknownBase, match="cannot be identified from here"):
         collected(unknown)
     nameless = with_config(folder, tmp_path / "b", base_model_name_or_path=None)
     with pytest.raises(UnknownBase, match="a model without a name"):
@@ -243,7 +243,7 @@ SPOILT = {
     "A without B": (lambda t: {k: v for k, v in t.items() if k != first(t, "lora_B")}, "a LoRA A and no B"),
     "B without A": (lambda t: {k: v for k, v in t.items() if k != first(t, "lora_A")}, "a LoRA B and no A"),
     "compiled": (lambda t: {k.replace("model.model", "model._orig_mod.model"): v for k, v in t.items()}, "_orig_mod"),
-    "other prefix": (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "don't begin with"),
+    "other prefix": (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "do not begin with"),
     "integers": (lambda t: {**t, first(t, "lora_A"): torch.ones(4, 32, dtype=torch.int8)}, "dtype I8"),
     "F64": (lambda t: {k: v.double() for k, v in t.items()}, "dtype F64"),
 }  # fmt: skip
@@ -304,7 +304,7 @@ def test_links_and_strange_files_are_refused(folder: Path, tmp_path: Path) -> No
         "symlink": (lambda path: path.symlink_to(secret), "is a symbolic link"),
         "hard link": (lambda path: os.link(secret, path), "2 names"),
         "FIFO": (os.mkfifo, "not a regular file"),
-        "folder": (lambda path: path.mkdir(), "not a regular file|can't be read"),
+        "folder": (lambda path: path.mkdir(), "not a regular file|cannot be read"),
         "device": (lambda path: path.symlink_to("/dev/zero"), "is a symbolic link"),
     }
     for name, (make, message) in cases.items():
@@ -357,7 +357,7 @@ EVIL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", EVIL)
 def test_a_hostile_configuration_is_refused(folder: Path, tmp_path: Path, case: str) -> None:
-    with pytest.raises(UnsafeFile, match=r"adapter_config\.json can't be used: "):
+    with pytest.raises(UnsafeFile, match=r"adapter_config\.json cannot be used: "):
         collected(with_config(folder, tmp_path / "a", **EVIL[case]))
 
 
@@ -367,7 +367,7 @@ def test_a_hostile_configuration_is_refused(folder: Path, tmp_path: Path, case: 
 def test_a_malformed_configuration_is_refused(folder: Path, tmp_path: Path, content: bytes) -> None:
     copied = copy_of(folder, tmp_path / "a")
     (copied / CONFIG).write_bytes(content)
-    with pytest.raises(UnsafeFile, match=r"adapter_config\.json can't be used: "):
+    with pytest.raises(UnsafeFile, match=r"adapter_config\.json cannot be used: "):
         collected(copied)
 
 

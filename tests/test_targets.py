@@ -291,7 +291,7 @@ def test_heads_kept_in_a_list_are_named_one_by_one() -> None:
             self.heads = nn.ModuleList([self.pool, nn.Linear(2, 2)])
             self.norm = nn.LayerNorm(2)
 
-    assert Structure(Lists()).task_heads() == ["heads.1"], "PEFT can't wrap a list, and the norm is no head"
+    assert Structure(Lists()).task_heads() == ["heads.1"], "PEFT cannot wrap a list, and the norm is no head"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_ranks_hold_what_the_plan_says(ddp: Results, fsdp: Results, quantization
         assert_held(rank, "ddp", backend)
     for rank in fsdp[quantization]:
         assert_held(rank, "fsdp", backend)
-    # The share of a parameter that FSDP2 can't divide evenly, and the step's number, are on every rank.
+    # The share of a parameter that FSDP2 cannot divide evenly, and the step's number, are on every rank.
     assert fsdp["fp32"][0]["held"]["optimizer"] > ddp["fp32"][0]["held"]["optimizer"] // 2
 
 

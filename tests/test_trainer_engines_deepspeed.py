@@ -188,7 +188,7 @@ def test_casting_what_is_partitioned_is_refused(zero: Results) -> None:
 
 def test_weights_that_deepspeed_cant_exchange_are_refused(zero: Results) -> None:
     for rank in zero["zero2_quanto"]:
-        assert rank["error"].startswith("UnsupportedTraining: Layers of int8-quanto can't be trained under ZeRO-2. ")
+        assert rank["error"].startswith("UnsupportedTraining: Layers of int8-quanto cannot be trained under ZeRO-2. ")
 
 
 def test_saving_on_one_rank_only_is_named_instead_of_hanging(folder: Path, zero: Results) -> None:

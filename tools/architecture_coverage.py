@@ -138,7 +138,7 @@ def page(coverage: dict[str, Coverage], host: PluginHost) -> str:
     """Return docs/architectures.md."""
     rows = table(coverage)
     lines = [HEAD, *_markdown(rows), "", "## What is missing", ""]
-    lines.append("Types that can't be built here, and those that can and have nothing to adapt:\n")
+    lines.append("Types that cannot be built here, and those that can and have nothing to adapt:\n")
     lines += _reasons({task: {**entry.unbuildable, **entry.unresolved} for task, entry in coverage.items()})
     lines += ["", "Types whose small model is not trained and reloaded:\n"]
     lines += _reasons({task: entry.untrained for task, entry in coverage.items()})

@@ -31,7 +31,7 @@ CARD = b"---\nlibrary_name: peft\nbase_model: org/base\n---\n# An adapter\n"
 
 
 class NotInstallable(Exception):
-    """A client that can't be had here; the message says why."""
+    """A client that cannot be had here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _install(command: list[str]) -> None:
 
 def _run(command: list[str], endpoint: str, folder: Path | None = None) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as home:
-        # huggingface_hub 0.36 and 1.0 can't parse the address of a commit at an endpoint that is not HF_ENDPOINT.
+        # huggingface_hub 0.36 and 1.0 cannot parse the address of a commit at an endpoint that is not HF_ENDPOINT.
         settings = {
             "HF_HOME": home,
             "HF_ENDPOINT": endpoint,
@@ -170,7 +170,7 @@ def _await_port(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def check(client: Client, cache: Path) -> tuple[str, bool | None]:
-    """Probe one client: its row of the table, and whether all calls passed (``None``: it can't be installed)."""
+    """Probe one client: its row of the table, and whether all calls passed (``None``: it cannot be installed)."""
     try:
         rows = client.probe(cache, client.requirement)
     except NotInstallable as reason:

@@ -172,7 +172,7 @@ def probe_access(api: HfApi, stranger: HfApi, token: str) -> None:
     bad = HfApi(endpoint=api.endpoint, token="hf_wrong")
     # Not HfHubHTTPError: 0.36 raises its HTTP library's own error here.
     run("bad token", lambda: refused(Exception, bad.whoami, 401))
-    run("stranger can't write", lambda: refused(HfHubHTTPError, lambda: _upload(stranger, "org/gated"), 403))
+    run("stranger cannot write", lambda: refused(HfHubHTTPError, lambda: _upload(stranger, "org/gated"), 403))
     run("delete_tag", lambda: (api.create_tag("org/gated", tag="t"), api.delete_tag("org/gated", tag="t")))
     run("delete_repo", lambda: api.delete_repo("org/private"))
 

@@ -351,13 +351,13 @@ NOT_TRAINED: dict[str, str] = {
     "dinat": "calls functions of NATTEN that its releases for this torch do not have any more",
     "layoutlmv2": "needs detectron2, which is not on the package index",
     "gemma4_assistant": (
-        "transformers can't make it: its configuration wants every layer to take its keys and values from another, its "
-        "layers want one that makes them"
+        "transformers cannot make it: its configuration wants every layer to take its keys and values from another, "
+        "its layers want one that makes them"
     ),
     "mra": "on a CPU transformers gives zeros for its attention, which is a CUDA kernel",
     "ibert": (
-        "its layers are of a class that PEFT can't wrap; target_parameters=['query.weight', 'value.weight'] adapts "
-        "their bare weights, which is no default"
+        "its layers are of a class that PEFT cannot wrap; target_parameters=['query.weight', 'value.weight'] adapts "
+        "their bare weights, which is not a default"
     ),
     **dict.fromkeys(("mobilenet_v1", "mobilenet_v2"), _PADDING),
     "pp_formulanet": "PEFT asks a model with tied weights for its input embeddings, and transformers' class names none",

@@ -138,7 +138,7 @@ def copy_adapter(model: PeftModel, source: str, copy: str, seed: int) -> None:
         seed: Seed of the initial values, which are then overwritten; the caller's random state is unchanged.
 
     Raises:
-        ValueError: PEFT can't hold two adapters with this configuration.
+        ValueError: PEFT cannot hold two adapters with this configuration.
     """
     active = model.active_adapter
     with seeded(model, seed):

@@ -54,7 +54,7 @@ def initializes_from_base(init: Any, quantization: Quantization | None, *, alrea
         already_quantized: Whether it arrived quantized.
 
     Raises:
-        UnsupportedInitialization: The initialisation can't be combined with a quantized base.
+        UnsupportedInitialization: The initialisation cannot be combined with a quantized base.
     """
     name = init.lower() if isinstance(init, str) else ""
     rewrites = name.startswith(_REWRITE_BASE)
@@ -68,7 +68,7 @@ def initializes_from_base(init: Any, quantization: Quantization | None, *, alrea
         )
     if not rewrites:
         raise UnsupportedInitialization(
-            f"init_lora_weights={init!r} can't be combined with quantization={quantization.name!r}: it needs data "
+            f"init_lora_weights={init!r} cannot be combined with quantization={quantization.name!r}: it needs data "
             "or a quantization of its own. Initialise with PEFT's own tool and pass the finished PeftModel, "
             "or use the default initialisation."
         )
@@ -149,7 +149,7 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
 
 
 def _make_unknown_layer_error(model: nn.Module, unknown: Mapping[str, str]) -> UnknownLayer:
-    # PEFT 0.21.2 fails at the first target that it can't wrap; the layers before it already have adapters.
+    # PEFT 0.21.2 fails at the first target that it cannot wrap; the layers before it already have adapters.
     wrapped = {plain_path(path) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     path = next((path for path in unknown if path not in wrapped), next(iter(unknown)))
     alike = sum(kind == unknown[path] for kind in unknown.values())
@@ -233,13 +233,13 @@ def find_lora_layers(
     """Return the LoRA layer class for each quantized layer class in the model, for PEFT.
 
     Raises:
-        PreparationError: The configuration sets a field that PEFT doesn't support over layers of this backend.
+        PreparationError: The configuration sets a field that PEFT does not support over layers of this backend.
     """
     for name in quantization.quantizer.unsupported:
         if getattr(config, name, None):
             raise PreparationError(
-                f"{name}={getattr(config, name)!r} can't be combined with quantization={quantization.name!r}: PEFT "
-                "can't read the float weight out of its layers. Leave it out, or use another backend."
+                f"{name}={getattr(config, name)!r} cannot be combined with quantization={quantization.name!r}: PEFT "
+                "cannot read the float weight out of its layers. Leave it out, or use another backend."
             )
     owned = [module for module in model.modules() if quantization.quantizer.owns(module)]
     return {type(module): _choose_lora_layer(quantization, module) for module in owned}

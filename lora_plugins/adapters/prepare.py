@@ -90,8 +90,8 @@ def prepare_model(
     Raises:
         UnknownArgument: A keyword is not a field of ``peft.LoraConfig``.
         TargetError: Targets match nothing, or cover the blocks unevenly.
-        QuantizationError: The backend is unknown or can't be used here.
-        PreparationError: The model is in a state that can't be prepared.
+        QuantizationError: The backend is unknown or cannot be used here.
+        PreparationError: The model is in a state that cannot be prepared.
     """
     settings = LoraSettings.from_arguments(
         quantization=quantization,

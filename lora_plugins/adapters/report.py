@@ -116,7 +116,7 @@ class ParameterReport:
         """Write the report as JSON, atomically.
 
         Raises:
-            OSError: The folder can't be written.
+            OSError: The folder cannot be written.
         """
         write_json(path, self.to_dict())
 
@@ -124,7 +124,7 @@ class ParameterReport:
         """Print the table on a terminal or in a notebook; log the one-line form elsewhere.
 
         Args:
-            table_only: Whether to print nothing where the table can't be shown.
+            table_only: Whether to print nothing where the table cannot be shown.
         """
         console = Console()
         if console.is_terminal or console.is_jupyter:

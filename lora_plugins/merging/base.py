@@ -58,7 +58,7 @@ def read_config(job: Job) -> PreTrainedConfig:
     """Read the base model's configuration.
 
     Raises:
-        MergeError: It can't be read.
+        MergeError: It cannot be read.
     """
     return _load_from_base(job, lambda: AutoConfig.from_pretrained(job.base, revision=job.revision or "main"))
 
@@ -77,7 +77,7 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
         dequantize: Whether to dequantize a base whose files are quantized.
 
     Raises:
-        MergeError: The base can't be loaded, or weights of the trained model are in neither base nor adapter.
+        MergeError: The base cannot be loaded, or weights of the trained model are in neither base nor adapter.
     """
     config = read_config(job)
     made = choose_class(job, config)
@@ -224,7 +224,7 @@ def _check_complete(model: PreTrainedModel, fresh: list[str], *, other_shape: bo
     text = f"{len(fresh)} weights of {type(model).__name__} are in neither base nor adapter, first {fresh[0]}"
     if other_shape or model.base_model is not model:
         raise MergeError(
-            f"{text}. In training they had random values that nobody saved, so the trained model can't be put "
+            f"{text}. In training they had random values that nobody saved, so the trained model cannot be put "
             "together again. Train them with modules_to_save, or name the base that has them with base= (--base)."
         )
     yield f"{text}: they are random, as they were in training"
@@ -236,7 +236,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 def _ask_for_float_twin(job: Job, reason: str) -> str:
     return (
-        f"The base {job.base} is stored quantized and can't be dequantized here: {reason}. Name the float model that "
+        f"The base {job.base} is stored quantized and cannot be dequantized here: {reason}. Name the float model that "
         "it was made from with base= (--base)."
     )
 
@@ -296,7 +296,7 @@ def _load_from_base(job: Job, load: Callable[[], _T]) -> _T:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         text = one_line(error)
-        raise MergeError(f"The base model {job.base} can't be loaded: {text}") from error
+        raise MergeError(f"The base model {job.base} cannot be loaded: {text}") from error
     except (ImportError, NotImplementedError) as error:
         text = one_line(error) or type(error).__name__
         raise MergeError(_ask_for_float_twin(job, text)) from error

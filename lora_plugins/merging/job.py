@@ -86,7 +86,7 @@ def read_job(
         quantization: Backend in training, ``None`` or ``"none"`` for a float base, `AS_TRAINED` for the recorded one.
 
     Raises:
-        MergeError: The base is not known, or a file can't be read.
+        MergeError: The base is not known, or a file cannot be read.
         QuantizationError: The backend that the caller names is unknown.
     """
     folder = adapters.adapter_folder(adapter)
@@ -150,7 +150,7 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(str(file), framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise MergeError(f"{file} can't be read: {error}") from error
+        raise MergeError(f"{file} cannot be read: {error}") from error
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:
@@ -159,7 +159,7 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{file} can't be read: {error}") from error
+        raise MergeError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise MergeError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content

@@ -127,11 +127,11 @@ def merge_and_save(
         max_shard_size: Maximum size of a weight file.
 
     Raises:
-        MergeError: ``dtype`` is unknown, the base is unknown or can't be loaded, ``output`` holds an adapter or a
+        MergeError: ``dtype`` is unknown, the base is unknown or cannot be loaded, ``output`` holds an adapter or a
             model that must not be replaced, weights overflow the dtype, or the written files differ from base and
             adapter by more than rounding explains. Nothing is written to ``output`` then.
         AdapterMismatch: The adapter was trained on another base, or does not fit this one.
-        QuantizationError: The backend is unknown or can't be used here.
+        QuantizationError: The backend is unknown or cannot be used here.
     """
     if dtype not in get_args(MergeDtype):
         raise MergeError(f"dtype must be {', '.join(map(repr, get_args(MergeDtype)))}, not {dtype!r}")
@@ -229,8 +229,8 @@ class _Merge:
         effect = worst_row(reference, bare)
         if effect <= _find_tolerance(self._find_dtype(wrapped)):
             self.notes.append(
-                f"The probe can't tell whether the adapter is in: it moves the outputs of the base by {effect:.2%}, no "
-                "more than rounding does"
+                f"The probe cannot tell whether the adapter is in: it moves the outputs of the base by {effect:.2%}, "
+                "no more than rounding does"
             )
         return reference, effect
 

@@ -79,7 +79,7 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         text = one_line(error)
         raise AdapterMismatch(
-            f"The adapter {job.file} does not fit the base {job.base}, a {type(model).__name__}: PEFT can't put it in "
+            f"The adapter {job.file} does not fit the base {job.base}, a {type(model).__name__}: PEFT cannot put it in "
             f"({text})"
         ) from error
     # PEFT 0.21.2 saves a grown vocabulary under several names; `_find_places` handles the rest of the file.
@@ -156,7 +156,7 @@ def choose_values(wrapped: Wrapped, quantization: Quantization) -> None:
     `merge_layers` computes them layer by layer, `round_layers` all at once.
 
     Raises:
-        QuantizationError: The backend can't be used here.
+        QuantizationError: The backend cannot be used here.
     """
     layers, _ = layers_to_quantize(wrapped.model, quantization, ())
     wrapped.quantization, wrapped.unrounded = quantization, list(layers.values())
@@ -249,7 +249,7 @@ def _merge_part(layer: Any, model: PreTrainedModel, wrapped: Wrapped) -> set[int
     try:
         layer.merge()
     except (NotImplementedError, ValueError) as error:
-        raise MergeError(f"PEFT can't merge a {type(layer).__name__} of this adapter: {error}") from error
+        raise MergeError(f"PEFT cannot merge a {type(layer).__name__} of this adapter: {error}") from error
     for weight, dtype in zip(weights, dtypes, strict=True):
         weight.data = weight.data.to(dtype)
     return used
@@ -332,11 +332,11 @@ def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
     if len(sharing) <= 1:
         return
     ends = [_find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")]
-    # Layers that PEFT 0.21.2 replicated also share weights, but transformers doesn't tie those again.
+    # Layers that PEFT 0.21.2 replicated also share weights, but transformers does not tie those again.
     if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
         names = " and ".join(name.replace(".base_layer", "") for name in sharing)
         raise MergeError(
-            f"{names} share one weight and the adapter changes them differently: a merged model can't hold both. Use "
+            f"{names} share one weight and the adapter changes them differently: a merged model cannot hold both. Use "
             "the adapter on its base."
         )
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

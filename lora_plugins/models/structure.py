@@ -93,7 +93,7 @@ def linear_features(module: Any) -> tuple[int, int] | None:
 
 
 def _is_layer_class(module: nn.Module) -> bool:
-    """Whether a module with both sizes is a linear layer; others compute something else, and PEFT can't wrap them."""
+    """Whether a module with both sizes is a linear layer; others compute something else, and PEFT cannot wrap them."""
     if isinstance(module, torch.nn.Linear):
         return True
     weight = getattr(module, "weight", None)
@@ -186,7 +186,7 @@ class Structure:
         return vocabulary and bool(self.output_heads)
 
     def _find_trainable_parts(self, path: str) -> list[str]:
-        """Return the path, or those of a list's items (PEFT 0.21.2 can't wrap a list); skip those without weights."""
+        """Return the path, or those of a list's items (PEFT 0.21.2 cannot wrap a list); skip those without weights."""
         module = self.modules.get(path)
         if module is None:
             # Shared: the module is listed under another path.

@@ -136,7 +136,7 @@ def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int
 def weight_bytes(quantization: Quantization, in_features: int, out_features: int, dtype: torch.dtype) -> int:
     """Return the bytes of one quantized weight with its scales.
 
-    The number comes from the backend, or from quantizing two small layers here; if the backend can't run here, from
+    The number comes from the backend, or from quantizing two small layers here; if the backend cannot run here, from
     its bits per weight.
     """
     quantizer = quantization.quantizer
@@ -152,7 +152,7 @@ def weight_bytes(quantization: Quantization, in_features: int, out_features: int
 def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> tuple[int, bool]:
     """Return the bytes of a stand-in's quantized parameters, and whether the layer holds its weight a second time.
 
-    If the backend can't run here, the bytes are unknown and counted as 0.
+    If the backend cannot run here, the bytes are unknown and counted as 0.
     """
     if layer.stored_bytes is not None:
         return layer.parameter_bytes, layer.is_copied
@@ -204,7 +204,7 @@ class _Sample(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def _quantize_samples(backend: _Options, in_features: int, dtype: torch.dtype) -> tuple[_Sample, _Sample] | None:
-    """Quantize two layers with few rows; ``None`` if the backend can't run on this machine."""
+    """Quantize two layers with few rows; ``None`` if the backend cannot run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if why_unavailable(Quantization(backend.quantizer, backend.options), device, dtype) is not None:
         return None

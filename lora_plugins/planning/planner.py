@@ -96,7 +96,7 @@ def plan(
         The plan; it prints as tables, and can be saved as JSON and drawn as a chart.
 
     Raises:
-        PlanError: The model can't be found or built, or an argument is invalid.
+        PlanError: The model cannot be found or built, or an argument is invalid.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
@@ -140,7 +140,7 @@ def _translate_errors(source: Any) -> Iterator[None]:
         if isinstance(source, nn.Module):
             raise
         raise PlanError(
-            f"The model of this configuration can't be planned: {type(error).__name__}: {one_line(error)}"
+            f"The model of this configuration cannot be planned: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -241,7 +241,7 @@ class _Planner:
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
         if self.bench.arrived:
-            # Its layers can't be quantized again.
+            # Its layers cannot be quantized again.
             return found
         for quantizer in plugin_host().quantizers():
             found.setdefault(quantizer.name, Quantization(quantizer, self._read_common_options()))

@@ -21,7 +21,7 @@ class Row:
         memory: Bytes on each device.
         quantized_share: Share of the float base's bytes that the backend quantizes, 0 to 1.
         fits: Whether it fits into the device's memory; ``None`` if that is unknown.
-        unavailable: Why the backend can't run on this machine, empty when it can.
+        unavailable: Why the backend cannot run on this machine, empty when it can.
     """
 
     quantization: str

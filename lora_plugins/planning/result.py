@@ -28,7 +28,7 @@ class Plan(PlanFigures):
         """Write the plan as JSON, atomically.
 
         Raises:
-            OSError: The folder can't be written.
+            OSError: The folder cannot be written.
         """
         write_json(path, self.to_dict())
 
@@ -36,7 +36,7 @@ class Plan(PlanFigures):
         """Draw the memory of every row as stacked bars into a PNG file.
 
         Raises:
-            OSError: The file can't be written.
+            OSError: The file cannot be written.
         """
         _draw(self, Path(path))
 
@@ -68,7 +68,7 @@ def _make_tables(plan: PlanFigures) -> Iterator[Any]:
     yield _make_hit_table(plan)
     yield _make_memory_table(plan)
     for name, reason in {row.quantization: row.unavailable for row in plan.rows if row.unavailable}.items():
-        yield f"[dim]* {escape(name)} can't be used here: {escape(reason)}[/dim]"
+        yield f"[dim]* {escape(name)} cannot be used here: {escape(reason)}[/dim]"
     if plan.advice:
         yield f"[bold]{escape(plan.advice)}[/bold]"
     for note in plan.notes:

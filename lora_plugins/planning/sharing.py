@@ -67,7 +67,7 @@ def _replicate(parts: Parts, devices: int) -> Memory:
 def _shard(parts: Parts, devices: int) -> Memory:
     """Return a device's share under FSDP: float parameters divided by rows, two blocks and the rest gathered.
 
-    Gathered are the block at work, the next one, and everything outside blocks. If rows can't be divided evenly, this
+    Gathered are the block at work, the next one, and everything outside blocks. If rows cannot be divided evenly, this
     is the first device, which has the most.
     """
     m = parts.memory

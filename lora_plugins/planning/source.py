@@ -69,7 +69,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     """Return the configuration that a source names.
 
     Raises:
-        PlanError: It can't be read, or has implausibly large numbers.
+        PlanError: It cannot be read, or has implausibly large numbers.
     """
     if isinstance(source, PreTrainedConfig):
         check_numbers(source, "the configuration")
@@ -108,7 +108,7 @@ def _make_config(values: Any, where: str) -> Any:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:
         # As above.
-        raise PlanError(f"transformers can't read {where}: {_shorten(error)}") from error
+        raise PlanError(f"transformers cannot read {where}: {_shorten(error)}") from error
 
 
 def _shorten(error: Exception) -> str:
@@ -138,9 +138,9 @@ def _make_model(config: Any, task: str | None, dtype: torch.dtype, trust_remote_
     except PlanError:
         raise
     except Exception as error:
-        # As above: a model's own code may raise anything about numbers that don't fit together.
+        # As above: a model's own code may raise anything about numbers that do not fit together.
         raise PlanError(
-            f"transformers can't make a model from this {config.model_type!r} configuration: "
+            f"transformers cannot make a model from this {config.model_type!r} configuration: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     _keep_in_float32(model, dtype)

@@ -97,7 +97,7 @@ class Workbench:
         return self._whole[key]
 
     def _find_quantized_layers(self, quantization: Quantization | None) -> frozenset[str] | None:
-        """Return the paths of the layers that a backend would quantize: some backends can't take odd sizes."""
+        """Return the paths of the layers that a backend would quantize: some backends cannot take odd sizes."""
         if quantization is None:
             return None
         if quantization.name not in self._layers:

@@ -59,7 +59,7 @@ class _Loaded:
     """A plugin with its own pluggy manager.
 
     In a shared manager (pluggy 1.7.0), a plugin that raises ends the call for all others, one that fails
-    validation stays registered, and one that can't be hashed breaks the calls of all others.
+    validation stays registered, and one that cannot be hashed breaks the calls of all others.
     """
 
     info: PluginInfo
@@ -156,7 +156,7 @@ class PluginHost:
     def build_program(self, app: typer.Typer) -> Any:
         """Build a command-line program from ``app`` and the commands of every plugin.
 
-        A plugin that raises, or whose commands can't be built, is disabled and adds no command.
+        A plugin that raises, or whose commands cannot be built, is disabled and adds no command.
         A command that two third-party plugins claim raises the conflict when it is called.
 
         Returns:
@@ -378,7 +378,7 @@ def _find_entry_points() -> Iterable[importlib.metadata.EntryPoint]:
         return importlib.metadata.entry_points(group=PROJECT)
     except Exception as error:
         warnings.warn(
-            f"An installed package has metadata that can't be read ({_explain(error)}); it is left out.",
+            f"An installed package has metadata that cannot be read ({_explain(error)}); it is left out.",
             PluginWarning,
             stacklevel=2,
         )

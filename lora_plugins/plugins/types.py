@@ -111,10 +111,10 @@ class Quantizer(ABC):
             ``lora-plugins plugins`` lists their installed versions without importing anything.
         options: Names of the options that `quantize_linear` understands. A backend that lists
             ``"compute_dtype"`` gets the dtype of the activations in it, unless the user passed one.
-        unsupported: Fields of ``peft.LoraConfig`` that PEFT doesn't support over layers of this backend.
+        unsupported: Fields of ``peft.LoraConfig`` that PEFT does not support over layers of this backend.
         loss_note: How to read logged losses where training and evaluation use different kernels.
         keeps_input: Whether a layer on a GPU holds its input until the backward pass as an attribute instead of a
-            saved tensor, so that gradient checkpointing can't free it. `plan` counts those bytes.
+            saved tensor, so that gradient checkpointing cannot free it. `plan` counts those bytes.
         copies_weight: Whether a layer holds a second copy of its weight outside its parameters; an engine that
             shards parameters leaves that copy whole on every process.
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
@@ -137,7 +137,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
-        """Return why this backend can't run here, ``None`` if it can.
+        """Return why this backend cannot run here, ``None`` if it can.
 
         Must not raise, and must not import heavy packages needlessly. The packages in ``requires`` are installed when
         this is called; check devices, compilers and options here.

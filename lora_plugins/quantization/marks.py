@@ -36,7 +36,7 @@ def tag_quantized(model: Any, quantization: Quantization, layers: QuantizedLayer
 
     A part of them is worse than none: with ``is_quantized`` alone the Trainer (transformers 5.23) fails on a missing
     ``hf_quantizer``. A backend without a load-time config gets a `QuantizedInPlace`: without it, transformers
-    would save the base in a form that it can't read back.
+    would save the base in a form that it cannot read back.
     """
     options = {**quantization.options, "skip_modules": sorted(layers.skipped) or None}
     if "compute_dtype" in quantization.quantizer.options:

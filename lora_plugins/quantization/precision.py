@@ -172,7 +172,7 @@ def _refuse_partitioned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> No
     if is_part(parameter):
         raise PreparationError(
             f"The weights were sharded in {str(parameter.dtype).removeprefix('torch.')} while the model was loaded and "
-            f"can't be cast to {str(dtype).removeprefix('torch.')} any more. Load it with dtype={dtype}, or leave "
+            f"cannot be cast to {str(dtype).removeprefix('torch.')} any more. Load it with dtype={dtype}, or leave "
             "compute_dtype and upcast out."
         )
 

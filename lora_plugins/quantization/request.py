@@ -162,7 +162,7 @@ def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, ho
     config = parsed.quantizer.load_config(options)
     if config is None:
         raise QuantizationError(
-            f"The backend {parsed.name!r} can't quantize while loading. Load the model in float and "
+            f"The backend {parsed.name!r} cannot quantize while loading. Load the model in float and "
             f"write LoraCallback(quantization={parsed.name!r}) or prepare_model(model, quantization={parsed.name!r})."
         )
     return config

@@ -90,7 +90,7 @@ def _run_self_test(case: _Case, device: torch.device, dtype: torch.dtype) -> str
 
 
 class _Untrainable(Exception):
-    """A layer can't be trained; the message says why."""
+    """A layer cannot be trained; the message says why."""
 
 
 def _train(
@@ -151,7 +151,7 @@ def _silence(names: Iterable[str]) -> Iterator[None]:
 
 
 def check_arrived(model: nn.Module, quantization: Quantization) -> None:
-    """Refuse a model that was loaded quantized if its backend can't compute one of the layers.
+    """Refuse a model that was loaded quantized if its backend cannot compute one of the layers.
 
     Raises:
         QuantizationError: The model has such a layer.
@@ -165,13 +165,13 @@ def check_arrived(model: nn.Module, quantization: Quantization) -> None:
         if reason is not None:
             name = plain_path(path)
             raise QuantizationError(
-                f"{name} was loaded quantized and {quantization.name!r} can't compute it: {reason}. Load the model in "
+                f"{name} was loaded quantized and {quantization.name!r} cannot compute it: {reason}. Load the model in "
                 f"float, or with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}})."
             )
 
 
 def why_unavailable(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a backend can't run here and what to install, ``None`` when it can.
+    """Return why a backend cannot run here and what to install, ``None`` when it can.
 
     Its packages are checked first: a backend may not be able to answer while they are missing.
     """
@@ -183,13 +183,13 @@ def check_usable(quantization: Quantization, device: torch.device, dtype: torch.
     """Check that a backend runs here and passes the self-test, once per process and device.
 
     Raises:
-        QuantizerUnavailable: It can't run; the message has its reason.
-        QuantizerSelfTestFailed: It runs but can't train.
+        QuantizerUnavailable: It cannot run; the message has its reason.
+        QuantizerSelfTestFailed: It runs but cannot train.
     """
     reason = why_unavailable(quantization, device, dtype)
     if reason is not None:
-        raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} can't be used: {reason}")
+        raise QuantizerUnavailable(f"The quantization backend {quantization.name!r} cannot be used: {reason}")
 
     failure = self_test(quantization, device, dtype)
     if failure is not None:
-        raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} can't be trained on: {failure}")
+        raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} cannot be trained on: {failure}")

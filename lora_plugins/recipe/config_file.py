@@ -29,7 +29,7 @@ def read_flags(path: Path) -> dict[str, tuple[Any, int]]:
     """Return the values of a YAML file by name, each with its line.
 
     Raises:
-        ArgumentsError: The file can't be read, or holds a value that no flag takes; the message has the line.
+        ArgumentsError: The file cannot be read, or holds a value that no flag takes; the message has the line.
     """
     try:
         loader = yaml.SafeLoader(read_text(path, _MOST_BYTES))
@@ -43,14 +43,14 @@ def read_flags(path: Path) -> dict[str, tuple[Any, int]]:
         loader.flatten_mapping(root)
         return {str(key.value): _read_value(loader, key, value, path) for key, value in root.value}
     except RecursionError:
-        raise ArgumentsError(f"--config {path} can't be read: it is nested too deeply") from None
+        raise ArgumentsError(f"--config {path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, ArgumentsError):
             raise
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or one_line(error)
-        raise ArgumentsError(f"--config {path}{where} can't be read: {reason}") from error
+        raise ArgumentsError(f"--config {path}{where} cannot be read: {reason}") from error
 
 
 def _read_value(loader: Any, key: yaml.Node, value: yaml.Node, path: Path) -> tuple[Any, int]:
@@ -60,7 +60,7 @@ def _read_value(loader: Any, key: yaml.Node, value: yaml.Node, path: Path) -> tu
     except (ValueError, yaml.YAMLError) as error:
         # Python refuses to read integers of thousands of digits.
         reason = getattr(error, "problem", None) or one_line(error)
-        raise ArgumentsError(f"{path}, line {line}: the value of {key.value} can't be read: {reason}") from error
+        raise ArgumentsError(f"{path}, line {line}: the value of {key.value} cannot be read: {reason}") from error
 
 
 def _check_nodes(root: yaml.Node, path: Path) -> None:
@@ -80,7 +80,7 @@ def _check_nodes(root: yaml.Node, path: Path) -> None:
         kind = node.tag.rpartition(":")[2]
         if kind not in _PLAIN:
             advice = " Put it in quotes." if kind == "timestamp" else ""
-            raise ArgumentsError(f"{place}: {_FOREIGN.get(kind, node.tag)} can't be the value of a flag.{advice}")
+            raise ArgumentsError(f"{place}: {_FOREIGN.get(kind, node.tag)} cannot be the value of a flag.{advice}")
 
 
 def _walk(node: yaml.Node, above: tuple[yaml.Node, ...]) -> Iterator[tuple[yaml.Node, tuple[yaml.Node, ...]]]:

@@ -174,4 +174,4 @@ def _read_naming(source: object, load: Callable[[], Any]) -> Any:
     except Exception as error:
         # Each loader has its own errors, StopIteration and RecursionError among them.
         reason = one_line(error.__cause__ or error) or type(error).__name__
-        raise DataError(f"The data set {source} can't be read: {reason}") from error
+        raise DataError(f"The data set {source} cannot be read: {reason}") from error

@@ -28,7 +28,7 @@ def read_text(path: Path, most_bytes: int) -> str:
     """Read a file of UTF-8 text.
 
     Raises:
-        OSError: It can't be opened.
+        OSError: It cannot be opened.
         ValueError: It is not a regular file, larger than ``most_bytes``, or not UTF-8; the message has the line.
     """
     check_regular(path)

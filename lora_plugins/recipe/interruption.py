@@ -71,7 +71,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         self.signal = number
         self._came = time.monotonic()
         name = signal.Signals(number).name
-        # print() inside a handler can meet a half-finished print(); one write can't.
+        # print() inside a handler can meet a half-finished print(); one write cannot.
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name}: stopping after this step.\n".encode())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

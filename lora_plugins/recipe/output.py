@@ -100,7 +100,7 @@ class Folders:
             ArgumentsError: There is an adapter or a merged model, or both would go to one folder.
         """
         if merge and self.model.resolve() == self.adapter.resolve():
-            raise ArgumentsError(f"Adapter and merged model can't both go to {self.model}. Give each a folder.")
+            raise ArgumentsError(f"Adapter and merged model cannot both go to {self.model}. Give each a folder.")
         checkpoints = checkpoint_folders(self.output)
         if checkpoints:
             raise ResumeError(
@@ -137,7 +137,7 @@ def check_same_run(output: Path, record: Mapping[str, Any]) -> None:
     file = output / RUN_FILE
     try:
         before = read_json(
-            file, lambda why: ResumeError(f"{file} can't be read: {why}. Start anew in another --output_dir.")
+            file, lambda why: ResumeError(f"{file} cannot be read: {why}. Start anew in another --output_dir.")
         )
     except FileNotFoundError:
         return

@@ -111,7 +111,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
 
 def _describe_choice(flag: str, value: Any, choices: list[str]) -> str:
     hint = did_you_mean(value, choices)
-    return f"{flag} can't be {value!r}.{hint} Known: {', '.join(choices)}."
+    return f"{flag} cannot be {value!r}.{hint} Known: {', '.join(choices)}."
 
 
 def _list_dataclasses(*, everything: bool) -> list[Any]:
@@ -261,7 +261,7 @@ def _apply_evaluation(recipe: RecipeArguments, given: dict[str, Any]) -> None:
         raise ArgumentsError("There is nothing to evaluate on. Give --eval_split or --eval_dataset.")
     metric = given["metric_for_best_model"]
     if metric not in (None, "loss", "eval_loss"):
-        raise ArgumentsError(f"--metric_for_best_model can't be {metric!r}: only the loss is measured.")
+        raise ArgumentsError(f"--metric_for_best_model cannot be {metric!r}: only the loss is measured.")
     if recipe.early_stopping_patience:
         given["load_best_model_at_end"] = True
         # A resumed run has the patience that was left when it was interrupted.

@@ -93,7 +93,7 @@ def _load_from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]
         return load()
     except (OSError, ValueError, KeyError) as error:
         text = one_line(error)
-        raise ArgumentsError(f"--model {recipe.model} can't be loaded as a {kind}: {text}") from error
+        raise ArgumentsError(f"--model {recipe.model} cannot be loaded as a {kind}: {text}") from error
 
 
 def prepare_data(
@@ -102,7 +102,7 @@ def prepare_data(
     """Read, render, tokenise and pack; the first process of a machine does it, the others use its cache.
 
     Raises:
-        DataError: The data sets can't be read or hold too little.
+        DataError: The data sets cannot be read or hold too little.
         TemplateError: The template does not fit them.
     """
     with training.main_process_first(desc="preparing the data"):

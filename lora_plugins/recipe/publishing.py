@@ -48,7 +48,7 @@ class Publication:
         """Check before the training that the adapter can be published after it.
 
         Raises:
-            RegistryError: The version or the base model can't be published.
+            RegistryError: The version or the base model cannot be published.
         """
         check_push(model, self.name, version=self.version, base_model=self.base_model)
 

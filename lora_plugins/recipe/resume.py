@@ -32,7 +32,7 @@ class Checkpoints:
 
     Attributes:
         newest: The newest complete one, ``None`` when there is none.
-        broken: Newer ones that can't be resumed from, with the reason.
+        broken: Newer ones that cannot be resumed from, with the reason.
     """
 
     newest: Path | None = None
@@ -60,7 +60,7 @@ def find_checkpoints(output: Path, processes: int = 1) -> Checkpoints:
 
 
 def checkpoint_defect(folder: Path, processes: int = 1) -> str | None:
-    """Return why a checkpoint can't be resumed from, ``None`` for a complete one."""
+    """Return why a checkpoint cannot be resumed from, ``None`` for a complete one."""
     return next(_find_defects(folder, processes), None)
 
 

@@ -51,8 +51,8 @@ def run(words: Sequence[str]) -> int:
         The exit code: 0, or 128 and the signal's number after an interruption that left a checkpoint.
 
     Raises:
-        TrainingError: An argument, the data, the template or the run to resume can't be used.
-        LoraPluginsError: The model can't be prepared, or the run would train nothing.
+        TrainingError: An argument, the data, the template or the run to resume cannot be used.
+        LoraPluginsError: The model cannot be prepared, or the run would train nothing.
     """
     recipe, training = parse(words)
     return TrainingRun(recipe, training).run()

@@ -36,7 +36,7 @@ def check_rows(path: Path) -> None:
     """
     try:
         if not path.stat().st_size:
-            raise DataError(f"The data set {path} can't be read: the file is empty")
+            raise DataError(f"The data set {path} cannot be read: the file is empty")
         if path.suffix == ".parquet":
             _check_columns(path, 1, pq.ParquetFile(path).metadata.num_columns)
         else:
@@ -44,7 +44,7 @@ def check_rows(path: Path) -> None:
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"The data set {path} can't be read: {one_line(error)}") from error
+        raise DataError(f"The data set {path} cannot be read: {one_line(error)}") from error
 
 
 def _check_columns(path: Path, line: int, count: int) -> None:
@@ -72,7 +72,7 @@ def _check_text(path: Path) -> None:
         blank = blank and not chunk.strip()
         line += chunk.count(b"\n")
     if blank:
-        raise DataError(f"The data set {path} can't be read: the file has no rows")
+        raise DataError(f"The data set {path} cannot be read: the file has no rows")
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:

@@ -101,7 +101,7 @@ def _parse(text: str) -> list[tuple[str, str | None]]:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
         raise TemplateError(
-            f"The template {text!r} can't be read: {error}. A brace itself is written twice."
+            f"The template {text!r} cannot be read: {error}. A brace itself is written twice."
         ) from error
     for _, name, spec, conversion in parsed:
         if name is not None and (spec or conversion or not name.isidentifier()):
@@ -170,7 +170,7 @@ class _ChatTemplate:
             if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
                 raise TemplateError(
                     f"The chat template writes the conversation differently when turn {index} is the last one, so the "
-                    "assistant's part of the text can't be told. Use --loss_on all, or another chat template."
+                    "assistant's part of the text cannot be told. Use --loss_on all, or another chat template."
                 )
             spans.append((len(before), len(through)))
         return spans
@@ -238,7 +238,7 @@ def encode(
         The tokenised rows, cached beside the data set's own files, and how many rows were left out.
 
     Raises:
-        TemplateError: Only answers count in the loss, and the tokenizer can't map tokens to characters.
+        TemplateError: Only answers count in the loss, and the tokenizer cannot map tokens to characters.
     """
     if completion_only and not tokenizer.is_fast:
         raise TemplateError(

@@ -180,7 +180,7 @@ def _check_layers(scene: _Scene, field: str, value: int | Sequence[int]) -> Iter
 def _check_layers_pattern(scene: _Scene, field: str, value: str | Sequence[str]) -> Iterable[str]:
     for name in [value] if isinstance(value, str) else value:
         if not match_paths(rf"(?:.*?\.)?{name}\.\d+\..*", scene.reached, field):
-            yield f"{field}={name!r} is the name of no list of layers with adapters"
+            yield f"{field}={name!r} does not name a list of layers with adapters"
 
 
 def _check_parameters(scene: _Scene, field: str, value: Iterable[str]) -> Iterable[str]:

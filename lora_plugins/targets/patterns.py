@@ -38,7 +38,7 @@ _PLAIN = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants
 
 
 class _TooMany(ValueError):
-    """The ways of matching can't be counted, or are very many."""
+    """The ways of matching cannot be counted, or are very many."""
 
 
 def is_cheap(pattern: str, paths: Iterable[str], where: str = "target_modules") -> bool:
@@ -82,9 +82,9 @@ def match_paths(pattern: str, paths: Iterable[str], where: str = "target_modules
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError, OSError) as error:
         why = f"more than {_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else "a process that failed"
         raise TargetError(
-            f"{where}={pattern[:80]!r} can't be matched against the {len(names)} modules of this model: it took {why}. "
-            "Nested or many repetitions, such as (.*)*, try the same text in very many ways. Write names instead, "
-            "or a pattern with at most two .* in it."
+            f"{where}={pattern[:80]!r} cannot be matched against the {len(names)} modules of this model: it took "
+            f"{why}. Nested or many repetitions, such as (.*)*, try the same text in very many ways. Write names "
+            "instead, or a pattern with at most two .* in it."
         ) from None
     matched: list[str] = json.loads(done.stdout)
     return matched

@@ -49,7 +49,7 @@ def rewritten_names(model: nn.Module, names: Iterable[str]) -> set[str]:
 
     For mixture-of-experts models whose experts were modules in older releases of transformers, PEFT 0.21.2 reads
     ``gate_proj``, ``up_proj`` and ``down_proj`` as the routed experts of those releases, even at the end of a
-    longer name, so shared experts and dense layers can't be named as modules.
+    longer name, so shared experts and dense layers cannot be named as modules.
     """
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

@@ -152,7 +152,7 @@ def _keeps_copy(module: nn.Module) -> bool:
 
 
 def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
-    """Refuse layers that the engine can't handle; its own error would name neither backend nor engine."""
+    """Refuse layers that the engine cannot handle; its own error would name neither backend nor engine."""
     first = quantized[0]
     owner = owner_of(first)
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp2"
@@ -161,13 +161,13 @@ def _check_layers(trainer: Trainer, quantized: list[nn.Module]) -> None:
     others = [quantizer.name for quantizer in plugin_host().quantizers() if engine in quantizer.engines]
     ways = "DDP or FSDP2" if engine == "deepspeed" else "DDP or DeepSpeed"
     raise UnsupportedTraining(
-        f"Layers of {owner.name} can't be trained under {_name_engine(trainer)}. Backends that can: "
+        f"Layers of {owner.name} cannot be trained under {_name_engine(trainer)}. Backends that can: "
         f"{', '.join(others)}. Use one of them, or train with {ways}."
     )
 
 
 def _fails_under(engine: str, layer: nn.Module) -> bool:
-    """Whether an engine can't handle a layer, whatever its backend says."""
+    """Whether an engine cannot handle a layer, whatever its backend says."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     if engine == "deepspeed":

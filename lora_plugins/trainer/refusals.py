@@ -47,5 +47,5 @@ def check_supported(trainer: Trainer, adapter_name: str) -> None:
     if getattr(args, "n_gpu", 1) > 1 and not trainer.is_model_parallel:
         raise UnsupportedTraining(
             f"This process sees {args.n_gpu} GPUs and the Trainer would use torch.nn.DataParallel, where LoRA layers "
-            "don't work. Start with `torchrun --nproc_per_node` or set CUDA_VISIBLE_DEVICES to one GPU."
+            "do not work. Start with `torchrun --nproc_per_node` or set CUDA_VISIBLE_DEVICES to one GPU."
         )

@@ -91,7 +91,7 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
         if commit is None and record.fingerprint is not None:
             commit = _find_commit(name, revision, record.fingerprint)
         if revision and commit is None:
-            raise _explain_unresolved(name, revision, "no hub is asked for bases, and the local cache doesn't tell")
+            raise _explain_unresolved(name, revision, "no hub is asked for bases, and the local cache does not tell")
         return BaseRecord(name, commit, record.fingerprint)
     try:
         if commit is None:
@@ -109,7 +109,7 @@ def with_given(record: BaseRecord, given: str, hub: Hub | None) -> BaseRecord:
 
 def _explain_unresolved(name: str, revision: str, reason: str) -> UnknownBase:
     return UnknownBase(
-        f"{revision!r} of {name} is a branch or a tag, and which commit it stands for can't be found out ({reason}). "
+        f"{revision!r} of {name} is a branch or a tag, and which commit it stands for cannot be found out ({reason}). "
         f'Say the commit: base_model="{name}@<40 hex digits>"'
     )
 
@@ -148,7 +148,7 @@ def require_known(record: BaseRecord, *, on_hub: bool) -> BaseRecord:
         )
     if record.fingerprint is None or not record.fingerprint.tensors:
         raise UnknownBase(
-            f"The base model is {what}, and can't be identified from here. Push the model itself, or say where its "
+            f"The base model is {what}, and cannot be identified from here. Push the model itself, or say where its "
             'base is on the Hub: push_adapter(…, base_model="org/base@revision")'
         )
     return BaseRecord(None, None, record.fingerprint)

@@ -59,7 +59,7 @@ class AdapterConfig:
                 values = {**values, "auto_mapping": None}
             _check(Fields(values), values)
         except JsonRefused as reason:
-            raise UnsafeFile(f"{ADAPTER_CONFIG} can't be used: {reason}") from None
+            raise UnsafeFile(f"{ADAPTER_CONFIG} cannot be used: {reason}") from None
         return cls(values)
 
     @property

@@ -153,7 +153,7 @@ def _read_version(text: str) -> Version:
             f"{_LONGEST_VERSION} characters)"
         ) from None
     if version.local is not None:
-        raise InvalidReference(f"{text!r} has the local part '+{version.local}', which released versions can't have")
+        raise InvalidReference(f"{text!r} has the local part '+{version.local}', which released versions cannot have")
     if _LONG_NUMBER.search(text):
         raise InvalidReference(f"{text!r} has a number of more than 18 digits, which a version must not have")
     if _IMPLICIT_POST.search(text):

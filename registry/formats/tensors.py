@@ -86,7 +86,7 @@ def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) ->
     strange = [name for name in tensors if not name.startswith(_PREFIX)]
     if strange:
         raise InvalidAdapter(
-            f"{len(strange)} tensors have names that don't begin with {_PREFIX}, first {strange[0]}: this is not what "
+            f"{len(strange)} tensors have names that do not begin with {_PREFIX}, first {strange[0]}: this is not what "
             "PEFT's save_pretrained writes. Save it with that."
         )
     _check_others(tensors, config)
@@ -149,7 +149,7 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
     if first[0] not in config.ranks and not (experts and any(first[0] % rank == 0 for rank in config.ranks)):
         known = ", ".join(str(rank) for rank in sorted(config.ranks))
         raise InvalidAdapter(
-            f"{name} has rank {first[0]}, and adapter_config.json says {known}: they don't belong together"
+            f"{name} has rank {first[0]}, and adapter_config.json says {known}: they do not belong together"
         )
 
 

@@ -46,7 +46,7 @@ class Refs:
 class Hub(Protocol):
     """A store of repositories, named ``org/name``.
 
-    Commits are immutable and have an id; branches move, tags don't. A hub's answers are not trusted: callers check
+    Commits are immutable and have an id; branches move, tags do not. A hub's answers are not trusted: callers check
     paths, sizes and hashes themselves, and detect moved tags by comparing with what they saw before.
 
     Every method may raise ``registry.errors.HubError`` or one of its subclasses: ``HubUnavailable`` if the hub does not

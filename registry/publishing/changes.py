@@ -82,8 +82,8 @@ class Published:
     Attributes:
         name: ``org/name``.
         version: The version.
-        commit: Commit holding the release; for a change request or a dry run its parent commit, which is empty if there
-            is no repository yet.
+        commit: Commit holding the release; for a change request or a dry run its parent commit, empty if the
+            repository does not exist yet.
         manifest: Manifest of the release.
         created: Whether it was published now; false if the same content had been published before, or for a dry run.
         url: Address of the change request, if one was opened.

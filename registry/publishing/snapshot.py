@@ -82,7 +82,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
             raise UnsafeFile(
                 f"{source} is a symbolic link: what it leads to might be no part of the adapter. Copy it."
             ) from None
-        raise UnsafeFile(f"{source} can't be read: {error.strerror}") from None
+        raise UnsafeFile(f"{source} cannot be read: {error.strerror}") from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -118,7 +118,7 @@ class LoopbackHub:
     # -- the content, without a client ---------------------------------------------------------------------------
 
     def add_user(self, name: str, *, orgs: Iterable[str] = (), role: str = "write") -> User:
-        """Create another account; ``role="read"`` makes a token that can't write."""
+        """Create another account; ``role="read"`` makes a token that cannot write."""
         return self._site.store.add_user(name, orgs=orgs, role=role)
 
     def repo(self, repo_id: str) -> Repo:

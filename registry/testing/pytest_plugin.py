@@ -20,7 +20,7 @@ __all__ = ["loopback_hub"]
 def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """A fresh, empty Hugging Face Hub on loopback; see ``registry.testing.LoopbackHub``.
 
-    During the test huggingface_hub is not in offline mode and doesn't use xet, which the hub does not have.
+    During the test huggingface_hub is not in offline mode and does not use xet, which the hub does not have.
     """
     from registry.testing import LoopbackHub
 

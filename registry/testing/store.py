@@ -249,7 +249,7 @@ class Store:
         refs = repo.branches if kind == "branch" else repo.tags
         with self.lock:
             if name == "main" and kind == "branch":
-                raise HubFailure(403, "The default branch can't be deleted")
+                raise HubFailure(403, "The default branch cannot be deleted")
             if refs.pop(name, None) is None:
                 raise HubFailure(404, f"{kind.capitalize()} not found: {name}", "RevisionNotFound")
 

@@ -35,9 +35,9 @@ class Verification:
 
     Attributes:
         release: The verified release.
-        manifest: Its manifest; ``None`` if it can't be read.
+        manifest: Its manifest; ``None`` if it cannot be read.
         problems: What is wrong, one sentence each; empty if nothing is.
-        others: Files in the commit that the manifest doesn't list. They are not part of the release, and pulls ignore
+        others: Files in the commit that the manifest does not list. They are not part of the release, and pulls ignore
             them; other programs that read the repository may not.
     """
 
@@ -73,7 +73,7 @@ def verify(
 
     Raises:
         VersionNotFound: There is no such release.
-        HubError: The hub can't be asked.
+        HubError: The hub cannot be asked.
     """
     place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
     keys = Keys.read(require_signature)

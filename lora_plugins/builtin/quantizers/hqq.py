@@ -30,7 +30,7 @@ class Hqq(Quantizer):
     bits: int
     requires = ("hqq>=0.2.8",)
     options = ("group_size", "compute_dtype")
-    # Its layers write a custom state dict, which FSDP2 (torch 2.13) can't put into a checkpoint.
+    # Its layers write a custom state dict, which FSDP2 (torch 2.13) cannot put into a checkpoint.
     engines = ("ddp", "deepspeed")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -42,9 +42,9 @@ class Hqq(Quantizer):
         size = _choose_group_size(in_features, options)
         if size is None:
             wanted = options.get("group_size", "a multiple of 8")
-            return f"{in_features} input features can't be parted in groups of {wanted}"
+            return f"{in_features} input features cannot be parted in groups of {wanted}"
         if self.bits == 4 and (in_features // size * out_features) % 2:
-            return f"an odd number of groups of {size} can't be packed two by two"
+            return f"an odd number of groups of {size} cannot be packed two by two"
         return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:

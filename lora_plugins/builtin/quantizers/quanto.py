@@ -40,9 +40,9 @@ class Quanto(Quantizer):
     loaded_kind: str
     requires = ("optimum-quanto>=0.2.7",)
     options = ("compute_dtype",)
-    # DoRA reads the float weight, which PEFT 0.21.2 can't get from these tensors.
+    # DoRA reads the float weight, which PEFT 0.21.2 cannot get from these tensors.
     unsupported = ("use_dora",)
-    # Engines that replace the data of parameters, as DeepSpeed does, can't handle tensor subclasses.
+    # Engines that replace the data of parameters, as DeepSpeed does, cannot handle tensor subclasses.
     engines = ("ddp", "fsdp2")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
@@ -132,7 +132,7 @@ class Int8Quanto(Quanto):
         if in_features % 16:
             return f"{in_features} input features are not a multiple of 16, as its bfloat16 kernel needs"
         if out_features == 1:
-            return "a single output feature, which its bfloat16 kernel can't take"
+            return "a single output feature, which its bfloat16 kernel cannot take"
         return None
 
 
@@ -171,7 +171,7 @@ def _build_folder() -> Path:
 
 
 def _explain_not_compiled() -> str | None:
-    """Return why the extension can't be compiled here, ``None`` if it can or already is."""
+    """Return why the extension cannot be compiled here, ``None`` if it can or already is."""
     folder = _build_folder()
     if any(folder.glob("quanto_cpp*.so")):
         return None

@@ -19,7 +19,7 @@ class Torchao(Quantizer):
     """Weights as torchao's tensors, in the original layer.
 
     Options: ``config``, an object of torchao's with other settings, such as
-    ``Int8WeightOnlyConfig(granularity=PerGroup(32))``; one that can't be trained, such as dynamic
+    ``Int8WeightOnlyConfig(granularity=PerGroup(32))``; one that cannot be trained, such as dynamic
     activations, is refused by the self-test. ``compute_dtype`` is the dtype of the matrix products, by default that
     of the activations.
 
@@ -35,7 +35,7 @@ class Torchao(Quantizer):
     bits = 8
     requires = ("torchao>=0.18",)
     options = ("config", "compute_dtype")
-    # Engines that replace the data of parameters, as DeepSpeed does, can't handle tensor subclasses.
+    # Engines that replace the data of parameters, as DeepSpeed does, cannot handle tensor subclasses.
     engines = ("ddp", "fsdp2")
     loggers = ("torchao",)
 

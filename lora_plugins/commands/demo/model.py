@@ -38,7 +38,7 @@ def demo_model() -> Path:
 
     Raises:
         DemoError: The package with the weights, or `gguf` to read them, is not installed.
-        OSError: The cache can't be written.
+        OSError: The cache cannot be written.
     """
     weights = gguf_file()
     folder = cache_folder() / f"smollm2-135m-instruct-{_hash_file(weights)[:16]}-{_LAYOUT}"

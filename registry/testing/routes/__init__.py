@@ -16,7 +16,7 @@ from registry.testing.wire import Request, Response, failure
 __all__ = ["ROUTES", "Route", "answer"]
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
-# Clients quote the slashes of a revision; some don't quote those of refs/….
+# Clients quote the slashes of a revision; some do not quote those of refs/….
 _REV = r"(?P<rev>refs/(?:pr|heads|tags|convert)/[^/]+|[^/]+)"
 _PATH = r"(?P<path>.+)"
 _SHA256 = r"(?P<sha256>[0-9a-f]{64})"
