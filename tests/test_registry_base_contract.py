@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from twin import make_tokenizer
 
 from lora_plugins import prepare_model
 from lora_plugins.adapters.files import adapter_shapes
-from registry.errors import BaseMismatch, IdentityWarning, UnknownBase
+from registry import check_contract
+from registry.errors import BaseMismatch, IdentityWarning, UnknownBase, UnsafeFile
 from registry.formats.records import BaseRecord
 from registry.hubs.huggingface import HuggingFaceHub
 from registry.pulling.adapter import Adapter
@@ -341,3 +344,27 @@ def test_every_kind_of_adapter_fits_its_own_base(make: Any, lora: dict[str, Any]
     again = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     assert stored.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
+
+
+SLOW = ".{0,60}.{0,60}.{0,60}(?=#)"
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
+def test_an_expression_that_is_slow_on_a_large_base_is_refused_before_peft_gets_it(
+    adapter: Adapter, tmp_path: Path, field: str
+) -> None:
+    """Each name takes milliseconds, which is cheap for one and minutes for the modules of a large model."""
+    shutil.copytree(adapter.path, tmp_path / "folder", copy_function=shutil.copyfile)
+    (tmp_path / "folder").chmod(0o755)
+    (tmp_path / "folder" / "adapter_manifest.json").unlink()
+    path = tmp_path / "folder" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config[field] = {SLOW: 2} if field == "rank_pattern" else [SLOW] if field == "modules_to_save" else SLOW
+    path.write_text(json.dumps(config))
+    model = base()
+    # Names as long as those of a multimodal mixture of experts, and as many modules as one of these has.
+    model.extra = torch.nn.ModuleDict({f"{'x' * 110}{index}": torch.nn.Identity() for index in range(6000)})
+    started = time.monotonic()
+    with pytest.raises(UnsafeFile, match=rf"{field} of adapter_config\.json has the expression .* too long to match"):
+        check_contract(tmp_path / "folder", model)
+    assert time.monotonic() - started < 60  # 2 seconds of processor time, on a machine that may be busy

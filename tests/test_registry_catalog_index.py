@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def tagged(request: pytest.FixtureRequest, place: Place) -> Place:
     """A repository with the release 1.0.0 and four foreign tags."""
     place.hub.create(NAME)
     commit = place.hub.refs(NAME).branches[MAIN]
+    place.hub.create_branch(NAME, "notes", commit)
     done = release(place.hub, "1.0.0")
     if request.param == "at another release":
         commit = done.commit
@@ -55,6 +57,42 @@ def test_a_foreign_tag_is_never_chosen(tagged: Place, behind: str) -> None:
 def test_a_foreign_tag_is_shown_as_foreign(tagged: Place) -> None:
     assert [each.version for each in versions(NAME, hub=tagged.hub)] == ["1.0.0"]
     assert set(foreign_tags(NAME, hub=tagged.hub)) == set(TAGS)
+
+
+@pytest.mark.parametrize("commit", ["stays", "is gone too"])
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_foreign_tag_may_vanish_and_move(tagged: Place, tag: str, commit: str) -> None:
+    assert pull_adapter(NAME, hub=tagged.hub).version == "1.0.0"
+    refs = tagged.hub.refs(NAME)
+    foreign = refs.tags[tag]
+    other = tagged.hub.commit(NAME, "notes", {"NOTES": b"n"}, parent=refs.branches["notes"], message="m")
+    for place in (None, other):
+        tagged.move_tag(NAME, tag, place)
+        if commit == "is gone too" and foreign != refs.tags["v1.0.0"]:
+            lose(tagged, foreign)
+        for reference in (NAME, f"{NAME}>=0.5,<2", f"{NAME}@1.0.0"):
+            assert pull_adapter(reference, hub=tagged.hub).version == "1.0.0"
+        assert verify(NAME, hub=tagged.hub).ok
+
+
+def lose(place: Place, commit: str) -> None:
+    """Forget a commit that no tag names any more, as a cleaned-up or squashed repository does."""
+    if isinstance(place, FolderPlace):
+        shutil.rmtree(place.root / NAME / "commits" / commit, ignore_errors=True)
+    elif isinstance(place, LoopbackPlace):
+        place.loopback.repo(NAME).commits.pop(commit, None)
+
+
+def test_an_old_foreign_tag_of_a_folder_may_vanish_with_its_commit(tmp_path: Path) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    place.hub.create(NAME)
+    foreign = place.hub.commit(NAME, MAIN, {"x": b"1"}, parent=place.hub.refs(NAME).branches[MAIN], message="m")
+    release(place.hub, "1.0.0")
+    place.hub.create_tag(NAME, "v0.1.0", foreign)  # older than the newest release, so no pull asks for it
+    assert pull_adapter(NAME, hub=place.hub).version == "1.0.0"
+    place.move_tag(NAME, "v0.1.0", None)
+    lose(place, foreign)
+    assert pull_adapter(NAME, hub=place.hub).version == "1.0.0"
 
 
 def test_who_names_a_foreign_tag_is_told(tagged: Place) -> None:

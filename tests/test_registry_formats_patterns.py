@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.errors import UnsafeFile
+from registry.errors import MachineError, UnsafeFile
+from registry.formats import patterns
 from registry.formats.adapter_config import AdapterConfig
-from registry.formats.patterns import _FORMS, find_costly, is_cheap
+from registry.formats.patterns import _FORMS, find_costly, find_slow, is_cheap
 
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|"
@@ -108,6 +111,41 @@ def test_expressions_count_together() -> None:
     assert find_costly([("rank_pattern", one)] * 10_000) is not None
     names = [("rank_pattern", f"model.layers.{layer}.self_attn.q_proj") for layer in range(2000)]
     assert find_costly(names) is None
+
+
+MANY = [
+    f"model.language_model.layers.{i}.{'expert' * 12}.{j}.gate_up_proj_and_more" for i in range(60) for j in range(100)
+]
+
+
+@pytest.mark.parametrize("field", ["target_modules", *_FORMS])
+def test_names_and_what_people_use_are_quick_on_a_large_model(field: str) -> None:
+    used = [UNSLOTH, r".*\.(q_proj|v_proj)"] if field == "target_modules" else ["q_proj", r"layers\.\d+\.mlp"] * 20
+    assert find_slow([(field, pattern) for pattern in used], MANY) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [".{0,60}.{0,60}.{0,60}(?=#)", ".{0,60}.{0,60}.{0,60}(?:#|%)", r".{0,77}.{0,76}(?:.?.?.?.?)[#]"],
+)
+def test_what_is_vouched_for_and_slow_on_a_large_model_is_found_in_bounded_time(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_CPU_SECONDS", 1)
+    assert find_costly([("target_modules", pattern)]) is None
+    found = find_slow([("target_modules", "all-linear"), ("exclude_modules", pattern)], MANY)
+    assert found == ("exclude_modules", pattern)
+
+
+def test_a_small_model_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    assert find_slow([("target_modules", r".*\.(q|k|v|o)_proj")], MANY[:200]) is None
+
+
+def test_a_machine_without_processes_to_spare_is_no_fault_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(MachineError, match="No process can be started"):
+        find_slow([("target_modules", UNSLOTH)], MANY)
 
 
 NAMES = [

@@ -128,6 +128,24 @@ def test_commit_adds_replaces_deletes_and_keeps(hub: Hub, made: str, tmp_path: P
     assert sizes == {"README.md": 4, "b.safetensors": len(WEIGHTS), "folder/x": 1}
 
 
+@pytest.mark.parametrize("size", [0, 1000, 11 * 2**20])
+def test_files_of_equal_content_in_one_commit(hub: Hub, head: str, tmp_path: Path, size: int) -> None:
+    data = b"\0" * size
+    (tmp_path / "w").write_bytes(data)
+    files: dict[str, Path | bytes] = {
+        "a.safetensors": data, "b.safetensors": data, "c.safetensors": tmp_path / "w", "d.safetensors": tmp_path / "w",
+        "README.md": b"card", "other.md": b"card",
+    }  # fmt: skip
+    commit = hub.commit(NAME, "main", files, parent=head, message="m")
+    assert {path: size for path, size in hub.files(NAME, commit).items() if path != ".gitattributes"} == {
+        **dict.fromkeys(["a.safetensors", "b.safetensors", "c.safetensors", "d.safetensors"], size),
+        "README.md": 4, "other.md": 4,
+    }  # fmt: skip
+    sink = io.BytesIO()
+    hub.download(NAME, commit, "d.safetensors", sink, size)
+    assert sink.getvalue() == data
+
+
 def test_commit_on_a_stale_parent_writes_nothing(hub: Hub, head: str, made: str) -> None:
     with pytest.raises(Conflict) as caught:
         hub.commit(NAME, "main", {"x": b"1"}, parent=head, message="m")

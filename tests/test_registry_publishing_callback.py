@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load_file
 
-from lora_plugins import LoraCallback
-from registry import pull_adapter, versions
-from registry.errors import InvalidAdapter, InvalidReference, UnknownBase, VersionExists
+from lora_plugins import LoraCallback, merge_and_save, prepare_model
+from registry import pull_adapter, push_adapter, versions
+from registry.errors import (
+    InvalidAdapter,
+    InvalidReference,
+    SignatureNotFound,
+    UnknownBase,
+    UnknownSigner,
+    VersionExists,
+)
 from registry.hubs.folder import FolderHub
 from registry.publishing.callback import UNPUBLISHED, PushToRegistryCallback
 
@@ -82,6 +92,43 @@ def test_continuing_from_a_published_adapter(tmp_path: Path) -> None:
     run.train()
     assert [release.version for release in versions("org/name")] == ["1.0.0", "1.1.0"]
     assert pull_adapter("org/name").manifest.parent_version == "1.0.0"
+
+
+def test_a_run_continues_from_no_release_without_the_required_signature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("model_signing", reason="comes with the extra: pip install 'lora-plugins[signing]'")
+    keys = {name: (tmp_path / f"{name}.key", tmp_path / f"{name}.pub") for name in ("ours", "theirs")}
+    for private, public in keys.values():
+        key = ec.generate_private_key(ec.SECP256R1())
+        private.write_bytes(key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ))  # fmt: skip
+        public.write_bytes(key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ))  # fmt: skip
+    run = trainer(tmp_path, PushToRegistryCallback("org/name", version="1.0.0"))
+    run.train()
+    push_adapter(run.model, "org/signed", version="1.0.0", sign=keys["ours"][0])
+    ways: dict[str, Callable[[str], object]] = {
+        "callback": lambda name: tiny.trainer(tmp_path / "again", tiny.llama(), [LoraCallback(adapter=name)]),
+        "prepare": lambda name: prepare_model(tiny.llama(), adapter=name),
+        "merge": lambda name: merge_and_save(name, tmp_path / "merged", base=tmp_path),
+        "load": lambda name: pull_adapter(name).load(tiny.llama(), trust_identity=True),
+    }
+    for way in ways.values():
+        monkeypatch.setenv("LORA_REGISTRY_REQUIRE_SIGNATURE", str(keys["ours"][1]))
+        with pytest.raises(SignatureNotFound, match="is not signed"):
+            way("org/name@1.0.0")
+        monkeypatch.setenv("LORA_REGISTRY_REQUIRE_SIGNATURE", str(keys["theirs"][1]))
+        with pytest.raises(UnknownSigner):
+            way("org/signed@1.0.0")
+    monkeypatch.setenv("LORA_REGISTRY_REQUIRE_SIGNATURE", str(keys["ours"][1]))
+    assert prepare_model(tiny.llama(), adapter="org/signed@1.0.0")
+    # One run's own key: what was pulled with it is passed on.
+    monkeypatch.delenv("LORA_REGISTRY_REQUIRE_SIGNATURE")
+    pulled = pull_adapter("org/signed", require_signature=keys["ours"][1])
+    assert tiny.trainer(tmp_path / "passed", tiny.llama(), [LoraCallback(adapter=pulled)])
 
 
 def test_what_cannot_be_published_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ from registry.errors import (
 )
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, SIGNATURE_FILE
 from registry.pulling.cache import VARIABLE, Cache
+from registry.signing.keys import SIGNATURE_VARIABLE, Keys
+from registry.signing.signatures import verify_signature
 from registry.testing import LoopbackHub
 
 PEM = serialization.Encoding.PEM
@@ -423,6 +425,103 @@ def test_locking_requires_the_signature_too(place: Place, tmp_path: Path, keys: 
         lock_adapters([NAME], hub=place.hub, require_signature=keys["theirs"].public)
     assert not Path("adapters.lock").exists()
     assert list(lock_adapters([NAME], hub=place.hub, require_signature=keys["ours"].public)) == [NAME]
+
+
+PATHS: dict[str, Callable[[Place, Path], object]] = {
+    "pull": lambda place, folder: pull_adapter(NAME, hub=place.hub),
+    "pull offline": lambda place, folder: pull_adapter(NAME, hub=place.hub, offline=True),
+    "lock": lambda place, folder: lock_adapters([NAME], hub=place.hub),
+    "pull what is locked": lambda place, folder: lock_adapters(hub=place.hub, lock=folder / "a.lock"),
+    "mirror": lambda place, folder: mirror(NAME, FolderPlace(folder / "copy").hub, hub=place.hub),
+}
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_a_setting_requires_signatures_wherever_a_release_is_taken(
+    place: Place, tmp_path: Path, keys: dict[str, KeyPair], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(place, tmp_path, keys["ours"].private)
+    lock_adapters([NAME], hub=place.hub, lock=tmp_path / "a.lock")
+    pull(place, keys["ours"].public)
+    monkeypatch.setenv(SIGNATURE_VARIABLE, str(keys["theirs"].public))
+    with pytest.raises(UnknownSigner, match="was made with another key"):
+        PATHS[case](place, tmp_path)
+    assert not (tmp_path / "copy").exists()
+    assert not Path("adapters.lock").exists()
+    assert not verify(NAME, hub=place.hub).ok
+    monkeypatch.setenv(SIGNATURE_VARIABLE, f"{keys['theirs'].public}{os.pathsep}{keys['ours'].public}")
+    PATHS[case](place, tmp_path)
+    assert verify(NAME, hub=place.hub).ok
+    # What a call says stands before the setting.
+    with pytest.raises(UnknownSigner):
+        pull(place, keys["theirs"].public)
+    monkeypatch.setenv(SIGNATURE_VARIABLE, "")
+    PATHS[case](place, tmp_path)
+
+
+def test_a_setting_without_a_key_is_an_error_and_never_no_rule(
+    tmp_path: Path, keys: dict[str, KeyPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    push(place, tmp_path, keys["ours"].private)
+    for setting in (os.pathsep, str(tmp_path / "missing.pub"), str(keys["ours"].private), " "):
+        monkeypatch.setenv(SIGNATURE_VARIABLE, setting)
+        for action in (pull_adapter, verify):
+            with pytest.raises(InvalidKey, match=f"^{SIGNATURE_VARIABLE}: "):
+                action(NAME, hub=place.hub)
+
+
+def test_a_change_request_has_the_signature_and_becomes_the_release(
+    loopback_hub: LoopbackHub, tmp_path: Path, keys: dict[str, KeyPair]
+) -> None:
+    place, folder = LoopbackPlace(loopback_hub, timeout=5), adapter(tmp_path)
+    proposed = push_adapter(folder, NAME, version="1.0.0", hub=place.hub, create_pr=True, sign=keys["ours"].private)
+    assert proposed.url
+    repo = loopback_hub.repo(NAME)
+    [(_, offered)] = repo.pull_requests.items()
+    verify_signature(
+        NAME, proposed.manifest.to_bytes(), place.hub.read(NAME, offered, SIGNATURE_FILE, 10**6),
+        Keys.read(keys["ours"].public) or Keys(()),
+    )  # fmt: skip
+    assert place.hub.refs(NAME).tags == {}
+    repo.branches["main"] = offered  # the owner accepts it
+    done = push(place, tmp_path, keys["ours"].private)
+    assert done.commit == offered
+    assert pull(place, keys["ours"].public).commit == offered
+    assert pull(place, keys["ours"].public).manifest.digest == proposed.manifest.digest
+
+
+def test_a_change_request_after_a_release_replaces_its_signature(
+    loopback_hub: LoopbackHub, tmp_path: Path, keys: dict[str, KeyPair]
+) -> None:
+    place = LoopbackPlace(loopback_hub, timeout=5)
+    push(place, tmp_path, keys["ours"].private)
+    push_adapter(adapter(tmp_path, 1), NAME, version="1.1.0", hub=place.hub, create_pr=True, sign=keys["ours"].private)
+    repo = loopback_hub.repo(NAME)
+    [repo.branches["main"]] = repo.pull_requests.values()
+    assert push(place, tmp_path, keys["ours"].private, version="1.1.0", seed=1).version == "1.1.0"
+    assert pull(place, keys["ours"].public).version == "1.1.0"
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_restored_main_has_the_signature_of_its_release_and_no_other(
+    place: Place, tmp_path: Path, keys: dict[str, KeyPair], signed: bool
+) -> None:
+    first = push(place, tmp_path, keys["ours"].private if not signed else None, version="0.9.0")
+    newest = push(place, tmp_path, keys["ours"].private if signed else None, version="1.0.0", seed=1)
+    # A hub that does not compare parents lets the older push write last.
+    files = {path: place.hub.read(NAME, first.commit, path, 10**7) for path in place.hub.files(NAME, first.commit)}
+    delete = (SIGNATURE_FILE,) if signed else ()
+    old = place.hub.commit(NAME, "main", dict(files), parent=newest.commit, message="late", delete=delete)
+    assert place.hub.read(NAME, old, MANIFEST_FILE, 10**6) == first.manifest.to_bytes()
+    push(place, tmp_path, keys["ours"].private, version="1.1.0rc1", seed=2)
+    main = place.hub.refs(NAME).branches["main"]
+    assert main != old
+    assert place.hub.read(NAME, main, MANIFEST_FILE, 10**6) == newest.manifest.to_bytes()
+    if signed:
+        assert place.hub.read(NAME, main, SIGNATURE_FILE, 10**6) == signature_of(place)
+    else:
+        assert SIGNATURE_FILE not in place.hub.files(NAME, main)
 
 
 def test_openssf_command_verifies_what_we_sign(tmp_path: Path, keys: dict[str, KeyPair]) -> None:

@@ -12,7 +12,10 @@ from registry.base.peft_fields import read_peft_config
 from registry.base.places import place_tensors
 from registry.base.stored import StoredAdapter
 from registry.base.target import Base, Candidate
-from registry.errors import BaseMismatch
+from registry.errors import BaseMismatch, UnsafeFile
+from registry.formats.paths import ADAPTER_CONFIG
+from registry.formats.patterns import find_slow
+from registry.formats.strict_json import shown
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +76,7 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
     empty = candidate.make_empty()
     found = Findings(_check_vocabulary(adapter, rows_of_embedding(empty)))
     config, _ = read_peft_config(adapter)
+    _check_expressions(adapter, [name for name, _ in empty.named_modules()])
     placed = place_tensors(adapter.tensors, config, empty)
     found.problems += placed.problems
     if base is not None and not found.problems:
@@ -80,6 +84,20 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
         for name, inner in placed.copies.items():
             _check_copy(found, adapter, name, inner, base)
     return found
+
+
+def _check_expressions(adapter: StoredAdapter, modules: list[str]) -> None:
+    """Check that PEFT will soon be done with the expressions of the configuration.
+
+    Raises:
+        UnsafeFile: One takes too long.
+    """
+    slow = find_slow(adapter.config.expressions(), modules)
+    if slow is not None:
+        raise UnsafeFile(
+            f"{adapter.title}: {slow[0]} of {ADAPTER_CONFIG} has the expression {shown(slow[1])}, which takes too long "
+            f"to match with the {len(modules):,} modules of this base; name the modules instead"
+        )
 
 
 def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:

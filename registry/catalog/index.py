@@ -6,7 +6,8 @@ that version. Manifests are read only as needed: the newest version first, until
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from registry.errors import (
     IntegrityError,
     InvalidManifest,
     NotAdapter,
+    RegistryError,
     VersionNotFound,
 )
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
@@ -93,6 +95,10 @@ class Manifests:
             with ThreadPoolExecutor(_READERS) as readers:
                 self._found.update(zip(missing, readers.map(self._read, missing), strict=True))
 
+    def has_read(self, commit: str) -> bool:
+        """Whether the manifest of a commit was read already."""
+        return commit in self._found
+
     def is_known(self, version: Version) -> bool:
         """Whether a version is known to be a release."""
         return version_text(version) in self._known
@@ -134,6 +140,24 @@ class Index:
         """Return the version tags whose commits hold no release, with these commits."""
         self._read_ahead()
         return {tag_of(v): self.versions[v] for v in sorted(self.versions) if not self.is_release(v)}
+
+    def known_foreign(self, tags: Container[str], *, most: int) -> set[str]:
+        """Return those of these tags that are known to be foreign.
+
+        Args:
+            tags: The tags.
+            most: How many manifests may be read for it, besides those that were read already.
+        """
+        found = set()
+        for version in (version for version in self.versions if tag_of(version) in tags):
+            if self.manifests is not None and not self.manifests.has_read(self.versions[version]):
+                most -= 1
+                if most < 0:
+                    continue
+            with contextlib.suppress(RegistryError):  # not known
+                if not self.is_release(version):
+                    found.add(tag_of(version))
+        return found
 
     def is_release(self, version: Version) -> bool:
         """Whether a version is a release rather than a foreign tag.

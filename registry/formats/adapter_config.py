@@ -62,6 +62,10 @@ class AdapterConfig:
             raise UnsafeFile(f"{ADAPTER_CONFIG} cannot be used: {reason}") from None
         return cls(values)
 
+    def expressions(self) -> list[tuple[str, str]]:
+        """Return field and text of everything that PEFT matches with module names as a regular expression."""
+        return list(_list_expressions(Fields(self.fields), self.fields))
+
     @property
     def rank(self) -> int:
         """``r``; 8 if the file has none, as in PEFT."""

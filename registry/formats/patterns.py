@@ -10,15 +10,21 @@ expression alone:
   a name, anything shorter at most 16 times; of alternatives that are words, each once and 8 more in all.
 
 Expressions without a computable bound (references to groups, repetitions of a part with several ways) are refused.
-If the modules are known, such an expression can be resolved in a process that can be stopped.
+The bound is a count, so it is the same on every machine. Where the modules are known and all steps together might take
+a noticeable time, the expressions are tried in a process that is stopped after a time limit, before PEFT gets them.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
+
+from registry.errors import MachineError
 
 try:
     from re import _constants, _parser  # type: ignore[attr-defined]
@@ -26,14 +32,34 @@ except ImportError:  # Python 3.10
     import sre_constants as _constants
     import sre_parse as _parser
 
-__all__ = ["find_costly", "is_cheap"]
+__all__ = ["find_costly", "find_slow", "is_cheap"]
 
 _MAX_LENGTH = 2000
 _NAME = 128
-#: Steps for one name; Python makes about ten million per second.
+#: Steps for one name.
 _BUDGET = 500_000.0
 #: Steps for one name by all expressions of a configuration together.
 _TOTAL = 10 * _BUDGET
+#: Steps for all names of a model below which nothing is tried: less than a second on any machine.
+_SURE = 1_000_000.0
+#: Processor seconds, and seconds, after which an expression counts as endless.
+_CPU_SECONDS, _SECONDS = 2, 30.0
+#: Matches each expression with each name, and says which one it is at.
+_TRIAL = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+except (ImportError, ValueError, OSError):
+    pass
+expressions, names = json.load(sys.stdin)
+for index, expression in enumerate(expressions):
+    print(index, flush=True)
+    compiled = re.compile(expression)
+    for name in names:
+        compiled.match(name)
+print("done", flush=True)
+"""
 #: How PEFT 0.21.2 embeds the text of a field (peft.utils.get_pattern_key, peft.tuners.tuners_utils).
 _FORMS = {
     "alpha_pattern": r"(.*\.)?({})$",
@@ -71,6 +97,34 @@ def find_costly(patterns: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
         if total > _TOTAL or len(text) > _MAX_LENGTH:
             return field, text
     return None
+
+
+def find_slow(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first expression that is slow to match with these names, as field and text; ``None`` without one.
+
+    Args:
+        patterns: Field names and expressions, without the text that PEFT adds.
+        names: The names of a model's modules.
+
+    Raises:
+        MachineError: No process can be started.
+    """
+    asked, against = list(patterns), list(names)
+    embedded = [_FORMS.get(field, "(?:{})$").replace("{}", text) for field, text in asked]
+    if sum(map(_count_steps, embedded)) * len(against) <= _SURE:
+        return None
+    command = [sys.executable, "-I", "-c", _TRIAL, str(_CPU_SECONDS)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps([embedded, against]).encode(), capture_output=True, timeout=_SECONDS
+        )
+        output = done.stdout
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b"0"
+    except OSError as error:
+        raise MachineError(f"No process can be started to try the expressions of a configuration: {error}") from error
+    last = output.decode("ascii").split()[-1:]
+    return None if last == ["done"] else asked[int(last[0]) if last else 0]
 
 
 def _count_steps(pattern: str) -> float:

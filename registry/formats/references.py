@@ -135,14 +135,6 @@ def parse_version(text: str) -> Version:
             (``+build``), numbers with leading zeros or of more than 18 digits, or semver's ``1.2.3-1``, which is later
             than ``1.2.3`` in PEP 440 and earlier in semver.
     """
-    version = _read_version(text)
-    if _LEADING_ZERO.search(text):
-        raise InvalidReference(f"{text!r} has a number with leading zeros: write {version_text(version)}")
-    return version
-
-
-def _read_version(text: str) -> Version:
-    """Parse a version that a user requests, which may have leading zeros."""
     try:
         if len(text) > _LONGEST_VERSION or not text.isascii() or text != text.strip():
             raise InvalidVersion(text)
@@ -163,6 +155,8 @@ def _read_version(text: str) -> Version:
         )
     if len(version_text(version)) > _LONGEST_VERSION:
         raise InvalidReference(f"{text!r} has more than {_LONGEST_VERSION} characters when it is written in full")
+    if _LEADING_ZERO.search(text):
+        raise InvalidReference(f"{text!r} is not valid with its leading zeros: write {version_text(version)}")
     return version
 
 
@@ -246,13 +240,13 @@ def _parse_pin(name: str, pin: str, text: str) -> Reference:
     if _COMMIT.fullmatch(pin):
         return Reference(name, commit=pin)
     if _is_version(pin):
-        return Reference(name, version=_read_version(pin))
+        return Reference(name, version=parse_version(pin))
     if _LOOKS_LIKE_COMMIT.fullmatch(pin):
         raise InvalidReference(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
     if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
         raise InvalidReference(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
     if pin[0].isdigit():
-        _read_version(pin)  # raises with the reason
+        parse_version(pin)  # raises with the reason
     return Reference(name, alias=check_alias(pin))
 
 
@@ -267,7 +261,7 @@ def _parse_range(rest: str, text: str) -> SpecifierSet:
     for part in found:
         if part.operator == "===":
             raise InvalidReference(f"{text!r}: '===' compares texts, not versions; write @{part.version}")
-        _read_version(part.version.removesuffix(".*"))
+        parse_version(part.version.removesuffix(".*"))
     return found
 
 

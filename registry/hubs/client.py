@@ -282,6 +282,26 @@ def _check_online() -> None:
         raise HubFailed("HF_HUB_OFFLINE is set", code="Offline")
 
 
+class _Upload(CommitOperationAdd):  # type: ignore[misc]
+    """A file to upload, of which every transfer reads its own copy.
+
+    huggingface_hub 2.4.0 sends two files of equal content at the same time from the file object of one of them.
+    """
+
+    @contextmanager
+    def as_file(self, **options: Any) -> Iterator[Any]:
+        """Open the content at its beginning."""
+        source = self.path_or_fileobj
+        if isinstance(source, io.BytesIO):
+            yield io.BytesIO(source.getbuffer())
+        elif isinstance(source, io.BufferedReader):
+            with open(source.name, "rb") as file:
+                yield file
+        else:
+            with super().as_file(**options) as file:
+                yield file
+
+
 @contextmanager
 def _make_operations(
     files: Mapping[str, Path | bytes], delete: tuple[str, ...], *, as_objects: bool
@@ -301,7 +321,7 @@ def _make_operations(
                 )
             else:
                 source = content
-            operations.append(CommitOperationAdd(path, source))
+            operations.append(_Upload(path, source))
         if as_objects:
             stack.enter_context(_silence_advice())
         yield operations

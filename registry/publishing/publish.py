@@ -19,6 +19,7 @@ from registry.catalog.index import Index, Manifests, index_of, line_of
 from registry.catalog.state import State
 from registry.errors import PublishConflict, RepositoryNotFound, VersionExists
 from registry.formats.manifest import MANIFEST_FILE, Manifest
+from registry.formats.paths import SIGNATURE_FILE
 from registry.formats.references import bumped, is_in, tag_of, version_text
 from registry.hubs.protocol import MAIN, Conflict, Hub, Refs, TagExists
 from registry.publishing.changes import (
@@ -31,6 +32,7 @@ from registry.publishing.changes import (
     plan_changes,
     read_head,
 )
+from registry.signing.signatures import read_signature
 
 __all__ = ["Draft", "Published", "manifest_at", "publish"]
 
@@ -214,6 +216,9 @@ class _Task:
         head = self._read_head(refs, refs.branches[MAIN])
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path | bytes] = {MANIFEST_FILE: manifest.to_bytes()}
+            signature = read_signature(self.hub, self.name, commit)
+            if signature is not None and SIGNATURE_FILE not in head.foreign:
+                files[SIGNATURE_FILE] = signature
             for name, record in manifest.files.items():
                 if name in head.foreign:
                     continue  # a foreign file; pulls read from the release's own commit

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from registry.errors import HubFileNotFound, SignatureError, VersionExists
+from registry.errors import SignatureError, VersionExists
 from registry.formats.manifest import Manifest
-from registry.formats.paths import SIGNATURE_FILE
 from registry.hubs.protocol import Hub
 from registry.publishing.changes import Published
 from registry.signing.keys import SigningKey
-from registry.signing.signatures import MAX_SIGNATURE, check_own_signature, sign_manifest
+from registry.signing.signatures import check_own_signature, read_signature, sign_manifest
 
 __all__ = ["Signer"]
 
@@ -50,10 +49,7 @@ class Signer:
         Raises:
             VersionExists: It was published before without a signature, or with another key's.
         """
-        try:
-            found = hub.read(self.name, done.commit, SIGNATURE_FILE, MAX_SIGNATURE)
-        except HubFileNotFound:
-            found = b""
+        found = read_signature(hub, self.name, done.commit)
         if found and found == self._made.get(done.manifest.digest):
             return done
         try:

@@ -28,7 +28,7 @@ from registry.errors import (
 )
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
-from registry.formats.references import Reference, version_text, versions_in
+from registry.formats.references import Reference, tag_of, version_text, versions_in
 from registry.hubs.protocol import Hub, Refs
 from registry.pulling.cache import Cache
 from registry.pulling.content import check_content, check_sizes
@@ -38,6 +38,8 @@ from registry.pulling.signatures import SignatureRule
 __all__ = ["Fetched", "Fetcher", "Progress"]
 
 _EXAMPLES = 3
+#: Manifests that are read from a folder to tell new tags of others from releases.
+_READ_TAGS = 32
 #: Called with the file's name, the bytes downloaded so far and its total bytes.
 Progress = Callable[[str, int, int], None]
 
@@ -136,7 +138,7 @@ class Fetcher:
             raise self._explain_move(name, before, release)
         identity = self._check_identity(release, before)
         fetched = self._fetch_files(release, before, manifests)
-        self._record(fetched, identity, state, refs)
+        self._record(fetched, identity, refs, index)
         return fetched
 
     def _check_tags(self, name: str, refs: Refs, seen: Seen, pinned: Version | str | None) -> None:
@@ -161,19 +163,19 @@ class Fetcher:
             [version] = versions_in([tag]) or [None]
             if version is None or pinned not in (None, version, seen.tags[tag]):
                 continue
-            if version_text(version) in seen.versions or self._was_release(name, seen.tags[tag]):
+            if version_text(version) in seen.versions or self._was_release(name, version, seen.tags[tag]):
                 lost.append(self._describe_move(name, version_text(version), seen.tags[tag], now))
         return lost
 
-    def _was_release(self, name: str, commit: str) -> bool:
-        """Whether a moved tag pointed to a release; foreign tags may move freely."""
+    def _was_release(self, name: str, version: Version, commit: str) -> bool:
+        """Whether a lost tag pointed to the release of its version; foreign tags may move and vanish."""
         try:
-            self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST)
+            held = Manifest.parse(self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
         except HubFileNotFound:
             return False
         except RegistryError:
-            pass  # a commit that cannot be read any more counts as one
-        return True
+            return True  # a commit that cannot be read any more counts as one
+        return Version(held.version) == version
 
     def _describe_move(self, name: str, version: str, before: str | None, now: str | None) -> str:
         what = f"is commit {now} now" if now else "is not there any more"
@@ -194,14 +196,17 @@ class Fetcher:
             commit, manifest = here.commit if here else commit, entry.manifest
         return _Before(version, commit, manifest, repository)
 
-    def _record(self, fetched: Fetched, identity: str, state: State, refs: Refs) -> None:
+    def _record(self, fetched: Fetched, identity: str, refs: Refs, index: Index) -> None:
         release, digest, base = fetched.release, fetched.manifest.digest, fetched.manifest.base
-        tags = {tag: refs.tags[tag] for tag in versions_in(refs.tags).values()}
+        tags = {tag_of(version): commit for version, commit in index.versions.items()}
 
         def remember(before: Seen) -> Seen:
             versions = {**before.versions, release.version: Pulled(release.commit, digest)}
             seen = replace(before, identity=identity, versions=versions)
-            return seen.with_tags(tags).with_state(state, refs.branches.get(STATE_BRANCH))
+            # Foreign tags come and go, so those that are known to be foreign are not remembered.
+            foreign = index.known_foreign(set(tags) - set(seen.tags), most=_READ_TAGS if self.hub.local else 0)
+            kept = {tag: commit for tag, commit in tags.items() if tag not in foreign}
+            return seen.with_tags(kept).with_state(index.state, refs.branches.get(STATE_BRANCH))
 
         self.cache.remember(self.hub.location, release.name, remember)
         entry = LockEntry(release.version, release.commit, digest, self.hub.location, identity, base.id, base.commit)

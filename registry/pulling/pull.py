@@ -15,7 +15,7 @@ from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher, Progress
 from registry.pulling.lockfile import Lock, LockEntry
 from registry.pulling.signatures import SignatureRule
-from registry.signing.keys import Keys, PathOrPaths
+from registry.signing.keys import PathOrPaths
 
 if TYPE_CHECKING:
     from registry.pulling.adapter import Adapter
@@ -52,7 +52,8 @@ def pull_adapter(
         cache_dir: The cache; by default ``LORA_REGISTRY_CACHE``, else a folder in the user's cache folder.
         progress: Called with a file's name, its bytes so far and its total bytes during the download.
         require_signature: Accept only releases signed with this key: the path of a PEM file with a public key or a
-            certificate, or several, of which any is accepted. Needs ``pip install 'lora-plugins[signing]'``.
+            certificate, or several, of which any is accepted; by default those of ``LORA_REGISTRY_REQUIRE_SIGNATURE``.
+            Needs ``pip install 'lora-plugins[signing]'``.
 
     Raises:
         InvalidReference: The reference is malformed.
@@ -97,8 +98,8 @@ def fetch_adapter(
 ) -> Fetched:
     """Fetch the files of a release; see `pull_adapter`."""
     parsed, place, token = Reference.parse(reference), open_hub(hub, token), None
-    keys, cache = Keys.read(require_signature), Cache(cache_dir)
-    rule = None if keys is None else SignatureRule(keys, cache)
+    cache = Cache(cache_dir)
+    rule = SignatureRule.choose(require_signature, cache)
     with limit_operation():
         return Fetcher(place, cache, lock, offline, progress, signature=rule).fetch(parsed)
 

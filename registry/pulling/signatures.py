@@ -8,15 +8,14 @@ from pathlib import Path
 
 from registry.catalog.index import Release
 from registry.disk import files as folder_files
-from registry.errors import CommitNotFound, HubFileNotFound, SignatureError, SignatureNotFound
+from registry.errors import SignatureError, SignatureNotFound
 from registry.formats.manifest import Manifest
-from registry.formats.paths import SIGNATURE_FILE
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache
-from registry.signing.keys import Keys
-from registry.signing.signatures import MAX_SIGNATURE, verify_signature
+from registry.signing.keys import Keys, PathOrPaths
+from registry.signing.signatures import MAX_SIGNATURE, read_signature, verify_signature
 
-__all__ = ["SignatureRule", "read_signature"]
+__all__ = ["SignatureRule"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,19 @@ class SignatureRule:
 
     keys: Keys
     cache: Cache
+
+    @classmethod
+    def choose(cls, required: PathOrPaths | None, cache: Cache) -> SignatureRule | None:
+        """Return the rule for ``require_signature=``, or for the environment if that is ``None``.
+
+        Returns:
+            The rule; ``None`` if no signature is required.
+
+        Raises:
+            InvalidKey: No key is given, or one cannot be used.
+        """
+        keys = Keys.read(required)
+        return None if keys is None else cls(keys, cache)
 
     def check(self, release: Release, manifest: Manifest, hub: Hub | None) -> None:
         """Verify the signature of a release before any of its files is downloaded or used.
@@ -54,7 +66,7 @@ class SignatureRule:
                 f"The signature of {release} is not in the cache {self.cache.folder}, and the network is off. Pull it "
                 "once with a network and the required key"
             )
-        found = read_signature(hub, release)
+        found = read_signature(hub, release.name, release.commit)
         if found is None:
             raise SignatureNotFound(
                 f"{release} on {hub.location} is not signed, and a signature by {self.keys} is required. A "
@@ -84,11 +96,3 @@ class SignatureRule:
             folder_files.replace_file(path, signature)
         except OSError:
             return  # read-only cache: the signature is read from the hub again next time
-
-
-def read_signature(hub: Hub, release: Release) -> bytes | None:
-    """Read the signature in the commit of a release; ``None`` if it has none."""
-    try:
-        return hub.read(release.name, release.commit, SIGNATURE_FILE, MAX_SIGNATURE)
-    except (HubFileNotFound, CommitNotFound):
-        return None

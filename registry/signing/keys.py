@@ -15,10 +15,12 @@ from registry.errors import InvalidKey, SigningNotInstalled
 if TYPE_CHECKING:
     from model_signing import signing, verifying
 
-__all__ = ["PASSWORD_VARIABLE", "Keys", "PathOrPaths", "SigningKey", "TrustedKey", "load_library"]
+__all__ = ["PASSWORD_VARIABLE", "SIGNATURE_VARIABLE", "Keys", "PathOrPaths", "SigningKey", "TrustedKey", "load_library"]
 
 PathOrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+#: Environment variable with the key files that must have signed, for calls that name none; separated as in ``PATH``.
+SIGNATURE_VARIABLE = "LORA_REGISTRY_REQUIRE_SIGNATURE"
 #: Environment variable with the password of an encrypted key, for the commands.
 PASSWORD_VARIABLE = "LORA_REGISTRY_KEY_PASSWORD"
 _MAX_PEM = 1024 * 1024
@@ -175,18 +177,31 @@ class Keys:
 
     @classmethod
     def read(cls, paths: PathOrPaths | None) -> Keys | None:
-        """Read key files; ``None`` stands for no required signature.
+        """Read key files; ``None`` stands for those of ``LORA_REGISTRY_REQUIRE_SIGNATURE``.
+
+        Returns:
+            The keys; ``None`` if no signature is required.
 
         Raises:
             InvalidKey: No key is given, or one cannot be used.
         """
-        if paths is None:
+        setting = os.environ.get(SIGNATURE_VARIABLE)
+        if paths is None and not setting:
             return None
+        if paths is None:
+            return cls._read_setting(str(setting))
         named: Iterable[str | os.PathLike[str]] = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         trusted = tuple(TrustedKey.read(path) for path in named)
         if not trusted:
             raise InvalidKey("A signature is required and no key is given whose signature would do")
         return cls(trusted)
+
+    @classmethod
+    def _read_setting(cls, setting: str) -> Keys | None:
+        try:
+            return cls.read(tuple(filter(None, setting.split(os.pathsep))))
+        except InvalidKey as error:
+            raise InvalidKey(f"{SIGNATURE_VARIABLE}: {error}") from None
 
     def __str__(self) -> str:
         return " or ".join(str(key.path) for key in self.trusted)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from registry.disk.machine import temporary_folder
 from registry.errors import (
+    CommitNotFound,
+    HubFileNotFound,
     InvalidKey,
     InvalidSignature,
     RegistryError,
@@ -24,15 +26,16 @@ from registry.errors import (
     SignatureMismatch,
     UnknownSigner,
 )
-from registry.formats.paths import MANIFEST_FILE
+from registry.formats.paths import MANIFEST_FILE, SIGNATURE_FILE
 from registry.formats.references import check_name
 from registry.formats.strict_json import JsonRefused, parse
+from registry.hubs.protocol import Hub
 from registry.signing.keys import Keys, SigningKey, TrustedKey, load_library
 
 if TYPE_CHECKING:
     from model_signing import hashing
 
-__all__ = ["MAX_SIGNATURE", "check_own_signature", "sign_manifest", "verify_signature"]
+__all__ = ["MAX_SIGNATURE", "check_own_signature", "read_signature", "sign_manifest", "verify_signature"]
 
 #: Most bytes of a signature; one with a chain of certificates has about 10 KB.
 MAX_SIGNATURE = 256 * 1024
@@ -90,6 +93,14 @@ def verify_signature(name: str, manifest: bytes, signature: bytes, keys: Keys) -
         problems.append(problem)
     # With several keys, the problem of the one that signed is worth more than "made with another key".
     raise next((each for each in problems if not isinstance(each, UnknownSigner)), problems[0])
+
+
+def read_signature(hub: Hub, name: str, commit: str) -> bytes | None:
+    """Read the signature in a commit; ``None`` if it has none."""
+    try:
+        return hub.read(name, commit, SIGNATURE_FILE, MAX_SIGNATURE)
+    except (HubFileNotFound, CommitNotFound):
+        return None
 
 
 def check_own_signature(name: str, manifest: bytes, signature: bytes, key: SigningKey) -> None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.errors import UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from registry.formats.patterns import find_slow
+from registry.formats.strict_json import shown
 from registry.formats.tensors import LoraModule, lora_modules, other_tensors
 from registry.formats.weights import read_file_header, read_values
 
@@ -62,7 +65,11 @@ class Difference:
 
 
 def compare_adapters(before: Adapter, after: Adapter) -> Difference:
-    """Compare two pulled adapters; neither PEFT nor a model is needed."""
+    """Compare two pulled adapters; neither PEFT nor a model is needed.
+
+    Raises:
+        UnsafeFile: An expression in a configuration takes too long to match.
+    """
     one, two = before.manifest, after.manifest
     bases = {key: (getattr(one.base, key), getattr(two.base, key)) for key in ("id", "commit", "fingerprint")}
     return Difference(
@@ -89,6 +96,11 @@ class _Weights:
         self._config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
         self.modules = {n: m for n, m in lora_modules(self._header.tensors).items() if m.first and m.second}
         self.others = set(other_tensors(self._header.tensors))
+        slow = find_slow(self._config.expressions(), self.modules)
+        if slow is not None:
+            raise UnsafeFile(
+                f"{slow[0]} of {folder} has the expression {shown(slow[1])}, which takes too long to match"
+            )
 
     def tensor(self, name: str) -> numpy.ndarray:
         """Return the values of a tensor, in float64."""

@@ -17,7 +17,9 @@ from registry.publishing.publish import Draft, Published, publish
 from registry.pulling.cache import Cache
 from registry.pulling.fetch import Fetched, Fetcher
 from registry.pulling.lockfile import Lock
-from registry.pulling.signatures import read_signature
+from registry.pulling.signatures import SignatureRule
+from registry.signing.keys import PathOrPaths
+from registry.signing.signatures import read_signature
 
 __all__ = ["mirror"]
 
@@ -32,6 +34,7 @@ def mirror(
     private: bool | None = None,
     force: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
+    require_signature: PathOrPaths | None = None,
 ) -> list[Published]:
     """Copy releases to another registry, with signatures, withdrawals and aliases.
 
@@ -44,6 +47,7 @@ def mirror(
         private: Whether a new repository is private.
         force: See `push_adapter`.
         cache_dir: The cache that releases pass through.
+        require_signature: See `pull_adapter`; a release without it is not copied.
 
     Returns:
         The releases, oldest version first; ``created`` says which were not there before.
@@ -51,6 +55,7 @@ def mirror(
     Raises:
         VersionExists: The target has another release under one of the versions.
         RepositoryConflict: The target has others' files under the names of a release's files.
+        SignatureError: A release lacks the required signature.
         UnknownBase: The target is a hub, and an adapter's base model has no id there.
     """
     parsed = Reference.parse(reference)
@@ -58,11 +63,15 @@ def mirror(
     destination, target_token = open_hub(target, target_token), None
     index = read_index(source, parsed.name)
     wanted = index.releases() if parsed == Reference(parsed.name) else [index.resolve(parsed)]
-    fetcher = Fetcher(source, Cache(cache_dir), Lock(None), quiet=True)
+    cache = Cache(cache_dir)
+    rule = SignatureRule.choose(require_signature, cache)
+    fetcher = Fetcher(source, cache, Lock(None), quiet=True, signature=rule)
     copied = []
     for release in wanted:
         fetched = fetcher.fetch(Reference(parsed.name, version=Version(release.version)))
-        copied.append(_copy(fetched, read_signature(source, release), destination, private, force=force))
+        copied.append(
+            _copy(fetched, read_signature(source, parsed.name, release.commit), destination, private, force=force)
+        )
     _copy_state(destination, parsed.name, index.state)
     return copied
 

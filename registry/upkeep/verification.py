@@ -22,9 +22,8 @@ from registry.pulling.cache import Cache, check_file
 from registry.pulling.content import check_content, check_sizes
 from registry.pulling.fetch import Fetcher
 from registry.pulling.lockfile import Lock
-from registry.pulling.signatures import read_signature
 from registry.signing.keys import Keys, PathOrPaths
-from registry.signing.signatures import verify_signature
+from registry.signing.signatures import read_signature, verify_signature
 
 __all__ = ["Verification", "verify"]
 
@@ -105,7 +104,7 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys 
 def _check_signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -> list[str]:
     if keys is None:
         return []
-    signature = read_signature(hub, release)
+    signature = read_signature(hub, release.name, release.commit)
     if signature is None:
         return [f"It is not signed, and a signature by {keys} is required"]
     try:
