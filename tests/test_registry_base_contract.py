@@ -349,7 +349,7 @@ def test_every_kind_of_adapter_fits_its_own_base(make: Any, lora: dict[str, Any]
 SLOW = ".{0,60}.{0,60}.{0,60}(?=#)"
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_an_expression_that_is_slow_on_a_large_base_is_refused_before_peft_gets_it(
     adapter: Adapter, tmp_path: Path, field: str
 ) -> None:
@@ -359,7 +359,7 @@ def test_an_expression_that_is_slow_on_a_large_base_is_refused_before_peft_gets_
     (tmp_path / "folder" / "adapter_manifest.json").unlink()
     path = tmp_path / "folder" / "adapter_config.json"
     config = json.loads(path.read_text())
-    config[field] = {SLOW: 2} if field == "rank_pattern" else [SLOW] if field == "modules_to_save" else SLOW
+    config[field] = SLOW
     path.write_text(json.dumps(config))
     model = base()
     # Names as long as those of a multimodal mixture of experts, and as many modules as one of these has.
