@@ -83,7 +83,7 @@ def run_child(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)  # noqa: S603 - our own interpreter and arguments
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -29,7 +29,7 @@ VERSIONS = 10_000
 def loopback() -> Iterator[tuple[str, str]]:
     """Endpoint and token of a Hub in another process."""
     command = [sys.executable, "-m", "registry.testing.loopback", "--until-eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own interpreter and arguments
         assert process.stdout is not None
         lines = [process.stdout.readline().strip().partition("=")[2] for _ in range(2)]
         yield lines[0], lines[1]

@@ -64,7 +64,7 @@ _IMPORT = "import time; start = time.perf_counter(); import {0}; print(time.perf
 def python(code: str, path: str = "") -> list[float]:
     """Run code in a new process and return the numbers that it prints."""
     environment = {**os.environ, "PYTHONPATH": path} if path else None
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)  # noqa: S603 - our own interpreter and arguments
     return [float(number) for number in done.stdout.split()]
 
 
@@ -78,7 +78,7 @@ def program_seconds(*arguments: str) -> float:
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "lora_plugins", *arguments], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "lora_plugins", *arguments], capture_output=True, check=True)  # noqa: S603 - our own interpreter and arguments
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -159,7 +159,7 @@ def _defaults(host: PluginHost) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in host.model_types():
         record = host.architecture(name)
-        assert record is not None, "the name was just listed"
+        assert record is not None, "the name was just listed"  # noqa: S101 - narrows a type
         inner = f" (of the inner model: `{'`, `'.join(record.inner)}`)" if record.inner else ""
         groups.setdefault(f"`{'`, `'.join(record.targets)}`{inner}", []).append(name)
     rows = [["default targets", "model types"]]

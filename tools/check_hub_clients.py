@@ -98,7 +98,7 @@ def _olah(program: str, hub: LoopbackHub, folder: str) -> Iterator[str]:
     command += ["--mirror-scheme", "http", "--mirror-netloc", here, "--mirror-lfs-netloc", here]
     command += ["--repos-path", f"{folder}/repos", "--log-path", f"{folder}/logs"]
     with open(f"{folder}/out", "w") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603 - a developer's tool
     try:
         _await_port(here, process)
         yield f"http://{here}"
@@ -119,7 +119,7 @@ def _environment(cache: Path, requirement: str) -> str:
 
 def _install(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)  # noqa: S603 - a developer's tool
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotInstallable(f"{command[0]}: {error}") from None
     if done.returncode:
@@ -135,7 +135,7 @@ def _run(command: list[str], endpoint: str, folder: Path | None = None) -> list[
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - a developer's tool
             command, capture_output=True, text=True, env={**os.environ, **settings}, cwd=folder, timeout=300
         )
     rows: list[dict[str, object]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

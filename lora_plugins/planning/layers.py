@@ -127,7 +127,7 @@ def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int
     """Return the bytes of a stand-in's weight, scales and bias under a backend."""
     if layer.stored_bytes is not None:
         return layer.stored_bytes
-    assert quantization is not None, "only a layer that arrived quantized needs no backend"
+    assert quantization is not None, "only a layer that arrived quantized needs no backend"  # noqa: S101 - narrows a type
     bias = layer.held_bias[0]
     size = weight_bytes(quantization, layer.in_features, layer.out_features, layer.float_dtype)
     return size + (bias.numel() * bias.element_size() if bias is not None else 0)
@@ -156,7 +156,7 @@ def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> 
     """
     if layer.stored_bytes is not None:
         return layer.parameter_bytes, layer.is_copied
-    assert quantization is not None, "only a layer that arrived quantized needs no backend"
+    assert quantization is not None, "only a layer that arrived quantized needs no backend"  # noqa: S101 - narrows a type
     sample = _quantize_samples(_make_options(quantization), layer.in_features, layer.float_dtype)
     if sample is None:
         return 0, False

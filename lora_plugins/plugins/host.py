@@ -392,7 +392,7 @@ def _find_readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
             entries = distribution.entry_points.select(group=PROJECT)
             # As on import, the first of several copies on the path counts.
             name = _normalize(distribution.metadata["Name"])
-        except Exception:
+        except Exception:  # noqa: S112 - a distribution that cannot be read is no plugin
             continue
         if name not in seen:
             seen.add(name)

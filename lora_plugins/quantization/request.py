@@ -157,7 +157,7 @@ def quantization_config(quantization: str | Mapping[str, Any] | Quantizer, *, ho
         QuantizationError: The backend can only quantize a model in place.
     """
     parsed = parse_quantization(quantization, host)
-    assert parsed is not None, "None stands for no quantization"
+    assert parsed is not None, "None stands for no quantization"  # noqa: S101 - narrows a type
     options = {**parsed.options, "skip_modules": parsed.options["skip_modules"] or None}
     config = parsed.quantizer.load_config(options)
     if config is None:

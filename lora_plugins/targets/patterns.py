@@ -76,7 +76,7 @@ def match_paths(pattern: str, paths: Iterable[str], where: str = "target_modules
         return [path for path in names if re.fullmatch(pattern, path)]
     command = [sys.executable, "-I", "-c", _MATCHER]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
             command, input=json.dumps([pattern, names]), capture_output=True, text=True, timeout=_SECONDS, check=True
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError, OSError) as error:

@@ -71,12 +71,12 @@ class OptimizerRebuild:
 
     @property
     def _groups_of_user(self) -> list[dict[str, Any]]:
-        assert self._given is not None, "only called for an optimizer of the user's"
+        assert self._given is not None, "only called for an optimizer of the user's"  # noqa: S101 - narrows a type
         return self._given.param_groups
 
     def _find_lists(self, group: dict[str, Any]) -> list[str]:
         """Return the keys of a group's other lists with one entry per tensor, such as ``param_names``."""
-        assert self._given is not None, "only called for an optimizer of the user's"
+        assert self._given is not None, "only called for an optimizer of the user's"  # noqa: S101 - narrows a type
         size = len(group["params"])
         others = (key for key in group if key != "params" and key not in self._given.defaults)
         return [key for key in others if isinstance(group[key], list) and len(group[key]) == size and size]

@@ -67,5 +67,5 @@ def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -
             f"add one: {error} Merge the adapter into the base model and start from that."
         ) from error
     record = preparation_of(model)
-    assert record is not None, "the model was just prepared"
+    assert record is not None, "the model was just prepared"  # noqa: S101 - narrows a type
     record.notes.append(f"the reference is a frozen copy of the adapter that the run continues from ({REFERENCE!r})")

@@ -102,8 +102,8 @@ def _describe_configuration(found: Comparison) -> str:
 def _compare_commits(
     found: Identity, recorded: BaseRecord, base: Base, hub: Hub | str | None, token: str | bool | None
 ) -> None:
-    assert recorded.commit is not None
-    assert base.commit is not None
+    assert recorded.commit is not None  # noqa: S101 - narrows a type
+    assert base.commit is not None  # noqa: S101 - narrows a type
     name, commits = base.id or recorded.id, (recorded.commit, base.commit)
     if name is None:
         found.not_compared.append("commit (the base has no id)")

@@ -157,7 +157,7 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
         # Some hubs do not compare the parent, so the branch is read again.
         if made is not None and hub.refs(name).branches.get(STATE_BRANCH) == made:
             return after
-        time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
+        time.sleep(random.uniform(0, 0.05 * (attempt + 1)))  # noqa: S311 - spreads attempts, protects nothing
     raise PublishConflict(f"{name}: others changed {STATE_FILE} at the same time, {_ATTEMPTS} times; try again")
 
 

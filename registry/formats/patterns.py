@@ -115,7 +115,7 @@ def find_slow(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> tupl
         return None
     command = [sys.executable, "-I", "-c", _TRIAL, str(_CPU_SECONDS)]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
             command, input=json.dumps([embedded, against]).encode(), capture_output=True, timeout=_SECONDS
         )
         output = done.stdout

@@ -382,7 +382,7 @@ def _is_same(file: RemoteFile, content: Path | bytes) -> bool:
         return False
     if file.sha256 is not None:
         return file.sha256 == hashlib.sha256(data).hexdigest()
-    return file.git_sha1 == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return file.git_sha1 == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _quote(text: str) -> str:

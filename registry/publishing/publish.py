@@ -288,7 +288,7 @@ def publish(
         done = task.propose(refs, chosen, made) if propose else task.attempt(refs, chosen, made)
         if done is not None:
             return done
-        time.sleep(random.uniform(0, 0.03 * (attempt + 1)))
+        time.sleep(random.uniform(0, 0.03 * (attempt + 1)))  # noqa: S311 - spreads attempts, protects nothing
     raise PublishConflict(f"{name}: others published at the same time, {_ATTEMPTS} times; try again")
 
 

@@ -22,7 +22,7 @@ PathOrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Environment variable with the key files that must have signed, for calls that name none; separated as in ``PATH``.
 SIGNATURE_VARIABLE = "LORA_REGISTRY_REQUIRE_SIGNATURE"
 #: Environment variable with the password of an encrypted key, for the commands.
-PASSWORD_VARIABLE = "LORA_REGISTRY_KEY_PASSWORD"
+PASSWORD_VARIABLE = "LORA_REGISTRY_KEY_PASSWORD"  # noqa: S105 - a name, not a password
 _MAX_PEM = 1024 * 1024
 _KINDS = "an ECDSA key on the curve P-256, P-384 or P-521"
 

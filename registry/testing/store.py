@@ -226,7 +226,7 @@ class Store:
             date = _format_now()
             content = {path: [entry.sha256, entry.lfs] for path, entry in sorted(files.items())}
             identity = [repo.key, parent, title, message, author, date, len(repo.commits), content]
-            oid = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
+            oid = hashlib.sha1(json.dumps(identity).encode(), usedforsecurity=False).hexdigest()
             commit = Commit(oid, parent, title, message, author, date, dict(files))
             repo.commits[oid] = commit
             refs[branch] = oid
@@ -259,7 +259,7 @@ def _make_pointer(sha256: str, size: int) -> bytes:
 
 
 def _hash_git_blob(content: bytes) -> str:
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
 def _format_now() -> str:

@@ -165,8 +165,8 @@ class Int4Quanto(Quanto):
 def _build_folder() -> Path:
     """Return the folder of optimum-quanto's compiled extension."""
     spec = importlib.util.find_spec("optimum.quanto")
-    assert spec is not None, "only asked where optimum-quanto is installed"
-    assert spec.origin is not None, "optimum.quanto is a package with an __init__"
+    assert spec is not None, "only asked where optimum-quanto is installed"  # noqa: S101 - narrows a type
+    assert spec.origin is not None, "optimum.quanto is a package with an __init__"  # noqa: S101 - narrows a type
     return Path(spec.origin).parent / "library" / "extensions" / "cpp" / "build"
 
 

@@ -80,7 +80,7 @@ def compare_in_new_process(
         save_file({**tensors, "logits": logits(model, batch)}, reference)
         backend = quantization or "none"
         command = [sys.executable, "-m", __name__, base, str(adapter), backend, str(reference), str(registry or "none")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own interpreter and arguments
     if done.returncode:
         raise DemoError(f"The process that reloads the adapter ended with code {done.returncode}.")
     return Reload(**json.loads(done.stdout.splitlines()[-1]))
