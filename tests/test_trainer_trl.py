@@ -13,8 +13,7 @@ import tiny
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.adapters.report import make_report
@@ -23,129 +22,20 @@ from lora_plugins.trainer.attaching import detach
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
+from trl_runs import (  # noqa: E402 - it imports trl
+    KINDS,
+    ONLINE,
+    assert_trained,
+    count_small_words,
+    losses,
+    make,
+    pairs,
+    reward_model,
+    sentences,
+    tokenizer,
+)
+
 LN2 = math.log(2)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, tiny.VOCABULARY)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
-
-
-def sentences(count: int, words: int, seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(3, tiny.VOCABULARY, (count, words), generator=generator)
-    return [" ".join(f"w{number}" for number in row) for row in numbers.tolist()]
-
-
-def prompts() -> list[str]:
-    return [text + " " for text in sentences(16, 4, 1)]
-
-
-def pairs() -> Dataset:
-    return Dataset.from_dict({"prompt": prompts(), "chosen": sentences(16, 5, 2), "rejected": sentences(16, 3, 3)})
-
-
-def rated() -> Dataset:
-    completions = sentences(16, 5, 2)
-    return Dataset.from_dict(
-        {"prompt": prompts(), "completion": completions, "label": [number % 2 == 0 for number in range(16)]}
-    )
-
-
-def reward_model() -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=0,
-            num_labels=1,
-        )
-    )
-
-
-KINDS: dict[str, tuple[str, str, Any]] = {
-    "sft": ("SFTTrainer", "SFTConfig", lambda: Dataset.from_dict({"text": sentences(16, 9, 4)})),
-    "dpo": ("DPOTrainer", "DPOConfig", pairs),
-    "kto": ("KTOTrainer", "KTOConfig", rated),
-    "reward": ("RewardTrainer", "RewardConfig", pairs),
-}
-
-
-def questions() -> Dataset:
-    return Dataset.from_dict({"prompt": prompts()})
-
-
-#: Trainers that generate: what they learn from is the reward of what they have written.
-ONLINE: dict[str, tuple[str, str, Any]] = {
-    "grpo": ("GRPOTrainer", "GRPOConfig", questions),
-    "rloo": ("RLOOTrainer", "RLOOConfig", questions),
-}
-
-
-def count_small_words(completions: list[str], **kwargs: Any) -> list[float]:
-    """A reward that a small model can learn to get."""
-    numbers = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
-    return [sum(number < tiny.VOCABULARY // 2 for number in row) / 6 for row in numbers]
-
-
-def make(kind: str, folder: Path, model: Any = None, callbacks: list[Any] | None = None, **arguments: Any) -> Trainer:
-    """A Trainer of TRL with four quiet steps; ``arguments`` go to its configuration, but for two of its own."""
-    trainer, config, data = {**KINDS, **ONLINE}[kind]
-    names = ("peft_config", "ref_model", "eval_dataset", "reward_funcs")
-    own = {name: arguments.pop(name) for name in names if name in arguments}
-    if model is None:
-        model = reward_model() if kind == "reward" else tiny.llama()
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": [],
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 7,
-    }
-    if kind in ONLINE:
-        # With a beta, TRL loads the reference by the model's name, and models made here have none.
-        defaults |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.0}
-        own.setdefault("reward_funcs", count_small_words)
-    else:
-        defaults["max_length"] = 16
-    return getattr(trl, trainer)(
-        model=model,
-        args=getattr(trl, config)(**{**defaults, **arguments}),
-        train_dataset=data(),
-        processing_class=tokenizer(),
-        callbacks=callbacks,
-        **own,
-    )
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_trained(trainer: Trainer, name: str = "default") -> None:
-    """The optimizer holds the one adapter (and trained heads), the adapter has moved."""
-    assert isinstance(trainer.model, peft.PeftModel)
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    assert held == {id(p) for p in trained.values()}
-    assert all(f".{name}." in n for n in trained)
-    moved = tiny.adapter_tensors(trainer.model, f"lora_B.{name}")
-    assert len(moved) == 4
-    assert all(tensor.any() for tensor in moved.values())
 
 
 def assert_quantized(trainer: Trainer, quantization: str | None) -> None:
@@ -303,6 +193,43 @@ def test_continued_adapter_is_compared_with_a_frozen_copy_of_itself(
     resumed = start_run()
     resumed.train(resume_from_checkpoint=str(folder))
     assert losses(resumed) == losses(trainer)
+
+
+@pytest.fixture
+def loadable(tmp_path: Path) -> Any:
+    """A base in a folder, by whose name TRL loads a reference."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("start", ["fresh", "continued"])
+@pytest.mark.parametrize("kind", sorted(ONLINE))
+def test_a_reference_that_trl_loads_again_gives_way_to_where_the_run_started(
+    tmp_path: Path, stored: Path, loadable: Any, kind: str, start: str, quantization: str | None
+) -> None:
+    settings: dict[str, Any] = {"quantization": quantization, "compute_dtype": "float32"}
+    settings |= {"adapter": stored} if start == "continued" else {"r": 4, "lora_dropout": 0.0}
+    trainer = make(kind, tmp_path / "second", loadable(), [LoraCallback(**settings)], beta=0.1, max_steps=2)
+    assert trainer.ref_model is not None, "TRL knows of the adapters now: release_loaded can go"
+    trainer.train()
+    assert trainer.ref_model is None
+    assert list(trainer.model.peft_config) == (["default", "ref"] if start == "continued" else ["default"])
+    first = trainer.state.log_history[0]
+    assert abs(first["kl"]) < 1e-5, "policy and reference are one model at first"
+    assert_trained(trainer)
+
+
+def test_attach_lets_a_loaded_reference_go_and_keeps_ones_own(tmp_path: Path, loadable: Any) -> None:
+    loaded = make("rloo", tmp_path / "loaded", loadable(), beta=0.1, max_steps=1)
+    attach(loaded, r=4)
+    loaded.train()
+    assert loaded.ref_model is None
+    own = tiny.llama(seed=5)
+    given = make("dpo", tmp_path / "given", ref_model=own, max_steps=1)
+    attach(given, r=4)
+    given.train()
+    assert given.ref_model is own
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

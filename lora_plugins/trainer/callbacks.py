@@ -120,9 +120,10 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             raise AttachError("The Trainer is inside train(); adapters can be attached before or between calls of it.")
         check_supported(trainer, self.settings.adapter_name)
         engines.check_engine(trainer, self.settings.quantization)
-        preference.check_reference(trainer, self.settings.adapter_name)
+        preference.check_reference(trainer, self.settings)
         self.release()
         optimizer = OptimizerRebuild(trainer)
+        preference.release_copy(trainer)
         before = trainer.model
         model = self.make_model(trainer, before)
         self._trainer = weakref.ref(trainer)
@@ -171,6 +172,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
                 f"Make a {type(self).__name__} for each Trainer."
             )
         model = trainer.model
+        preference.release_loaded(trainer)
         record = preparation_of(model) or preparation_of(base_of(model))
         checks: tuple[Callable[[], None], ...] = (
             lambda: self._check_model(model),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 
 from lora_plugins.adapters.files import copy_adapter
@@ -10,21 +14,29 @@ from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import UnsupportedTraining
 
-__all__ = ["REFERENCE", "check_reference", "has_reference", "keep_reference"]
+__all__ = ["REFERENCE", "check_reference", "has_reference", "keep_reference", "release_copy", "release_loaded"]
 
 
 #: Name under which TRL's trainers (trl 1.16) make and look up the frozen copy of the adapter they start from.
 REFERENCE = "ref"
 #: Trainers that read their reference from the policy's own model: the adapter called "ref", or no adapter.
 _TRAINERS = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+#: Those of them that load the base again as reference if the model had no adapters when they were called.
+_LOADERS = ("GRPOTrainer", "RLOOTrainer")
+#: Trainers that copy the base as reference before any callback exists, and without a copy switch the adapter off.
+_COPIERS = ("OnlineDPOTrainer",)
 
 
 def has_reference(trainer: Trainer) -> bool:
     """Whether a Trainer compares its model with a reference, as TRL's preference trainers do."""
-    return any(cls.__name__ in _TRAINERS and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+    return _is_one_of(trainer, _TRAINERS)
 
 
-def check_reference(trainer: Trainer, adapter_name: str) -> None:
+def _is_one_of(trainer: Trainer, names: tuple[str, ...]) -> bool:
+    return any(cls.__name__ in names and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def check_reference(trainer: Trainer, settings: LoraSettings) -> None:
     """Refuse settings under which a model with adapters has no valid reference.
 
     Raises:
@@ -36,11 +48,51 @@ def check_reference(trainer: Trainer, adapter_name: str) -> None:
             "sync_ref_model=True mixes the policy's tensors into those of the reference one by one, and a model with "
             "adapters has other tensors. Use sync_ref_model=False, or train without adapters."
         )
-    if has_reference(trainer) and adapter_name == REFERENCE:
+    if has_reference(trainer) and settings.adapter_name == REFERENCE:
         raise UnsupportedTraining(
             f"{type(trainer).__name__} takes the adapter called {REFERENCE!r} for its reference, so an adapter trained "
             "under that name would be compared with itself. Choose another adapter_name."
         )
+    if settings.adapter is not None and not has_reference(trainer) and _holds_copy(trainer):
+        raise UnsupportedTraining(
+            f"{type(trainer).__name__} copied its reference from the model before the adapter was in it, so the run "
+            "would be compared with the bare base model and not with the adapter that it continues from. Pass "
+            f"model=prepare_model(base, adapter={settings.adapter!r}, …) and callbacks=[LoraCallback()]: the copy then "
+            "holds the adapter too."
+        )
+
+
+def release_copy(trainer: Trainer) -> None:
+    """Drop a reference that is a copy of the base model; call it before the base is prepared.
+
+    The Trainer then switches the adapter off, which computes the same without a second model in memory, and on a
+    quantized base compares like with like.
+    """
+    if _is_one_of(trainer, _COPIERS) and _holds_copy(trainer):
+        trainer.ref_model = None
+
+
+def release_loaded(trainer: Trainer) -> None:
+    """Drop a reference that the Trainer loaded by the base model's name although its model has adapters.
+
+    TRL 1.16 looks at the model that it was given, not at the one that the callback made of it. Without the second model
+    the Trainer switches to the adapter called "ref", or to none: where the run started.
+    """
+    if _is_one_of(trainer, _LOADERS) and isinstance(trainer.model, PeftModel):
+        trainer.ref_model = None
+
+
+def _holds_copy(trainer: Trainer) -> bool:
+    """Whether the Trainer's reference has the values of its model, which has no adapters yet."""
+    reference: Any = getattr(trainer, "ref_model", None)
+    if not isinstance(reference, nn.Module) or isinstance(trainer.model, PeftModel):
+        return False
+    ours, theirs = dict(trainer.model.named_parameters()), dict(reference.named_parameters())
+    return ours.keys() == theirs.keys() and all(_are_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
 
 
 def keep_reference(trainer: Trainer, model: PeftModel, settings: LoraSettings) -> None:
