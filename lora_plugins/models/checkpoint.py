@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "find_checkpoint", "find_pretrained"]
+__all__ = ["Checkpoint", "find_checkpoint", "find_pretrained", "locate"]
 
 
 _SINGLE = "model.safetensors"
@@ -107,18 +107,19 @@ def find_checkpoint(model: nn.Module) -> Checkpoint | None:
 
 
 def _find_files(source: str, commit: str | None) -> list[Path]:
-    single = _locate(source, _SINGLE, commit)
+    single = locate(source, _SINGLE, commit)
     if single is not None:
         return [single]
-    index = _locate(source, _INDEX, commit)
+    index = locate(source, _INDEX, commit)
     if index is None:
         return []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found = [_locate(source, str(name), commit) for name in names]
+    found = [locate(source, str(name), commit) for name in names]
     return [file for file in found if file is not None] if all(found) else []
 
 
-def _locate(source: str, name: str, commit: str | None) -> Path | None:
+def locate(source: str, name: str, commit: str | None) -> Path | None:
+    """Return a file of a folder or of a repository in the Hub's cache, ``None`` if it is not on this machine."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None

@@ -92,7 +92,7 @@ def find_required(model: nn.Module, frozen: Sequence[str] = (), host: PluginHost
 def _require(found: Initialized, frozen: Sequence[str]) -> Required:
     rows = [f"{item.path}.weight" for item in found.grown]
     names = tuple(name for name in (*found.parameters, *rows) if not is_under(name, frozen))
-    return Required(names, dict(found.rows), found.note())
+    return Required(names, dict(found.rows), found.note(), tuple(frozen))
 
 
 def _list_heads(record: Architecture | None) -> tuple[str, ...]:
@@ -109,20 +109,41 @@ def check_trained(model: nn.Module, required: Required) -> None:
     Raises:
         FrozenHead: A new parameter is neither trained nor saved, or an embedding has gained untrained rows since.
     """
+    found = find_initialized(model)
     missing = find_untrained(model, required.parameters)
-    now = find_initialized(model).rows
-    later = [path for path, rows in required.vocabulary.items() if now.get(path, 0) > rows]
-    missing += [name for name in find_untrained(model, [f"{path}.weight" for path in later]) if name not in missing]
+    later = [path for path, rows in required.vocabulary.items() if found.rows.get(path, 0) > rows]
+    tokens = [item for item in found.grown if item.spare and not is_under(f"{item.path}.weight", required.frozen)]
+    embeddings = [f"{path}.weight" for path in (*later, *(item.path for item in tokens))]
+    missing += [name for name in find_untrained(model, dict.fromkeys(embeddings)) if name not in missing]
     if missing:
-        owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in missing))
-        short = [path.rpartition(".")[2] for path in owners]
-        raise FrozenHead(
-            f"Newly initialized weights of {type(model).__name__} are neither trained nor saved: "
-            f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. They would keep their random values, and "
-            f"a reload would have others. Train them with modules_to_save={short[:4]!r} in the LoraConfig (or set its "
-            "task_type, such as 'SEQ_CLS'; for new rows of an embedding trainable_token_indices), or leave them as "
-            f"they are on purpose with frozen={short[:4]!r} in LoraCallback or prepare_model."
-        )
+        left = [item for item in tokens if f"{item.path}.weight" in missing]
+        raise FrozenHead(_explain_tokens(model, left) if len(left) == len(missing) else _explain_new(model, missing))
+
+
+def _explain_new(model: nn.Module, missing: list[str]) -> str:
+    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in missing))
+    short = [path.rpartition(".")[2] for path in owners]
+    return (
+        f"Newly initialized weights of {type(model).__name__} are neither trained nor saved: "
+        f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. They would keep their random values, and "
+        f"a reload would have others. Train them with modules_to_save={short[:4]!r} in the LoraConfig (or set its "
+        "task_type, such as 'SEQ_CLS'; for new rows of an embedding trainable_token_indices), or leave them as "
+        f"they are on purpose with frozen={short[:4]!r} in LoraCallback or prepare_model."
+    )
+
+
+def _explain_tokens(model: nn.Module, left: Sequence[Grown]) -> str:
+    spare = left[0].spare
+    names = ", ".join(map(repr, list(spare.values())[:6])) + (" ..." if len(spare) > 6 else "")
+    short = [item.path.rpartition(".")[2] for item in left]
+    rows = f"list(range({min(spare)}, {max(spare) + 1}))" if len(spare) > 6 else f"{list(spare)}"
+    cure = ", ".join(f"{name!r}: {rows}" for name in short)
+    return (
+        f"The tokenizer has {len(spare)} tokens that the own tokenizer of this {type(model).__name__} does not have "
+        f"({names}). They fit into spare rows of its vocabulary, which nobody has trained: frozen, they would mean "
+        f"nothing. Train them with trainable_token_indices={{{cure}}} in the LoraConfig, "
+        f"or leave them as they are on purpose with frozen={short!r} in LoraCallback or prepare_model."
+    )
 
 
 def task_heads(model: nn.Module, host: PluginHost | None = None) -> list[str]:
@@ -212,7 +233,7 @@ def choose_tokens(
     whole = [item for item in left if getattr(structure.modules.get(item.path), "bias", None) is not None]
     by_rows = [item for item in left if item not in whole]
     for item in by_rows:
-        tokens[_shorten([item.path], structure)[0]] = list(range(item.before, item.now))
+        tokens[_shorten([item.path], structure)[0]] = item.rows
     return tokens if by_rows else None, _shorten([item.path for item in whole], structure)
 
 

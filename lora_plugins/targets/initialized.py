@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.integrations import is_fsdp_enabled
 from lora_plugins.models.checkpoint import Checkpoint, find_checkpoint, find_pretrained
 from lora_plugins.models.wrapping import plain_path
 
-__all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in"]
+__all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in", "set_new_tokens"]
 
 
 #: Attribute that transformers sets on parameters from a checkpoint only.
@@ -29,20 +29,30 @@ _MARK = "_is_hf_initialized"
 #: Attribute of the base model that keeps the result: quantized layers and saved heads lose the marks.
 _KEPT = "lora_plugins_initialized"
 
+#: Attribute of the base model with the ids of tokens that its own tokenizer does not have.
+_NEW_TOKENS = "lora_plugins_new_tokens"
+
 
 @dataclass(frozen=True)
 class Grown:
-    """An embedding, or an output head, with more rows than its checkpoint has.
+    """An embedding, or an output head, with rows for new tokens.
 
     Attributes:
         path: Path of the module in the base model.
         before: Rows in the checkpoint.
         now: Rows in the model.
+        spare: New tokens in rows that the checkpoint has and its own tokens do not use, by row.
     """
 
     path: str
     before: int
     now: int
+    spare: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[int]:
+        """The new rows, in order."""
+        return [*self.spare, *range(self.before, self.now)]
 
 
 @dataclass(frozen=True)
@@ -99,19 +109,33 @@ def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized
     # A tied head is not in the files: it had as many rows as the embedding.
     first = next((rows for rows in before.values() if rows is not None), None)
     then = {path: first if rows is None and f"{path}.weight" not in new else rows for path, rows in before.items()}
-    grown = [Grown(path, rows, shapes[path][0]) for path, rows in then.items() if rows and rows < shapes[path][0]]
+    tokens: dict[int, str] = getattr(model, _NEW_TOKENS, {})
+    grown = [_compare_rows(path, rows, shapes[path][0], tokens) for path, rows in then.items()]
     # A resized embedding is a new tensor, but only its rows beyond those in the files are new.
     resized = [path for path, rows in before.items() if rows is not None]
     found = Initialized(
         evidence,
         tuple(name for name in new if not is_in(name, resized)),
-        tuple(grown),
+        tuple(item for item in grown if item.rows),
         rows_known=first is not None,
         rows={path: shape[0] for path, shape in shapes.items()},
     )
     if kept is None and evidence != "structure":
         setattr(model, _KEPT, found)
     return found
+
+
+def set_new_tokens(model: nn.Module, tokens: Mapping[int, str]) -> None:
+    """Tell a base model which tokens its own tokenizer does not have, by id, for `find_initialized`.
+
+    A vocabulary is often padded: such tokens may fit into its spare rows, which no shape shows.
+    """
+    setattr(model, _NEW_TOKENS, dict(sorted(tokens.items())))
+
+
+def _compare_rows(path: str, before: int | None, now: int, tokens: Mapping[int, str]) -> Grown:
+    known = min(before or now, now)
+    return Grown(path, known, now, {row: token for row, token in tokens.items() if row < known})
 
 
 def _read_rows_before(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint | None) -> dict[str, int | None]:

@@ -18,11 +18,13 @@ class Required:
         parameters: Paths of the newly initialized parameters in the base model, and of embeddings with new rows.
         vocabulary: Rows of the embeddings, by path, when this was found.
         note: How new parameters were recognised, for the report.
+        frozen: Names of modules or parameters that stay as they are on purpose.
     """
 
     parameters: tuple[str, ...] = ()
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

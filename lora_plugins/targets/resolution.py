@@ -12,6 +12,7 @@ from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.targets.candidates import SCOPES
 from lora_plugins.targets.check import check_names
 from lora_plugins.targets.heads import check_trained, find_required, task_heads
+from lora_plugins.targets.initialized import set_new_tokens
 from lora_plugins.targets.records import Required, TargetHit, TargetPlan
 from lora_plugins.targets.resolver import Resolver
 from lora_plugins.targets.tasks import task_type
@@ -79,6 +80,7 @@ __all__ = [
     "collapse",
     "find_required",
     "resolve_targets",
+    "set_new_tokens",
     "task_heads",
     "task_type",
 ]

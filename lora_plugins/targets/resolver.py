@@ -145,7 +145,9 @@ class Resolver:
             fields["trainable_token_indices"] = tokens
         new = [*(f"{name}: {len(rows)}" for name, rows in (tokens or {}).items()), *whole]
         if new:
-            self.notes.append(f"the vocabulary has grown since the checkpoint: new rows are trained ({', '.join(new)})")
+            grown = any(item.now > item.before for item in self.heads.found.grown)
+            why = "the vocabulary has grown since the checkpoint" if grown else "the tokenizer has tokens that are new"
+            self.notes.append(f"{why}: new rows are trained ({', '.join(new)})")
         return fields
 
     def _check_fields(self, adapted: Sequence[str]) -> None:

@@ -34,10 +34,11 @@ from lora_plugins.errors import (
     UnsavedTensors,
 )
 from lora_plugins.logs import get_logger, is_shown
+from lora_plugins.models.tokens import find_new_tokens
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import detect_quantization
-from lora_plugins.targets.resolution import check_names, check_trained
+from lora_plugins.targets.resolution import check_names, check_trained, set_new_tokens
 from lora_plugins.trainer import engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
 from lora_plugins.trainer.checks import Checks
@@ -140,6 +141,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
 
     def make_model(self, trainer: Trainer, model: nn.Module) -> nn.Module:
         """Prepare one model and adapt it to this Trainer's engine and generation settings."""
+        _read_new_tokens(trainer, model)
         prepared = self._prepare(trainer, model)
         if not self.checks.run(UnsavedTensors):
             allow_unsaved(prepared)
@@ -173,6 +175,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
             )
         model = trainer.model
         preference.release_loaded(trainer)
+        _read_new_tokens(trainer, model)
         record = preparation_of(model) or preparation_of(base_of(model))
         checks: tuple[Callable[[], None], ...] = (
             lambda: self._check_model(model),
@@ -251,6 +254,12 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         with self.checks.report():
             self.movement.at_end()
+
+
+def _read_new_tokens(trainer: Trainer, model: nn.Module) -> None:
+    """Note in the base model which tokens of the Trainer's tokenizer its own tokenizer does not have."""
+    base = base_of(model)
+    set_new_tokens(base, find_new_tokens(base, trainer.processing_class))
 
 
 def _read_rates(trainer: Trainer) -> dict[int, float]:
