@@ -26,6 +26,20 @@ LONGEST = (
 )
 
 
+def _find_lacking() -> dict[str, str]:
+    """Return the backends whose packages are not installed, with the reason."""
+    from lora_plugins.plugins.host import plugin_host
+    from lora_plugins.plugins.packages import missing_requirements
+
+    reasons = {one.name: missing_requirements(one.requires) for one in plugin_host().quantizers()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; the tests of one keep their order."""
+    """Order the files; the tests of one keep their order. Skip those of a backend that is not installed."""
+    lacking = _find_lacking()
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        for name in {value for value in values if isinstance(value, str)} & set(lacking):
+            item.add_marker(pytest.mark.skip(reason=f"{name}: {lacking[name]}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

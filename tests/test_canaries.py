@@ -5,6 +5,8 @@ accelerate's is ``test_the_shim_is_still_needed`` in ``test_trainer_engines.py``
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -110,14 +112,12 @@ def test_transformers_still_computes_4_bit_layers_in_float32_by_default() -> Non
     assert BitsAndBytesConfig(load_in_4bit=True).bnb_4bit_compute_dtype == torch.float32
 
 
-def test_transformers_still_wants_every_flag_of_a_quantized_model() -> None:
+def test_transformers_still_wants_every_flag_of_a_quantized_model(tmp_path: Path) -> None:
     """Workaround: `tag_quantized` sets all of them: with one alone the Trainer fails on the others."""
-    from transformers.trainer_utils import validate_quantization_for_training
-
     model = tiny.llama()
     model.is_quantized = True
     with pytest.raises((AttributeError, ValueError)):
-        validate_quantization_for_training(model)
+        tiny.trainer(tmp_path, model)
 
 
 # -- torch -------------------------------------------------------------------------------------

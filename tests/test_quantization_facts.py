@@ -84,14 +84,15 @@ def test_a_float_model_says_so_and_a_dequantized_one_too() -> None:
             "int8",
             {"threshold": 6.0, "skip_modules": ["up_proj", "lm_head"]},
         ),
-        (quantization_config("int8-torchao"), "int8-torchao", {}),
-        (quantization_config("int8-quanto"), "int8-quanto", {}),
+        ("int8-torchao", "int8-torchao", {}),
+        ("int8-quanto", "int8-quanto", {}),
     ],
 )
 def test_a_model_that_was_loaded_quantized_says_how(
     folder: Path, config: Any, name: str, options: dict[str, Any]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+    asked = quantization_config(config) if isinstance(config, str) else config
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=asked)
     facts = facts_of(prepare_model(model))
     assert facts == {"quantization": {"name": name, "options": options}, "known": True}
 

@@ -57,7 +57,7 @@ def renamed_on_loading(model: PeftModel, adapter_name: str) -> dict[str, str]:
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:
-        # PEFT releases without support for transformers 5 rename nothing.
+        # A private module of PEFT (seen in 0.19 to 0.21.2); a release without it renames nothing.
         return {}
     state = {
         name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")

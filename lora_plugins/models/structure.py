@@ -82,7 +82,7 @@ def linear_features(module: Any) -> tuple[int, int] | None:
     """
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
         nx = getattr(module, "nx", None)
-        # transformers before 4.44 does not store the input size.
+        # Copies of this class in models' own code may not store the input size.
         return (nx if isinstance(nx, int) else int(module.weight.shape[0]), module.nf)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in sizes) or next(module.children(), None) is not None:

@@ -18,7 +18,7 @@ from lora_plugins.text import did_you_mean
 __all__ = ["RULES", "file_bytes", "optimizer_bytes", "state_bytes"]
 
 
-#: Values of the smallest tensor with 8-bit state; bitsandbytes keeps that of smaller ones in float32.
+#: Values of the smallest tensor with 8-bit state; bitsandbytes 0.50 keeps that of smaller ones in float32.
 _SMALLEST_IN_8_BITS = 4096
 
 #: Values that share one scale in bitsandbytes' 8-bit states.

@@ -75,7 +75,7 @@ def quantize_in_place(
             new = quantization.quantize(as_linear(layer))
         new.train(layer.training)
         if new is not layer:
-            # transformers notes the same on layers that it quantizes while loading.
+            # transformers 5.23 notes the same on layers that it quantizes while loading.
             setattr(new, "source_cls", type(layer))  # noqa: B010 - not a part of the module
         for parent, attribute in parents[id(layer)]:
             setattr(parent, attribute, new)
@@ -137,7 +137,7 @@ def _read_features(layer: Any) -> tuple[int, int]:
 
 
 def _matches(name: str, skip: str) -> bool:
-    # transformers matches its skip list the same way: a whole path, a prefix of it, or its last parts.
+    # transformers 5.23 matches its skip list the same way: a whole path, a prefix of it, or its last parts.
     return name == skip or name.endswith("." + skip) or name.startswith(skip + ".") or f".{skip}." in name
 
 

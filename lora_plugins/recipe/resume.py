@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_plugins.recipe.files import check_regular, read_json
@@ -22,7 +22,7 @@ __all__ = ["Checkpoints", "checkpoint_defect", "checkpoint_folders", "find_check
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
-#: The Trainer writes this file last.
+#: The Trainer (transformers 5.23) writes this file last.
 _STATE = "trainer_state.json"
 
 

@@ -82,7 +82,7 @@ class TrainingRun:
         prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push, self._find_base_on_hub())
         checkpoint = self._choose_checkpoint()
-        # The Trainer sets it only after the model was loaded, and loading initializes weights that no file has.
+        # The Trainer (transformers 5.23) sets it after the model is loaded, and loading initializes what no file has.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)

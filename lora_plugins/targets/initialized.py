@@ -23,7 +23,7 @@ from lora_plugins.models.wrapping import plain_path
 __all__ = ["Grown", "Initialized", "find_initialized", "find_untrained", "is_in", "set_new_tokens"]
 
 
-#: Attribute that transformers sets on parameters from a checkpoint only.
+#: Attribute that transformers 5.23 sets on parameters from a checkpoint only.
 _MARK = "_is_hf_initialized"
 
 #: Attribute of the base model that keeps the result: quantized layers and saved heads lose the marks.

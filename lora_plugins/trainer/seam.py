@@ -195,12 +195,13 @@ def _around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., 
                 f"LoraCallback(adapter={checkpoint!r})."
             )
         if checkpoint is not None and trainer.is_deepspeed_enabled:
-            # DeepSpeed loads a model without calling the method in which other runs are compared.
+            # Under DeepSpeed, transformers 5.23 loads without the method in which other runs are compared.
             resuming.compare_runs(trainer, Path(checkpoint))
     load(checkpoint)
 
 
-#: All wrappers of a Trainer's methods. Of two rows for one method, the later is the outer one.
+#: All wrappers of a Trainer's methods (seen in transformers 5.23). Of two rows for one method, the later is the outer
+#: one.
 WRAPPERS = (
     Wrapper("call_model_init", _prepare_made_model, "train() and each search trial make a new, plain model"),
     Wrapper("training_step", chunked_loss.around_training_step, "the logits of a whole batch are a step's largest"),

@@ -172,7 +172,7 @@ def _find_conversion() -> Callable[..., dict[str, torch.Tensor]] | None:
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:
-        # PEFT releases for transformers 4 rename nothing.
+        # A private module of PEFT (seen in 0.19 to 0.21.2); a release without it renames nothing.
         return None
     found: Callable[..., dict[str, torch.Tensor]] = convert_peft_adapter_state_dict_for_transformers
     return found

@@ -52,7 +52,7 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Any]]:
     try:
         if file.is_symlink() or file.stat().st_size > _MAX_STATE:
             return {}, []
-        # The Trainer writes NaN for a loss that is not finite, so the strict parser cannot be used.
+        # The Trainer (transformers 5.23) writes NaN for a loss that is not finite, so the strict parser cannot be used.
         state = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}, []

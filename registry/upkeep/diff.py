@@ -118,7 +118,7 @@ class _Weights:
         experts = rows // rank if rank and rows % rank == 0 and self._config.fields.get("target_parameters") else 1
         if experts == 1:
             return [(scaling * second.reshape(-1, rows), first.reshape(rows, -1))]
-        # PEFT keeps the experts outermost in A and innermost in B.
+        # PEFT 0.21.2 keeps the experts outermost in A and innermost in B.
         firsts, seconds = first.reshape(experts, rank, -1), second.reshape(-1, rank, experts)
         return [(scaling * seconds[:, :, index], firsts[index]) for index in range(experts)]
 

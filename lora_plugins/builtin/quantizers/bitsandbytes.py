@@ -43,7 +43,7 @@ class Int8(Quantizer):
         "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
         "they differ slightly, and the second depends on the batch"
     )
-    # bitsandbytes' autograd function keeps the input as an attribute.
+    # The autograd function of bitsandbytes 0.50 keeps the input as an attribute.
     keeps_input = True
     # ``state.CB`` beside the parameter.
     copies_weight = True
@@ -71,7 +71,7 @@ class Int8(Quantizer):
             values, scale = quantize_rows(linear.weight.data)
             layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
         else:
-            # bitsandbytes quantizes a float weight when it moves from the CPU to another device.
+            # bitsandbytes 0.50 quantizes a float weight when it moves from the CPU to another device.
             weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
             layer.weight = weight.to(device)
         if linear.bias is not None:

@@ -42,7 +42,7 @@ class Quanto(Quantizer):
     options = ("compute_dtype",)
     # DoRA reads the float weight, which PEFT 0.21.2 cannot get from these tensors.
     unsupported = ("use_dora",)
-    # Engines that replace the data of parameters, as DeepSpeed does, cannot handle tensor subclasses.
+    # Engines that replace the data of parameters, as DeepSpeed 0.19 does, cannot handle tensor subclasses.
     engines = ("ddp", "fsdp2")
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:

@@ -35,7 +35,7 @@ class Torchao(Quantizer):
     bits = 8
     requires = ("torchao>=0.18",)
     options = ("config", "compute_dtype")
-    # Engines that replace the data of parameters, as DeepSpeed does, cannot handle tensor subclasses.
+    # Engines that replace the data of parameters, as DeepSpeed 0.19 does, cannot handle tensor subclasses.
     engines = ("ddp", "fsdp2")
     loggers = ("torchao",)
 
@@ -94,7 +94,7 @@ class Torchao(Quantizer):
         from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
 
         for module in model.modules():
-            # transformers leaves the plain class on layers that it loads quantized.
+            # transformers 5.23 leaves the plain class on layers that it loads quantized.
             if self.owns(module) and type(module).__name__ == "Linear":
                 module.__class__ = TorchaoLinear
 

@@ -63,7 +63,7 @@ class _Watch:
         response.stream = _make_limited(kind)(response.stream, self._check_time)
 
     def _is_ours(self, request: Any) -> bool:
-        # huggingface_hub uploads files to storage in other threads, without our User-Agent.
+        # huggingface_hub 2.4 uploads files to storage in other threads, without our User-Agent.
         return (
             threading.get_ident() == self._thread
             or self._marker in request.headers.get("User-Agent", "")
