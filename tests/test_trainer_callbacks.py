@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import (
     AttachError,
     ModelReplaced,
@@ -671,3 +674,18 @@ def test_report_line_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert callback.report.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert callback.report.total == sum(p.numel() for p in tiny.llama().parameters()) + callback.report.trainable
     assert json.loads(json.dumps(callback.report.to_dict()))["quantization"] == "int8"
+
+
+# -- one list of arguments ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [prepare_model, LoraCallback, Int8PreparationCallback])
+def test_an_argument_has_one_default_wherever_it_is_given(function: Any) -> None:
+    """Each signature is written out for its readers; `LoraSettings` holds what they share."""
+    shared = {item.name: item.default for item in fields(LoraSettings) if item.default is not MISSING}
+    given = {name: one.default for name, one in inspect.signature(function).parameters.items() if name in shared}
+    if function is Int8PreparationCallback:
+        assert given.pop("quantization") == "int8"
+    else:
+        assert set(given) == set(shared)
+    assert given == {name: shared[name] for name in given}

@@ -18,7 +18,7 @@ from lora_plugins.adapters.inject import (
     has_adapters,
     set_fields,
 )
-from lora_plugins.adapters.records import RECORD_ATTRIBUTE, Preparation, preparation_of
+from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.saving import find_wrapper
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, Progress, run_steps
@@ -26,7 +26,7 @@ from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import tensor_bytes
-from lora_plugins.quantization.facts import record_facts
+from lora_plugins.quantization.facts import RECORD_ATTRIBUTE, record_facts
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import Quantization, detect_quantization
 from lora_plugins.targets.resolution import TargetPlan, check_names, find_required, resolve_targets, task_heads

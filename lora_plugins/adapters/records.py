@@ -8,14 +8,11 @@ import torch
 from torch import nn
 
 from lora_plugins.quantization.counting import TensorBytes
+from lora_plugins.quantization.facts import RECORD_ATTRIBUTE
 from lora_plugins.quantization.request import Quantization, QuantizedLayers
 from lora_plugins.targets.resolution import Required, TargetPlan
 
-__all__ = ["RECORD_ATTRIBUTE", "Preparation", "preparation_of"]
-
-
-#: Attribute of a prepared model that holds the record.
-RECORD_ATTRIBUTE = "lora_plugins_preparation"
+__all__ = ["Preparation", "preparation_of"]
 
 
 @dataclass

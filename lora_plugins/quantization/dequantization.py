@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.errors import QuantizationError
 from lora_plugins.models.wrapping import base_of, module_places
-from lora_plugins.quantization.facts import FACTS_ATTRIBUTE, record_facts
+from lora_plugins.quantization.facts import FACTS_ATTRIBUTE, RECORD_ATTRIBUTE, record_facts
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import quantization_of
@@ -53,7 +53,7 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
     untag_dequantized(base_of(model))
     if hasattr(base_of(model), FACTS_ATTRIBUTE):
         record_facts(model)
-    record = getattr(model, "lora_plugins_preparation", None)
+    record = getattr(model, RECORD_ATTRIBUTE, None)
     if record is not None:
         record.quantization = None
         record.notes.append(f"{len(replaced)} layers were dequantized")

@@ -12,11 +12,13 @@ from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.request import Quantization, detect_quantization, options_known, unknown_layers
 from lora_plugins.text import dtype_name
 
-__all__ = ["FACTS_ATTRIBUTE", "describe_quantization", "record_facts"]
+__all__ = ["FACTS_ATTRIBUTE", "RECORD_ATTRIBUTE", "describe_quantization", "record_facts"]
 
 
 #: Where a prepared model carries its facts; on the base, and readable through PEFT's wrapper too.
 FACTS_ATTRIBUTE = "lora_plugins_facts"
+#: Where a prepared model carries the whole record of its preparation, `adapters.records.Preparation`.
+RECORD_ATTRIBUTE = "lora_plugins_preparation"
 
 
 def record_facts(model: nn.Module) -> dict[str, Any]:

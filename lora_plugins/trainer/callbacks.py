@@ -294,6 +294,7 @@ class LoraCallback(_PreparingCallback):
         adapter_name: Name of the adapter in the model.
         experts: See `prepare_model`.
         strict: Whether problems with targets are errors; with ``False`` they are warnings.
+        trainable_dtype: See `prepare_model`.
         frozen: See `prepare_model`.
         fused: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
@@ -318,6 +319,7 @@ class LoraCallback(_PreparingCallback):
         adapter_name: str = "default",
         experts: str = "default",
         strict: bool = True,
+        trainable_dtype: Any = "float32",
         frozen: Sequence[str] = (),
         fused: bool = True,
         chunked_loss: bool = True,
@@ -334,6 +336,7 @@ class LoraCallback(_PreparingCallback):
             adapter_name=adapter_name,
             experts=experts,
             strict=strict,
+            trainable_dtype=trainable_dtype,
             frozen=frozen,
             fused=fused,
             **lora,
