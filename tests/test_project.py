@@ -137,9 +137,11 @@ WHOLE = {
     "project",
     "registry",
     "registry_attacks",
+    "registry_load",
     "rooms",
     "smollm2",
     "text",
+    "tools_audit",
     "wheel",
 }
 
