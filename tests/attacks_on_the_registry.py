@@ -682,7 +682,7 @@ def _told(scene: Scene, name: str, token: str) -> list[str]:
         for call in calls:
             try:
                 texts.append(repr(call()))
-            except Exception as error:  # noqa: PERF203
+            except Exception as error:
                 shown = traceback.TracebackException.from_exception(error, capture_locals=True)
                 texts += [str(error), repr(vars(error)), repr(pickle.dumps(error)), *shown.format()]
     if scene.kind == "loopback":

@@ -56,7 +56,7 @@ class KeyPair:
 
     def certify(self, other: KeyPair, *, authority: bool = False, signing: bool = True) -> None:
         """Give another key a certificate."""
-        now = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+        now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, other.private.stem)]))

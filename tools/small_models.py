@@ -416,7 +416,7 @@ def build(case: Case, device: str = "meta", *, small_only: bool = False, seed: i
                 model = model_class(configuration())
             _wake(model, case.model_type)
             return cast(nn.Module, model)
-        except Exception as error:  # noqa: PERF203 - making a model takes longer
+        except Exception as error:
             # Whatever a configuration class or a missing library raises is a reason for the list.
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise CannotBuild(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from lora_plugins.recipe.arguments import json_object
 __all__ = ["Dtype", "merge"]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The weights that the adapter is merged into."""
 
     fp16 = "fp16"

@@ -21,7 +21,7 @@ build-backend = "setuptools.build_meta"
 name = "$package"
 version = "0.1.0"
 description = "Where LoRA adapters go in models of the type $name"
-requires-python = ">=3.10"
+requires-python = ">=3.11"
 dependencies = ["lora-plugins"]
 
 [project.entry-points.lora_plugins]

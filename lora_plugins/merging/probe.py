@@ -87,7 +87,7 @@ def usable_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Bat
             if not bool(values.isfinite().all()):
                 raise ValueError(f"the outputs for {batch.name} are not finite")
             usable.append(batch)
-        except Exception as error:  # noqa: PERF203 - running a model takes longer
+        except Exception as error:
             # A model's forward may raise anything for inputs that it does not accept.
             reason = reason or f"{type(error).__name__}: {one_line(error)[:200]}"
     return usable, reason

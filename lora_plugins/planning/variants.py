@@ -234,7 +234,8 @@ class Workbench:
             try:
                 size = self.simulate(quantization, batch_size, length, checkpointing, short=short)
                 return None if size is None else Estimate(size)
-            except Exception as error:  # noqa: PERF203 - a model's own code may raise anything without data
+            except Exception as error:
+                # A model's own code may raise anything without data.
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         size = self._estimate_roughly(batch_size * length, checkpointing)
         return Estimate(size, f"activations are estimated from the sizes of the layers, as no step ran ({reason})")

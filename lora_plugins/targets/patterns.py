@@ -7,15 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lora_plugins.errors import TargetError
-
-try:
-    from re import _constants, _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_constants as _constants
-    import sre_parse as _parser
 
 __all__ = ["is_cheap", "match_paths"]
 

@@ -22,15 +22,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from registry.errors import MachineError
-
-try:
-    from re import _constants, _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_constants as _constants
-    import sre_parse as _parser
 
 __all__ = ["find_costly", "find_slow", "is_cheap"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from registry.formats.manifest import Manifest
@@ -42,7 +42,7 @@ def make_release(
     manifest = Manifest(
         version=version,
         parent_version=parent_version,
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         base=collected.base,
         architecture=collected.architecture,
         config=collected.non_default,
