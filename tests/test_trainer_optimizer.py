@@ -12,7 +12,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import Trainer
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, detach, prepare_model
-from lora_plugins.errors import OptimizerConflict, OptimizerMismatch
+from lora_plugins.errors import AdapterNotMoving, BrokenCheckpoint, OptimizerConflict, OptimizerMismatch
 
 
 def run(folder: Path, model: Any, optimizer: Any, callback: Any = None, **arguments: Any) -> Trainer:
@@ -137,3 +137,114 @@ def test_frozen_weights_of_the_base_still_do_not_belong_into_an_optimizer(tmp_pa
         OptimizerMismatch, match=r"1 frozen tensors.*embed_tokens.*skip_checks=\['optimizer-mismatch'\]"
     ):
         trainer.train()
+
+
+# -- optimizers of other packages --------------------------------------------------------------
+
+#: Options of an optimizer that projects gradients.
+GALORE = {"optim_target_modules": ["q_proj", "v_proj"], "optim_args": "rank=2, update_proj_gap=2, scale=0.5"}
+
+
+def start(folder: Path, quantization: str | None = None, **options: Any) -> Trainer:
+    callback = LoraCallback(r=4, lora_dropout=0.0, quantization=quantization)
+    defaults = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    return tiny.trainer(folder, callbacks=[callback], **{**defaults, **options})
+
+
+def assert_resumes_to_the_same_end(folder: Path, steps: int = 4, **options: Any) -> Trainer:
+    first = start(folder / "first", max_steps=steps, **options)
+    first.train()
+    again = start(folder / "again", max_steps=steps, **options)
+    again.train(resume_from_checkpoint=str(folder / "first" / "checkpoint-2"))
+    ends = [tiny.adapter_tensors(trainer.model) for trainer in (first, again)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    held = {id(p) for group in again.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in again.model.parameters() if p.requires_grad}
+    assert all(tensor.any() for tensor in tiny.adapter_tensors(again.model, "lora_B").values())
+    return again
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd"])
+def test_schedule_free_optimizers_resume_to_the_same_end(tmp_path: Path, optim: str, quantization: str | None) -> None:
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    assert_resumes_to_the_same_end(tmp_path, optim=optim, quantization=quantization)
+
+
+def test_rectified_adam_that_moves_nothing_at_first_is_no_alarm(tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    assert_resumes_to_the_same_end(tmp_path, steps=10, optim="schedule_free_radam")
+    with pytest.raises(AdapterNotMoving, match="none of the 8 adapter tensors in 4 steps"):
+        start(tmp_path / "short", optim="schedule_free_radam").train()
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adafactor"])
+def test_galore_trains_the_adapters_only_and_resumes_to_the_same_end(tmp_path: Path, optim: str) -> None:
+    pytest.importorskip("galore_torch", reason="galore_torch is not installed")
+    trainer = assert_resumes_to_the_same_end(tmp_path, optim=optim, **GALORE)
+    ranks = [group.get("rank") for group in trainer.optimizer.param_groups]
+    assert ranks == [None, 2]
+    assert len(trainer.optimizer.param_groups[1]["params"]) == 8
+
+
+class Patient(torch.optim.SGD):
+    """Collects gradients and moves nothing before its third step, as rectified Adam does before its sixth."""
+
+    WAITS = 3
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["sum"] = state.get("sum", 0) + parameter.grad
+                state["count"] = state.get("count", 0) + 1
+                if state["count"] >= self.WAITS:
+                    parameter.data -= group["lr"] * state["sum"]
+
+
+def test_an_optimizer_that_collects_gradients_first_is_no_alarm(tmp_path: Path) -> None:
+    model = prepare_model(tiny.llama(), r=4)
+    trainer = run(tmp_path, model, Patient([p for p in model.parameters() if p.requires_grad], lr=0.01), LoraCallback())
+    assert all(tensor.any() for tensor in tiny.adapter_tensors(trainer.model, "lora_B").values())
+
+
+def test_an_optimizer_that_never_begins_is_found(tmp_path: Path) -> None:
+    class Waiting(Patient):
+        WAITS = 1000
+
+    def start_waiting(steps: int) -> None:
+        model = prepare_model(tiny.llama(), r=4)
+        optimizer = Waiting([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        run(tmp_path, model, optimizer, LoraCallback(), max_steps=steps)
+
+    with pytest.raises(AdapterNotMoving, match="none of the 8 adapter tensors in 4 steps"):
+        start_waiting(4)
+    with pytest.raises(AdapterNotMoving, match="after 20 steps"):
+        start_waiting(30)
+
+
+def test_frozen_weights_leave_an_optimizer_with_target_modules(tmp_path: Path, monkeypatch: Any) -> None:
+    def create(self: Trainer, model: Any = None) -> Any:
+        # What transformers makes for GaLore and APOLLO: all parameters, trained or not.
+        named = list(self.model.named_parameters())
+        groups = [
+            {"params": [p for name, p in named if "q_proj" not in name]},
+            {"params": [p for name, p in named if "q_proj" in name], "rank": 2},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.01)
+        return self.optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", create)
+    assert_resumes_to_the_same_end(tmp_path, optim_target_modules=["q_proj"])
+
+
+def test_a_state_with_objects_of_elsewhere_is_refused_by_name(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    first.train()
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    state["state"][0]["projector"] = Path("elsewhere")
+    torch.save(state, file)
+    again = start(tmp_path / "again")
+    with pytest.raises(BrokenCheckpoint, match=r"holds objects that torch does not load.*pathlib.*add_safe_globals"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

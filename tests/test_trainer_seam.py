@@ -46,14 +46,15 @@ def test_detaching_keeps_what_others_have_put_over_a_method_since(tmp_path: Path
     names = sorted({row.method for row in WRAPPERS} - {"call_model_init"})
     later = {name: put_over(trainer, name, calls) for name in names}
     trainer.train()
-    assert calls == ["training_step", "training_step"], "the one put on before, and the one put on since"
+    steps = [name for name in calls if name != "create_optimizer"]
+    assert steps == ["training_step", "training_step"], "the one put on before, and the one put on since"
     detach(trainer)
     assert {name: vars(trainer)[name] for name in names} == later
     calls.clear()
     trainer.model.requires_grad_(True)
     trainer.train()
     trainer.save_model()
-    assert sorted(set(calls)) == ["save_model", "training_step"]
+    assert sorted(set(calls)) == ["create_optimizer", "save_model", "training_step"]
     assert calls.count("training_step") == 2
     assert (tmp_path / "model.safetensors").is_file()
     del trainer.training_step

@@ -232,7 +232,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         with self.checks.report():
-            self.movement.after_step(skipped, norm=engines.read_gradient_norm(trainer))
+            state = getattr(trainer.optimizer, "state", None)
+            self.movement.after_step(skipped, norm=engines.read_gradient_norm(trainer), state=state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trackers close before on_train_end reaches this callback.

@@ -141,6 +141,7 @@ class MovementWatch:
     no_rate: int = 0
     rate: float = 0.0
     unmoved: int = 0
+    held_back: int = 0
     _pending: bool = field(default=False, repr=False)
     _rate: float = field(default=0.0, repr=False)
 
@@ -194,12 +195,13 @@ class MovementWatch:
                 )
                 item.before = _sum_values(item.parameter)
 
-    def after_step(self, skipped: bool, *, norm: float | None = None) -> None:
+    def after_step(self, skipped: bool, *, norm: float | None = None, state: Mapping[Any, Any] | None = None) -> None:
         """Compare the tensors with their values before the step.
 
         Args:
             skipped: Whether the gradient scaler skipped this step.
             norm: Norm of the gradient, from an engine that hides gradients.
+            state: The optimizer's state by tensor.
 
         Raises:
             AdapterNotMoving: A tensor that must have moved has not.
@@ -222,10 +224,21 @@ class MovementWatch:
             if item.is_stuck(self.counted, self.rate):
                 stuck.append(item)
         self.rate += self._rate
-        if stuck:
+        if stuck and not self._is_held_back(still, stuck, state or {}):
             raise AdapterNotMoving(self._explain(stuck))
         self.unmoved = len(still)
         self.watched = [] if self.counted >= WATCHED_STEPS else still
+
+    def _is_held_back(self, still: list[Watched], stuck: list[Watched], state: Mapping[Any, Any]) -> bool:
+        """Whether the optimizer collects gradients and moves nothing at first, as rectified Adam does for five steps.
+
+        An optimizer that works on copies keeps no state for the tensors themselves.
+        """
+        silent = len(still) == len(self.tensors) and all(item.had_gradient for item in stuck)
+        self.held_back += 1
+        return (
+            silent and self.held_back < PATIENT_STEPS and all(_has_state(state.get(item.parameter)) for item in stuck)
+        )
 
     @property
     def seen(self) -> bool:
@@ -255,11 +268,16 @@ class MovementWatch:
         )
 
     def at_end(self) -> None:
-        """Judge a run that ended before any step counted.
+        """Judge a run that ended before any step counted, or before the optimizer moved anything.
 
         Raises:
-            AdapterNotMoving: Steps were taken with a learning rate above zero and every gradient was zero.
+            AdapterNotMoving: Steps were taken with a learning rate above zero and nothing has moved.
         """
+        if self.held_back and self.unmoved == len(self.tensors):
+            raise AdapterNotMoving(
+                f"The optimizer has moved none of the {self.unmoved} adapter tensors in {self.counted} steps with a "
+                "gradient: nothing was trained. It may need more steps before it begins, or another learning rate."
+            )
         if self.counted or not self.steps:
             return
         if self.zero_gradients:
@@ -273,6 +291,12 @@ class MovementWatch:
             LivenessWarning,
             stacklevel=2,
         )
+
+
+def _has_state(values: Any) -> bool:
+    """Whether an optimizer's state of one tensor holds anything but zeros."""
+    tensors = values.values() if isinstance(values, Mapping) else ()
+    return any(isinstance(value, torch.Tensor) and bool(torch.count_nonzero(value)) for value in tensors)
 
 
 def is_lora(name: str) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+import pydoc
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from transformers import Trainer
 
-from lora_plugins.errors import OptimizerConflict
+from lora_plugins.errors import BrokenCheckpoint, OptimizerConflict
 from lora_plugins.trainer.liveness import is_lora
 
-__all__ = ["OptimizerRebuild", "release_optimizer"]
+__all__ = ["OptimizerRebuild", "allow_state", "around_create_optimizer", "release_optimizer"]
 
 
 class OptimizerRebuild:
@@ -56,16 +62,10 @@ class OptimizerRebuild:
         if self._given is None:
             _drop_optimizer(self._trainer)
             return
-        named = {id(p): (name, p) for name, p in self._trainer.model.named_parameters()}
-        # Optimizers such as LoRA-FA's hold frozen matrices of an adapter on purpose.
-        kept = {key for key, (name, p) in named.items() if p.requires_grad or is_lora(name)}
-        missing = {key: named[key] for key in named if named[key][1].requires_grad}
-        for group in self._groups_of_user:
-            lists = ["params", *self._find_lists(group)]
-            places = [place for place, p in enumerate(group["params"]) if id(p) in kept]
-            for parameter in group["params"]:
-                missing.pop(id(parameter), None)
-            group.update({key: [group[key][place] for place in places] for key in lists})
+        missing = {id(p): (name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad}
+        for parameter in (p for group in self._groups_of_user for p in group["params"]):
+            missing.pop(id(parameter), None)
+        _drop_frozen(self._given, self._trainer.model)
         for name, parameter in missing.values():
             self._join(name, parameter)
 
@@ -100,6 +100,61 @@ class OptimizerRebuild:
         group["params"].append(parameter)
         for key in lists:
             group[key].append(known[key])
+
+
+def _find_lists(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
+    """Return the keys of a group's other lists with one entry per tensor, such as ``param_names``."""
+    size = len(group["params"])
+    others = (key for key in group if key != "params" and key not in optimizer.defaults)
+    return [key for key in others if isinstance(group[key], list) and len(group[key]) == size and size]
+
+
+def _drop_frozen(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Remove frozen tensors of the base from an optimizer's groups, and their entries in the groups' lists."""
+    # Optimizers such as LoRA-FA's hold frozen matrices of an adapter on purpose.
+    kept = {id(p) for name, p in model.named_parameters() if p.requires_grad or is_lora(name)}
+    for group in optimizer.param_groups:
+        places = [place for place, p in enumerate(group["params"]) if id(p) in kept]
+        lists = ["params", *_find_lists(optimizer, group)]
+        group.update({key: [group[key][place] for place in places] for key in lists})
+
+
+def around_create_optimizer(
+    trainer: Trainer, callback: Any, create: Callable[..., torch.optim.Optimizer], *args: Any, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Make the optimizer; frozen tensors leave one that projects gradients (GaLore, APOLLO).
+
+    For these, transformers 5.23 collects all parameters of the model, whether they are trained or not.
+    """
+    optimizer = create(*args, **kwargs)
+    if trainer.args.optim_target_modules is not None:
+        _drop_frozen(optimizer, trainer.model)
+    return optimizer
+
+
+@contextlib.contextmanager
+def allow_state(trainer: Trainer, file: Path) -> Iterator[None]:
+    """Let torch load the objects that an optimizer's own package keeps in its state, such as GaLore's projectors.
+
+    Args:
+        trainer: The Trainer, whose optimizer has been made.
+        file: The optimizer's state.
+
+    Raises:
+        BrokenCheckpoint: The state holds objects of another package.
+    """
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    package = type(inner).__module__.partition(".")[0]
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if file.is_file() else []
+    found = [pydoc.locate(name) for name in names if name.partition(".")[0] == package]
+    with torch.serialization.safe_globals([item for item in found if isinstance(item, type)]):
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            raise BrokenCheckpoint(
+                f"The optimizer's state {file} holds objects that torch does not load unless they are allowed: "
+                f"{', '.join(names)}. If you trust the file, call torch.serialization.add_safe_globals([…]) with them."
+            ) from error
 
 
 def release_optimizer(trainer: Trainer) -> None:

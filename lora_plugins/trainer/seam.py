@@ -13,11 +13,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME
 
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import BrokenCheckpoint, TrainerNotFound
 from lora_plugins.models.wrapping import base_of
-from lora_plugins.trainer import checkpoints, chunked_loss, engines, losses, resuming
+from lora_plugins.trainer import checkpoints, chunked_loss, engines, losses, optimizer, resuming
 
 __all__ = [
     "WRAPPERS",
@@ -197,13 +198,15 @@ def _around_load_optimizer(trainer: Trainer, callback: Any, load: Callable[..., 
         if checkpoint is not None and trainer.is_deepspeed_enabled:
             # Under DeepSpeed, transformers 5.23 loads without the method in which other runs are compared.
             resuming.compare_runs(trainer, Path(checkpoint))
-    load(checkpoint)
+    with optimizer.allow_state(trainer, Path(checkpoint or ".", OPTIMIZER_NAME)):
+        load(checkpoint)
 
 
 #: All wrappers of a Trainer's methods (seen in transformers 5.23). Of two rows for one method, the later is the outer
 #: one.
 WRAPPERS = (
     Wrapper("call_model_init", _prepare_made_model, "train() and each search trial make a new, plain model"),
+    Wrapper("create_optimizer", optimizer.around_create_optimizer, "some optimizers get frozen weights too"),
     Wrapper("training_step", chunked_loss.around_training_step, "the logits of a whole batch are a step's largest"),
     Wrapper("prediction_step", chunked_loss.around_prediction_step, "so they are in an evaluation of the loss alone"),
     Wrapper("training_step", losses.around_training_step, "the log shows earlier losses in place of one that is NaN"),
