@@ -181,3 +181,14 @@ def test_a_file_larger_than_one_chunk_is_read_to_its_end(tmp_path: Path, monkeyp
     tensor[999] = float("nan")
     with pytest.raises(InvalidAdapter, match="a holds NaN"):
         values(tmp_path, a=tensor)
+
+
+def test_the_counter_of_batch_norm_is_the_one_integer(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.decode_head.batch_norm.num_batches_tracked"
+    save_file({name: torch.tensor(4), "a": torch.zeros(2)}, str(file))
+    assert check_values(file, read_file_header(file)) == {"a"}
+    for other in ({name: torch.tensor([4])}, {name: torch.tensor(4, dtype=torch.int32)}, {"a.weight": torch.tensor(4)}):
+        save_file(other, str(file))
+        with pytest.raises(InvalidAdapter, match="dtype I"):
+            check_values(file, read_file_header(file))

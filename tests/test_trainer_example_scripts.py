@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
@@ -32,6 +33,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    SegformerConfig,
+    SegformerModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -139,14 +142,31 @@ def _vit() -> nn.Module:
     )
 
 
+def _segformer() -> nn.Module:
+    # Drop path stays at its default of 0.1: stochastic depth must set no alarm off.
+    return SegformerModel(
+        SegformerConfig(
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[16, 32],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=16,
+        )
+    )
+
+
 def _ids(length: int = LENGTH) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     return torch.randint(3, VOCABULARY, (ROWS, length), generator=generator).tolist()
 
 
-def _classes(count: int, length: int = 0) -> list[Any]:
+def _classes(count: int, *shape: int) -> list[Any]:
     generator = torch.Generator().manual_seed(11)
-    shape = (ROWS, length) if length else (ROWS,)
+    shape = (ROWS, *shape)
     return torch.randint(0, count, shape, generator=generator).tolist()
 
 
@@ -232,6 +252,14 @@ SCRIPTS = [
         lambda: {"pixel_values": _noise(3, 16, 16), "labels": _classes(4)},
         {"num_labels": 4},
         ("classifier",),
+    ),
+    Script(
+        "run_semantic_segmentation",
+        _segformer,
+        AutoModelForSemanticSegmentation,
+        lambda: {"pixel_values": _noise(3, 32, 32), "labels": _classes(4, 32, 32)},
+        {"num_labels": 4},
+        ("decode_head",),
     ),
 ]
 NAMES = [script.name for script in SCRIPTS]

@@ -176,7 +176,8 @@ def check_values(path: Path, header: Header, *, double: bool = False) -> set[str
         return {
             name
             for name, (begin, end) in header.offsets.items()
-            if _is_zero(file, begin, end, name, header.tensors[name].dtype, dtypes)
+            if not _is_counter(name, header.tensors[name])
+            and _is_zero(file, begin, end, name, header.tensors[name].dtype, dtypes)
         }
 
 
@@ -187,6 +188,11 @@ def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
         file.seek(begin)
         values = _read_floats(file.read(end - begin), header.tensors[name].dtype)
     return values.reshape(header.tensors[name].shape)
+
+
+def _is_counter(name: str, record: TensorRecord) -> bool:
+    """Whether a tensor is the step counter that batch norm in a trained head keeps, the one integer in an adapter."""
+    return name.endswith(".num_batches_tracked") and record.dtype == "I64" and record.shape == ()
 
 
 def _is_zero(file: BinaryIO, begin: int, end: int, name: str, dtype: str, dtypes: Mapping[str, _Float]) -> bool:
