@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-__all__ = ["adapter_modules", "base_of", "module_places", "plain_path"]
+__all__ = ["adapter_modules", "base_of", "is_lora", "module_places", "plain_path"]
 
 
 def base_of(model: Any) -> nn.Module:
@@ -47,3 +47,8 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
             base = module.get_base_layer()
             inside.update(part for part in module.modules() if part is not base and part is not module)
     return inside
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter's name is that of a LoRA matrix."""
+    return "lora_A" in name or "lora_B" in name or "lora_embedding_" in name

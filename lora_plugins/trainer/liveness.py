@@ -17,6 +17,7 @@ from lora_plugins.errors import (
     NothingTrainable,
     OptimizerMismatch,
 )
+from lora_plugins.models.wrapping import is_lora
 
 __all__ = [
     "PATIENT_STEPS",
@@ -27,7 +28,6 @@ __all__ = [
     "check_optimizer",
     "check_trainable",
     "has_gradient",
-    "is_lora",
 ]
 
 
@@ -297,11 +297,6 @@ def _has_state(values: Any) -> bool:
     """Whether an optimizer's state of one tensor holds anything but zeros."""
     tensors = values.values() if isinstance(values, Mapping) else ()
     return any(isinstance(value, torch.Tensor) and bool(torch.count_nonzero(value)) for value in tensors)
-
-
-def is_lora(name: str) -> bool:
-    """Whether a parameter's name is that of a LoRA matrix."""
-    return "lora_A" in name or "lora_B" in name or "lora_embedding_" in name
 
 
 #: Attributes of a model or configuration that hold the probability of leaving a whole layer out.

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from lora_plugins.errors import BrokenCheckpoint, OptimizerConflict
-from lora_plugins.trainer.liveness import is_lora
+from lora_plugins.models.wrapping import is_lora
 
 __all__ = ["OptimizerRebuild", "allow_state", "around_create_optimizer", "release_optimizer"]
 
