@@ -279,7 +279,12 @@ class TrainingError(LoraPluginsError):
 
 
 class ArgumentsError(TrainingError, ValueError):
-    """An argument is unknown, misspelt, has a wrong value, or contradicts another one."""
+    """An argument is unknown, misspelt, has a wrong value, or contradicts another one.
+
+    On the command line it is an error of usage, which ends the program with exit code 2 instead of 1.
+    """
+
+    exit_code = 2
 
 
 class DataError(TrainingError, ValueError):

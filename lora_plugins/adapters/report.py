@@ -135,14 +135,14 @@ class ParameterReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         summary = Table(title=f"{escape(self.model)}: parameters", show_header=False, title_justify="left")
         summary.add_column()
-        summary.add_column(justify="right")
+        summary.add_column(justify="right", overflow="fold")
         for label, value in self._make_rows():
             summary.add_row(label, escape(value))
         yield summary
         if self.targets:
             hits = Table(title=f"Targets from {escape(self.source)}", title_justify="left")
             for title, justify in (("name", "left"), ("modules", "right"), ("in -> out", "left")):
-                hits.add_column(title, justify=justify)  # type: ignore[arg-type]
+                hits.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
             for row in self.targets:
                 hits.add_row(escape(row.name), str(row.modules), escape(", ".join(row.shapes)))
             for name, count in self.bare.items():

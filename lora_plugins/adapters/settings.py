@@ -11,9 +11,9 @@ import peft
 import torch
 from peft import LoraConfig
 
+from lora_plugins.adapters.spellings import suggest_arguments
 from lora_plugins.errors import PreparationError, UnknownArgument
 from lora_plugins.quantization.request import Quantization, parse_quantization
-from lora_plugins.text import did_you_mean
 
 __all__ = ["DEFAULTS", "LoraSettings"]
 
@@ -116,7 +116,9 @@ def _check_fields(lora: Mapping[str, Any], ours: set[str]) -> None:
     for name in lora:
         if name in known:
             continue
-        hint = did_you_mean(name, sorted(known | ours))
+        near = suggest_arguments(name, sorted(known | ours))
+        meant = [f"{argument}={value!r}" if value else repr(argument) for argument, value in near]
+        hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
         raise UnknownArgument(f"{name!r} is neither an argument of lora_plugins nor a field of peft.LoraConfig.{hint}")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from lora_plugins.commands.listing import Program
+from lora_plugins.commands.wording import find_options, use_option_names
 from lora_plugins.plugins.host import DISTRIBUTION, plugin_host
 from lora_plugins.text import one_line
 
@@ -21,7 +23,7 @@ DEBUG_VARIABLE = "LORA_PLUGINS_DEBUG"
 
 app = typer.Typer(
     name=DISTRIBUTION,
-    add_completion=False,
+    cls=Program,
     no_args_is_help=True,
     # Without markup the help needs no rich, whose import would double its start-up time.
     rich_markup_mode=None,
@@ -49,25 +51,34 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit.
 
-    An expected error becomes its message on stderr and exit code 1; ``LORA_PLUGINS_DEBUG=1`` shows its traceback.
-    Expected warnings take one line each.
+    An expected error becomes its message on stderr and exit code 1, or 2 for an error of usage;
+    ``LORA_PLUGINS_DEBUG=1`` shows its traceback. Expected warnings take one line each.
 
     Args:
         arguments: The command line without the program's name; default is the process's own.
     """
-    with _shorten_warnings():
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options: dict[str, tuple[str, str | None]] = {}
+    with _shorten_warnings(options):
         try:
-            program(arguments)
+            _run(words, options)
         except Exception as error:
             if not is_expected(error) or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
-            typer.echo(f"{DISTRIBUTION}: {str(error).strip()}", err=True)
-            sys.exit(1)
+            typer.echo(f"{DISTRIBUTION}: {use_option_names(str(error).strip(), options)}", err=True)
+            sys.exit(getattr(error, "exit_code", 1))
 
 
 def program(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit; expected errors are raised as exceptions."""
-    plugin_host().build_program(app).main(args=None if arguments is None else list(arguments), prog_name=DISTRIBUTION)
+    _run(sys.argv[1:] if arguments is None else list(arguments), {})
+
+
+def _run(words: list[str], options: dict[str, tuple[str, str | None]]) -> None:
+    """Run the program, having put the options of the command that is called into ``options``."""
+    built = plugin_host().build_program(app)
+    options.update(find_options(built.commands.get(next((word for word in words if not word.startswith("-")), ""))))
+    built.main(args=words, prog_name=DISTRIBUTION)
 
 
 def is_expected(error: BaseException | type[BaseException]) -> bool:
@@ -80,8 +91,8 @@ def is_expected(error: BaseException | type[BaseException]) -> bool:
 
 
 @contextmanager
-def _shorten_warnings() -> Iterator[None]:
-    """Show expected warnings as one line, without the source line that Python adds."""
+def _shorten_warnings(options: Mapping[str, tuple[str, str | None]]) -> Iterator[None]:
+    """Show expected warnings as one line in the words of the command line, without the source line that Python adds."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -94,7 +105,7 @@ def _shorten_warnings() -> Iterator[None]:
             line: str | None = None,
         ) -> Any:
             if is_expected(category):
-                typer.echo(f"warning: {one_line(message)}", err=True)
+                typer.echo(f"warning: {use_option_names(one_line(message), options)}", err=True)
             else:
                 usual(message, category, filename, lineno, file, line)
 

@@ -41,7 +41,13 @@ def merge(
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Merge an adapter into its base: a model that plain transformers loads."""
+    """Merge an adapter into its base: a model that plain transformers loads.
+
+    \b
+    Examples:
+      lora-plugins merge ./adapter ./merged
+      lora-plugins merge org/name@1.2.0 ./merged --dtype bf16
+    """
     calm()
     from lora_plugins.merging.inputs import PROBE_TEXT
     from lora_plugins.merging.job import AS_TRAINED

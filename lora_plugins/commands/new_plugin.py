@@ -22,7 +22,13 @@ def new_plugin(
         ),
     ] = None,
 ) -> None:
-    """Write a plugin package for an architecture, with a test that passes."""
+    """Write a plugin package for an architecture, with a test that passes.
+
+    \b
+    Examples:
+      lora-plugins new-plugin mytype
+      lora-plugins new-plugin mytype --target query --target value
+    """
     from lora_plugins.commands.scaffold import write_package
 
     made = write_package(name, folder, tuple(targets or ("q_proj", "v_proj")))

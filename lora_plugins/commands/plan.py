@@ -51,7 +51,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart of the memory to this PNG file.")] = None,
 ) -> None:
-    """Show what a LoRA run would train, and whether it fits. Needs the configuration only, no weights."""
+    """Show what a LoRA run would train, and whether it fits. Needs the configuration only, no weights.
+
+    \b
+    Examples:
+      lora-plugins plan bigscience/bloomz-7b1 --quantization int8 --memory 24GiB
+      lora-plugins plan ./base --r 16 --target-modules all-linear --length 2048
+      lora-plugins plan org/base --devices 2 --strategy fsdp --json
+    """
     calm()
     from lora_plugins.planning.planner import plan as make_plan
 
@@ -94,13 +101,11 @@ def _read_targets(names: list[str] | None) -> dict[str, Any]:
 
 
 def _read_fields(given: list[str]) -> dict[str, Any]:
-    from lora_plugins.errors import PlanError
-
     fields: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise PlanError(f"--lora takes FIELD=VALUE, not {text!r}")
+            raise typer.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--lora")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:

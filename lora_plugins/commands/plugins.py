@@ -27,6 +27,11 @@ def plugins(
 
     For each quantization backend it says which of the packages it needs are installed, and how to install the
     others. Only its library knows whether a backend runs on this machine: `lora-plugins plan` asks it.
+
+    \b
+    Examples:
+      lora-plugins plugins
+      lora-plugins plugins --json
     """
     host = plugin_host()
     if as_json:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from lora_plugins.planning.amounts import show_bytes
@@ -44,7 +45,7 @@ class Plan(PlanFigures):
         return _render_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from _make_tables(self)
+        yield from _make_tables(self, console, options)
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -62,11 +63,11 @@ def _render_text(plan: PlanFigures) -> str:
     return stream.getvalue().rstrip()
 
 
-def _make_tables(plan: PlanFigures) -> Iterator[Any]:
+def _make_tables(plan: PlanFigures, console: Console, options: ConsoleOptions) -> Iterator[Any]:
     """Yield what `rich` prints: the summary, the hit table, the memory, advice and notes."""
     yield _make_summary(plan)
     yield _make_hit_table(plan)
-    yield _make_memory_table(plan)
+    yield from _fit_memory_table(plan, console, options)
     for name, reason in {row.quantization: row.unavailable for row in plan.rows if row.unavailable}.items():
         yield f"[dim]* {escape(name)} cannot be used here: {escape(reason)}[/dim]"
     if plan.advice:
@@ -79,12 +80,15 @@ def _make_table(title: str, columns: str, *, head: bool = True) -> Table:
     """Make a table; a column whose name begins with ``>`` is right-aligned."""
     table = Table(title=title, title_justify="left", show_header=head)
     for column in columns.split("|"):
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+        right = column.startswith(">")
+        # A long name goes on in the next line; rich would cut it.
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
 
 
 def _make_summary(plan: PlanFigures) -> Table:
-    table = _make_table(f"{escape(plan.model)} in {plan.dtype}", "|>", head=False)
+    table = _make_table(f"{escape(plan.model)} in {plan.dtype}", "|", head=False)
+    table.columns[1].justify = "right"
     rows = [
         ("trainable", f"{plan.trainable:,}"),
         ("all", f"{plan.total:,}"),
@@ -93,6 +97,8 @@ def _make_summary(plan: PlanFigures) -> Table:
         ("batch", f"{plan.batch_size} x {plan.length} tokens on each device"),
         ("optimizer", plan.optim),
     ]
+    rows.append(("base", plan.chosen.label + _describe_share(plan.chosen)))
+    rows.append(("memory needed", f"{show_bytes(plan.chosen.memory.total)} on each device"))
     if plan.devices > 1:
         rows.append(("devices", f"{plan.devices}, {plan.strategy}"))
     if plan.memory_limit is not None:
@@ -107,6 +113,10 @@ def _make_summary(plan: PlanFigures) -> Table:
     return table
 
 
+def _describe_share(row: Row) -> str:
+    return f", {row.quantized_share:.1%} of the weights quantized" if row.quantization else ""
+
+
 def _make_hit_table(plan: PlanFigures) -> Table:
     table = _make_table(f"Targets from {escape(plan.source)}", "name|>modules|in -> out")
     for target in plan.targets:
@@ -116,25 +126,50 @@ def _make_hit_table(plan: PlanFigures) -> Table:
     return table
 
 
-def _make_memory_table(plan: PlanFigures) -> Table:
-    several = "|>communication" if plan.devices > 1 else ""
-    known = "|fits" if plan.memory_limit is not None else ""
-    columns = f"base|>quantized|>weights|>gradients|>optimizer|>activations{several}|>total{known}"
-    table = _make_table("Memory on each device", columns)
+#: Columns of the memory table that a narrow terminal does without, the first of them first. The total stays.
+_OPTIONAL = ("communication", "optimizer", "gradients", "quantized", "activations", "weights")
+
+
+def _fit_memory_table(plan: PlanFigures, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+    """Yield the memory table with as many columns as the terminal has room for: no figure is cut."""
+    optional = [name for name in _OPTIONAL if name in _make_cells(plan, plan.chosen)]
+    left_out: list[str] = []
+    table = _make_memory_table(plan)
+    # Measured on a terminal of any width: what is wider than this one would be cut.
+    while optional and Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
+        left_out.append(optional.pop(0))
+        table = _make_memory_table(plan, left_out)
+    yield table
+    if left_out:
+        yield f"[dim]Left out because the terminal is narrow: {', '.join(reversed(left_out))}.[/dim]"
+
+
+def _make_memory_table(plan: PlanFigures, left_out: Sequence[str] = ()) -> Table:
+    table = Table(title="Memory on each device", title_justify="left")
+    columns = [name for name in _make_cells(plan, plan.chosen) if name not in left_out]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("base", "fits") else "right", no_wrap=True)
     for row in plan.rows:
-        table.add_row(*_make_cells(plan, row), style=_choose_style(plan, row))
+        cells = _make_cells(plan, row)
+        table.add_row(*(cells[name] for name in columns), style=_choose_style(plan, row))
     return table
 
 
-def _make_cells(plan: PlanFigures, row: Row) -> list[str]:
+def _make_cells(plan: PlanFigures, row: Row) -> dict[str, str]:
+    """Return the cells of a row by the names of their columns."""
     memory = row.memory
-    parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
+    cells = {
+        "base": escape(row.label) + (" *" if row.unavailable else ""),
+        "quantized": f"{row.quantized_share:.1%}" if row.quantization else "",
+        "weights": show_bytes(memory.weights),
+        "gradients": show_bytes(memory.gradients),
+        "optimizer": show_bytes(memory.optimizer),
+        "activations": show_bytes(memory.activations),
+    }
     if plan.devices > 1:
-        parts.append(memory.communication)
-    share = f"{row.quantized_share:.1%}" if row.quantization else ""
-    label = escape(row.label) + (" *" if row.unavailable else "")
-    cells = [label, share, *map(show_bytes, parts), show_bytes(memory.total)]
-    return [*cells, _ANSWERS[row.fits]] if plan.memory_limit is not None else cells
+        cells["communication"] = show_bytes(memory.communication)
+    cells["total"] = show_bytes(memory.total)
+    return {**cells, "fits": _ANSWERS[row.fits]} if plan.memory_limit is not None else cells
 
 
 def _choose_style(plan: PlanFigures, row: Row) -> str:

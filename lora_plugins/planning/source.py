@@ -23,6 +23,9 @@ from lora_plugins.text import did_you_mean, one_line
 __all__ = ["TASKS", "copy_without_data", "meta_model", "read_config"]
 
 
+#: How a string begins that is visibly a path.
+_PATHS = tuple(f"{start}{os.sep}" for start in ("", ".", "..", "~"))
+
 #: Task -> transformers class that builds the model; by default the first class that knows the configuration.
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -88,6 +91,10 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"{path} is not a configuration file: {one_line(error)}") from None
+    if not path.exists() and (isinstance(source, os.PathLike) or str(source).startswith(_PATHS)):
+        raise PlanError(f"There is no file or folder {source} here. Give a folder, a configuration file or a Hub id.")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise PlanError(f"The folder {source} has no config.json, so it is not a model.")
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
         check_numbers(values, str(source))

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lora_plugins.adapters.spellings import ELSEWHERE, suggest_arguments
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.recipe.arguments import (
     FORMER_NAMES,
@@ -19,7 +20,7 @@ from lora_plugins.recipe.arguments import (
     held_out_share,
 )
 from lora_plugins.recipe.config_file import read_flags
-from lora_plugins.text import did_you_mean, find_near
+from lora_plugins.text import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -210,8 +211,9 @@ def _describe_unknown(unknown: Sequence[str], parser: HfArgumentParser) -> Argum
 def _make_hint(name: str, names: Sequence[str]) -> str:
     if name in FORMER_NAMES:
         return f" Use {FORMER_NAMES[name]}."
-    near = find_near(name, names, most=3, cutoff=0.7)
-    near += [known for known in names if len(name) > 3 and name in known and known not in near][: 3 - len(near)]
+    near = [f"{flag} {value}" if value else flag for flag, value in suggest_arguments(name, names, most=3, cutoff=0.7)]
+    if name not in ELSEWHERE:
+        near += [known for known in names if len(name) > 3 and name in known and known not in near][: 3 - len(near)]
     return f" Did you mean {' or '.join('--' + other for other in near)}?" if near else ""
 
 

@@ -44,7 +44,14 @@ def pull(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Get a release, check every byte of it, and print the folder it is in."""
+    """Get a release, check every byte of it, and print the folder it is in.
+
+    \b
+    Examples:
+      lora-plugins pull org/name
+      lora-plugins pull 'org/name>=1.2,<2' --lock
+      lora-plugins pull org/name@champion --hub ./registry --json
+    """
     from registry.pulling.pull import pull_adapter
 
     with progress() as advance:
@@ -75,7 +82,13 @@ def lock(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Write the versions that references resolve to now into a lock file."""
+    """Write the versions that references resolve to now into a lock file.
+
+    \b
+    Examples:
+      lora-plugins lock org/name org/other@2.0.0
+      lora-plugins lock
+    """
     from registry.pulling.pull import lock_adapters
 
     with waiting("Locking …"):
@@ -100,7 +113,13 @@ def verify(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Download a release and compare every byte with its manifest, the lock and earlier pulls."""
+    """Download a release and compare every byte with its manifest, the lock and earlier pulls.
+
+    \b
+    Examples:
+      lora-plugins verify org/name@1.2.0
+      lora-plugins verify org/name@1.2.0 --require-signature team.pub
+    """
     from registry.upkeep.verification import verify as look
 
     with waiting(f"Checking {visible(reference)} …"):
@@ -126,7 +145,13 @@ def gc(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Find what no version, alias or pull refers to any more, in a folder registry and in the cache."""
+    """Find what no version, alias or pull refers to any more, in a folder registry and in the cache.
+
+    \b
+    Examples:
+      lora-plugins gc --hub ./registry
+      lora-plugins gc --hub ./registry --delete
+    """
     from registry.upkeep.cleanup import collect_garbage
 
     with waiting("Looking …"):

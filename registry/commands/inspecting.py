@@ -33,7 +33,13 @@ def versions(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """List the versions of an adapter, oldest first."""
+    """List the versions of an adapter, oldest first.
+
+    \b
+    Examples:
+      lora-plugins versions org/name
+      lora-plugins versions org/name --hub ./registry --json
+    """
     from registry.catalog.index import read_index
     from registry.hubs import open_hub
 
@@ -61,7 +67,13 @@ def show(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show the manifest of a release."""
+    """Show the manifest of a release.
+
+    \b
+    Examples:
+      lora-plugins show org/name
+      lora-plugins show org/name@1.2.0 --json
+    """
     from registry.catalog.listing import show as described
 
     with waiting(f"Reading {visible(reference)} …"):
@@ -108,7 +120,12 @@ def diff(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two releases: configuration, metrics, and how far each layer's weight moved."""
+    """Compare two releases: configuration, metrics, and how far each layer's weight moved.
+
+    \b
+    Examples:
+      lora-plugins diff org/name@1.1.0 org/name@1.2.0
+    """
     from registry.pulling.pull import pull_adapter
     from registry.upkeep.diff import compare_adapters
 
@@ -128,10 +145,9 @@ def _print_difference(found: Difference) -> None:
             if key == "fingerprint":
                 old, new = "one", "another"
             say(f"  {title}: {visible(key)} {visible(_show_value(old))} -> {visible(_show_value(new))}")
-    print_rows(
-        ("layer", "norm before", "norm after", "norm of the change"),
-        ((c.name, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.change:.4g}") for c in found.layers),
-    )
+    norms = ("norm before", "norm after", "norm of change")
+    rows = ((c.name, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.change:.4g}") for c in found.layers)
+    print_rows(("layer", *norms), rows, figures=norms)
 
 
 def _show_value(value: object) -> object:

@@ -67,7 +67,14 @@ def push(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an adapter as a version that never changes again."""
+    """Publish an adapter as a version that never changes again.
+
+    \b
+    Examples:
+      lora-plugins push ./adapter org/name
+      lora-plugins push run/checkpoint-500 org/name --version minor --metric rouge1=41.2
+      lora-plugins push ./adapter org/name --hub ./registry --dry-run
+    """
     from registry.publishing.push import push_adapter
 
     with waiting(f"Checking and publishing {visible(source)} …"):
@@ -134,7 +141,13 @@ def yank(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Withdraw a version: ranges no longer pick it, exact pins and locks still do, with a warning."""
+    """Withdraw a version: ranges no longer pick it, exact pins and locks still do, with a warning.
+
+    \b
+    Examples:
+      lora-plugins yank org/name@1.2.0 --reason "trained on the test set"
+      lora-plugins yank org/name@1.2.0 --undo
+    """
     from registry.catalog.withdrawal import unyank
     from registry.catalog.withdrawal import yank as withdraw
 
@@ -158,7 +171,14 @@ def alias(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Point a name such as 'champion' at a version, or list such names with their history."""
+    """Point a name such as 'champion' at a version, or list such names with their history.
+
+    \b
+    Examples:
+      lora-plugins alias org/name@1.2.0 champion
+      lora-plugins alias org/name@1.3.0 champion --expect 1.2.0
+      lora-plugins alias org/name
+    """
     from registry.catalog.aliases import ANY, remove_alias, set_alias
 
     if name is None:
@@ -209,7 +229,13 @@ def mirror(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Copy releases to another registry, byte by byte, with withdrawals and aliases."""
+    """Copy releases to another registry, byte by byte, with withdrawals and aliases.
+
+    \b
+    Examples:
+      lora-plugins mirror org/name ./registry
+      lora-plugins mirror org/name@1.2.0 https://hub.example.org --hub ./registry
+    """
     from registry.upkeep.mirroring import mirror as copy
 
     with waiting(f"Copying {visible(reference)} …"):

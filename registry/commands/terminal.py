@@ -19,7 +19,8 @@ HubOption = Annotated[
     str | None,
     typer.Option(
         "--hub",
-        help="Registry: https://… or file:///…; default is LORA_REGISTRY, else the Hugging Face Hub.",
+        help="Registry: https://…, or a folder as ./… or file:///…; default is LORA_REGISTRY, else the "
+        "Hugging Face Hub.",
         show_default=False,
     ),
 ]
@@ -49,8 +50,14 @@ def _make_plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: with borders on a terminal, with tabs elsewhere."""
+def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]], *, figures: Sequence[str] = ()) -> None:
+    """Print a table: with borders on a terminal, with tabs elsewhere.
+
+    Args:
+        head: Titles of the columns.
+        rows: The cells of each row.
+        figures: Titles of the columns with numbers. On a narrow terminal other cells go on in the next line.
+    """
     lines = [[visible(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for line in lines:
@@ -60,7 +67,10 @@ def print_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*head)
+    table = Table()
+    for title in head:
+        number = title in figures
+        table.add_column(title, overflow="fold", no_wrap=number, justify="right" if number else "left")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     Console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,13 +14,17 @@ __all__ = ["VARIABLE", "open_hub"]
 #: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
 
+#: How a string begins that is visibly the path of a folder.
+_PATHS = tuple(f"{start}{os.sep}" for start in ("", ".", "..", "~"))
+
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
     """Open a registry: ``hub``, else ``LORA_REGISTRY``, else the Hugging Face Hub.
 
-    ``file:///srv/adapters`` and path objects are folders, ``https://…`` (or ``http://…``) is a hub that speaks the
-    protocol of the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned as
-    it is. Any other string is refused, whatever exists on disk.
+    ``file:///srv/adapters``, path objects and strings that are visibly paths (``/srv/adapters``, ``./adapters``,
+    ``../adapters``, ``~/adapters``) are folders, ``https://…`` (or ``http://…``) is a hub that speaks the protocol of
+    the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned as it is. Any
+    other string is refused, whatever exists on disk: ``adapters`` may be meant as an organization.
 
     Args:
         hub: The registry.
@@ -29,6 +34,8 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         InvalidReference: ``hub`` is none of these.
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
+    if isinstance(meant, str) and meant.startswith(_PATHS):
+        meant = Path(meant).expanduser()
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
         from registry.hubs.folder import FolderHub
 
@@ -41,7 +48,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         from registry.errors import InvalidReference
 
         raise InvalidReference(
-            f"{meant[:200]!r} is not a registry: give https://… or file:///… (a pathlib.Path is a folder, too), "
-            f"as hub= or in {VARIABLE}"
+            f"{meant[:200]!r} is not a registry: give https://…, or a folder as file:///…, /… or ./…, "
+            f"with hub= or in {VARIABLE}"
         )
     return meant
