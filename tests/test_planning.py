@@ -448,7 +448,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = run("--target-modules", "mlp")
     assert "down_proj" in text
     assert "no adapter" in text
-    assert "--lora takes FIELD=VALUE" in run("--lora", "r")
+    assert "is not FIELD=VALUE" in run("--lora", "r")
     assert "near: q_proj" in run("--target-modules", "q_prooj", "--target-modules", "v_proj")
 
 

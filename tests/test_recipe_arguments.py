@@ -65,7 +65,7 @@ def test_dashes_and_underscores_are_the_same() -> None:
         (["--quant", "int8"], "--quant is not a flag. Did you mean --quantization"),
         (["--num_train", "1"], "--num_train is not a flag"),
         (["--epochs", "1"], "Use --num_train_epochs"),
-        (["--load_in_8bit", "True"], "Use --quantization int8"),
+        (["--load_in_8bit", "True"], "Did you mean --quantization int8"),
         (["--overwrite_output_dir"], "Use --resume, or another --output_dir"),
         (["stray"], "'stray' stands where a flag was expected"),
         (["--r", "eight"], "invalid int value: 'eight'"),

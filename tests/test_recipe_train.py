@@ -115,6 +115,26 @@ def test_counts_distance_and_places_are_printed(place: Place, whole: subprocess.
     assert "Traceback" not in whole.stderr
 
 
+def test_the_result_as_json(
+    place: Place,
+    whole: subprocess.CompletedProcess[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only the JSON is on stdout, so that a script can read it. The finished run is written once more, not trained."""
+    shutil.copytree(place.folder / "whole", place.folder / "json")
+    monkeypatch.chdir(place.folder)
+    with pytest.raises(SystemExit) as ended:
+        main([*place.arguments("json"), "--resume", "--json"])
+    said = capsys.readouterr()
+    assert not ended.value.code, said.err
+    result = json.loads(said.out)
+    assert (result["adapter"], result["model"], result["report"]) == ("json/adapter", "json/model", "json")
+    assert result["metrics"] == place.metrics("json")
+    assert result["metrics"]["data"]["train"]["examples"] == 120
+    assert "steps were done already" in said.err
+
+
 def test_run_leaves_adapter_model_report_and_loss_curve(place: Place, whole: subprocess.CompletedProcess[str]) -> None:
     folder = place.folder / "whole"
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -468,7 +488,7 @@ def test_misspelt_flag_is_a_message_and_an_exit_code(
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main(place.arguments("none", "--lerning_rate", "1"))
-    assert end.value.code == 1
+    assert end.value.code == 2
     said = capsys.readouterr().err
     assert "--lerning_rate is not a flag. Did you mean --learning_rate" in said
     assert "Traceback" not in said

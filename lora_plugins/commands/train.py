@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+
 import typer
 
 from lora_plugins.commands.calm import calm
 
-__all__ = ["CONTEXT", "NEEDED", "train"]
+__all__ = ["CONTEXT", "EXAMPLES", "NEEDED", "train"]
 
 
 #: The command's own parser reads everything, its help included.
@@ -21,6 +25,13 @@ The data set has the columns of --template, by default {dialogue} and {summary};
 The adapter, the merged model and a report go to --output_dir, by default lora-output/.
 All other flags have defaults: `lora-plugins train --help`, --help-all, or --config FILE for a YAML file of them."""
 
+#: What stands under the help.
+EXAMPLES = """\
+Examples:
+  lora-plugins train --model org/base --dataset examples.jsonl
+  lora-plugins train --model ./base --dataset chats.jsonl --template chat --eval-split 0.1
+  lora-plugins train --config run.yaml --resume --json"""
+
 
 def train(context: typer.Context) -> None:
     """Fine-tune a language model with LoRA: packing, int8, training, merge."""
@@ -32,8 +43,15 @@ def train(context: typer.Context) -> None:
     if "--help-all" in words or "--help" in words or "-h" in words:
         from lora_plugins.recipe.parser import make_parser
 
-        typer.echo(make_parser(everything="--help-all" in words).format_help().strip())
+        typer.echo(f"{make_parser(everything='--help-all' in words).format_help().strip()}\n\n{EXAMPLES}")
         raise typer.Exit
-    from lora_plugins.recipe.run import run
+    from lora_plugins.recipe.parser import JSON_FLAG, parse
+    from lora_plugins.recipe.run import TrainingRun
 
-    raise typer.Exit(run(words))
+    as_json = JSON_FLAG in words
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        training = TrainingRun(*parse([word for word in words if word != JSON_FLAG]))
+        code = training.run()
+    if as_json and code == 0 and training.is_main:
+        typer.echo(json.dumps(training.describe(), indent=2))
+    raise typer.Exit(code)

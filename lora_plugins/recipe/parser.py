@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_FLAG",
+    "JSON_FLAG",
     "PROGRAM",
     "flag_names",
     "make_parser",
@@ -37,6 +38,9 @@ __all__ = [
 PROGRAM = "lora-plugins train"
 
 CONFIG_FLAG = "--config"
+
+#: Read by the command itself; here for the help.
+JSON_FLAG = "--json"
 
 _DESCRIPTION = (
     "Fine-tune a causal language model with LoRA. The defaults are the recipe: int8 base, rank 8, chunks of 1536 "
@@ -105,6 +109,9 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
         formatter_class=_Formatter,
     )
     parser.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of flags; those on the command line win.")
+    parser.add_argument(
+        JSON_FLAG, action="store_true", default=argparse.SUPPRESS, help="Print the result as JSON, the rest to stderr."
+    )
     if everything:
         parser.set_defaults(**TRAINING_DEFAULTS, bf16=None)
     return parser
@@ -149,7 +156,7 @@ def _format_default(value: Any) -> str:
 
 def flag_names(parser: HfArgumentParser) -> list[str]:
     """Return all long flags without their dashes, as they are spelt in a YAML file."""
-    return sorted(action.dest for action in parser._actions if action.dest not in ("help", "config"))
+    return sorted(action.dest for action in parser._actions if action.dest not in ("help", "config", "json"))
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:

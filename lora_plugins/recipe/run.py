@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import traceback
 from collections.abc import Sequence
@@ -108,6 +109,13 @@ class TrainingRun:
         if unpublished is not None:
             raise unpublished
         return 0
+
+    def describe(self) -> dict[str, Any]:
+        """Return where a finished run has put things, and its figures, as they are in ``metrics.json``."""
+        folders = self.folders
+        figures = json.loads((folders.report / "metrics.json").read_text(encoding="utf-8"))
+        model = str(folders.model) if self.recipe.merge != "none" else None
+        return {"adapter": str(folders.adapter), "model": model, "report": str(folders.report), "metrics": figures}
 
     def _find_base_on_hub(self) -> str | None:
         """Return the base to name in the published adapter, if the model itself does not have it."""

@@ -72,7 +72,7 @@ def push(
     \b
     Examples:
       lora-plugins push ./adapter org/name
-      lora-plugins push run/checkpoint-500 org/name --version minor --metric rouge1=41.2
+      lora-plugins push run/checkpoint-500 org/name --version minor --metric f1=0.9
       lora-plugins push ./adapter org/name --hub ./registry --dry-run
     """
     from registry.publishing.push import push_adapter
