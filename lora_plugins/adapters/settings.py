@@ -11,9 +11,9 @@ import peft
 import torch
 from peft import LoraConfig
 
-from lora_plugins.adapters.spellings import suggest_arguments
 from lora_plugins.errors import PreparationError, UnknownArgument
 from lora_plugins.quantization.request import Quantization, parse_quantization
+from lora_plugins.text import suggest_arguments
 
 __all__ = ["DEFAULTS", "LoraSettings"]
 

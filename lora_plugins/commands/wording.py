@@ -1,4 +1,4 @@
-"""Messages in the words of the command line: ``--force`` for ``force=True``."""
+"""Messages in the words of the command line."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_plugins.adapters.spellings import ELSEWHERE, suggest_arguments
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.recipe.arguments import (
     FORMER_NAMES,
@@ -20,7 +19,7 @@ from lora_plugins.recipe.arguments import (
     held_out_share,
 )
 from lora_plugins.recipe.config_file import read_flags
-from lora_plugins.text import did_you_mean
+from lora_plugins.text import ELSEWHERE, did_you_mean, suggest_arguments
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
