@@ -22,7 +22,7 @@ __all__ = [
     "write_json",
 ]
 
-#: What other tools call our arguments: names in TRL, Axolotl, LLaMA-Factory, Unsloth and bitsandbytes, with our argument and, where it is fixed, its value.
+#: What TRL, Axolotl, LLaMA-Factory, Unsloth and bitsandbytes call our arguments; where one is fixed, with its value.
 ELSEWHERE: Mapping[str, tuple[str, str | None]] = {
     "rank": ("r", None),
     "lora_r": ("r", None),
