@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-oldest test-newest \
-	check format docs dist clean
+	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -67,6 +67,26 @@ $(ENGINES)/.installed: $(INSTALLED)
 test-engines: $(ENGINES)/.installed ## Run the tests of DeepSpeed and Ray.
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
 		$(ENGINES)/bin/python -m pytest tests/test_trainer_engines_deepspeed.py tests/test_trainer_engines_ray.py
+
+test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
+	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_load.py
+
+test-kills: $(INSTALLED) ## Kill 1,000 pushes and pulls at random, and look for what they leave.
+	KILLS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k at_random tests/test_registry_publishing_processes.py
+
+test-mutations: $(INSTALLED) ## Remove each check of the verifying modules and see that a test fails. Hours on few cores.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutations.py
+
+coverage: $(INSTALLED) ## Measure which branches of registry/ its tests take; fail below 95 %.
+	$(BIN)/python -m pip install -q 'coverage>=7.10'
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -m "not slow" tests/test_registry*.py tests/test_old_releases.py
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --fail-under 95
+
+audit: $(INSTALLED) ## Ask the database of known vulnerabilities about the installed packages.
+	$(BIN)/python -m pip install -q 'pip-audit>=2.7'
+	$(BIN)/python tools/audit.py
 
 check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/ruff check

@@ -20,8 +20,8 @@ from typing import Any
 REPEATS = 7
 NAME = "org/adapter"
 BASE = "org/base@" + "b" * 40
-#: Modules of the adapters: with rank 8 and width 1024, each has 64 KB.
-SMALL, LARGE = 16, 1024
+#: Modules and ranks of the adapters, of 1, 21 and 210 MB, and of 210 MB in very many tensors.
+SIZES = ((16, 8), (80, 32), (200, 128), (3200, 8))
 VERSIONS = 10_000
 
 
@@ -37,7 +37,7 @@ def loopback() -> Iterator[tuple[str, str]]:
         process.stdin.close()
 
 
-def adapter(folder: Path, modules: int) -> Path:
+def adapter(folder: Path, modules: int, rank: int) -> Path:
     """An adapter folder of this size."""
     import torch
     from peft import LoraConfig
@@ -48,10 +48,10 @@ def adapter(folder: Path, modules: int) -> Path:
     tensors = {}
     for number in range(modules):
         name = f"base_model.model.model.layers.{number}.self_attn.q_proj"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(8, 1024)
-        tensors[f"{name}.lora_B.weight"] = torch.randn(1024, 8)
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, 1024)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(1024, rank)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(folder))
+    LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(folder))
     return folder
 
 
@@ -75,15 +75,15 @@ def hashed(folder: str) -> None:
                 digest.update(chunk)
 
 
-def pulling(endpoint: str, token: str, modules: int) -> None:
-    """Print the times for one adapter."""
+def pulling(endpoint: str, token: str, modules: int, rank: int) -> None:
+    """Print the times for one adapter, from a hub and from a folder."""
     from huggingface_hub import snapshot_download
 
-    from registry import pull_adapter, push_adapter
+    from registry import mirror, pull_adapter, push_adapter
 
     with tempfile.TemporaryDirectory() as name:
-        root, repository = Path(name), f"{NAME}-{modules}"
-        source = adapter(root / "adapter", modules)
+        root, repository = Path(name), f"{NAME}-{modules}-{rank}"
+        source = adapter(root / "adapter", modules, rank)
         done = push_adapter(source, repository, version="1.0.0", hub=endpoint, token=token, base_model=BASE)
         files, fresh = [*done.manifest.files, "adapter_manifest.json"], iter(range(10**6))
         size = sum(record.size for record in done.manifest.files.values())
@@ -98,18 +98,19 @@ def pulling(endpoint: str, token: str, modules: int) -> None:
             snapshot_download(repository, revision="v1.0.0", allow_patterns=files, **options)
 
         ours, theirs = best(cold, stock)
-        warm_cache = root / "warm"
-
-        def warm() -> str:
-            options: dict[str, Any] = {"token": token, "lock": False, "cache_dir": warm_cache}
-            return pull_adapter(f"{repository}@1.0.0", hub=endpoint, **options).path
-
-        folder = warm()
-        pulled, hashing = best(warm, lambda: hashed(folder))
-        print(f"\nadapter of {size / 1e6:.1f} MB, {len(files)} files")
+        print(f"\nadapter of {size / 1e6:.1f} MB, {2 * modules:,} tensors, {len(files)} files")
         print(f"  cold pull, verified      {ours * 1000:8.1f} ms")
         print(f"  snapshot_download        {theirs * 1000:8.1f} ms   ratio {ours / theirs:.2f}")
-        print(f"  warm pull, verified      {pulled * 1000:8.1f} ms   of which hashing {hashing * 1000:.1f} ms")
+        mirror(repository, root / "registry", hub=endpoint, token=token, cache_dir=root / "passing")
+        for title, hub, given in (("hub", endpoint, token), ("folder", root / "registry", None)):
+
+            def warm(hub: Any = hub, given: str | None = given, cache: Path = root / f"warm-{title}") -> str:
+                return pull_adapter(f"{repository}@1.0.0", hub=hub, token=given, lock=False, cache_dir=cache).path
+
+            folder = warm()
+            pulled, hashing = best(warm, lambda folder=folder: hashed(folder))
+            beside = (pulled - hashing) * 1000
+            print(f"  warm pull from a {title:7} {pulled * 1000:8.1f} ms   besides hashing {beside:.1f} ms")
 
 
 def many_versions(hub: Any, title: str) -> None:
@@ -117,39 +118,40 @@ def many_versions(hub: Any, title: str) -> None:
     from registry.catalog.index import read_index
     from registry.formats.references import Reference
 
-    references = [Reference.parse(NAME), Reference.parse(f"{NAME}>=1.2,<1.9000")]
+    references = [Reference.parse(NAME), Reference.parse(f"{NAME}>=1.2,<2")]
     (seconds,) = best(lambda: [read_index(hub, NAME).resolve(reference) for reference in references[:1]])
     (ranged,) = best(lambda: [read_index(hub, NAME).resolve(reference) for reference in references[1:]])
     print(f"  {title:8}  newest {seconds * 1000:8.1f} ms   in a range {ranged * 1000:8.1f} ms")
 
 
 def versions() -> None:
-    """Time the choice among ten thousand versions, on a folder and on a hub."""
-    from registry import FolderHub, HuggingFaceHub
+    """Time the choice among ten thousand version tags below the newest release, on a folder and on a hub."""
+    from registry import FolderHub, HuggingFaceHub, push_adapter
     from registry.disk import files as folder_files
     from registry.testing import LoopbackHub
 
     print(f"\n{VERSIONS:,} versions, refs read anew each time")
     with tempfile.TemporaryDirectory() as name:
-        folder = FolderHub(Path(name))
-        folder.create(NAME)
-        head = folder.refs(NAME).branches["main"]
-        tags = ", ".join(f'"v1.{number}.0": "{head}"' for number in range(VERSIONS))
+        source = adapter(Path(name, "adapter"), 1, 8)
+        folder, newest = FolderHub(Path(name, "registry")), f"1.{VERSIONS}.0"
+        head = push_adapter(source, NAME, version=newest, hub=folder, base_model=BASE).commit
+        tags = ", ".join(f'"v1.{number}.0": "{head}"' for number in range(VERSIONS + 1))
         refs = f'{{"format": 1, "branches": {{"main": "{head}"}}, "tags": {{{tags}}}}}'
-        folder_files.replace_file(Path(name, NAME, "refs.json"), refs.encode())
+        folder_files.replace_file(Path(name, "registry", NAME, "refs.json"), refs.encode())
         many_versions(folder, "folder")
-    with LoopbackHub() as hub:
-        repository = hub.create_repo(NAME)
-        repository.tags.update({f"v1.{number}.0": repository.branches["main"] for number in range(VERSIONS)})
-        many_versions(HuggingFaceHub(hub.endpoint, hub.token), "hub")
+        with LoopbackHub() as loopback_hub:
+            hub = HuggingFaceHub(loopback_hub.endpoint, loopback_hub.token)
+            commit = push_adapter(source, NAME, version=newest, hub=hub, base_model=BASE).commit
+            loopback_hub.repo(NAME).tags.update({f"v1.{number}.0": commit for number in range(VERSIONS)})
+            many_versions(hub, "hub")
 
 
 def main() -> None:
     """Print all figures."""
     os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     with loopback() as (endpoint, token):
-        for modules in (SMALL, LARGE):
-            pulling(endpoint, token, modules)
+        for modules, rank in SIZES:
+            pulling(endpoint, token, modules, rank)
     versions()
 
 

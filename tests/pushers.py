@@ -17,10 +17,12 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from huggingface_hub import constants
-from releases import release
+from releases import NAME, release
 
 from registry.hubs import open_hub
 from registry.publishing import publish as publishing
+from registry.pulling.lockfile import Lock
+from registry.pulling.pull import fetch_adapter
 
 #: What changes something in a folder, as the interpreter reports it to audit hooks.
 _CHANGES = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod"})
@@ -64,6 +66,13 @@ def push_and_count(root: str, results: Queue[int], arguments: tuple[Any, ...], o
     _count(root, lambda number: counted.__setitem__(0, number))
     push(*arguments, **options)
     results.put(counted[0])
+
+
+def pull_and_die(root: str, step: int, location: str, cache: str) -> None:
+    """Pull the newest release, and be killed just before the ``step``-th change in the cache."""
+    _count(root, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == step else None)
+    os.fsync = lambda descriptor: None
+    fetch_adapter(NAME, hub=location, token=None, lock=Lock(None), offline=False, cache_dir=cache)
 
 
 def push_alone(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def test_a_foreign_tag_is_shown_as_foreign(tagged: Place) -> None:
 
 
 @pytest.mark.parametrize("commit", ["stays", "is gone too"])
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", ["v2.0.0", "v0.1.0"])
 def test_a_foreign_tag_may_vanish_and_move(tagged: Place, tag: str, commit: str) -> None:
     assert pull_adapter(NAME, hub=tagged.hub).version == "1.0.0"
     refs = tagged.hub.refs(NAME)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from pushers import context, finished
 from releases import CREATED, NAME, draft, folder_of, release
 
 from registry.catalog.listing import versions
+from registry.disk.owners import delete, find_leftovers
 from registry.errors import RepositoryNotFound, VersionExists, VersionNotFound
 from registry.hubs.protocol import MAIN
 from registry.publishing.publish import manifest_at
@@ -198,3 +202,64 @@ def test_killed_at_every_request_to_a_hub(loopback_hub: LoopbackHub, scenario: s
         loopback_hub.faults.clear()
         assert code == -signal.SIGKILL, (step, code)
         check_after_death(place, name, version, before, seed, other=turn // 2 % 2 == 1)
+
+
+#: Processes that are killed at a moment chosen at random; `make test-kills` says 1,000.
+KILLS = int(os.environ.get("KILLS", "60"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_killed_at_random_and_nothing_is_left_after_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the processes push and half of them pull; what they leave is gone after the next push or pull."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    chance, killed, left = random.Random(0), 0, 0
+    for turn in range(2 * KILLS):
+        if killed == KILLS:
+            break
+        place, cache = FolderPlace(tmp_path / f"registry-{turn}"), tmp_path / f"cache-{turn}"
+        before, version = SCENARIOS[chance.choice(list(SCENARIOS))]
+        for number in before:
+            release(place.hub, number)
+        if turn % 2:
+            release(place.hub, version, 1)
+            target, call = pushers.pull_and_die, (str(cache), chance.randint(1, 25), place.hub.location, str(cache))
+        else:
+            target = pushers.push_and_die
+            call = (str(place.root), chance.randint(1, 40), arguments(place, version, 1), {})
+        process = context().Process(target=target, args=call)
+        process.start()
+        code = finished(process)
+        assert code in (0, -signal.SIGKILL)  # 0: it was done before that moment
+        killed += code != 0
+        left += bool(find_remains(tmp_path, place, cache))
+        done = release(place.hub, version, 1)
+        fetched = fetch_adapter(NAME, hub=place.hub, token=None, lock=Lock(None), offline=False, cache_dir=cache)
+        stable = (before[0], 0) if "rc" in version else (version, 1)
+        assert folder_of(fetched.path) == draft(*stable).all_files()
+        assert published(place, NAME) == [*before, version]
+        assert done.commit == place.hub.refs(NAME).tags[f"v{version}"]
+        assert find_remains(tmp_path, place, cache) == []
+        shutil.rmtree(place.root)
+        delete(cache)
+    with capsys.disabled():
+        print(f"\n{killed} processes killed, {left} left something, nothing of it was there after the next call")
+    assert killed >= min(KILLS, 20)
+
+
+def find_remains(tmp_path: Path, place: FolderPlace, cache: Path) -> list[Path]:
+    """What dead processes have left: partial files and folders, and locks."""
+    folders = [
+        tmp_path / "tmp",
+        place.root,
+        place.root / "org",
+        place.root / NAME,
+        cache / "releases",
+        cache / "checked",
+    ]
+    folders += cache.glob("seen/*/*")
+    return [path for folder in folders for path in find_leftovers(folder)] + [*place.root.rglob("lock")]

@@ -19,7 +19,7 @@ from registry.disk.files import create_exclusively, read_small, temporary_file
 from registry.disk.owners import host, is_alive, started, sweep
 from registry.text import visible
 
-__all__ = ["LockTimeout", "exclude", "folder_lock"]
+__all__ = ["LockTimeout", "clear", "exclude", "folder_lock"]
 
 #: Seconds after which a lock of another host is stale. A holder renames a few files, which takes milliseconds.
 LEASE = 60.0
@@ -64,6 +64,14 @@ def folder_lock(folder: Path, timeout: float = 30.0, *, name: str = _NAME) -> It
         if _read_content(lock) == mine:
             with contextlib.suppress(FileNotFoundError):
                 lock.unlink()
+
+
+def clear(folder: Path, *, name: str = _NAME) -> None:
+    """Remove what dead processes left in a folder, a lock of theirs included; a read-only folder is left as it is."""
+    with contextlib.suppress(OSError):
+        if _is_stale(folder / name):
+            _break(folder / name)
+        sweep(folder)
 
 
 def _describe_owner() -> bytes:

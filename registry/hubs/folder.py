@@ -28,7 +28,7 @@ from urllib.request import url2pathname
 
 from registry.disk import files as folder_files
 from registry.disk.machine import READ_ONLY
-from registry.disk.mutex import LockTimeout, folder_lock
+from registry.disk.mutex import LockTimeout, clear, folder_lock
 from registry.disk.owners import delete, find_leftovers, is_old, new_name, sweep
 from registry.errors import (
     CommitNotFound,
@@ -161,6 +161,7 @@ class FolderHub:
         with _translate_errors(name):
             folder = self._find_folder(check_name(name))
             if (folder / _IDENTITY).exists():
+                clear(folder)  # what pushes that were killed have left
                 return
             self._refuse_twin(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)

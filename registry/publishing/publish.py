@@ -300,6 +300,8 @@ def _read_refs(hub: Hub, name: str) -> Refs:
 
 
 def _make_refs(hub: Hub, name: str, private: bool | None) -> Refs:
+    if hub.local:
+        hub.create(name, private=private)  # removes what a killed push has left, too
     refs = _read_refs(hub, name)
     if MAIN in refs.branches:
         return refs
