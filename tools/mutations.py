@@ -99,8 +99,20 @@ def run_module(name: str) -> list[Mutant]:
     """Run the mutants of one module and return those that no test notices."""
     files, expression = MODULES[name]
     arguments = [str(path) for file in files if (path := TESTS / f"test_registry_{file}.py").exists()]
-    arguments += ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *(["-k", expression] if expression else [])]
+    arguments += [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not slow",
+        *(["-k", expression] if expression else []),
+    ]
     module, started = importlib.import_module(name), time.monotonic()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*arguments, "--collect-only"])  # what is imported here is not imported again for each mutant
     if outcome := run_tests(None, module, arguments):
         raise SystemExit(f"The tests of {name} fail without any change (exit code {outcome})")
     mutants = list(find_mutants(name, Path(module.__file__ or "").read_text(encoding="utf-8")))
