@@ -69,7 +69,7 @@ test-engines: $(ENGINES)/.installed ## Run the tests of DeepSpeed and Ray.
 		$(ENGINES)/bin/python -m pytest tests/test_trainer_engines_deepspeed.py tests/test_trainer_engines_ray.py
 
 test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
-	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_load.py
+	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_publishing_load.py
 
 test-kills: $(INSTALLED) ## Kill 1,000 pushes and pulls at random, and look for what they leave.
 	KILLS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k at_random tests/test_registry_publishing_processes.py

@@ -89,6 +89,8 @@ def test_a_state_follows_another_and_an_old_one_changes_nothing(monkeypatch: pyt
         (State(STATE.yanked, {"champion": (Move("1.1.0", TIME),)}, serial=4), "d" * 40,
          ["the history of the alias champion"]),
         (State(STATE.yanked, {"champion": (Move("1.0.0", TIME), Move("1.1.0", TIME))}, serial=4), "d" * 40, []),
+        (State({}, STATE.aliases, serial=3, stored=False), "d" * 40, ["the withdrawal of 1.0.0"]),
+        (State({}, STATE.aliases, serial=3, stored=False), "b" * 40, ["the withdrawal of 1.0.0"]),
         (State(stored=False), None, ["the withdrawal of 1.0.0", "the history of the alias champion"]),
         (State(stored=False), "d" * 40, ["the withdrawal of 1.0.0", "the history of the alias champion"]),
         (State(STATE.yanked, STATE.aliases, stored=False), None, [f"the changes between the start and {'b' * 40}"]),
@@ -102,3 +104,4 @@ def test_what_a_state_has_lost(state: State, commit: str | None, lost: list[str]
 def test_who_has_seen_no_state_misses_none() -> None:
     assert find_lost_state(Seen(), STATE, "d" * 40) == []
     assert find_lost_state(Seen(), State(stored=False), None) == []
+    assert find_lost_state(Seen(), State(stored=False), "d" * 40) == []

@@ -113,14 +113,13 @@ def find_lost_tags(seen: Seen, tags: Mapping[str, str]) -> dict[str, str | None]
 
 def find_lost_state(seen: Seen, state: State, commit: str | None) -> list[str]:
     """Return what a newly read state lost compared with the remembered one, one clause each; empty if nothing."""
-    if seen.state_commit is None or commit == seen.state_commit:
+    if seen.state_commit is None:
         return []
     found = []
     for alias, moves in seen.state.aliases.items():
         if tuple(state.aliases.get(alias, ()))[: len(moves)] != tuple(moves):
             found.append(f"the history of the alias {alias}")
-    gone = commit is None or not state.stored
-    older = gone or commit in seen.former_states or 0 < state.serial < seen.state.serial
+    older = not state.stored or commit in seen.former_states or 0 < state.serial < seen.state.serial
     if older or found:
         offered = sorted(set(seen.state.yanked) - set(state.yanked))
         found = [*(f"the withdrawal of {version}" for version in offered), *found]
