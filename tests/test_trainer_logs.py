@@ -96,3 +96,39 @@ def test_figures_are_not_printed_between_the_progress_bars(tmp_path: Path, capsy
         tiny.trainer(tmp_path, callbacks=callbacks, disable_tqdm=quiet).train()
         output = capsys.readouterr()
         assert "parameters/trainable" not in output.out + output.err
+
+
+def test_a_run_with_evaluation_and_generation_is_quiet(tmp_path: Path) -> None:
+    """int8 with all optional libraries installed: at most ten lines besides the Trainer's own."""
+    code = f"""
+import logging
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from lora_plugins import LoraCallback, ParameterReportCallback
+
+sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=200, **sizes)).bfloat16()
+ids = torch.randint(0, 200, (16, 16)).tolist()
+data = Dataset.from_dict({{"input_ids": ids, "labels": ids}})
+args = TrainingArguments(
+    {str(tmp_path)!r}, max_steps=4, use_cpu=True, report_to=[], eval_strategy="steps", eval_steps=2, save_steps=2,
+    load_best_model_at_end=True, logging_steps=1, disable_tqdm=True,
+)
+callbacks = [LoraCallback(r=8, quantization="int8"), ParameterReportCallback()]
+trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+trainer.train()
+trainer.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8)
+for _ in range(2):
+    logging.getLogger("bitsandbytes.autograd._functions").error("an error each time")
+    logging.getLogger("mine").warning("my own words")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert sum(line.startswith("{") for line in lines) == 7
+    assert lines.count("an error each time") == 2
+    assert lines.count("my own words") == 2
+    rest = [line for line in lines if not line.startswith(("{", "an error", "my own"))]
+    assert sum("inputs will be cast" in line for line in rest) <= 1
+    assert sum("trainable params" in line for line in rest) == 1
+    assert len(rest) <= 10, "\n".join(rest)

@@ -25,6 +25,7 @@ from lora_plugins.adapters.reloading import check_loadable
 from lora_plugins.adapters.saving import guard_saving
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
+from lora_plugins.logs import say_once
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.casting import cast_trained, meet_inputs
 from lora_plugins.quantization.marks import tag_quantized
@@ -166,6 +167,7 @@ def quantize_base(job: Job) -> None:
         check_arrived(job.base, record.quantization)
         record.quantization.quantizer.after_quantize(job.base, record.quantization.options)
     if record.quantization is not None:
+        say_once(record.quantization.quantizer.loggers)
         exchange_layers(model, record.quantization)
         check_forward(model, record.quantization)
         job.lora_layers = find_lora_layers(model, job.config, record.quantization)

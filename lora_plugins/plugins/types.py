@@ -120,7 +120,7 @@ class Quantizer(ABC):
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
         priority: Order among backends with the same bits in tables and advice; higher comes first.
         loggers: Names of its libraries' loggers that report on kernels and optional parts; commands and the
-            self-test silence them below level ERROR.
+            self-test silence them below level ERROR, and in other runs each of their messages is shown once.
     """
 
     name: str
