@@ -177,7 +177,7 @@ def test_peft_still_writes_a_folder_as_base_model_into_the_card(tmp_path: Path) 
     assert str(tmp_path / "base") in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.skipif(not hasattr(PreTrainedModel, "is_activation_checkpointing"), reason="newer than transformers 5.0")
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "is_activation_checkpointing"), reason="newer than transformers 5.5")
 def test_peft_still_uses_a_deprecated_name_of_transformers() -> None:
     """Workaround: `calm` hides the warning from a command's user."""
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load_file
 
 from lora_plugins import LoraCallback, merge_and_save, prepare_model
@@ -98,6 +96,9 @@ def test_a_run_continues_from_no_release_without_the_required_signature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("model_signing", reason="comes with the extra: pip install 'lora-plugins[signing]'")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     keys = {name: (tmp_path / f"{name}.key", tmp_path / f"{name}.pub") for name in ("ours", "theirs")}
     for private, public in keys.values():
         key = ec.generate_private_key(ec.SECP256R1())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def test_default_and_names_stay_out_of_the_vision_tower() -> None:
 def test_vision_tower_is_reached_when_it_is_meant() -> None:
     model = small("llava")
     assert all("vision_tower" in path for path in paths(resolve_targets(model, "vision")))
-    longer = resolve_targets(model, ["vision_tower.encoder.layers.0.self_attn.q_proj"], layers_to_transform=0)
+    path = next(path for path in Structure(model).linears if path.endswith("encoder.layers.0.self_attn.q_proj"))
+    longer = resolve_targets(model, [path.removeprefix("model.")], layers_to_transform=0)
     assert len(paths(longer)) == 1
     both = resolve_targets(model, r".*q_proj")
     assert {"vision_tower" in path for path in paths(both)} == {True, False}
@@ -232,6 +234,7 @@ def test_experts_kept_as_layers() -> None:
     assert not any("router" in path for path in routed)
 
 
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="torch 2.8 multiplies experts on GPUs alone")
 def test_names_that_peft_would_rewrite_become_parameters(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -318,7 +321,7 @@ def test_heads_of_unusual_classifiers(model_type: str, heads: list[str]) -> None
 
 def test_modules_that_peft_trains_with_a_head_are_said() -> None:
     notes = resolve_targets(small("modernvbert", "sequence classification")).notes
-    assert any("'head' PEFT also trains and saves model.vision_model.head" in note for note in notes)
+    assert any(re.search(r"'head' PEFT also trains and saves model\.(vision_model\.)+head", note) for note in notes)
 
 
 # -- stored adapters and parameters by name ----------------------------------------------------

@@ -153,6 +153,13 @@ def qwen2() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**BERT, num_key_value_heads=2))
 
 
+#: ``fpn``; in transformers 5.5 its parts stand in the model itself.
+FEATURE_PYRAMID = [
+    name
+    for name, part in BeitForSemanticSegmentation(beit().config).named_children()
+    if name.startswith("fpn") and next(part.parameters(), None) is not None
+]
+
 CASES: list[tuple[Callable[[], PreTrainedModel], type[PreTrainedModel], dict[str, Any], list[str]]] = [
     (bert, BertForSequenceClassification, {}, ["classifier", "pooler", "score"]),
     (bert, BertForNextSentencePrediction, {}, ["cls", "pooler"]),
@@ -168,7 +175,7 @@ CASES: list[tuple[Callable[[], PreTrainedModel], type[PreTrainedModel], dict[str
         ["classifier", "feature_extractor", "objective", "projector", "tdnn.0", "tdnn.1"],
     ),
     (segformer, SegformerForSemanticSegmentation, {}, ["decode_head"]),
-    (beit, BeitForSemanticSegmentation, {}, ["auxiliary_head", "decode_head", "fpn"]),
+    (beit, BeitForSemanticSegmentation, {}, ["auxiliary_head", "decode_head", *FEATURE_PYRAMID]),
     (yolos, YolosForObjectDetection, {}, ["bbox_predictor", "class_labels_classifier"]),
     (patchtst, PatchTSTForClassification, {}, ["head"]),
     (qwen2, Rewarder, {}, ["value_head"]),
