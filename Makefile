@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)-engines
+PEERS := $(VENV)-peers
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-oldest test-newest \
+.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-peers test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -88,6 +89,17 @@ audit: $(INSTALLED) ## Ask the database of known vulnerabilities about the insta
 	$(BIN)/python -m pip install -q 'pip-audit>=2.7'
 	$(BIN)/python tools/audit.py
 
+$(PEERS)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(PEERS)/bin/python -m pip install -c constraints.txt $(EDITABLE) -e '.[peers]'
+	touch $@
+
+# PEFT's tests come with its source release; TRL's need TRL_SOURCE, a checkout of its repository.
+test-peers: $(PEERS)/.installed ## Run PEFT's and TRL's own tests with prepare_model in place of get_peft_model (hours).
+	$(PEERS)/bin/python tools/peers/run.py --workers $(WORKERS)
+
 check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -131,4 +143,4 @@ test-newest: ## Run the tests with the newest releases, on Python 3.13.
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 clean: ## Remove every environment and everything that was built.
-	rm -rf $(VENV) $(ENGINES) .venv-oldest .venv-newest build dist site demo-output
+	rm -rf $(VENV) $(ENGINES) $(PEERS) .venv-oldest .venv-newest build dist site demo-output

@@ -231,3 +231,61 @@ def test_dropout_stays_where_peft_allows_it() -> None:
     from lora_plugins.adapters.report import make_report
 
     assert any("none on the expert parameters" in note for note in make_report(model).notes)
+
+
+# -- what peers' own tests found ---------------------------------------------------------------
+
+
+class _Tied(nn.Module):
+    """A language model that is not transformers' and ties its heads to its embedding."""
+
+    def __init__(self, heads: tuple[str, ...], blocks: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(32, 16)
+        if blocks:
+            self.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(16, 16)}) for _ in range(blocks))
+        else:
+            self.linear = nn.Linear(16, 16)
+        for name in heads:
+            setattr(self, name, nn.Linear(16, 32, bias=False))
+            getattr(self, name).weight = self.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("wanted", "heads", "blocks"),
+    [
+        ("all-linear", ("lm_head",), 0),
+        ("all-linear", ("decode",), 0),
+        ("all-linear", ("lm_head", "second_head"), 0),
+        ("mlp", ("lm_head",), 2),
+        (None, ("lm_head",), 2),
+    ],
+)
+def test_scopes_leave_a_tied_head_alone_in_classes_that_name_no_output_embedding(
+    wanted: str | None, heads: tuple[str, ...], blocks: int
+) -> None:
+    assert resolve_targets(_Tied(heads, blocks), wanted).target_modules == ["linear"]
+
+
+def test_an_untied_layer_beside_an_embedding_is_in_the_scope_of_all_linear() -> None:
+    model = _Tied((), 0)
+    model.lm_head = nn.Linear(16, 32, bias=False)
+    assert sorted(resolve_targets(model, "all-linear").target_modules) == ["linear", "lm_head"]
+
+
+def test_a_head_that_was_named_as_target_is_said_to_be_trained_whole() -> None:
+    with pytest.raises(UnmatchedTargets, match=r"'classifier' \(a head, which is trained whole, without an adapter\)"):
+        resolve_targets(tiny.bert_classifier(), ["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("input_layernorm", "a LlamaRMSNorm, which takes no adapter"),
+        ("self_attn", "a LlamaAttention, which takes no adapter"),
+        ("layers.1", "a LlamaDecoderLayer, which takes no adapter"),
+    ],
+)
+def test_a_target_that_exists_and_takes_no_adapter_is_not_called_unknown(name: str, why: str) -> None:
+    with pytest.raises(UnmatchedTargets, match=rf"'{name}' \({why}\)"):
+        resolve_targets(tiny.llama(), [name])

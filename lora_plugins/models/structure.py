@@ -144,9 +144,11 @@ class Structure:
 
     @cached_property
     def output_heads(self) -> frozenset[str]:
-        """Paths of the output embedding; it belongs to no scope and is often tied to the input embedding."""
+        """Paths of the output embedding and of linear layers tied to an embedding; they belong to no scope."""
         head = self._get_embedding("get_output_embeddings")
-        return frozenset(path for path, module in self.modules.items() if head is not None and module is head)
+        embeddings = {id(m.weight) for m in self.modules.values() if isinstance(m, torch.nn.Embedding)}
+        tied = (path for path in self.linears if id(getattr(self.modules[path], "weight", None)) in embeddings)
+        return frozenset(tied) | {path for path, module in self.modules.items() if module is head}
 
     def _get_embedding(self, getter: str) -> object | None:
         try:

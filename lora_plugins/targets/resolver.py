@@ -291,8 +291,16 @@ class Resolver:
         stacked = [path for path in self.structure.expert_parameters if path.endswith("." + name)]
         if stacked:
             return f"{name!r} (it is a stacked expert parameter: experts='routed' adapts it)"
+        existing = [path for path in self.structure.modules if matches(path, name)]
+        if existing:
+            return f"{name!r} ({self._explain_refusal(existing[0])})"
         near = find_near(name, self._list_leaves(), most=3, cutoff=0.5)
         return f"{name!r} (near: {', '.join(near) or 'nothing'})"
+
+    def _explain_refusal(self, path: str) -> str:
+        if is_under(path, self.heads.modules):
+            return "a head, which is trained whole, without an adapter"
+        return f"a {type(self.structure.modules[path]).__name__}, which takes no adapter"
 
     def _keep_permitted(self, name: str, paths: list[str]) -> list[str]:
         """Return the paths that may get an adapter.
