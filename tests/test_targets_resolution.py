@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -289,3 +290,83 @@ def test_a_head_that_was_named_as_target_is_said_to_be_trained_whole() -> None:
 def test_a_target_that_exists_and_takes_no_adapter_is_not_called_unknown(name: str, why: str) -> None:
     with pytest.raises(UnmatchedTargets, match=rf"'{name}' \({why}\)"):
         resolve_targets(tiny.llama(), [name])
+
+
+def full_paths(layers: range) -> list[str]:
+    return [f"model.layers.{index}.self_attn.{name}" for index in layers for name in ("q_proj", "v_proj")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        full_paths(range(4)),
+        [f"{index}.self_attn.q_proj" for index in range(4)],
+        [*full_paths(range(2)), "layers.2.self_attn.q_proj", "3.self_attn.q_proj", *full_paths(range(2, 4))[1::2]],
+    ],
+)
+def test_names_with_numbers_that_together_reach_every_block_are_even(names: list[str]) -> None:
+    plan = resolve_targets(tiny.llama(layers=4), names)
+    assert plan.coverage == {"LlamaDecoderLayer in model.layers": (4, 4)}
+    assert sorted(path for hit in plan.hits for path in hit.modules) == sorted(
+        path for path, _ in tiny.llama(layers=4).named_modules() if path.endswith(tuple(names))
+    )
+
+
+def test_parameters_with_numbers_that_together_reach_every_block_are_even() -> None:
+    config = GptOssConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    names = ["0.mlp.experts.down_proj", "1.mlp.experts.down_proj"]
+    plan = resolve_targets(meta(config), [], target_parameters=names)
+    assert plan.fields["target_parameters"] == names
+
+
+def test_names_with_numbers_that_leave_out_a_block_are_uneven() -> None:
+    with pytest.raises(UnevenCoverage, match=r"reaches 3 of the 4 blocks .*strict=False"):
+        resolve_targets(tiny.llama(layers=4), full_paths(range(3)))
+
+
+class _Mixed(nn.Module):
+    """Two blocks, the first of which alone has a second expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        experts = [nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(16, 16)}) for _ in range(count)) for count in (2, 1)]
+        self.layers = nn.ModuleList(nn.ModuleDict({"ff": part, "out": nn.Linear(16, 16)}) for part in experts)
+
+
+def test_a_number_that_is_not_the_blocks_is_part_of_the_name() -> None:
+    with pytest.raises(UnevenCoverage, match=r"'1\.w1' reaches 1 of the 2 blocks"):
+        resolve_targets(_Mixed(), ["out", "1.w1"])
+
+
+def moe(**fields: Any) -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [["experts.down_proj"], ["gate.weight"], ["experts.down_proj", "experts.gate_up_proj"]]
+)
+def test_parameters_alone_bring_no_default_modules(names: list[str]) -> None:
+    plan = resolve_targets(meta(moe()), target_parameters=names)
+    assert plan.target_modules == []
+    assert {hit.name for hit in plan.hits} == set(names)
+
+
+def test_parameters_of_a_configuration_are_all_that_is_adapted() -> None:
+    config = LoraConfig(target_parameters=["experts.down_proj"], lora_dropout=0.0)
+    model = prepare_model(AutoModelForCausalLM.from_config(moe()), peft_config=config)
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert trained
+    assert [name for name in trained if "experts" not in name] == []
+    assert not model.peft_config["default"].target_modules
+    assert set(model.peft_config["default"].target_parameters) == {"experts.down_proj"}
+
+
+def test_parameters_beside_a_scope_are_added_to_it() -> None:
+    plan = resolve_targets(meta(moe()), "attention", target_parameters=["experts.down_proj"])
+    assert "q_proj" in plan.target_modules

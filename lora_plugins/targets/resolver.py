@@ -76,8 +76,7 @@ class Resolver:
 
     def run(self) -> TargetPlan:
         """Choose the modules, check the choice, and return the plan for PEFT."""
-        wanted = self.asked.get("target_modules")
-        wanted = wanted if wanted is None or isinstance(wanted, str) else list(wanted)
+        wanted = self._read_wanted()
         hits, source = self._find_hits(wanted)
         expert_layers, expert_parameters = self._find_experts(wanted)
         module_hits = [*hits, *expert_layers]
@@ -104,6 +103,13 @@ class Resolver:
         as_written = source in (_NAMES, _PATTERN) and not (expert_layers or as_parameters)
         plan.fields.update(self._make_fields(plan, modules, as_written=as_written))
         return plan
+
+    def _read_wanted(self) -> str | list[str] | None:
+        """Return the requested modules; parameters alone bring no default modules, as in PEFT."""
+        wanted = self.asked.get("target_modules")
+        if wanted is None:
+            return [] if self.asked.get("target_parameters") else None
+        return wanted if isinstance(wanted, str) else list(wanted)
 
     def read(self) -> TargetPlan:
         """Return the plan of a stored adapter: the modules that PEFT finds by its names, unchanged."""
@@ -435,16 +441,31 @@ class Resolver:
         """Refuse a name that was taken in some blocks of a kind and not in others."""
         if self.partial:
             return
-        for hit in hits:
-            for kind, count in self._count_blocks(hit.modules).items():
+        for name, modules in self._join_numbered(hits):
+            for kind, count in self._count_blocks(modules).items():
                 total = self.structure.kinds[kind]
                 if count < total:
                     self._report(
                         UnevenCoverage,
-                        f"{hit.name!r} reaches {count} of the {total} blocks of kind {kind} "
-                        f"({len(hit.modules)} modules). Name what the other blocks call it, or set "
-                        "layers_to_transform.",
+                        f"{name!r} reaches {count} of the {total} blocks of kind {kind} ({len(modules)} modules). Name "
+                        "what the other blocks call it, set layers_to_transform, or pass strict=False if only these "
+                        "blocks are meant.",
                     )
+
+    def _join_numbered(self, hits: list[TargetHit]) -> Iterable[tuple[str, list[str]]]:
+        """Return each wish's name and modules; names that differ in a block's number only are one wish."""
+        wishes: dict[str, tuple[str, list[str]]] = {}
+        for name, path in [(hit.name, path) for hit in hits for path in hit.modules]:
+            key = self.structure.inside_block(path) if self._names_block(name, path) else name
+            wishes.setdefault(key, (name, []))[1].append(path)
+        return wishes.values()
+
+    def _names_block(self, name: str, path: str) -> bool:
+        """Whether a name contains the number of the path's block."""
+        block = self.structure.block_of(path)
+        if block is None or not matches(path, name):
+            return False
+        return len(name) >= len(path) - len(block.path.rpartition(".")[0]) - 1
 
     def _check_covered(self, wanted: str | Sequence[str] | None, paths: list[str]) -> None:
         """Note which kinds of blocks have no adapter; warn if the user's names leave out part of a stack."""

@@ -20,9 +20,9 @@ import datasets
 import peft
 import pytest
 import torch
+from peers.data import load_local
 
 import lora_plugins
-from peers.data import load_local
 
 #: Counted calls and exchanged calls of the running test.
 CALLS = {"lora": 0, "exchanged": 0}
@@ -48,7 +48,8 @@ def _draw_seed() -> int:
 
 def _exchange(model: Any, peft_config: peft.LoraConfig, **arguments: Any) -> Any:
     CALLS["exchanged"] += 1
-    dtype = "float32" if arguments.get("autocast_adapter_dtype", True) else None
+    # Without PEFT's cast to float32 its adapters have the base's dtype.
+    dtype = torch.float32 if arguments.get("autocast_adapter_dtype", True) else next(model.parameters()).dtype
     name = arguments.get("adapter_name", "default")
     return lora_plugins.prepare_model(
         model, peft_config=peft_config, adapter_name=name, trainable_dtype=dtype, seed=_draw_seed()

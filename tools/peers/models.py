@@ -46,7 +46,9 @@ class Model:
         return made
 
 
-def _describe_decoder(hidden: int = 16, layers: int = 2, heads: int = 4, kv_heads: int = 4, **more: Any) -> dict[str, Any]:
+def _describe_decoder(
+    hidden: int = 16, layers: int = 2, heads: int = 4, kv_heads: int = 4, **more: Any
+) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
@@ -102,6 +104,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "head_dim": 8}
 
 MODELS: dict[str, Model] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": Model(
@@ -112,7 +115,8 @@ MODELS: dict[str, Model] = {
         _LM, "mistral", _describe_decoder(hidden=32, kv_heads=2)
     ),
     "hf-internal-testing/tiny-random-gpt2": _GPT2,
-    "peft-internal-testing/opt-125m": Model(_LM, "opt", _describe_opt(hidden=32, layers=12)),
+    # Its hidden size stands in the tests.
+    "peft-internal-testing/opt-125m": Model(_LM, "opt", _describe_opt(hidden=768, layers=2, ffn_dim=64)),
     "peft-internal-testing/tiny-dummy-qwen2": Model(_LM, "qwen2", _describe_decoder(hidden=8, kv_heads=2)),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": Model(
         "AutoModelForSeq2SeqLM", "bart", _describe_bart()
@@ -143,6 +147,9 @@ MODELS: dict[str, Model] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": Model(
         "AutoModelForSequenceClassification", "llama", _describe_decoder()
     ),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": Model(
+        _LM, "nemotron_h", _describe_decoder(kv_heads=2, layers_block_type=["mamba", "attention"], **_MAMBA)
+    ),
     "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": Model(_LM, "qwen2", _describe_decoder(kv_heads=2)),
     "trl-internal-testing/tiny-Qwen2ForSequenceClassification-2.5": Model(
         "AutoModelForSequenceClassification", "qwen2", _describe_decoder(kv_heads=2, num_labels=1)
@@ -165,7 +172,8 @@ def _make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     special = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        TEXT,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
