@@ -138,6 +138,7 @@ WHOLE = {
     "smollm2",
     "text",
     "tools_audit",
+    "tools_peers",
     "wheel",
 }
 

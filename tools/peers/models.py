@@ -115,8 +115,10 @@ MODELS: dict[str, Model] = {
         _LM, "mistral", _describe_decoder(hidden=32, kv_heads=2)
     ),
     "hf-internal-testing/tiny-random-gpt2": _GPT2,
-    # Its hidden size stands in the tests.
-    "peft-internal-testing/opt-125m": Model(_LM, "opt", _describe_opt(hidden=768, layers=2, ffn_dim=64)),
+    # Its hidden size stands in the tests, which also want non-zero rows for all low token ids.
+    "peft-internal-testing/opt-125m": Model(
+        _LM, "opt", _describe_opt(hidden=768, layers=2, ffn_dim=64, pad_token_id=VOCABULARY - 1)
+    ),
     "peft-internal-testing/tiny-dummy-qwen2": Model(_LM, "qwen2", _describe_decoder(hidden=8, kv_heads=2)),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": Model(
         "AutoModelForSeq2SeqLM", "bart", _describe_bart()
