@@ -91,7 +91,7 @@ def find_source(suite: Suite) -> Path | None:
     archive = WORK / f"{suite.name}-{version}.tar.gz"
     if not archive.is_file():
         download = ["pip", "download", "-q", "--no-binary", ":all:", "--no-deps", "--no-build-isolation"]
-        subprocess.run([sys.executable, "-m", *download, "-d", str(WORK), f"{suite.name}=={version}"], check=True)
+        subprocess.run([sys.executable, "-m", *download, "-d", str(WORK), f"{suite.name}=={version}"], check=True)  # noqa: S603 - arguments of our own
     with tarfile.open(archive) as opened:
         opened.extractall(WORK / "sources", filter="data")
     folder = WORK / "sources" / f"{suite.name}-{version}"
@@ -120,7 +120,7 @@ def run_tests(suite: Suite, folder: Path, endpoint: str, workers: int, *more: st
     environment = {**os.environ, **hub, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     with (folder / "output.txt").open("a", encoding="utf-8") as output:
         arguments = [sys.executable, "-m", *command, *suite.arguments, *more, *files]
-        subprocess.run(arguments, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(arguments, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)  # noqa: S603 - as above
     if not results.is_file():
         raise SystemExit(f"The tests of {suite.name} did not run; see {folder / 'output.txt'}.")
     read: dict[str, dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
