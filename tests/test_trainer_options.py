@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lora_plugins import LoraCallback, attach
@@ -184,6 +184,12 @@ def test_casting_the_whole_model_for_evaluation_is_refused(tmp_path: Path, optio
         attach(trainer)
 
 
+#: Newer releases of transformers call gradient checkpointing so.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
 def test_gradient_checkpointing_gives_the_same_losses(
@@ -194,8 +200,8 @@ def test_gradient_checkpointing_gives_the_same_losses(
         arguments: dict[str, Any] = {}
         if checkpointing:
             arguments = {
-                "activation_checkpointing": True,
-                "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+                CHECKPOINTING: True,
+                f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant},
             }
         callback = LoraCallback(r=4, lora_dropout=0.0, quantization=quantization, compute_dtype="float32")
         trainer = tiny.trainer(tmp_path, callbacks=[callback], **arguments)
