@@ -12,10 +12,11 @@ from releases import draft
 
 from registry.catalog.memory import Seen
 from registry.disk.files import PlantedLink
+from registry.disk.owners import delete
 from registry.errors import CacheError, IntegrityError, InvalidAdapter
 from registry.formats.records import FileRecord
 from registry.pulling import cache as module
-from registry.pulling.cache import Cache, check_file, check_files
+from registry.pulling.cache import VARIABLE, Cache, check_file, check_files
 
 DRAFT = draft("1.0.0")
 MANIFEST, FILES = DRAFT.manifest, DRAFT.files
@@ -139,14 +140,49 @@ def test_a_copy_that_is_damaged_again_and_again_is_given_up(cache: Cache, monkey
             raise IntegrityError("differs")
         real(folder, manifest)
 
+    moved = []
+
     def stays(source: Any, target: Any) -> None:
-        raise OSError(39, "Directory not empty")
+        if Path(target).name == DIGEST:
+            raise OSError(39, "Directory not empty")
+        moved.append(source)
 
     monkeypatch.setattr(module, "check_files", differs)
-    monkeypatch.setattr(module, "delete", lambda path: None)
     monkeypatch.setattr(os, "rename", stays)
-    with pytest.raises((IntegrityError, CacheError)):
+    with pytest.raises(IntegrityError, match="damaged again and again"):
         add(cache)
+    assert moved == [cache.path(DIGEST)] * 5
+
+
+def test_a_disk_that_is_full_at_the_last_step_is_said_to_be(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Any, target: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CacheError, match="No space left"):
+        add(cache)
+    assert content(cache) == ["guard"]
+
+
+def test_what_others_have_left_is_swept_when_something_is_added(cache: Cache) -> None:
+    for name in ("releases", "checked"):
+        (cache.folder / name).mkdir(parents=True)
+        old = cache.folder / name / ".tmp-00000000-1--0123456789abcdef"  # another machine's, more than a day old
+        old.write_bytes(b"half")
+        os.utime(old, (0, 0))
+    add(cache)
+    assert [path for path in content(cache) if ".tmp-" in path] == []
+
+
+def test_which_folder_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert Cache("/srv/cache").folder == Path("/srv/cache")
+    assert Cache().folder == tmp_path / "named"
+    monkeypatch.delenv(VARIABLE)
+    assert Cache().folder == tmp_path / "assets" / "lora-plugins" / "registry"
+    assert repr(Cache("/srv/cache")) == "Cache('/srv/cache')"
 
 
 # -- what is handed out --------------------------------------------------------------------------------------------
@@ -249,6 +285,23 @@ def test_what_was_used_today_stays(cache: Cache) -> None:
     assert cache.digests() == []
     assert content(cache) == ["guard"]
     assert cache.remove(DIGEST)  # gone already
+
+
+def test_what_is_removed_takes_its_signatures_along(cache: Cache) -> None:
+    assert cache.remove(DIGEST)  # there is no cache yet
+    add(cache)
+    (cache.folder / "signatures" / DIGEST).mkdir(parents=True)
+    (cache.folder / "signatures" / DIGEST / "a.sig").write_bytes(b"")
+    os.utime(cache.folder / "checked" / f"{DIGEST}.json", (0, 0))
+    assert cache.remove(DIGEST)
+    assert content(cache) == ["guard"]
+
+
+def test_a_release_beside_lost_notes_gets_its_lease(cache: Cache) -> None:
+    add(cache)
+    delete(cache.folder / "checked")
+    assert cache.use(MANIFEST) is None
+    assert cache.is_leased(DIGEST)
 
 
 def test_a_release_of_the_first_version_is_examined_again(cache: Cache) -> None:

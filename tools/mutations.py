@@ -199,7 +199,7 @@ def _find_code(code: CodeType, path: list[str]) -> CodeType:
 
 def _find_changes(function: ast.FunctionDef) -> Iterator[tuple[int, str, Any]]:
     """Yield line, description and action of each change to a function."""
-    for node in ast.walk(function):
+    for node in _walk(function):
         for field in ("body", "orelse", "finalbody"):
             block = getattr(node, field, None)
             if isinstance(block, list):
@@ -213,6 +213,14 @@ def _find_changes(function: ast.FunctionDef) -> Iterator[tuple[int, str, Any]]:
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             opposite = _OPPOSITE[type(node.ops[0])]()
             yield node.lineno, f"the opposite of {_show(node)}", _setter(node, "ops", [opposite])
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a node and those below it, but for the words of messages."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.JoinedStr):
+            yield from _walk(child)
 
 
 def _find_statements(block: list[Any]) -> Iterator[tuple[int, str, Any]]:

@@ -197,7 +197,7 @@ class Cache:
                 with folder_lock(path.parent):
                     folder_files.replace_file(path, write_record(change(self.seen(location, name))))
             except OSError as error:
-                if error.errno not in READ_ONLY or isinstance(error, RegistryError):
+                if error.errno not in READ_ONLY:
                     raise
 
     def record_path(self, location: str, name: str) -> Path:
