@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +14,7 @@ from releases import draft
 
 from registry.catalog.memory import Seen
 from registry.disk.files import PlantedLink
+from registry.disk.mutex import folder_lock
 from registry.disk.owners import delete
 from registry.errors import CacheError, IntegrityError, InvalidAdapter
 from registry.formats.records import FileRecord
@@ -335,6 +338,37 @@ def test_what_was_seen_is_remembered(cache: Cache) -> None:
     assert set(cache.seen("https://hub", "org/name").tags) == {"v1.0.0", "v1.1.0"}
     assert cache.seen("https://other", "org/name") == Seen()
     assert [set(seen.tags) for seen in cache.records()] == [{"v1.0.0", "v1.1.0"}]
+
+
+def test_of_many_that_remember_at_once_nobody_starves_and_nothing_is_lost(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, most, counting = [0], [0], threading.Lock()
+
+    @contextmanager
+    def watched(folder: Path) -> Iterator[None]:
+        with counting:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+        with folder_lock(folder):
+            yield
+        with counting:
+            waiting[0] -= 1
+
+    monkeypatch.setattr(module, "folder_lock", watched)
+
+    def remember(number: int) -> None:
+        for turn in range(5):
+            tags = {f"v1.{number}.{turn}": "a" * 40}
+            cache.remember("https://hub", "org/name", lambda seen, tags=tags: seen.with_tags(tags))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=remember, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cache.seen("https://hub", "org/name").tags) == 60
+    assert most[0] == 1  # the others wait where the kernel lets them in by turns
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 9}', None])

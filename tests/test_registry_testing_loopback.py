@@ -456,3 +456,18 @@ def test_documentation_names_every_fault() -> None:
         "name_storage",
     }
     assert {name for name in methods | settings if name not in page} == set()
+
+
+def test_a_commit_is_found_while_others_are_made(loopback_hub: LoopbackHub) -> None:
+    class Growing(dict[str, Any]):
+        """Commits that other requests add to all the time."""
+
+        def __iter__(self) -> NoReturn:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    repo = loopback_hub.create_repo("org/a")
+    head = repo.branches["main"]
+    repo.commits = Growing(repo.commits)
+    assert repo.resolve(head).oid == head
+    repo.commits = dict.copy(repo.commits)
+    assert repo.resolve(head[:7]).oid == head

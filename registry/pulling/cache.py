@@ -194,7 +194,8 @@ class Cache:
         with _translate_errors(self.folder):
             try:
                 folder_files.inside(self.folder, path).parent.mkdir(parents=True, exist_ok=True)
-                with folder_lock(path.parent):
+                # On one machine the kernel lets waiting processes in by turns; the lock file alone lets some starve.
+                with exclude(self._make_guard()), folder_lock(path.parent):
                     folder_files.replace_file(path, write_record(change(self.seen(location, name))))
             except OSError as error:
                 if error.errno not in READ_ONLY:

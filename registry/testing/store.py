@@ -89,8 +89,11 @@ class Repo:
         oid = self.branches.get(name.removeprefix("refs/heads/")) or self.pull_requests.get(name)
         if oid is None and tags:
             oid = self.tags.get(name.removeprefix("refs/tags/"))
+        if oid is None and name in self.commits:
+            oid = name
         if oid is None and _SHORT_COMMIT_PATTERN.fullmatch(name):
-            matches = [candidate for candidate in self.commits if candidate.startswith(name)]
+            # A copy, because other requests add commits meanwhile.
+            matches = [each for each in list(self.commits) if each.startswith(name)]
             oid = matches[0] if len(matches) == 1 else None
         if oid is None:
             raise HubFailure(404, f"Invalid rev id: {revision}", "RevisionNotFound")
