@@ -213,10 +213,10 @@ def test_debug_shows_where_it_came_from(run: Callable[..., subprocess.CompletedP
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(arguments: object) -> None:
+    def fail(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "program", fail)
+    monkeypatch.setattr(cli, "_run", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main([])
 
@@ -229,12 +229,12 @@ def test_wrong_usage_has_the_usual_exit_code(run: Callable[..., subprocess.Compl
 def test_warnings_of_ours_take_a_line_and_others_stay(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def warn(arguments: object) -> None:
+    def warn(*arguments: object) -> None:
         warnings.simplefilter("always")
         warnings.warn("first\n   second", PluginWarning, stacklevel=1)
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
 
-    monkeypatch.setattr(cli, "program", warn)
+    monkeypatch.setattr(cli, "_run", warn)
     with pytest.warns(UserWarning, match="somebody else's") as others:
         cli.main([])
 
@@ -261,10 +261,10 @@ def test_an_expected_error_of_a_plugin_is_one_line(
     class QuotaReached(Exception):
         says_it_all = True
 
-    def fail(arguments: object) -> None:
+    def fail(*arguments: object) -> None:
         raise QuotaReached("3 of 3 runs are used; wait until tomorrow")
 
-    monkeypatch.setattr(cli, "program", fail)
+    monkeypatch.setattr(cli, "_run", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
     assert stopped.value.code == 1
