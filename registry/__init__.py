@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
     from registry.publishing.changes import Changes as Changes
     from registry.publishing.folder_card import write_card as write_card
+    from registry.publishing.initialization import changes_base as changes_base
+    from registry.publishing.initialization import make_plain as make_plain
     from registry.publishing.publish import Published as Published
     from registry.publishing.push import check_push as check_push
     from registry.publishing.push import push_adapter as push_adapter
@@ -65,6 +67,7 @@ _LAZY = {
     "SigningKey": "registry.signing.keys",
     "Verification": "registry.upkeep.verification",
     "aliases": "registry.catalog.aliases",
+    "changes_base": "registry.publishing.initialization",
     "check_contract": "registry.base.contract",
     "check_push": "registry.publishing.push",
     "collect_garbage": "registry.upkeep.cleanup",
@@ -74,6 +77,7 @@ _LAZY = {
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",
+    "make_plain": "registry.publishing.initialization",
     "put_back": "registry.base.restoring",
     "mirror": "registry.upkeep.mirroring",
     "open_hub": "registry.hubs",

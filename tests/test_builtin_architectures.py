@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 
 from lora_plugins import prepare_model
 from lora_plugins.adapters.prepare import preparation_of
-from lora_plugins.merging.merge import merge_and_save
-from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.trainer.liveness import MovementWatch
 
@@ -56,15 +53,8 @@ def one_thread() -> Iterator[None]:
 
 def fresh(case: Case) -> Any:
     """A small model with the same random weights each time, whose normalisation has no memory of batches."""
-    model = small_models.build(case, "cpu", small_only=True).eval()
-    for module in model.modules():
-        # In evaluation the signal of a random convolutional model dies out.
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
-            module.train()
-    if case.model_type in ("rwkv", "reformer"):
-        # In evaluation the one keeps a state, which it changes in place; the other refuses to go backward.
-        model.train()
+    model = small_models.build(case, "cpu", small_only=True)
+    small_models.settle(model, case.model_type)
     return model
 
 
@@ -120,39 +110,6 @@ def test_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", REST)
 def test_every_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
     train_and_reload(CASES[model_type], tmp_path)
-
-
-def merge_and_compare(case: Case, folder: Path) -> None:
-    """Adapters at the default: merged by `merge_and_save` and loaded by transformers, the outputs are those before."""
-    base = fresh(case)
-    base.save_pretrained(folder / "base")
-    batch = small_models.inputs(base)
-    model: Any = prepare_model(base, r=2, lora_dropout=0.0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    modes = {name: module.training for name, module in base_of(model).named_modules()}
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    model.save_pretrained(folder / "adapter")
-    result = merge_and_save(folder / "adapter", folder / "merged", "same", quantization="none")
-    assert result.class_name == case.class_name
-    merged = getattr(transformers, case.class_name).from_pretrained(folder / "merged")
-    for name, module in merged.named_modules():
-        plain = name if name in modes else f"{name}.base_layer"
-        module.training = modes.get(plain, False)
-    with torch.no_grad():
-        torch.manual_seed(0)
-        expected = small_models.objective(model(**batch))
-        torch.manual_seed(0)
-        found = small_models.objective(merged(**batch))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*SPREAD, *REST])
-def test_every_type_is_merged(model_type: str, tmp_path: Path) -> None:
-    merge_and_compare(CASES[model_type], tmp_path)
 
 
 def test_all_of_longformer_is_reached_where_every_word_is_read() -> None:

@@ -15,7 +15,14 @@ import tiny
 import torch
 from adapters import adapted, pulled
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
-from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    LlamaForCausalLM,
+    pipeline,
+)
 from twin import make_tokenizer
 
 from lora_plugins import prepare_model
@@ -368,3 +375,16 @@ def test_an_expression_that_is_slow_on_a_large_base_is_refused_before_peft_gets_
     with pytest.raises(UnsafeFile, match=rf"{field} of adapter_config\.json has the expression .* too long to match"):
         check_contract(tmp_path / "folder", model)
     assert time.monotonic() - started < 60  # 2 seconds of processor time, on a machine that may be busy
+
+
+def test_rows_that_a_class_adds_to_its_vocabulary_are_not_added_tokens(tmp_path: Path) -> None:
+    """CPM-Ant, Mllama and Moshi make more rows of the embedding than the configuration names entries."""
+    config = CpmAntConfig(
+        vocab_size=96, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=64, num_hidden_layers=1
+    )
+    CpmAntForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = adapted(CpmAntForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["project_q"])
+    adapter = pulled(model, tmp_path / "release")
+    assert adapter.manifest.architecture.vocab_size == 96 + 32 * 32
+    for base in (tmp_path / "base", CpmAntForCausalLM.from_pretrained(tmp_path / "base")):
+        assert adapter.check(base).identity == "verified"

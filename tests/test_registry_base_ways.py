@@ -17,7 +17,7 @@ from adapters import adapted, pulled
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from lora_plugins import LoraCallback, merge_and_save, prepare_model
+from lora_plugins import LoraCallback, merge_and_save, plan, prepare_model
 from registry import BaseMismatch, check_contract
 from registry.formats.records import TensorRecord
 from registry.pulling.adapter import Adapter
@@ -120,6 +120,7 @@ WAYS: dict[str, Callable[[Adapter, Any, Path], Any]] = {
     "`prepare_model(adapter=)`": lambda adapter, model, _: prepare_model(model, adapter=adapter),
     "`LoraCallback(adapter=)`": train,
     "`merge_and_save`": merge,
+    "`plan(adapter=)`": lambda adapter, model, _: plan(model, adapter=adapter, length=8),
 }
 
 

@@ -365,6 +365,12 @@ NOT_TRAINED: dict[str, str] = {
 }
 
 
+#: Types whose small model the tests do not publish and load, and why.
+NOT_PUBLISHED: dict[str, str] = {}
+#: Types whose small model the tests do not merge, and why.
+NOT_MERGED: dict[str, str] = {}
+
+
 @dataclass(frozen=True)
 class Case:
     """One entry of one auto mapping."""
@@ -412,14 +418,24 @@ def build(case: Case, device: str = "meta", *, small_only: bool = False, seed: i
     for configuration in _configurations(case, model_class, small_only):
         try:
             torch.manual_seed(seed)
+            config = configuration()
+            if case.task == "sequence classification":
+                _set_padding(config)
             with torch.device(device):
-                model = model_class(configuration())
+                model = model_class(config)
             _wake(model, case.model_type)
             return cast(nn.Module, model)
         except Exception as error:
             # Whatever a configuration class or a missing library raises is a reason for the list.
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise CannotBuild(reason)
+
+
+def _set_padding(config: Any) -> None:
+    """Name a padding token, without which decoders classify one sequence at a time."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = 0
 
 
 def _wake(model: nn.Module, model_type: str) -> None:
@@ -689,6 +705,19 @@ def objective(output: Any) -> torch.Tensor:
     value = value[0] if isinstance(value, tuple) else value
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     return (value.float() * weights).mean() + (value.float() ** 2).mean()
+
+
+def settle(model: nn.Module, model_type: str) -> None:
+    """Put a model into the mode in which it gives the same output each time and passes gradients on."""
+    model.eval()
+    for module in model.modules():
+        # In evaluation the signal of a random convolutional model dies out.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+            module.train()
+    if model_type in ("rwkv", "reformer"):
+        # In evaluation the one keeps a state, which it changes in place; the other refuses to go backward.
+        model.train()
 
 
 def quiet() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 
 from lora_plugins.errors import (
     AdapterMismatch,
@@ -76,12 +76,13 @@ def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def check_base(folder: Path, base: nn.Module) -> CheckResult:
+def check_base(folder: Path, base: Any, *, warn: bool = True) -> CheckResult:
     """Check that a stored adapter belongs to a base model, with `registry.check_contract`.
 
     Args:
         folder: The adapter: a pulled release, or any adapter folder.
-        base: The base model, without PEFT's wrapper.
+        base: The base model, without PEFT's wrapper; or its folder or configuration.
+        warn: Whether to warn if the base fits and cannot be distinguished from others of its shape.
 
     Raises:
         MismatchedBase: It was trained on another base, or does not fit this one.
@@ -89,7 +90,7 @@ def check_base(folder: Path, base: nn.Module) -> CheckResult:
         UnsafeFile: A file is malformed.
     """
     try:
-        return check_contract(folder, base, warn=True)
+        return check_contract(folder, base, warn=warn)
     except BaseMismatch as error:
         raise MismatchedBase(str(error)) from None
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import match_target_against_key
 from peft.utils.save_and_load import EMBEDDING_LAYER_NAMES
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_plugins.errors import UnsavedTensors
-from lora_plugins.models.sharding import is_adapter_tensor
+from lora_plugins.models.sharding import is_adapter_tensor, is_sharded
 from lora_plugins.models.wrapping import base_of
+from registry import changes_base, make_plain
+from registry.errors import InvalidAdapter
 
 __all__ = [
     "allow_unsaved",
     "check_everything_is_saved",
+    "find_plain_state",
     "find_unsaved",
     "find_wrapper",
     "guard_saving",
@@ -32,6 +41,19 @@ __all__ = [
 ]
 
 
+#: Name of a folder from which a Trainer resumes.
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+#: Fields of a configuration that change when an adapter becomes plain LoRA.
+_OF_INITIALIZATION = (
+    "alpha_pattern",
+    "corda_config",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_alpha",
+    "lora_ga_config",
+    "r",
+    "rank_pattern",
+)
 #: Attribute set on a model whose user has switched the check off.
 _ALLOWED = "lora_plugins_unsaved_allowed"
 
@@ -72,16 +94,54 @@ def find_wrapper(base: nn.Module) -> PeftModel | None:
 def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """Save as ``save_pretrained`` of `peft.PeftModel` does, with the same arguments.
 
+    An adapter whose initialization changed the base is saved as plain LoRA for the base's own weights, unless the
+    folder is a Trainer's checkpoint, from which the training resumes.
+
     Raises:
-        UnsavedTensors: The files are written, and a trained tensor is in none of them.
+        UnsavedTensors: The files are written, and a trained tensor is in none of them; or an initialization changed the
+            base and cannot be undone here.
     """
     # PEFT 0.21.2 asks the Hub for the base's configuration at each save, and leaves out the rows of a resized embedding
     # if it gets no answer: https://github.com/huggingface/peft/issues/1452
     if len(args) < 3 and kwargs.get("save_embedding_layers", "auto") == "auto" and not _targets_embeddings(model):
         kwargs["save_embedding_layers"] = is_vocabulary_grown(model)
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
+    if kwargs.get("path_initial_model_for_weight_conversion") is None and kwargs.get("is_main_process", True):
+        _make_files_plain(model, Path(save_directory), kwargs.get("selected_adapters") or list(model.peft_config))
     if kwargs.get("selected_adapters") is None:
         check_everything_is_saved(model)
+
+
+def find_plain_state(
+    model: PeftModel, adapter_name: str, folder: Path, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that `save_pretrained` writes into a folder, given those of the adapter in the model."""
+    return make_plain(model, adapter_name, state)[0] if _is_saved_plain(model, adapter_name, folder) else state
+
+
+def _is_saved_plain(model: PeftModel, adapter_name: str, folder: Path) -> bool:
+    init = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
+    return changes_base(init) and not is_sharded(model) and _CHECKPOINT.fullmatch(folder.name) is None
+
+
+def _make_files_plain(model: PeftModel, folder: Path, names: Sequence[str]) -> None:
+    """Replace the files of adapters whose initialization changed the base by plain LoRA with the same effect."""
+    for name in names:
+        place = folder if name == "default" else folder / name
+        weights, settings = place / SAFETENSORS_WEIGHTS_NAME, place / CONFIG_NAME
+        if not _is_saved_plain(model, name, folder) or not weights.is_file():
+            continue
+        try:
+            state, config = make_plain(model, name, load_file(weights))
+        except InvalidAdapter as error:
+            raise UnsavedTensors(
+                f"{error} The files in {place} are written, and hold the adapter for the changed base only."
+            ) from error
+        save_file({key: value.contiguous() for key, value in state.items()}, weights, metadata={"format": "pt"})
+        made = config.to_dict()
+        written = json.loads(settings.read_text(encoding="utf-8"))
+        plain = {key: made[key] for key in _OF_INITIALIZATION if key in made}
+        settings.write_text(json.dumps({**written, **plain}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def create_or_update_model_card(model: PeftModel, output_dir: Any) -> None:

@@ -17,7 +17,10 @@ __all__ = ["plan"]
 
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or configuration file of the base model.")],
-    r: Annotated[int, typer.Option("--r", "-r", min=1, help="Rank of the adapters.")] = 8,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter to train on, folder or reference, instead of a new one.")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", "-r", min=1, help="Rank of the adapters.", show_default="8")] = None,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(help="Scope or module name; several times for several names.", show_default="the architecture's"),
@@ -79,7 +82,8 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts,
-            **{"r": r, **_read_targets(target_modules), **_read_fields(lora or [])},
+            adapter=adapter,
+            **{**({} if r is None else {"r": r}), **_read_targets(target_modules), **_read_fields(lora or [])},
         )
         if chart is not None:
             made.chart(chart)

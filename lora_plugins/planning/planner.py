@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lora_plugins.adapters.files import adapter_folder, check_base, load_config
 from lora_plugins.adapters.prepare import choose_targets
 from lora_plugins.adapters.report import TargetRow, list_adapters, list_hits
 from lora_plugins.adapters.settings import LoraSettings
@@ -23,7 +24,7 @@ from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Row
 from lora_plugins.planning.result import Plan
 from lora_plugins.planning.sharing import per_device
-from lora_plugins.planning.source import meta_model
+from lora_plugins.planning.source import find_base, meta_model
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.types import Quantizer
@@ -33,12 +34,20 @@ from lora_plugins.text import dtype_name, one_line
 
 __all__ = ["plan"]
 
+#: Task of PEFT that adds a head to the base -> name of the task here.
+_TASKS = {
+    "QUESTION_ANS": "question-answering",
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+}
+
 
 def plan(
     model_or_name: Any,
     *,
     quantization: str | Mapping[str, Any] | Quantizer | None = None,
     peft_config: peft.LoraConfig | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     batch_size: int = 1,
     length: int = 1024,
     gradient_checkpointing: bool = False,
@@ -71,6 +80,8 @@ def plan(
             a Hub id.
         quantization: Backend of the base; the others are listed for comparison.
         peft_config: A ready configuration, instead of LoRA arguments.
+        adapter: An adapter folder or registry reference to train on, instead of LoRA arguments. It must fit the model
+            by `registry.check_contract`, as for `prepare_model`.
         batch_size: Examples per device.
         length: Tokens per example.
         gradient_checkpointing: Whether blocks are recomputed in the backward pass; both cases are listed.
@@ -97,12 +108,14 @@ def plan(
 
     Raises:
         PlanError: The model cannot be found or built, or an argument is invalid.
+        AdapterMismatch: The adapter was trained on another base, or does not fit this one.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
     settings = LoraSettings.from_arguments(
         quantization=quantization,
         peft_config=peft_config,
+        adapter=adapter,
         compute_dtype=compute_dtype,
         upcast=upcast,
         experts=experts,
@@ -159,14 +172,23 @@ def _make_workbench(
 ) -> Workbench:
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
+    stored, note = None, ""
+    if settings.adapter is not None and not isinstance(source, PeftModel):
+        folder = adapter_folder(settings.adapter)
+        base = find_base(source, revision=revision, trust_remote_code=trust_remote_code)
+        note = f"adapter and base are {check_base(folder, base, warn=False)}"
+        stored = load_config(folder)
+        task = task or (None if isinstance(source, nn.Module) else _TASKS.get(str(stored.task_type or "")))
     model = meta_model(source, task=task, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(model, PeftModel):
-        if settings.lora or settings.peft_config is not None:
+        if settings.lora or settings.peft_config is not None or settings.adapter is not None:
             raise PlanError("The model has its adapters already: leave the LoRA arguments out, or pass the base model.")
         return Workbench(model, settings, None, device)
 
-    targets = choose_targets(model, settings)
-    return Workbench(model, settings, targets, device)
+    targets = choose_targets(model, settings, stored)
+    bench = Workbench(model, settings, targets, device, config=stored)
+    bench.notes += [note] if note else []
+    return bench
 
 
 class _Planner:
@@ -211,7 +233,12 @@ class _Planner:
             chosen=asked,
             rows=rows,
             advice=self._find_advice(asked),
-            notes=[*(targets.notes if targets else []), *self._write_precision_notes(), *dict.fromkeys(self.notes)],
+            notes=[
+                *bench.notes,
+                *(targets.notes if targets else []),
+                *self._write_precision_notes(),
+                *dict.fromkeys(self.notes),
+            ],
         )
 
     def _write_precision_notes(self) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -20,7 +21,7 @@ from lora_plugins.planning.limits import LimitedBuilding, check_numbers
 from lora_plugins.quantization.request import owner_of
 from lora_plugins.text import did_you_mean, one_line
 
-__all__ = ["TASKS", "copy_without_data", "meta_model", "read_config"]
+__all__ = ["TASKS", "copy_without_data", "find_base", "meta_model", "read_config"]
 
 
 #: How a string begins that is visibly a path.
@@ -104,6 +105,23 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
     except Exception as error:
         # The code of each model type computes with the configuration's numbers and may raise anything.
         raise PlanError(f"No configuration for {str(source)!r}: {_shorten(error)}") from error
+
+
+def find_base(source: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the most that is known of a base without loading it: the live model, its folder, or its configuration.
+
+    Raises:
+        PlanError: The configuration can't be read.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
+        return Path(source)
+    config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(source, str) or Path(source).is_file():
+        return config
+    cached = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
+    return Path(cached).parent if isinstance(cached, str) else config
 
 
 def _make_config(values: Any, where: str) -> Any:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
 
-from lora_plugins.adapters.inject import build_config
+from lora_plugins.adapters.inject import build_config, set_fields
 from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, run_steps
@@ -58,6 +59,10 @@ class Workbench:
         targets: The chosen modules, ``None`` for a model that has its adapters.
         device: Device of the run.
         chunked: Whether the loss is computed in chunks where that is possible.
+        config: Configuration of a stored adapter, instead of the settings' one.
+
+    Attributes:
+        notes: Remarks for the plan.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Workbench:
         targets: TargetPlan | None,
         device: torch.device,
         chunked: bool = False,
+        config: LoraConfig | None = None,
     ) -> None:
         self.base = base
         self.settings = settings
@@ -75,7 +81,12 @@ class Workbench:
         self.chunked = chunked
         self.structure = Structure(base_of(base))
         self.arrived = bool(_find_stand_ins(base))
-        self._config = build_config(settings, targets) if targets is not None else None
+        self.notes: list[str] = []
+        self._config = config
+        if targets is not None and config is not None:
+            set_fields(config, targets)
+        elif targets is not None:
+            self._config = build_config(settings, targets)
         if self._config is not None:
             # Initialization does not change sizes, and some methods need the weights' values.
             self._config.init_lora_weights = True

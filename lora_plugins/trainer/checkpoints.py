@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.saving import find_plain_state
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint
 from lora_plugins.models.sharding import gather_state, is_part, is_sharded
 
@@ -57,7 +58,8 @@ def check_checkpoint(model: Any, folder: Path, *, read: bool = True) -> None:
         return
     for name, config in model.peft_config.items():
         if not config.is_prompt_learning:
-            _check_file(_find_file(folder, name), folder, adapters.adapter_state(model, name, state))
+            live = find_plain_state(model, name, folder, adapters.adapter_state(model, name, state))
+            _check_file(_find_file(folder, name), folder, live)
 
 
 def _check_file(file: Path, folder: Path, live: Mapping[str, torch.Tensor]) -> None:

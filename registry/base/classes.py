@@ -114,7 +114,8 @@ def empty_model(config: PretrainedConfig, model_class: Any) -> nn.Module:
     _check_layers(config)
     try:
         with torch.device("meta"), _limit_modules():
-            made: nn.Module = model_class(config)
+            # A copy, because PEFT 0.21.2 changes the configuration if an adapter replicates layers.
+            made: nn.Module = model_class(copy.deepcopy(config))
             return made
     except Exception as error:
         # A model's constructor may raise anything for another model's configuration.

@@ -29,6 +29,7 @@ __all__ = [
     "find_cached_snapshots",
     "is_hub_id",
     "matching_name",
+    "original_config",
     "original_vocabulary",
 ]
 
@@ -182,15 +183,20 @@ def find_base_folder(model: nn.Module) -> Path | None:
 
 def original_vocabulary(model: nn.Module) -> int | None:
     """Return the vocabulary size in the files that a model was loaded from; ``None`` if they cannot be read here."""
+    loaded = original_config(model)
+    size = getattr(loaded.get_text_config(), "vocab_size", None) if loaded is not None else None
+    return size if isinstance(size, int) else None
+
+
+def original_config(model: nn.Module) -> PretrainedConfig | None:
+    """Return the configuration in the files that a model was loaded from; ``None`` if they cannot be read here."""
     folder = find_base_folder(model)
     if folder is None:
         return None
     try:
-        loaded = BaseFiles.in_folder(folder).config()
+        return BaseFiles.in_folder(folder).config()
     except RegistryError:
         return None
-    size = getattr(loaded.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def find_cached_folder(name: str, revision: str | None) -> Path | None:

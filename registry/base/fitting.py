@@ -19,6 +19,7 @@ from registry.formats.strict_json import shown
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 __all__ = ["Findings", "choose_candidate", "fit_base"]
 
@@ -80,7 +81,7 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
     placed = place_tensors(adapter.tensors, config, empty)
     found.problems += placed.problems
     if base is not None and not found.problems:
-        found.problems += _check_added_rows(adapter, placed.left_out, base)
+        found.problems += _check_added_rows(adapter, placed.left_out, base, _count_special_rows(empty))
         for name, inner in placed.copies.items():
             _check_copy(found, adapter, name, inner, base)
     return found
@@ -117,10 +118,20 @@ def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:
     ]
 
 
-def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base) -> list[str]:
+def _count_special_rows(empty: nn.Module) -> int:
+    """Return how many rows of its embedding a class makes beside those of the vocabulary (CPM-Ant: for prompts)."""
+    rows, config = rows_of_embedding(empty), getattr(empty, "config", None)
+    size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    return max(0, rows - size) if rows is not None and isinstance(size, int) else 0
+
+
+def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base, special: int) -> list[str]:
     """Check that the adapter carries the rows of added tokens: their values exist nowhere else."""
     own, trained = base.vocabulary, adapter.vocabulary
-    if own is None or trained is None or trained <= own or not left_out:
+    if own is None or trained is None or not left_out:
+        return []
+    own += special
+    if trained <= own:
         return []
     if set(range(own, trained)) <= adapter.config.token_indices:
         return []

@@ -50,6 +50,7 @@ def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Modu
     except Exception as error:
         # PEFT, torch and transformers may raise anything for an untrusted configuration.
         return Placement([f"PEFT cannot put it into this model ({_shorten_error(error)})"])
+    given = {name: shape for name, shape in given.items() if not _is_made_later(name, expected, config)}
     shapes = {name: tuple(parameter.shape) for name, parameter in ends.items()}
     found = _compare(given, expected, shapes)
     if found.problems:
@@ -88,6 +89,13 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
     hint = rename_hint(extra, missing, given, expected)
     found.problems += [hint] if hint else []
     return found
+
+
+def _is_made_later(name: str, expected: Shapes, config: Any) -> bool:
+    """Return whether PEFT makes the place of a tensor only where there are values (0.21.2, samplers of MonteCLoRA)."""
+    module, found, _ = name.partition(".lora_monteclora_sampler.")
+    used = getattr(config, "monteclora_config", None) is not None
+    return bool(found) and used and f"{module}.lora_A.weight" in expected
 
 
 def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Shapes) -> bool:
@@ -141,6 +149,10 @@ def _wrap(base: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, ...]]
 
     # Initializations need values, which a model on the meta device lacks.
     config.init_lora_weights = False
+    held: Any = getattr(base, "peft_config", None) or {}
+    if any(getattr(other, "layer_replication", None) for other in held.values()):
+        # A model in memory whose layers PEFT has replicated already.
+        config.layer_replication = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = get_peft_model(base, config, low_cpu_mem_usage=True)

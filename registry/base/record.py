@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["base_of_folder", "base_of_model", "require_known", "with_aliases", "with_given"]
 
+_LAYERS = "num_hidden_layers"
+
 
 def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, BaseKind]:
     """Return record and kind of a base model in memory. The id may be a folder; see `require_known`."""
@@ -34,6 +36,9 @@ def base_of_model(model: nn.Module, config: AdapterConfig) -> tuple[BaseRecord, 
     name = next((text for text in named if text), None)
     commit = getattr(settings, "_commit_hash", None) or config.fields.get("revision")
     known = fingerprint(model)
+    if config.fields.get("layer_replication"):
+        # PEFT 0.21.2 writes the number of replicated layers into the base's configuration; its own is not known here.
+        known = Fingerprint({key: v for key, v in known.config.items() if key.split(".")[-1] != _LAYERS}, known.tensors)
     if is_hub_id(name) and not _is_commit(commit):
         commit = _find_commit(str(name), commit, known)
     kind = BaseKind(getattr(settings, "model_type", None), type(model).__name__, rows_of_embedding(model))

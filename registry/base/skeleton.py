@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
     A quantized layer becomes a plain linear layer of its logical shape.
     """
-    return _copy_module(_unwrap_peft(model), {}, {})
+    return _copy_module(_unwrap_peft(model), {}, {}, {})
 
 
 def _unwrap_peft(model: nn.Module) -> nn.Module:
@@ -26,7 +27,9 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
     return model.base_model.model if isinstance(model, PeftModel) else model
 
 
-def _copy_module(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Any]) -> nn.Module:
+def _copy_module(
+    module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Any], configs: dict[int, Any]
+) -> nn.Module:
     module = _unwrap_layer(module)
     known = modules.get(id(module))
     if known is not None:
@@ -43,12 +46,15 @@ def _copy_module(module: nn.Module, modules: dict[int, nn.Module], tensors: dict
     for key, value in vars(module).items():
         if isinstance(value, dict):
             clone.__dict__[key] = type(value)(value)
+        elif key == "config":
+            # PEFT 0.21.2 writes the number of layers into it if an adapter replicates layers.
+            clone.__dict__[key] = copy.deepcopy(value, configs)
     for name, parameter in module._parameters.items():
         clone._parameters[name] = _make_meta(parameter, tensors)
     for name, buffer in module._buffers.items():
         clone._buffers[name] = _make_meta(buffer, tensors)
     for name, child in module._modules.items():
-        clone._modules[name] = None if child is None else _copy_module(child, modules, tensors)
+        clone._modules[name] = None if child is None else _copy_module(child, modules, tensors, configs)
     return clone
 
 

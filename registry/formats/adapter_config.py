@@ -95,6 +95,12 @@ class AdapterConfig:
         return frozenset(index for indices in lists for index in indices)
 
     @property
+    def blocks(self) -> int:
+        """The number of blocks of a block-diagonal A or B (``use_bdlora``); 1 for other adapters."""
+        blocks = self.fields.get("use_bdlora")
+        return int(blocks.get("nblocks", 1)) if isinstance(blocks, dict) else 1
+
+    @property
     def trained_tokens(self) -> int:
         """One more than the largest index of an individually trained token; 0 without such tokens."""
         return max(self.token_indices, default=-1) + 1
@@ -174,6 +180,9 @@ def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:
         raise fields.refuse("layer_replication", f"ranges [start, end] of together at most {_MAX_LAYERS:,} layers")
     tokens = values.get("trainable_token_indices")
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens] if tokens is not None else []
+    blocks = values.get("use_bdlora")
+    if blocks is not None and not (isinstance(blocks, dict) and _is_count(blocks.get("nblocks", 1), _MAX_RANK)):
+        raise fields.refuse("use_bdlora", f"an object with nblocks, a number from 1 to {_MAX_RANK:,}")
     if not all(isinstance(indices, list) and _are_indices(indices, _MAX_TOKENS) for indices in lists):
         raise fields.refuse("trainable_token_indices", "indices of tokens, or such lists by the name of an embedding")
 
@@ -188,14 +197,20 @@ def _are_indices(values: list[Any], most: int) -> bool:
     return len(values) <= most and all(type(index) is int and 0 <= index < 2**31 for index in values)
 
 
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_imports(fields: Fields, values: Mapping[str, Any]) -> None:
     """Refuse names of Python modules that PEFT or transformers would import."""
-    if values.get("megatron_core", "megatron.core") not in (None, "megatron.core") or values.get("megatron_config"):
+    if values.get("megatron_core", "megatron.core") not in (None, "megatron.core"):
         raise fields.refuse("megatron_core", "its default; it names a library to import")
+    if values.get("megatron_config"):
+        raise fields.refuse("megatron_config", "nothing; PEFT then imports the library in megatron_core")
     for key in _CODE:
         if values.get(key):
             raise fields.refuse(key, "nothing: a configuration cannot decide that code is run")

@@ -65,7 +65,12 @@ def lora_modules(tensors: Mapping[str, TensorRecord]) -> dict[str, LoraModule]:
 
 def other_tensors(tensors: Iterable[str]) -> list[str]:
     """Return the tensors that are not LoRA's: trained heads, embeddings, base biases, added tokens."""
-    return [name for name in tensors if _LORA.fullmatch(name) is None]
+    return [name for name in tensors if not _is_of_adapter(name)]
+
+
+def _is_of_adapter(name: str) -> bool:
+    """Whether a tensor is LoRA's own: its matrices, or what a variant such as KaSA or MonteCLoRA adds to them."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
@@ -124,7 +129,9 @@ def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> b
     parts = module.split(".")
     if any(".".join(parts[:count]).endswith(tuple(saved)) for count in range(1, len(parts) + 1)):
         return True
-    return "lora_" in part or (len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None)
+    return _is_of_adapter(name) or (
+        len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None
+    )
 
 
 def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
@@ -142,7 +149,8 @@ def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRec
             f"{name} has a LoRA A of shape {first} and B of shape {second}. Tensors without rows were not gathered "
             "from all processes before they were saved: save under ZeRO-3 or FSDP with the Trainer's save_model."
         )
-    if first[0] != second[1]:
+    # Block-diagonal LoRA stores the blocks of a B on top of each other.
+    if first[0] not in (second[1], second[1] * config.blocks):
         raise InvalidAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
     # Adapters of expert parameters stack the ranks of all experts.
     experts = bool(config.fields.get("target_parameters"))

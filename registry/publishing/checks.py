@@ -83,11 +83,17 @@ def check_size(sizes: Mapping[str, int], allow: Sequence[str], total: int) -> No
 
 
 def check_use(config: AdapterConfig) -> None:
-    """Refuse a configuration with which the adapter has no effect.
+    """Refuse a configuration with which the adapter has no effect, or that needs other adapters.
 
     Raises:
-        InvalidAdapter: ``lora_alpha`` is zero: PEFT multiplies every update by it.
+        InvalidAdapter: ``lora_alpha`` is zero: PEFT multiplies every update by it. Or it is an Arrow router, which has
+            no weights of its own.
     """
+    if config.fields.get("arrow_config"):
+        raise InvalidAdapter(
+            "arrow_config makes it a router between other adapters of the model, which a release cannot hold. Publish "
+            "those adapters; PEFT's create_arrow_model makes the router of them"
+        )
     patterns = config.fields.get("alpha_pattern") or {}
     if config.fields.get("lora_alpha", 8) == 0 and not any(patterns.values()):
         raise InvalidAdapter(

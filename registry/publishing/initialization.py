@@ -132,12 +132,14 @@ def _repeat(
     weight: torch.Tensor, layer: Any, adapter_name: str, config: LoraConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the initial A and B as PEFT computes them from the base's original weight."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    with warnings.catch_warnings():
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone())
+    # Saving during a training must not change its random numbers.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         made: Any = get_peft_model(
             nn.Sequential(OrderedDict(layer=linear)),

@@ -10,9 +10,9 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from registry.errors import InvalidAdapter, TooLarge, UnsafeFile
+from registry.errors import BaseMismatch, InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import MAX_FILE
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
@@ -191,6 +191,18 @@ def _make_auto_mapping(model: PeftModel, adapter_name: str) -> dict[str, str] | 
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
+def _count_original_rows(base: Any) -> int | None:
+    """Return how many rows the embedding had when the base was loaded: some classes make more than the vocabulary."""
+    from registry.base.classes import config_of, empty_model, rows_of_embedding
+    from registry.base.files import original_config
+
+    config = original_config(base)
+    try:
+        return None if config is None else rows_of_embedding(empty_model(config_of(type(base), config), type(base)))
+    except BaseMismatch:
+        return None
+
+
 def _saves_embeddings(model: PeftModel) -> bool:
     """Whether the embeddings must be saved: tokens were added, or an embedding or head is adapted."""
     from registry.base.files import original_vocabulary
@@ -200,6 +212,8 @@ def _saves_embeddings(model: PeftModel) -> bool:
     embedding = next(iter(ends_of(base).values()), None)
     weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
     before = original_vocabulary(base)
+    if before is not None and weight is not None and int(weight.shape[0]) != before:
+        before = _count_original_rows(base) or before
     config = model.active_peft_config
     targets = getattr(config, "target_modules", None) or ()
     targeted = not isinstance(targets, str) and any(name in targets for name in ("embed_tokens", "lm_head"))

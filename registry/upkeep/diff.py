@@ -13,7 +13,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.patterns import find_slow
 from registry.formats.strict_json import shown
-from registry.formats.tensors import LoraModule, lora_modules, other_tensors
+from registry.formats.tensors import LoraModule, lora_modules
 from registry.formats.weights import read_file_header, read_values
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ class _Weights:
         self._file = folder / ADAPTER_WEIGHTS
         self._header = read_file_header(self._file)
         self._config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
-        self.modules = {n: m for n, m in lora_modules(self._header.tensors).items() if m.first and m.second}
-        self.others = set(other_tensors(self._header.tensors))
+        found = lora_modules(self._header.tensors)
+        self.modules = {n: m for n, m in found.items() if m.first and m.second}
+        self.others = set(self._header.tensors) - {
+            name for m in found.values() for name in (m.first, m.second, *m.more)
+        }
         slow = find_slow(self._config.expressions(), self.modules)
         if slow is not None:
             raise UnsafeFile(
