@@ -45,7 +45,7 @@ def test_what_contradicts_an_adapter_is_refused(tmp_path: Path) -> None:
         plan(tiny.llama(), adapter=folder, r=4)
     with pytest.raises(PlanError, match="has its adapters already"):
         plan(adapted(tiny.llama()), adapter=folder)
-    with pytest.raises(PreparationError, match="has no adapter_config.json"):
+    with pytest.raises(PreparationError, match=r"has no adapter_config\.json"):
         plan(tiny.llama(), adapter=tmp_path)
 
 

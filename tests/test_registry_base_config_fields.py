@@ -1,4 +1,4 @@
-"""Every field of PEFT's LoraConfig at values of its own: pushed, pulled and loaded alike, or refused before the upload."""
+"""Every field of PEFT's LoraConfig: pushed, pulled and loaded alike, or refused before the upload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from registry.errors import InvalidAdapter, RegistryError, UnsafeFile
 
 IDS = torch.arange(1, 9)[None]
 
-#: Field of ``LoraConfig`` -> values, each with what it takes besides. Sub-configurations as PEFT reads them from a file.
+#: Field of ``LoraConfig`` -> values, each with what it takes besides; sub-configurations as they are in a file.
 VALUES: dict[str, list[dict[str, Any]]] = {
     "alora_invocation_tokens": [{"alora_invocation_tokens": [3, 4]}],
     "alpha_pattern": [{"alpha_pattern": {r"^model\.layers\.0.*": 32}}, {"alpha_pattern": {"q_proj": 0.5}}],
