@@ -111,7 +111,7 @@ def find_base(source: Any, *, revision: str | None = None, trust_remote_code: bo
     """Return the most that is known of a base without loading it: the live model, its folder, or its configuration.
 
     Raises:
-        PlanError: The configuration can't be read.
+        PlanError: The configuration cannot be read.
     """
     if isinstance(source, nn.Module):
         return source
