@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from registry.catalog.withdrawal import unyank as unyank
     from registry.catalog.withdrawal import yank as yank
     from registry.errors import BaseMismatch as BaseMismatch
+    from registry.errors import InvalidAdapter as InvalidAdapter
     from registry.formats.manifest import Manifest as Manifest
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
@@ -59,6 +60,7 @@ _LAZY = {
     "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
     "HuggingFaceHub": "registry.hubs.huggingface",
+    "InvalidAdapter": "registry.errors",
     "Manifest": "registry.formats.manifest",
     "Published": "registry.publishing.publish",
     "PushToRegistryCallback": "registry.publishing.callback",

@@ -14,10 +14,11 @@ import torch
 from adapters import adapted, saved
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from twin import make_tokenizer
 
 from lora_plugins import LoraCallback
-from registry.errors import InvalidAdapter, RegistryError, TooLarge, UnknownBase, UnsafeFile
+from registry.errors import BaseMismatch, InvalidAdapter, RegistryError, TooLarge, UnknownBase, UnsafeFile
 from registry.formats.manifest import Manifest
 from registry.publishing.draft import make_release
 from registry.publishing.source import collect
@@ -406,3 +407,16 @@ def test_nothing_is_left_behind(folder: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RegistryError):
         collected(folder, on_hub=True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("other", [{"layers": 1}, {"num_key_value_heads": 4}, {"hidden_size": 64}])
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_does_not_fit_the_base_it_names_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    """The base is at hand, and is not the one that the adapter was trained on: nobody could load the release."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "folder")
+    assert collected(tmp_path / "folder")[0].base.fingerprint is not None
+    tiny.llama(**other).save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseMismatch, match="does not fit"):
+        collected(tmp_path / "folder")

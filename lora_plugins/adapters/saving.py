@@ -24,8 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lora_plugins.errors import UnsavedTensors
 from lora_plugins.models.sharding import is_adapter_tensor, is_sharded
 from lora_plugins.models.wrapping import base_of
-from registry import changes_base, make_plain
-from registry.errors import InvalidAdapter
+from registry import InvalidAdapter, changes_base, make_plain
 
 __all__ = [
     "allow_unsaved",

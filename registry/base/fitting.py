@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.base.classes import rows_of_embedding
 from registry.base.fingerprint import ROWS
@@ -120,7 +120,8 @@ def _check_vocabulary(adapter: StoredAdapter, here: int | None) -> list[str]:
 
 def _count_special_rows(empty: nn.Module) -> int:
     """Return how many rows of its embedding a class makes beside those of the vocabulary (CPM-Ant: for prompts)."""
-    rows, config = rows_of_embedding(empty), getattr(empty, "config", None)
+    rows = rows_of_embedding(empty)
+    config: Any = getattr(empty, "config", None)
     size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     return max(0, rows - size) if rows is not None and isinstance(size, int) else 0
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from registry.formats.adapter_config import AdapterConfig
     from registry.hubs.protocol import Hub
 
-__all__ = ["base_of_folder", "base_of_model", "require_known", "with_aliases", "with_given"]
+__all__ = ["base_at_hand", "base_of_folder", "base_of_model", "require_known", "with_aliases", "with_given"]
 
 _LAYERS = "num_hidden_layers"
 
@@ -52,9 +52,9 @@ def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
     if name is None:
         return BaseRecord(), BaseKind()
     pinned = _is_commit(revision)
-    folder = find_cached_folder(name, revision) if is_hub_id(name) else Path(name)
+    folder = _find_folder(name, revision)
     record = BaseRecord(name, revision if pinned else None)
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None:
         return record, BaseKind()
     try:
         kind, found = _read(BaseFiles.in_folder(folder), adapter)
@@ -62,6 +62,20 @@ def base_of_folder(adapter: StoredAdapter) -> tuple[BaseRecord, BaseKind]:
         return record, BaseKind()
     # The cached commit of a branch may differ from the one that the adapter was trained on.
     return (record if is_hub_id(name) and not pinned else BaseRecord(name, record.commit, found)), kind
+
+
+def base_at_hand(config: AdapterConfig) -> Path | None:
+    """Return the folder of the base that a configuration names, if it is certain and on this machine."""
+    name, revision = config.base_id, config.fields.get("revision")
+    # The cached commit of a branch may differ from the one that the adapter was trained on.
+    if name is None or (is_hub_id(name) and not _is_commit(revision)):
+        return None
+    return _find_folder(name, revision)
+
+
+def _find_folder(name: str, revision: Any) -> Path | None:
+    folder = find_cached_folder(name, revision) if is_hub_id(name) else Path(name)
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def _read(files: BaseFiles, adapter: StoredAdapter) -> tuple[BaseKind, Fingerprint]:

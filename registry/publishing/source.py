@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.contract import check_contract
 from registry.base.files import find_cached_snapshots, is_hub_id
 from registry.base.peft_fields import describe_lost
-from registry.base.record import base_of_folder, base_of_model, require_known, with_aliases, with_given
+from registry.base.record import base_at_hand, base_of_folder, base_of_model, require_known, with_aliases, with_given
 from registry.base.stored import StoredAdapter
 from registry.disk.machine import temporary_folder
 from registry.errors import IdentityWarning, InvalidAdapter
@@ -52,7 +52,8 @@ class _Found:
     training: Training
     tokenizer_hash: str | None = None
     tokenizer_files: Sequence[str] = ()
-    live: Any = None
+    #: The base itself, as a model or a folder, where it is at hand.
+    at_hand: Any = None
 
 
 @contextmanager
@@ -84,7 +85,8 @@ def collect(
     Raises:
         InvalidAdapter: It is unusable.
         UnknownBase: Its base model is not identified well enough to be found again.
-        BaseMismatch: ``base_model`` is another model, or the adapter does not fit the model that it is in.
+        BaseMismatch: ``base_model`` is another model, or the adapter does not fit the model that it is in, or the base
+            that its folder names, where that is on this machine.
         TooLarge: It holds large tensors other than LoRA's.
         UnsafeFile: A file is malformed or not allowed.
     """
@@ -101,8 +103,8 @@ def collect(
         base = with_aliases(require_known(record, on_hub=on_hub), base_aliases)
         if given is None:
             _warn_of_unseen(base)
-        if found.live is not None:
-            check_contract(folder, found.live)
+        if found.at_hand is not None:
+            check_contract(folder, found.at_hand)
         (folder / ADAPTER_CONFIG).write_bytes(config.published(base.id, base.commit))
         names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
         if any(part in tensor for tensor in other_tensors(tensors) for part in _VOCABULARY):
@@ -160,13 +162,16 @@ def _collect_folder(source: Path, folder: Path) -> _Found:
     meant = find_base_folder(source, config.base_id)
     if meant is not None:
         (folder / ADAPTER_CONFIG).write_bytes(config.published(str(meant), None))
-    base, architecture = base_of_folder(StoredAdapter.read(folder))
+    stored = StoredAdapter.read(folder)
+    base, architecture = base_of_folder(stored)
     facts, log = training_facts.of_checkpoint(source)
     training = Training(facts, log, training_facts.last_evaluation(log))
     warn_of_rest(source)
     files = copy_tokenizer(source, folder)
     hashed = hash_of_file(folder / "tokenizer.json") if "tokenizer.json" in files else None
-    return _Found(base, architecture, training, hashed, files)
+    # Without a class, transformers cannot build the base, and nothing can be compared.
+    at_hand = base_at_hand(stored.config) if architecture.class_name is not None else None
+    return _Found(base, architecture, training, hashed, files, at_hand)
 
 
 def find_base_folder(source: Path, name: str | None) -> Path | None:
@@ -191,7 +196,7 @@ def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
     facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
-    return _Found(base, architecture, Training(facts), live=model.get_base_model())
+    return _Found(base, architecture, Training(facts), at_hand=model.get_base_model())
 
 
 def _collect_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
