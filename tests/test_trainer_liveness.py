@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tiny
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from lora_plugins import LoraCallback, prepare_model
 from lora_plugins.errors import (
@@ -25,6 +26,7 @@ from lora_plugins.errors import (
     NothingTrainable,
     OptimizerMismatch,
 )
+from lora_plugins.models.wrapping import base_of
 
 
 def assert_moved(trainer: Trainer) -> None:
@@ -223,6 +225,83 @@ def test_one_zero_loss_is_no_alarm(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4)], cls=Scaled, max_steps=6)
     trainer.train()
     assert_moved(trainer)
+
+
+def die(trainer: Trainer, first: int, last: int = 10_000, *, masked: bool = False) -> None:
+    """Let the loss be exactly zero from one step to another; ``masked``: because NaN is taken for zero."""
+    base = base_of(trainer.model)
+    forward = base.forward
+
+    @functools.wraps(forward)
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if first <= trainer.state.global_step < last:
+            output.loss = (output.loss * float("nan")).nan_to_num() if masked else output.loss * 0.0
+        return output
+
+    base.forward = dying
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("skipped", [[], ["adapter-not-moving"]])
+def test_a_loss_that_dies_in_the_middle_stops_the_run(tmp_path: Path, masked: bool, skipped: list[str]) -> None:
+    callback = LoraCallback(r=4, skip_checks=skipped)
+    trainer = tiny.trainer(tmp_path, callbacks=[callback], max_steps=40, logging_steps=40)
+    die(trainer, 5, masked=masked)
+    with pytest.raises(DeadLoss, match=r"20 steps in a row, up to step 25.*skip_checks=\['dead-loss'\]"):
+        trainer.train()
+
+
+def test_a_loss_that_is_zero_for_a_while_is_no_alarm(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4)], max_steps=26, logging_steps=40)
+    die(trainer, 5, 24)
+    trainer.train()
+
+
+def margin(logits: torch.Tensor) -> torch.Tensor:
+    # A sum of two, because the Trainer multiplies a loss in place.
+    return torch.relu(0.05 - logits[..., 0].mean()) + 0.0
+
+
+class Margin(Trainer):  # type: ignore[misc]
+    """A loss of one's own that is zero once it is satisfied, with labels."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return margin(model(input_ids=inputs["input_ids"]).logits)
+
+
+class MarginModel(LlamaForCausalLM):  # type: ignore[misc]
+    """A model of one's own with such a loss in its forward."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output.loss = margin(output.logits)
+        return output
+
+
+def pass_on(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    return margin(outputs["logits"])
+
+
+@pytest.mark.parametrize("how", ["Trainer", "model", "function"])
+def test_a_margin_that_is_satisfied_is_no_alarm_however_long(tmp_path: Path, how: str) -> None:
+    model: Any = MarginModel(tiny.llama().config) if how == "model" else tiny.llama()
+    own = {"compute_loss_func": pass_on} if how == "function" else {}
+    trainer = tiny.trainer(
+        tmp_path,
+        model,
+        [LoraCallback(r=4, lora_dropout=0.0)],
+        cls=Margin if how == "Trainer" else Trainer,
+        data=tiny.rows(4),
+        trainer_arguments=own,
+        max_steps=45,
+        learning_rate=0.03,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] > 0
+    assert losses[-25:] == [0.0] * 25, "the case shows something"
 
 
 def test_run_whose_gradients_are_all_zero_fails_at_its_end(tmp_path: Path) -> None:

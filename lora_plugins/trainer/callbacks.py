@@ -43,7 +43,7 @@ from lora_plugins.trainer import engines, liveness, preference
 from lora_plugins.trainer.checkpoints import check_checkpoint, restore_best
 from lora_plugins.trainer.checks import Checks
 from lora_plugins.trainer.engines import raise_together
-from lora_plugins.trainer.losses import LossWatch
+from lora_plugins.trainer.losses import LossWatch, is_models_own
 from lora_plugins.trainer.optimizer import OptimizerRebuild
 from lora_plugins.trainer.refusals import check_supported
 from lora_plugins.trainer.resuming import write_run
@@ -191,7 +191,8 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         if self.checks.run(AdapterNotMoving):
             unreached = record.plan.unreached if record is not None and record.plan is not None else ()
             self.movement = liveness.MovementWatch.over(model, unreached)
-        self.losses.start(fp16=bool(args.fp16), label_names=trainer.label_names or ())
+        own = is_models_own(trainer, base_of(model))
+        self.losses.start(fp16=bool(args.fp16), label_names=trainer.label_names or (), own=own)
 
     def _check_model(self, model: nn.Module) -> None:
         """Raise `ModelReplaced` unless the Trainer's model has been prepared."""
@@ -220,7 +221,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
                 state.global_step + 1,
                 zero_gradients=lambda: (
                     not hidden
-                    and not any(liveness.has_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
+                    and not any(liveness.has_finite_gradient(p) for p in trainer.model.parameters() if p.requires_grad)
                 ),
                 distributed=trainer.accelerator.num_processes > 1,
                 moved=self.movement.counted > 0,

@@ -27,6 +27,7 @@ __all__ = [
     "Watched",
     "check_optimizer",
     "check_trainable",
+    "has_finite_gradient",
     "has_gradient",
 ]
 
@@ -329,6 +330,14 @@ def has_gradient(parameter: torch.Tensor) -> bool:
     """Whether any value of a parameter's gradient is not zero."""
     gradient = parameter.grad
     return gradient is not None and bool(torch.count_nonzero(_take_local_part(gradient)))
+
+
+def has_finite_gradient(parameter: torch.Tensor) -> bool:
+    """Whether any value of a parameter's gradient is finite and not zero."""
+    if parameter.grad is None:
+        return False
+    gradient = _take_local_part(parameter.grad)
+    return bool((gradient.isfinite() & (gradient != 0)).any())
 
 
 def _is_visible(parameter: torch.Tensor, rate: float) -> bool:

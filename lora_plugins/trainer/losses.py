@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Trainer
 
 from lora_plugins.errors import DeadLoss, NonFiniteLoss
 
-__all__ = ["DEAD_STEPS", "MASKED_STEPS", "LossWatch", "around_training_step"]
+__all__ = ["DEAD_STEPS", "LATE_STEPS", "MASKED_STEPS", "LossWatch", "around_training_step", "is_models_own"]
 
 
 #: Steps in a row with zero loss and zero gradient before a run is called dead: one empty batch proves nothing.
 DEAD_STEPS = 3
+#: The same once the run has learned something.
+LATE_STEPS = 20
+#: A Trainer of TRL (1.16) whose ``compute_loss`` takes that of transformers.
+_PASSES_ON = ("trl.trainer.sft_trainer", "SFTTrainer")
 #: The same for batches in which every label is -100: truncated long prompts may fill several in a row.
 MASKED_STEPS = 20
 
@@ -36,24 +42,30 @@ class LossWatch:
     Attributes:
         fp16: Whether the run is under float16 autocast, for the message.
         label_names: Names of the inputs that are labels.
-        dead_steps: Steps in a row, from the first one on, with labels that count, zero loss and zero gradients.
+        own: Whether the loss is a model's own, see `is_models_own`.
+        learned: Whether some loss of the run was not zero.
+        dead_steps: Steps in a row with labels that count, zero loss and zero gradients.
         masked_steps: The same with labels that are all -100.
     """
 
     fp16: bool = False
     label_names: frozenset[str] = frozenset({"labels"})
+    own: bool = False
+    learned: bool = False
     dead_steps: int = 0
     masked_steps: int = 0
     _batches: list[_Batch] = field(default_factory=list, repr=False)
 
-    def start(self, *, fp16: bool, label_names: Iterable[str] = ()) -> None:
+    def start(self, *, fp16: bool, label_names: Iterable[str] = (), own: bool = False) -> None:
         """Forget an earlier run.
 
         Args:
             fp16: Whether the run is under float16 autocast.
             label_names: Names of inputs that are labels, beside ``"labels"``.
+            own: Whether the loss is a model's own.
         """
-        self.fp16, self.dead_steps, self.masked_steps, self._batches = fp16, 0, 0, []
+        self.fp16, self.own, self.learned = fp16, own, False
+        self.dead_steps, self.masked_steps, self._batches = 0, 0, []
         self.label_names = frozenset({"labels", *label_names})
 
     def add(self, loss: Any, inputs: Any) -> None:
@@ -84,14 +96,16 @@ class LossWatch:
 
         Args:
             number: The step's number, for the message.
-            zero_gradients: Called when every loss is zero: whether every gradient is zero too.
+            zero_gradients: Called when every loss is zero: whether every gradient is zero too, or NaN, which is what
+                a loss of NaN leaves behind when it is taken for zero.
             distributed: Whether other ranks wait for this one, so that all must stop together.
-            moved: Whether an earlier step of this run had a gradient; a zero loss may then be the result of learning.
+            moved: Whether an earlier step of this run had a gradient.
 
         Raises:
             NonFiniteLoss: A loss is NaN or infinite, here or on another rank.
-            DeadLoss: Loss and gradients have been exactly zero from the first step on, although there are labels. A
-                loss without labels may be zero for long in a sound run (rewards that are equal, a satisfied margin).
+            DeadLoss: Loss and gradients are exactly zero for several steps, although there are labels. A loss without
+                labels may be zero for long in a sound run (rewards that are equal), and one of the user's own may be
+                zero because the run has learned (a margin that is satisfied).
         """
         batches, self._batches = self._batches, []
         if not batches:
@@ -105,12 +119,13 @@ class LossWatch:
         values = losses.tolist()
         if bool(bad):
             raise NonFiniteLoss(self._explain(values, batches, number))
-        if moved or any(values) or not zero_gradients():
+        self.learned = self.learned or moved or any(values)
+        if any(values) or (self.learned and not self.own) or not zero_gradients():
             self.dead_steps = self.masked_steps = 0
             return
-        self._count_dead(batches, number)
+        self._count_dead(batches, number, LATE_STEPS if self.learned else DEAD_STEPS)
 
-    def _count_dead(self, batches: list[_Batch], number: int) -> None:
+    def _count_dead(self, batches: list[_Batch], number: int, most: int) -> None:
         ignored = [batch.ignored for batch in batches if batch.ignored is not None]
         if len(ignored) < len(batches):
             return
@@ -119,8 +134,8 @@ class LossWatch:
             cause = "every label is -100: the prompt fills the rows, or the template for the labels matches nothing"
         else:
             self.dead_steps += 1
-            cause = "a loss that does not depend on the adapters, or an int8 base whose activations overflow"
-        if self.dead_steps >= DEAD_STEPS or self.masked_steps >= MASKED_STEPS:
+            cause = "a loss that does not depend on the adapters, or that takes NaN from an overflow for zero"
+        if self.dead_steps >= most or self.masked_steps >= MASKED_STEPS:
             raise DeadLoss(
                 f"Loss and every gradient were exactly zero in {self.dead_steps + self.masked_steps} steps in a row, "
                 f"up to step {number}. Usual cause: {cause}."
@@ -144,6 +159,21 @@ class LossWatch:
         if self.fp16:
             return "Activations probably overflowed in float16: use bf16=True, or upcast='norms'."
         return "The learning rate may be too high, or the weights are damaged; try a lower rate or upcast='norms'."
+
+
+def is_models_own(trainer: Trainer, base: nn.Module) -> bool:
+    """Whether the loss is the one that a class of transformers computes from its logits and the labels.
+
+    Such a loss falls for ever and never becomes exactly zero with gradients that are exactly zero; a margin does.
+
+    Args:
+        trainer: The Trainer.
+        base: Its base model, without adapters.
+    """
+    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    plain = owner.__module__.startswith("transformers.") or (owner.__module__, owner.__name__) == _PASSES_ON
+    replaced = "compute_loss" in vars(trainer) or trainer.compute_loss_func is not None
+    return plain and not replaced and type(base).__module__.startswith("transformers.")
 
 
 def around_training_step(
