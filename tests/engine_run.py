@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_plugins import LoraCallback, attach, detach, prepare_model
 from lora_plugins.adapters.inject import has_adapters
-from lora_plugins.errors import LoraPluginsError, PreparationWarning
+from lora_plugins.errors import LoraPluginsError, PreparationWarning, ResumeConflict
 from lora_plugins.models.sharding import is_sharded
 from lora_plugins.quantization.request import owner_of, parse_quantization
 from lora_plugins.trainer import engines
@@ -237,6 +237,8 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         again = make(folder, case, settings)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         result["resumed"] = history(again, "loss")
+    if case.get("conflict"):
+        result["conflict"] = resume_as_another(folder, case, settings)
     if case.get("save_on_one"):
         engines.MEETING_TIME = timedelta(seconds=3)
         if RANK == 0:
@@ -244,6 +246,17 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
     if case.get("detach"):
         result["detached"] = detached(trainer, case)
     return result
+
+
+def resume_as_another(folder: Path, case: Settings, settings: Settings) -> str:
+    """What a run with another adapter and another order of the rows is told when it takes up this one's checkpoint."""
+    own = {**case.get("lora", {}), "lora_alpha": 64}
+    other = make(folder, {**case, "lora": own, "arguments": {**case.get("arguments", {}), "seed": 8}}, settings)
+    try:
+        other.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    except ResumeConflict as problem:
+        return str(problem)
+    return "nothing"
 
 
 def detached(trainer: Trainer, case: Settings) -> Settings:

@@ -121,3 +121,12 @@ def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> N
     reloaded = peft.PeftModel.from_pretrained(tiny.llama(), folder / "saved" / place)
     values = peft.get_peft_model_state_dict(reloaded)
     assert all(values[key].equal(tensor) for key, tensor in best.items())
+
+
+def assert_conflict(ranks: list[dict[str, Any]]) -> None:
+    """Every rank is told that a checkpoint is of another run, and by what."""
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert "is of another run" in rank["conflict"]
+        assert "default: lora_alpha was 32 and is 64" in rank["conflict"]
+        assert "seed was 7 and is 8" in rank["conflict"]

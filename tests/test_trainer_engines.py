@@ -15,6 +15,7 @@ from launching import (
     ELEMENTS,
     TORCHRUN,
     Results,
+    assert_conflict,
     assert_detached,
     assert_files,
     assert_held,
@@ -49,7 +50,7 @@ def alone(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def ddp(folder: Path) -> Results:
     cases = {
-        "fp32": {"detach": True},
+        "fp32": {"detach": True, "conflict": True},
         "int8": INT8,
         "model_init": {**INT8, "model_init": True, "resume": False},
         "nan": {"nan": True},
@@ -62,11 +63,11 @@ def ddp(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def fsdp(folder: Path) -> Results:
     cases = {
-        "fp32": {"detach": True},
-        "int8": {**INT8, "detach": True},
+        "fp32": {"detach": True, "conflict": True},
+        "int8": {**INT8, "detach": True, "conflict": True},
         "model_init": {**INT8, "model_init": True, "resume": False},
         "attached": ATTACHED,
-        "sharded": SHARDED,
+        "sharded": {**SHARDED, "conflict": True},
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
         **{name: {"quantization": name, "resume": False} for name in OTHERS},
         "hqq": {"quantization": "int8-hqq"},
@@ -185,6 +186,12 @@ def test_fsdp2_refuses_layers_with_a_state_of_their_own_form(fsdp: Results) -> N
 def test_a_sharded_checkpoint_is_there_beside_the_adapter(folder: Path, fsdp: Results) -> None:
     assert fsdp["sharded"]
     assert list((folder / "fsdp" / "sharded" / "checkpoint-2").glob("pytorch_model_fsdp_*/*.distcp"))
+
+
+def test_another_run_is_not_resumed_under_ddp_and_fsdp2(ddp: Results, fsdp: Results) -> None:
+    assert_conflict(ddp["fp32"])
+    for case in ("fp32", "int8", "sharded"):
+        assert_conflict(fsdp[case])
 
 
 def test_fsdp2_refuses_what_would_break_int8_layers(fsdp: Results) -> None:
