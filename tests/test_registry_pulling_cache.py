@@ -158,8 +158,12 @@ def test_a_copy_that_is_damaged_again_and_again_is_given_up(cache: Cache, monkey
 
 
 def test_a_disk_that_is_full_at_the_last_step_is_said_to_be(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
     def refuse(source: Any, target: Any) -> None:
-        raise OSError(28, os.strerror(28))
+        if Path(target).name == DIGEST:
+            raise OSError(28, os.strerror(28))
+        real(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(CacheError, match="No space left"):
