@@ -14,7 +14,7 @@ from releases import draft
 
 from registry.catalog.memory import Seen
 from registry.disk.files import PlantedLink
-from registry.disk.mutex import folder_lock
+from registry.disk.mutex import LockTimeout, folder_lock
 from registry.disk.owners import delete
 from registry.errors import CacheError, IntegrityError, InvalidAdapter
 from registry.formats.records import FileRecord
@@ -190,6 +190,28 @@ def test_which_folder_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(VARIABLE)
     assert Cache().folder == tmp_path / "assets" / "lora-plugins" / "registry"
     assert repr(Cache("/srv/cache")) == "Cache('/srv/cache')"
+    monkeypatch.delenv("HF_ASSETS_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert Cache().folder == tmp_path / "hf" / "assets" / "lora-plugins" / "registry"
+    (tmp_path / "user" / "lora-plugins" / "registry").mkdir(parents=True)  # the first release's
+    assert Cache().folder == tmp_path / "user" / "lora-plugins" / "registry"
+    (tmp_path / "hf" / "assets" / "lora-plugins" / "registry").mkdir(parents=True)
+    assert Cache().folder == tmp_path / "hf" / "assets" / "lora-plugins" / "registry"
+    for variable in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Cache().folder == tmp_path / ".cache" / "huggingface" / "assets" / "lora-plugins" / "registry"
+
+
+def test_a_record_that_another_process_holds_is_not_waited_for_without_end(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(folder: Path) -> None:
+        raise LockTimeout("held by another")
+
+    monkeypatch.setattr(module, "folder_lock", held)
+    with pytest.raises(CacheError, match="held by another"):
+        cache.remember("https://hub", "org/name", lambda seen: seen.with_tags({"v1.0.0": "a" * 40}))
 
 
 # -- what is handed out --------------------------------------------------------------------------------------------
