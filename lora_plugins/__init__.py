@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_plugins.plugins.casting import CastsInput
 from lora_plugins.plugins.hookspecs import hookimpl
 from lora_plugins.plugins.packages import missing_package
-from lora_plugins.plugins.types import Architecture, Quantizer
+from lora_plugins.plugins.types import Architecture, ExpertFormat, ExpertsAsLayers, Quantizer
 
 if TYPE_CHECKING:
     from lora_plugins.adapters.prepare import prepare_model as prepare_model
@@ -47,6 +47,8 @@ _LAZY = {
 __all__ = [
     "Architecture",
     "CastsInput",
+    "ExpertFormat",
+    "ExpertsAsLayers",
     "Int8PreparationCallback",
     "LoraCallback",
     "ParameterReportCallback",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.request import Quantization, with_compute_dtype
-from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts
+from lora_plugins.quantization.stacks import dequantize_stack, quantize_stack
 from lora_plugins.targets.records import TargetPlan
 from lora_plugins.targets.resolution import resolve_targets
 
@@ -72,6 +74,8 @@ def check_quantizer(
 ) -> None:
     """Assert that a backend runs on this machine's CPU, can be trained on, and states its sizes correctly.
 
+    If it has a format for stacked experts, that is checked as well.
+
     Args:
         quantizer: The backend.
         options: Options for it.
@@ -96,6 +100,24 @@ def check_quantizer(
     found = tensor_bytes(layer).total
     assert said is None or said == found, f"layer_bytes() says {said} bytes and the layer has {found}"
     _check_dtypes(asked, dtype)
+    if quantizer.expert_format(asked.options) is not None:
+        _check_experts(asked, dtype)
+
+
+def _check_experts(quantization: Quantization, dtype: torch.dtype) -> None:
+    """Assert that stacked experts can be trained through, and that their bytes are stated correctly."""
+    try:
+        check_usable_for_experts(quantization, torch.device("cpu"), dtype)
+    except QuantizationError as error:
+        raise AssertionError(str(error)) from error
+    rows, columns = 192, 256
+    stack = quantize_stack(torch.randn(2, rows, columns, dtype=dtype), quantization)
+    assert tuple(stack.read_expert(1).shape) == (rows, columns), "unpack() gives another shape than pack() took"
+    said = stack.form.bytes(columns, rows, dtype)
+    found = sum(part.nbytes for part in stack.list_tensors())
+    assert said is None or 2 * said == found, f"bytes() says {said} for an expert and two have {found}"
+    again = copy.deepcopy(stack)
+    assert torch.equal(dequantize_stack(again), dequantize_stack(stack)), "a copied expert has other weights"
 
 
 def _check_dtypes(quantization: Quantization, dtype: torch.dtype) -> None:

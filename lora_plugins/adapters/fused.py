@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 
-__all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters", "unfuse_adapters"]
+__all__ = ["LoraBranch", "draw_mask", "forward", "fuse_adapters", "is_plain_linear", "unfuse_adapters"]
 
 
 def fuse_adapters(model: nn.Module) -> int:
@@ -98,7 +98,7 @@ def _find_only_adapter(layer: Any, x: torch.Tensor) -> str | None:
 
 def _is_plain(layer: Any, name: str) -> bool:
     """Whether an adapter's modules are as PEFT made them: not wrapped, sharded or hooked, and without a bias."""
-    if not (_is_plain_linear(layer.lora_A[name]) and _is_plain_linear(layer.lora_B[name])):
+    if not (is_plain_linear(layer.lora_A[name]) and is_plain_linear(layer.lora_B[name])):
         return False
     dropout = layer.lora_dropout[name]
     if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
@@ -106,7 +106,8 @@ def _is_plain(layer: Any, name: str) -> bool:
     return not (getattr(dropout, "inplace", False) or getattr(dropout, "p", 0.0) >= 1)
 
 
-def _is_plain_linear(part: Any) -> bool:
+def is_plain_linear(part: Any) -> bool:
+    """Whether a part of an adapter is a linear layer as PEFT made it: without bias or hooks, and not sharded."""
     weight = part._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.numel() == 0 or hasattr(weight, "ds_id"):
         return False

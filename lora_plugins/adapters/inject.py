@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
+from lora_plugins.adapters.experts import is_served
 from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
 from lora_plugins.errors import PreparationError, UnknownLayer, UnsupportedInitialization
 from lora_plugins.models.randomness import seeded
@@ -129,11 +130,16 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
             # PEFT 0.21.2's wrapper exposes only the weight; TRL 1.16's loss, fused with the head, reads the bias.
             module.bias = None
     if config.target_parameters and dropout:
-        count = _set_dropout(wrapped, adapter_name, dropout)
+        count, without = _set_dropout(wrapped, adapter_name, dropout)
         notes.append(
-            f"lora_dropout={dropout} on {count} modules; none on the expert parameters "
-            f"{', '.join(config.target_parameters)}, where PEFT allows none"
+            f"lora_dropout={dropout} on {count} modules; the saved configuration says 0, because PEFT refuses dropout "
+            "beside expert parameters"
         )
+        if without:
+            notes.append(
+                f"no dropout on the expert parameters {', '.join(without)}: PEFT's own forward computes them, and it "
+                "allows none"
+            )
     return wrapped, notes
 
 
@@ -162,15 +168,20 @@ def _make_unknown_layer_error(model: nn.Module, unknown: Mapping[str, str]) -> U
     )
 
 
-def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> int:
+def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> tuple[int, list[str]]:
+    """Return the number of adapters that got dropout, and the names of the parameters that can't have it."""
     count = 0
+    without: dict[str, None] = {}
     for module in model.modules():
-        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+        if not isinstance(module, LoraLayer):
+            continue
+        if isinstance(module, ParamWrapper) and not is_served(module):
+            without[module.parameter_name] = None
             continue
         if adapter_name in module.lora_dropout:
             module.lora_dropout[adapter_name] = nn.Dropout(probability)
             count += 1
-    return count
+    return count, list(without)
 
 
 def exchange_layers(model: nn.Module, quantization: Quantization) -> int:

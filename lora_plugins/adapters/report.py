@@ -239,6 +239,8 @@ def _collect_notes(model: nn.Module, record: Preparation | None) -> list[str]:
         if record.layers is not None:
             reasons = Counter(why for why in record.layers.skipped.values() if why not in EXPECTED_REASONS)
             notes += [f"{count} linear layers stay in float: {why}" for why, count in reasons.items()]
+            stacks = Counter(record.layers.skipped_stacks.values())
+            notes += [f"{count} stacked expert weights stay in float: {why}" for why, count in stacks.items()]
     notes += [
         f"{count} linear layers are stored as {kind}, which no quantization backend here knows: they are counted by "
         "their sizes, and register_quantizers is the hook for them"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.experts import use_experts_function
 from lora_plugins.adapters.fused import fuse_adapters
 from lora_plugins.adapters.inject import (
     check_forward,
@@ -39,7 +40,7 @@ from lora_plugins.quantization.precision import (
 )
 from lora_plugins.quantization.request import Quantization, with_compute_dtype
 from lora_plugins.quantization.selftest import check_arrived
-from lora_plugins.quantization.walk import quantize_in_place
+from lora_plugins.quantization.walk import quantize_arrived_experts, quantize_in_place
 
 __all__ = ["Job", "Progress", "find_steps", "run_steps"]
 
@@ -165,6 +166,15 @@ def quantize_base(job: Job) -> None:
         tag_quantized(job.base, wanted, record.layers)
     elif record.quantization is not None:
         check_arrived(job.base, record.quantization)
+        dtype = record.compute_dtype or activation_dtype(job.base, autocast=job.autocast)
+        record.layers = quantize_arrived_experts(
+            model, with_compute_dtype(record.quantization, dtype), never=job.never_quantized(), progress=job.progress
+        )
+        if record.layers is not None and record.layers.stacks:
+            record.notes.append(
+                f"{len(record.layers.stacks)} stacked expert weights were loaded in float, as transformers' loader "
+                "quantizes linear layers only, and quantized afterwards"
+            )
         record.quantization.quantizer.after_quantize(job.base, record.quantization.options)
     if record.quantization is not None:
         say_once(record.quantization.quantizer.loggers)
@@ -239,6 +249,11 @@ def load_stored(job: Job) -> None:
     job.record.notes.append(f"continues from the adapter in {job.stored}")
 
 
+def compute_experts(job: Job) -> None:
+    """Let our experts function compute the experts that are quantized or adapted."""
+    use_experts_function(job.model)
+
+
 def fuse(job: Job) -> None:
     """Let the LoRA layers compute their branch as one function."""
     if job.settings.fused:
@@ -274,4 +289,12 @@ BASE_STEPS: tuple[Step, ...] = (choose_dtype, quantize, cast_base, upcast_base)
 #: Steps that create and check the adapters.
 ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
 #: Steps that need both.
-LAST_STEPS: tuple[Step, ...] = (cast_trainable, let_inputs_in, load_stored, fuse, keep_saving, check_trained)
+LAST_STEPS: tuple[Step, ...] = (
+    cast_trainable,
+    let_inputs_in,
+    load_stored,
+    compute_experts,
+    fuse,
+    keep_saving,
+    check_trained,
+)

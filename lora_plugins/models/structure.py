@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Block", "BlockKind", "Linear", "Structure", "collapse", "is_under", "linear_features", "matches"]
+__all__ = [
+    "Block",
+    "BlockKind",
+    "Linear",
+    "Structure",
+    "collapse",
+    "is_expert_stack",
+    "is_under",
+    "linear_features",
+    "matches",
+]
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,7 @@ class Structure:
         self._counts = _count_beneath(sizes)
         self._sizes = sizes
         self.expert_parameters = [
-            path
-            for path, value in self.parameters.items()
-            if _count_dimensions(value) == 3 and _is_expert(path, self.modules)
+            path for path, value in self.parameters.items() if is_expert_stack(path, value, self.modules)
         ]
         self.blocks: list[Block] = self._find_blocks()
         self.kinds: Counter[BlockKind] = Counter(block.kind for block in self.blocks)
@@ -292,7 +300,16 @@ def _count_dimensions(parameter: object) -> int:
     return len(getattr(parameter, "ds_shape", None) or parameter.shape)  # type: ignore[attr-defined]
 
 
-def _is_expert(path: str, modules: dict[str, nn.Module]) -> bool:
+def is_expert_stack(path: str, value: object, modules: dict[str, nn.Module]) -> bool:
+    """Whether a parameter is the stacked 3-D weight of routed experts.
+
+    Args:
+        path: Path of the parameter.
+        value: The parameter, on any device; ZeRO-3 may have emptied it.
+        modules: Modules of the model by path.
+    """
+    if _count_dimensions(value) != 3:
+        return False
     owner = path.rpartition(".")[0]
     return "expert" in owner.lower() or "expert" in type(modules.get(owner)).__name__.lower()
 

@@ -237,9 +237,26 @@ class _Planner:
                 *bench.notes,
                 *(targets.notes if targets else []),
                 *self._write_precision_notes(),
+                *self._write_expert_notes(),
                 *dict.fromkeys(self.notes),
             ],
+            float_experts=self._find_float_experts(),
         )
+
+    def _find_float_experts(self) -> dict[str, str]:
+        """Return the backends that leave stacked experts in float, with the reason."""
+        reasons = {name: self.bench.leaves_experts(one) for name, one in self.backends.items() if one is not None}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    def _write_expert_notes(self) -> list[str]:
+        """State what is assumed of the experts that a batch reaches, and why a backend leaves them in float."""
+        if not self.bench.structure.expert_parameters:
+            return []
+        asked = self._find_float_experts().get(self.chosen.quantization, "")
+        return [
+            "activations assume that a batch reaches every routed expert, each with equally many tokens",
+            *([f"stacked experts stay in float: {asked}"] if asked else []),
+        ]
 
     def _write_precision_notes(self) -> list[str]:
         """Return a note if the device makes weights count in another dtype than the checkpoint's."""

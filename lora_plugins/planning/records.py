@@ -53,7 +53,8 @@ class PlanFigures:
         bare: Linear layers without an adapter: name pattern -> count.
         coverage: Numbers of adapted blocks and of all blocks, by block kind.
         heads: Heads that are trained in full.
-        expert_share: Share of the weights in stacked routed experts, 0 to 1; no backend quantizes them.
+        expert_share: Share of the weights in stacked routed experts, 0 to 1.
+        float_experts: Backends that leave stacked experts in float: name -> reason.
         batch_size: Examples per device.
         length: Tokens per example.
         optim: Name of the optimizer.
@@ -88,6 +89,7 @@ class PlanFigures:
     rows: list[Row]
     advice: str = ""
     notes: list[str] = field(default_factory=list)
+    float_experts: dict[str, str] = field(default_factory=dict)
 
     @property
     def percent(self) -> float:

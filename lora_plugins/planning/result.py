@@ -104,7 +104,8 @@ def _make_summary(plan: PlanFigures) -> Table:
     if plan.memory_limit is not None:
         rows.append(("memory of a device", show_bytes(plan.memory_limit)))
     if plan.expert_share:
-        rows.append(("in stacked experts", f"{plan.expert_share:.1%} of the weights, which no backend quantizes"))
+        rows.append(("in stacked experts", f"{plan.expert_share:.1%} of the weights"))
+        rows.append(("left in float by", ", ".join(plan.float_experts) or "no backend"))
     rows += [(f"blocks of {kind}", f"{hit} of {total} adapted") for kind, (hit, total) in plan.coverage.items()]
     if plan.heads:
         rows.append(("trained heads", ", ".join(plan.heads)))

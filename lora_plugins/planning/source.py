@@ -18,7 +18,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import make_stand_in_of
 from lora_plugins.planning.limits import LimitedBuilding, check_numbers
+from lora_plugins.planning.stacks import make_planned_stack_of
 from lora_plugins.quantization.request import owner_of
+from lora_plugins.quantization.stacks import QuantizedStack
 from lora_plugins.text import did_you_mean, one_line
 
 __all__ = ["TASKS", "copy_without_data", "find_base", "meta_model", "read_config"]
@@ -219,6 +221,9 @@ def copy_without_data(model: nn.Module) -> nn.Module:
         if owner is not None:
             memo[id(module)] = make_stand_in_of(module, owner)
     for parameter in model.parameters():
+        if isinstance(parameter, QuantizedStack):
+            memo[id(parameter)] = make_planned_stack_of(parameter)
+            continue
         empty = torch.empty(_read_shape(parameter), dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():

@@ -26,11 +26,13 @@ from lora_plugins.planning.layers import PlannedLinear, keeps_input, make_stand_
 from lora_plugins.planning.optimizer import file_bytes
 from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import copy_without_data
+from lora_plugins.planning.stacks import list_planned, make_planned_stack, stack_bytes
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.quantization.counting import ParameterCount, TensorBytes, count_parameters, tensor_bytes
 from lora_plugins.quantization.precision import activation_dtype, resolve_compute_dtype
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, with_compute_dtype
-from lora_plugins.quantization.walk import layers_to_quantize
+from lora_plugins.quantization.stacks import QuantizedStack
+from lora_plugins.quantization.walk import layers_to_quantize, stacks_to_quantize
 from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.trainer.chunked_loss import chunked_loss
 
@@ -113,8 +115,14 @@ class Workbench:
             return None
         if quantization.name not in self._layers:
             found, _ = layers_to_quantize(self.base, quantization, self._list_never())
-            self._layers[quantization.name] = frozenset(found)
+            stacks, _ = stacks_to_quantize(self.base, quantization, self._list_never())
+            self._layers[quantization.name] = frozenset((*found, *stacks))
         return self._layers[quantization.name]
+
+    def leaves_experts(self, quantization: Quantization) -> str:
+        """Return why a backend leaves stacked experts in float, empty if it quantizes all of them."""
+        _, skipped = stacks_to_quantize(self.base, quantization, self._list_never())
+        return next(iter(skipped.values()), "")
 
     def _list_never(self) -> tuple[str, ...]:
         return (*self.targets.never, *self.heads()) if self.targets is not None else ()
@@ -134,7 +142,8 @@ class Workbench:
         if name not in self._weights:
             layers, in_float = self._divide(quantization)
             told = self._add_compute_dtype(quantization)
-            self._weights[name] = in_float + sum(stored_bytes(layer, told) for layer in layers)
+            stacks = sum(stack_bytes(stack, told) for _, stack, _ in list_planned(self.whole(quantization)))
+            self._weights[name] = in_float + stacks + sum(stored_bytes(layer, told) for layer in layers)
         return self._weights[name]
 
     def _divide(self, quantization: Quantization | None) -> tuple[list[PlannedLinear], int]:
@@ -154,9 +163,13 @@ class Workbench:
         """Return the share of the float base's bytes that a backend quantizes, 0 to 1."""
         layers = self._divide(quantization)[0]
         replaced = sum(layer.weight.numel() * layer.float_dtype.itemsize for layer in layers)
+        stacks = list_planned(self.whole(quantization))
+        replaced += sum(stack.numel() * form.float_dtype.itemsize for _, stack, form in stacks)
         # In the base, stand-ins of layers that arrived quantized count one byte per weight.
         there = [layer for layer in layers if layer.stored_bytes is not None]
         arrived = sum(layer.weight.numel() * (layer.float_dtype.itemsize - 1) for layer in there)
+        stored = [(stack, form) for _, stack, form in stacks if form.stored_bytes is not None]
+        arrived += sum(stack.numel() * form.float_dtype.itemsize for stack, form in stored)
         return replaced / (self._base_bytes + arrived or 1)
 
     def parts(self, quantization: Quantization | None, alone: Memory, optim: str, *, packed: bool) -> Parts:
@@ -179,7 +192,11 @@ class Workbench:
         if known is not None:
             return known
         model = base_of(self.whole(quantization))
-        floats = {path: parameter for path, parameter in model.named_parameters() if parameter.is_floating_point()}
+        floats = {
+            path: parameter
+            for path, parameter in model.named_parameters()
+            if parameter.is_floating_point() and not isinstance(parameter, QuantizedStack)
+        }
         inside: dict[str, int] = {}
         outside = 0
         for path, parameter in floats.items():
@@ -203,10 +220,17 @@ class Workbench:
                 size, again = parameter_bytes(layer, told)
                 total += size
                 copied += size if again else 0
-                block = self.structure.block_of(path.replace(".base_layer", ""))
-                if block is not None:
-                    blocks[block.path] = blocks.get(block.path, 0) + size
+                self._add_to_block(blocks, path, size)
+        for path, stack, _ in list_planned(base_of(self.whole(quantization))):
+            size = stack_bytes(stack, told)
+            total += size
+            self._add_to_block(blocks, path, size)
         return total, max(blocks.values(), default=0), copied
+
+    def _add_to_block(self, blocks: dict[str, int], path: str, size: int) -> None:
+        block = self.structure.block_of(path.replace(".base_layer", ""))
+        if block is not None:
+            blocks[block.path] = blocks.get(block.path, 0) + size
 
     def file_bytes(self) -> int:
         """Return the size of the adapter file."""
@@ -376,7 +400,12 @@ def quantize_by_stand_ins(job: Job) -> None:
             new = make_stand_in(layer, quantization, job.device or layer.weight.device)
             for parent, attribute in places[id(layer)]:
                 setattr(parent, attribute, new)
-        job.record.layers = QuantizedLayers(list(targets), skipped)
+        stacks, left = stacks_to_quantize(job.model, quantization, job.never_quantized())
+        for module, name in stacks.values():
+            stack = module._parameters[name]
+            assert stack is not None, "a stack that was found is there"
+            module._parameters[name] = make_planned_stack(module, stack, quantization)
+        job.record.layers = QuantizedLayers(list(targets), skipped, list(stacks), left)
     if _find_stand_ins(job.base):
         job.lora_layers = {PlannedLinear: _find_lora_layer(job.record.quantization)}
 

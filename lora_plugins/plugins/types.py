@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Architecture", "ExpertPolicy", "Quantizer"]
+__all__ = ["Architecture", "ExpertFormat", "ExpertPolicy", "ExpertsAsLayers", "Quantizer"]
 
 
 #: How the routed experts of mixture-of-experts blocks are adapted.
@@ -93,6 +93,72 @@ def _check_names(where: str, value: Any) -> tuple[str, ...]:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{where} must hold non-empty strings, not {name!r}")
     return names
+
+
+class ExpertFormat(ABC):
+    """How a backend stores one expert of a stack; `Quantizer.expert_format` returns it.
+
+    A packed expert is whatever the backend likes: a module, a tensor, or a tuple of tensors. The core keeps one for
+    each expert in place of the float parameter, and dequantizes one at a time.
+    """
+
+    @abstractmethod
+    def pack(self, weight: torch.Tensor) -> Any:
+        """Return one expert's weight in stored form, on the same device.
+
+        Args:
+            weight: Float weight of shape ``[out_features, in_features]``. It must not be modified.
+        """
+
+    @abstractmethod
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """Return the float weight of a stored expert, shape ``[out_features, in_features]``; change nothing."""
+
+    @abstractmethod
+    def tensors(self, packed: Any) -> Iterable[torch.Tensor]:
+        """Return the tensors that a stored expert holds, for counting bytes."""
+
+    @abstractmethod
+    def bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int | None:
+        """Return the bytes of one stored expert, for `plan`; with ``None`` the core measures a small one.
+
+        Args:
+            in_features: Columns of the weight.
+            out_features: Rows of the weight.
+            dtype: Dtype of the float weight.
+        """
+
+
+class ExpertsAsLayers(ExpertFormat):
+    """Stores every expert as the backend stores a linear layer: `quantize_linear`, `dequantize`, `layer_bytes`.
+
+    Exact where a layer's stored form depends on its own weight alone.
+
+    Args:
+        quantizer: The backend.
+        options: Options the user gave.
+    """
+
+    def __init__(self, quantizer: Quantizer, options: Mapping[str, Any]) -> None:
+        self.quantizer = quantizer
+        self.options = options
+
+    def pack(self, weight: torch.Tensor) -> Any:
+        from torch import nn
+
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        # Backends may change the layer that they get.
+        linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        return self.quantizer.quantize_linear(linear, self.options).requires_grad_(False)
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        return self.quantizer.dequantize(packed).detach()
+
+    def tensors(self, packed: Any) -> Iterable[torch.Tensor]:
+        return [*packed.parameters(), *packed.buffers(), *self.quantizer.extra_tensors(packed)]
+
+    def bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int | None:
+        return self.quantizer.layer_bytes(in_features, out_features, dtype, self.options)
 
 
 class Quantizer(ABC):
@@ -197,6 +263,16 @@ class Quantizer(ABC):
         """Return why a layer of this shape stays in float, ``None`` if it can be quantized.
 
         Called before the layer is changed, for example to reject a group size that does not divide it.
+        """
+        return None
+
+    def expert_format(self, options: Mapping[str, Any]) -> ExpertFormat | None:
+        """Return how the stacked experts of mixture-of-experts models are stored, ``None`` to leave them in float.
+
+        Most backends can ``return ExpertsAsLayers(self, options)``, which stores every expert like a linear layer.
+
+        Args:
+            options: Options the user gave.
         """
         return None
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.quantization.request import is_unknown_layer, owner_of
+from lora_plugins.quantization.stacks import QuantizedStack, list_parts
 from lora_plugins.text import dtype_name
 
 __all__ = ["ParameterCount", "TensorBytes", "count_parameters", "tensor_bytes"]
@@ -24,7 +25,7 @@ class ParameterCount:
         trainable: Weights that get gradients.
         total: All weights of the base model and its adapters. A head that is trained as a copy counts
             once, tied weights count once.
-        quantized: Weights held by quantized layers.
+        quantized: Weights held by quantized layers and quantized stacks of experts.
     """
 
     trainable: int
@@ -77,6 +78,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
                 continue
             count = int(getattr(parameter, "ds_numel", parameter.numel()))
             total += count
+            quantized += count if isinstance(parameter, QuantizedStack) else 0
             trainable += count if parameter.requires_grad else 0
         if packed and id(module) not in seen:
             seen.add(id(module))
@@ -110,7 +112,7 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
     by_dtype: dict[str, int] = {}
     trainable = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        for part in _list_parts(tensor):
+        for part in list_parts(tensor):
             size = _measure_new(part, seen)
             dtype = dtype_name(part.dtype)
             by_dtype[dtype] = by_dtype.get(dtype, 0) + size
@@ -121,17 +123,6 @@ def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorByte
         if owner is not None:
             state += sum(_measure_new(tensor, seen) for tensor in owner.extra_tensors(module))
     return TensorBytes(dict(sorted(by_dtype.items())), state, trainable)
-
-
-def _list_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors inside a tensor: some backends wrap weight and scales in a tensor subclass."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    # A sharded tensor can be flattened too, but is measured by its local part.
-    if flatten is not None and not hasattr(tensor, "to_local"):
-        for name in flatten()[0]:
-            yield from _list_parts(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _measure_new(tensor: torch.Tensor, seen: set[Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,12 +15,13 @@ from lora_plugins.quantization.facts import FACTS_ATTRIBUTE, RECORD_ATTRIBUTE, r
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import quantization_of
+from lora_plugins.quantization.stacks import dequantize_stack, list_quantized_stacks
 
 __all__ = ["dequantize_model"]
 
 
 def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -> list[str]:
-    """Replace every quantized layer by a float layer with its dequantized values.
+    """Replace every quantized layer, and every quantized stack of experts, by its dequantized values.
 
     Adapters stay, and can be merged afterwards with PEFT's ``merge_and_unload()`` without being rounded to the
     grid of a few bits. The model grows to the size of its float weights.
@@ -30,7 +31,7 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
         dtype: Dtype of the float weights, by default that of the model's other frozen weights.
 
     Returns:
-        Dotted names of the layers that were replaced.
+        Dotted names of the layers and stacks that were replaced.
 
     Raises:
         QuantizationError: The model has no quantized layer.
@@ -46,6 +47,9 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
         layer.train(module.training)
         for parent, attribute in places[id(module)]:
             setattr(parent, attribute, layer)
+        replaced.append(name)
+    for name, module, attribute, stack in list(list_quantized_stacks(model)):
+        module._parameters[attribute] = nn.Parameter(dequantize_stack(stack, wanted), requires_grad=False)
         replaced.append(name)
     if not replaced:
         raise QuantizationError("The model has no quantized layer, so there is nothing to dequantize.")
@@ -92,3 +96,6 @@ def _refit_lora_layers(model: nn.Module) -> None:
             module.__class__ = Linear
             transposed = isinstance(module.get_base_layer(), Conv1D)
             module.fan_in_fan_out = module.is_target_conv_1d_layer = transposed
+        elif isinstance(module, ParamWrapper):
+            for method in ("merge", "unmerge"):
+                vars(module).pop(method, None)

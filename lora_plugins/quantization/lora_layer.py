@@ -12,7 +12,7 @@ from torch import nn
 from lora_plugins.errors import MergeError
 from lora_plugins.quantization.request import Quantization, quantization_of
 
-__all__ = ["QuantizedLoraLinear"]
+__all__ = ["QuantizedLoraLinear", "check_mergeable"]
 
 
 class QuantizedLoraLinear(Linear):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class QuantizedLoraLinear(Linear):  # type: ignore[misc]
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        _check_mergeable(quantization)
+        check_mergeable(quantization)
         weight = quantization.quantizer.dequantize(base).detach()
         total = weight.float()
         bias = base.bias
@@ -66,7 +66,12 @@ class QuantizedLoraLinear(Linear):  # type: ignore[misc]
         self.merged_adapters.clear()
 
 
-def _check_mergeable(quantization: Quantization) -> None:
+def check_mergeable(quantization: Quantization) -> None:
+    """Refuse to merge into weights of less than 8 bits.
+
+    Raises:
+        MergeError: The backend has less.
+    """
     if quantization.quantizer.bits < 8:
         raise MergeError(
             f"Merging into the {quantization.quantizer.bits:g}-bit weights of {quantization.name!r} would round most "

@@ -12,6 +12,7 @@ from lora_plugins.models.sharding import is_part
 from lora_plugins.models.wrapping import adapter_modules
 from lora_plugins.quantization.casting import return_input_dtype
 from lora_plugins.quantization.request import owner_of
+from lora_plugins.quantization.stacks import QuantizedStack, find_stacks
 from lora_plugins.text import dtype_name
 
 __all__ = [
@@ -161,7 +162,12 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for path, module in model.named_modules():
         if module in adapters or owner_of(module) is not None or any(name in path.split(".") for name in keep):
             continue
+        for name, stack in find_stacks(module).items():
+            # Only the dtype in which the experts are multiplied changes.
+            module._parameters[name] = torch.nn.Parameter(stack.to(dtype), requires_grad=False)
         for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, QuantizedStack):
+                continue
             if parameter.is_floating_point() and not parameter.requires_grad and parameter.dtype != dtype:
                 _refuse_partitioned(parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
@@ -199,7 +205,8 @@ def upcast_frozen(model: nn.Module, upcast: str) -> list[str]:
         is_norm = _is_norm(module)
         if module in adapters or owner_of(module) is not None or (upcast == "norms" and not is_norm):
             continue
-        own = [p for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
+        floats = (p for p in module.parameters(recurse=False) if not isinstance(p, QuantizedStack))
+        own = [p for p in floats if p.dtype in (torch.float16, torch.bfloat16)]
         if not own:
             continue
         for parameter in own:

@@ -27,6 +27,7 @@ __all__ = [
     "parse_quantization",
     "quantization_config",
     "quantization_of",
+    "quantization_of_stacks",
     "remember",
     "unknown_layers",
     "with_compute_dtype",
@@ -88,10 +89,14 @@ class QuantizedLayers:
     Attributes:
         quantized: Dotted names of the layers that were quantized.
         skipped: Dotted names of the linear layers left alone, with the reason.
+        stacks: Dotted names of the stacked expert weights that were quantized.
+        skipped_stacks: Dotted names of the stacked expert weights left in float, with the reason.
     """
 
     quantized: list[str]
     skipped: dict[str, str]
+    stacks: list[str] = field(default_factory=list)
+    skipped_stacks: dict[str, str] = field(default_factory=dict)
 
 
 def parse_quantization(
@@ -231,6 +236,15 @@ def quantization_of(module: nn.Module) -> Quantization | None:
     return None if owner is None else Quantization(owner, {"skip_modules": []})
 
 
+def quantization_of_stacks(module: nn.Module) -> Quantization | None:
+    """Return the backend of the quantized stacks of experts that a module holds, ``None`` if it holds none."""
+    for parameter in module._parameters.values():
+        found = getattr(parameter, "quantization", None)
+        if isinstance(found, Quantization):
+            return found
+    return None
+
+
 def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Quantization | None:
     """Return the backend of a model that arrives quantized, with its options; the first quantized layer decides.
 
@@ -238,6 +252,8 @@ def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Qua
     them they are empty, which `options_known` tells apart.
     """
     for module in model.modules():
+        if (stacked := quantization_of_stacks(module)) is not None:
+            return stacked
         quantizer = owner_of(module, host)
         if quantizer is not None:
             known = getattr(module, _MEMORY, None)
@@ -250,6 +266,8 @@ def detect_quantization(model: nn.Module, host: PluginHost | None = None) -> Qua
 def options_known(model: nn.Module, quantization: Quantization) -> bool:
     """Whether the options in ``quantization`` are those that the model's layers were quantized with."""
     for module in model.modules():
+        if quantization_of_stacks(module) is not None:
+            return True
         if quantization.quantizer.owns(module):
             return hasattr(module, _MEMORY) or _read_loaded(model, quantization.quantizer) is not None
     return True

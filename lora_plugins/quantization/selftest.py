@@ -17,8 +17,10 @@ from lora_plugins.models.wrapping import plain_path
 from lora_plugins.plugins.packages import missing_requirements
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import Quantization
+from lora_plugins.quantization.stacks import QuantizedStack, dequantize_stack, quantize_stack
+from lora_plugins.text import dtype_name
 
-__all__ = ["check_arrived", "check_usable", "self_test", "why_unavailable"]
+__all__ = ["check_arrived", "check_usable", "check_usable_for_experts", "self_test", "why_unavailable"]
 
 
 #: Wide enough for the kernels that take weights in groups of 128.
@@ -135,6 +137,51 @@ def _check_gradient(
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _run_expert_test(case: _Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values, inputs = torch.randn(3, _OUT, _IN).to(device, dtype), torch.randn(5, _IN).to(device, dtype)
+        upstream = torch.randn(5, _OUT).to(device, dtype)
+    original = values.float()
+    with _silence(case.quantizer.loggers):
+        try:
+            stack = quantize_stack(values, Quantization(case.quantizer, {**case.options, "skip_modules": []}))
+            stored = dequantize_stack(stack, torch.float32)
+            for number in (2, 0, 2):
+                _check_expert(stack, number, stored[number], inputs, upstream)
+            after = dequantize_stack(stack, torch.float32)
+        except _Untrainable as failure:
+            return str(failure)
+        except _FAILURES as error:
+            return f"{type(error).__name__}: {error}"
+    if not torch.equal(stored, after):
+        return "the stored weights changed during training and evaluation"
+    distance = ((stored - original).norm(dim=(1, 2)) / original.norm(dim=(1, 2))).max().item()
+    if not distance < 0.5:
+        return f"the dequantized weight of an expert is {distance:.0%} away from the original"
+    if not 0 < sum(part.nbytes for part in stack.list_tensors()) < values.nbytes:
+        return f"the stored experts do not take fewer bytes than in {dtype_name(dtype)}"
+    return None
+
+
+def _check_expert(
+    stack: QuantizedStack, number: int, stored: torch.Tensor, inputs: torch.Tensor, upstream: torch.Tensor
+) -> None:
+    """Compare gradient and output of one expert with those of its dequantized weight; evaluate it afterwards."""
+    x = inputs.detach().clone().requires_grad_(True)
+    output = nn.functional.linear(x, stack[number])
+    output.backward(upstream)  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    pairs = {"output": (output.detach(), inputs.float() @ stored.T), "gradient": (x.grad, upstream.float() @ stored)}
+    for name, (found, expected) in pairs.items():
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        if not error < 0.05:
+            raise _Untrainable(f"the {name} of an expert is {error:.0%} away from that of its dequantized weight")
+    with torch.no_grad():
+        nn.functional.linear(inputs, stack[number])
+
+
 @contextlib.contextmanager
 def _silence(names: Iterable[str]) -> Iterator[None]:
     """Hide the log messages and warnings of a backend's libraries during the self-test."""
@@ -193,3 +240,18 @@ def check_usable(quantization: Quantization, device: torch.device, dtype: torch.
     failure = self_test(quantization, device, dtype)
     if failure is not None:
         raise QuantizerSelfTestFailed(f"The quantization backend {quantization.name!r} cannot be trained on: {failure}")
+
+
+def check_usable_for_experts(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+    """Train and evaluate a small stack of experts, once per process, device and dtype.
+
+    Raises:
+        QuantizerSelfTestFailed: The backend's format for experts can't be trained through.
+    """
+    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
+    failure = _run_expert_test(_Case(quantization.quantizer, options), device, dtype)
+    if failure is not None:
+        raise QuantizerSelfTestFailed(
+            f"The quantization backend {quantization.name!r} cannot be trained on with stacked experts: {failure}. "
+            "skip_modules=['experts'] leaves them in float."
+        )

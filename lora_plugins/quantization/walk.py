@@ -11,12 +11,21 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from lora_plugins.errors import NothingQuantized, QuantizationError
+from lora_plugins.models.experts import computes_through_interface, list_expert_stacks
 from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
-from lora_plugins.quantization.selftest import check_usable
+from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts
+from lora_plugins.quantization.stacks import QuantizedStack, is_transposed, replace_stack
 
-__all__ = ["EXPECTED_REASONS", "as_linear", "layers_to_quantize", "quantize_in_place"]
+__all__ = [
+    "EXPECTED_REASONS",
+    "as_linear",
+    "layers_to_quantize",
+    "quantize_arrived_experts",
+    "quantize_in_place",
+    "stacks_to_quantize",
+]
 
 
 #: Expected reasons for a layer to stay in float; other reasons are worth a note.
@@ -34,10 +43,11 @@ def quantize_in_place(
     never: Iterable[str] = (),
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> QuantizedLayers:
-    """Replace the linear layers of a model by quantized ones, one after the other.
+    """Replace the linear layers and stacked experts of a model by quantized ones, one after the other.
 
     The float weight of a layer is dropped before the next one is quantized, so live tensors peak at the
-    model plus one layer. Layers under LoRA adapters are reached too (the adapters stay as they are).
+    model plus one layer, or plus one stack of experts. Layers under LoRA adapters are reached too (the adapters stay
+    as they are).
 
     Args:
         model: A float model on real devices; changed in place.
@@ -53,7 +63,8 @@ def quantize_in_place(
         QuantizationError: The model has no data (meta device).
     """
     targets, skipped = layers_to_quantize(model, quantization, never)
-    if not targets:
+    stacks, skipped_stacks = stacks_to_quantize(model, quantization, never)
+    if not targets and not stacks:
         raise NothingQuantized(
             f"The model has no linear layer for the backend {quantization.name!r}"
             + (
@@ -62,13 +73,22 @@ def quantize_in_place(
                 else ""
             )
         )
-    first = next(iter(targets.values()))
-    if first.weight.device.type == "meta":
+    weights = [layer.weight for layer in targets.values()] + [getattr(*place) for place in stacks.values()]
+    first = weights[0]
+    del weights
+    if first.device.type == "meta":
         raise QuantizationError("The model is on the meta device and has no weights to quantize.")
-    check_usable(quantization, first.weight.device, first.weight.dtype)
-    parents = module_places(model)
+    check_usable(quantization, first.device, first.dtype)
+    if stacks:
+        check_usable_for_experts(quantization, first.device, first.dtype)
+    del first
     names = list(targets)
-    for name in progress(names, len(names)) if progress else names:
+    parents = module_places(model)
+    work = [*names, *stacks]
+    for name in progress(work, len(work)) if progress else work:
+        if name in stacks:
+            replace_stack(*stacks[name], quantization)
+            continue
         layer = targets.pop(name)
         # ZeRO-3 may have partitioned the weight while the model was loaded.
         with gather(layer.parameters()):
@@ -82,7 +102,39 @@ def quantize_in_place(
         if new is not layer:
             # Other references to the old layer must not keep its weight alive.
             layer.weight = None
-    return QuantizedLayers(names, skipped)
+    return QuantizedLayers(names, skipped, list(stacks), skipped_stacks)
+
+
+def quantize_arrived_experts(
+    model: nn.Module,
+    quantization: Quantization,
+    *,
+    never: Iterable[str] = (),
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> QuantizedLayers | None:
+    """Quantize the stacked experts of a model whose linear layers were loaded quantized.
+
+    transformers 5.23 hands a backend's loader the linear layers only and loads stacks in float.
+
+    Args:
+        model: The model; changed in place.
+        quantization: The backend of its layers.
+        never: More names to leave alone.
+        progress: Wraps the iterable of stacks and gets its length.
+
+    Returns:
+        What was done, ``None`` for a model without stacks.
+    """
+    stacks, skipped = stacks_to_quantize(model, quantization, never)
+    if not stacks and not skipped:
+        return None
+    names = list(stacks)
+    for name in progress(names, len(names)) if progress else names:
+        module, attribute = stacks[name]
+        weight = getattr(module, attribute)
+        check_usable_for_experts(quantization, weight.device, weight.dtype)
+        replace_stack(module, attribute, quantization)
+    return QuantizedLayers([], {}, names, skipped)
 
 
 def as_linear(layer: Any) -> nn.Linear:
@@ -129,6 +181,47 @@ def layers_to_quantize(
             else:
                 targets[name] = module
     return targets, skipped
+
+
+def stacks_to_quantize(
+    model: nn.Module, quantization: Quantization, never: Iterable[str]
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
+    """Return the stacked expert weights that would be quantized, and the reason for each that would not.
+
+    Args:
+        model: A float model, on any device.
+        quantization: The backend and its options.
+        never: More names to leave alone.
+
+    Returns:
+        Module and attribute by path; reason by path.
+    """
+    untouched, _, told = EXPECTED_REASONS
+    reasons = dict.fromkeys(never, untouched) | dict.fromkeys(quantization.options.get("skip_modules", ()), told)
+    stacks: dict[str, tuple[nn.Module, str]] = {}
+    skipped: dict[str, str] = {}
+    for path, module, name, stack in list_expert_stacks(model):
+        where = f"{plain_path(path)}.{name}"
+        if isinstance(stack, QuantizedStack):
+            continue
+        asked = next((why for skip, why in reasons.items() if _matches(where, skip)), None)
+        reason = asked or _find_reason(module, stack, quantization)
+        if reason:
+            skipped[where] = reason
+        else:
+            stacks[where] = (module, name)
+    return stacks, skipped
+
+
+def _find_reason(module: nn.Module, stack: Any, quantization: Quantization) -> str | None:
+    """Return why a stack of experts stays in float, ``None`` if it can be quantized."""
+    if quantization.quantizer.expert_format(quantization.options) is None:
+        return f"the backend {quantization.name!r} has no format for stacked experts"
+    if not computes_through_interface(module):
+        return f"{type(module).__name__} does not compute its experts through transformers' interface"
+    _, *sizes = getattr(stack, "ds_shape", stack.shape)
+    rows, columns = reversed(sizes) if is_transposed(module) else sizes
+    return quantization.quantizer.unsuitable(columns, rows, quantization.options)
 
 
 def _read_features(layer: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl
+from lora_plugins import ExpertsAsLayers, Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,9 @@ class Int8(Quantizer):
         import bitsandbytes as bnb
 
         return bnb.functional.int8_vectorwise_dequant(module.weight.data, _find_int8_scale(module))
+
+    def expert_format(self, options: Mapping[str, Any]) -> ExpertsAsLayers:
+        return ExpertsAsLayers(self, options)
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -182,6 +185,9 @@ class FourBit(Quantizer):
         import bitsandbytes as bnb
 
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+    def expert_format(self, options: Mapping[str, Any]) -> ExpertsAsLayers:
+        return ExpertsAsLayers(self, options)
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig

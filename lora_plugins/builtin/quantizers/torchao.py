@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_plugins import Quantizer, hookimpl
+from lora_plugins import ExpertsAsLayers, Quantizer, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,9 @@ class Torchao(Quantizer):
         if options.get("config") is not None:
             return None
         return (in_features + self.row_bytes) * out_features
+
+    def expert_format(self, options: Mapping[str, Any]) -> ExpertsAsLayers:
+        return ExpertsAsLayers(self, options)
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import TorchAoConfig

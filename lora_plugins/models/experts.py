@@ -1,0 +1,40 @@
+"""Find experts that use transformers' interface for experts functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.models.structure import is_expert_stack
+from lora_plugins.models.wrapping import adapter_modules
+
+__all__ = ["computes_through_interface", "list_expert_stacks", "list_stacks"]
+
+
+#: What transformers' decorator ``use_experts_implementation`` sets on the experts of a block.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel", "_apply_gate")
+
+
+def computes_through_interface(module: Any) -> bool:
+    """Whether a module's experts are computed by a function of transformers' ``ALL_EXPERTS_FUNCTIONS``."""
+    return all(hasattr(module, mark) for mark in _MARKS) and isinstance(
+        getattr(module, "down_proj", None), nn.Parameter
+    )
+
+
+def list_stacks(module: Any) -> tuple[str, str]:
+    """Return the names of the first and of the second stack of such a module."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def list_expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Yield path and module, name and value of every stacked expert weight of a model, quantized ones too."""
+    modules = dict(model.named_modules())
+    adapters = adapter_modules(model)
+    for path, module in modules.items():
+        for name, value in module._parameters.items():
+            if value is None or module in adapters or not is_expert_stack(f"{path}.{name}", value, modules):
+                continue
+            yield path, module, name, value
