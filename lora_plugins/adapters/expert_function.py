@@ -30,12 +30,16 @@ class ExpertAdapter:
         b: Shape ``[out, rank * experts]``; column ``j * experts + e`` belongs to expert ``e``.
         scaling: Factor of the branch.
         rate: Probability that a value of the input is dropped, 0 outside of training.
+        swapped: Whether the roles of A and B are exchanged: PEFT takes the axes of a stack ``[experts, in, out]`` for
+            out and in where the module does not say that it is transposed. Then ``a`` is ``[experts * rank, out]`` and
+            ``b`` is ``[in, rank * experts]``.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     rate: float = 0.0
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,7 @@ def compute_experts(experts: Experts, x: torch.Tensor, index: torch.Tensor, weig
     Returns:
         Shape ``[tokens, hidden]``, in the dtype of ``x``.
     """
-    count = experts.up.stack.shape[0]
-    routing = route(index, min(count, experts.down.stack.shape[0]))
+    routing = route(index, min(_count(experts.up), _count(experts.down)))
     tensors = [tensor for one in _list_adapters(experts) for tensor in (one.a, one.b)]
     function: Any = _ExpertsFunction.apply
     with _disable_autocast(x.device.type):
@@ -219,7 +222,7 @@ class _ExpertsFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         pairs = routing.pairs
         masks, kept = _draw_masks(experts, x, pairs)
-        inners = [_make_inner(x, pairs, one, _count(experts)) for one in _list_adapters(experts)]
+        inners = [_make_inner(x, pairs, one, experts) for one in _list_adapters(experts)]
         up, down = _make_branches(experts, tensors, masks, kept, inners)
         middle = x.new_empty(pairs, _out_features(experts.up), dtype=experts.dtype)
         total = torch.zeros(x.shape, dtype=torch.promote_types(experts.dtype, torch.float32), device=x.device)
@@ -249,7 +252,7 @@ class _ExpertsFunction(torch.autograd.Function):
         left = iter(rest[3 * count :])
         masks = [next(left) if has else None for has in ctx.has_mask]
         up, down = _make_branches(experts, rest[: 2 * count], masks, ctx.kept, rest[2 * count : 3 * count])
-        _make_gradients([*up, *down], ctx.needs_input_grad[4:])
+        _make_gradients(experts, [*up, *down], ctx.needs_input_grad[4:])
         with _disable_autocast(x.device.type):
             of_x, of_weights = _run_backward(ctx, saved, (up, down), gradient)
         return (
@@ -257,7 +260,7 @@ class _ExpertsFunction(torch.autograd.Function):
             None,
             of_x,
             of_weights if ctx.needs_input_grad[3] else None,
-            *_collect_gradients([*up, *down], rest[: 2 * count]),
+            *_collect_gradients(experts, [*up, *down], rest[: 2 * count]),
         )
 
 
@@ -379,8 +382,8 @@ def _project(
     return output
 
 
-def _count(experts: Experts) -> int:
-    return int(experts.up.stack.shape[0])
+def _count(projection: Projection) -> int:
+    return int(projection.stack.shape[0])
 
 
 def _out_features(projection: Projection) -> int:
@@ -404,8 +407,9 @@ def _draw_masks(experts: Experts, x: torch.Tensor, pairs: int) -> tuple[list[tor
     return [mask for mask, _ in drawn], [kept for _, kept in drawn]
 
 
-def _make_inner(x: torch.Tensor, pairs: int, adapter: ExpertAdapter, experts: int) -> torch.Tensor:
-    return x.new_empty(pairs, adapter.a.shape[0] // experts, dtype=adapter.a.dtype)
+def _make_inner(x: torch.Tensor, pairs: int, adapter: ExpertAdapter, experts: Experts) -> torch.Tensor:
+    count = _count(experts.up if any(adapter is one for one in experts.up.adapters) else experts.down)
+    return x.new_empty(pairs, adapter.a.shape[0] // count, dtype=adapter.a.dtype)
 
 
 def _present(masks: list[torch.Tensor | None]) -> Iterator[torch.Tensor]:
@@ -417,29 +421,47 @@ def _make_branches(
 ) -> tuple[list[_Branch], list[_Branch]]:
     """Return the branches of the first and of the second projection."""
     found = []
-    count, middle = _count(experts), len(experts.up.adapters)
+    middle = len(experts.up.adapters)
     for number, one in enumerate(_list_adapters(experts)):
-        a, b = tensors[2 * number], tensors[2 * number + 1]
-        by_expert = b.reshape(b.shape[0], -1, count).permute(2, 0, 1).contiguous()
+        count = _count(experts.up if number < middle else experts.down)
+        a, b = _split(tensors[2 * number], tensors[2 * number + 1], count, one.swapped)
         factor = one.scaling / kept[number]
-        rows = a.reshape(count, -1, a.shape[-1])
-        found.append(_Branch(rows, by_expert, factor, masks[number], inners[number], number < middle))
+        found.append(_Branch(a, b, factor, masks[number], inners[number], number < middle))
     return found[:middle], found[middle:]
 
 
-def _make_gradients(branches: list[_Branch], wanted: Any) -> None:
-    for number, branch in enumerate(branches):
-        branch.of_a = torch.zeros_like(branch.a) if wanted[2 * number] else None
-        branch.of_b = torch.zeros_like(branch.b) if wanted[2 * number + 1] else None
+def _split(a: torch.Tensor, b: torch.Tensor, count: int, swapped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A as ``[experts, rank, in]`` and B as ``[experts, out, rank]``."""
+    first = a.reshape(count, -1, a.shape[-1])
+    second = b.reshape(b.shape[0], -1, count)
+    if swapped:
+        return second.permute(2, 1, 0).contiguous(), first.transpose(1, 2).contiguous()
+    return first, second.permute(2, 0, 1).contiguous()
 
 
-def _collect_gradients(branches: list[_Branch], tensors: Any) -> list[torch.Tensor | None]:
+def _join(of_a: torch.Tensor | None, of_b: torch.Tensor | None, like: tuple[Any, Any], swapped: bool) -> Any:
+    """Undo `_split` for the gradients of A and B."""
+    if swapped:
+        of_a, of_b = (None if one is None else one.transpose(1, 2) for one in (of_b, of_a))
+    first = None if of_a is None else of_a.reshape(like[0].shape)
+    second = None if of_b is None else of_b.permute(1, 2, 0).reshape(like[1].shape)
+    return first, second
+
+
+def _make_gradients(experts: Experts, branches: list[_Branch], wanted: Any) -> None:
+    for number, (branch, one) in enumerate(zip(branches, _list_adapters(experts), strict=True)):
+        for_a, for_b = wanted[2 * number : 2 * number + 2]
+        if one.swapped:
+            for_a, for_b = for_b, for_a
+        branch.of_a = torch.zeros_like(branch.a) if for_a else None
+        branch.of_b = torch.zeros_like(branch.b) if for_b else None
+
+
+def _collect_gradients(experts: Experts, branches: list[_Branch], tensors: Any) -> list[torch.Tensor | None]:
     """Return the gradients of A and B of each branch, in the layout of the tensors."""
     found: list[torch.Tensor | None] = []
-    for number, branch in enumerate(branches):
-        a, b = tensors[2 * number], tensors[2 * number + 1]
-        found.append(None if branch.of_a is None else branch.of_a.reshape(a.shape))
-        found.append(None if branch.of_b is None else branch.of_b.permute(1, 2, 0).reshape(b.shape))
+    for number, (branch, one) in enumerate(zip(branches, _list_adapters(experts), strict=True)):
+        found += _join(branch.of_a, branch.of_b, (tensors[2 * number], tensors[2 * number + 1]), one.swapped)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,15 +11,23 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lora_plugins.adapters.expert_function import ExpertAdapter, Experts, Projection, compute_experts
+from lora_plugins.adapters.expert_classes import forward as KNOWN_FORWARD
+from lora_plugins.adapters.expert_classes import run_experts
+from lora_plugins.adapters.expert_function import ExpertAdapter
 from lora_plugins.adapters.fused import is_plain_linear
 from lora_plugins.errors import PreparationError
-from lora_plugins.models.experts import computes_through_interface, list_stacks
+from lora_plugins.models.experts import (
+    computes_through_interface,
+    has_known_forward,
+    is_computable,
+    is_transposed,
+    list_stacks,
+)
 from lora_plugins.models.wrapping import plain_path
 from lora_plugins.quantization.expert_merging import merge, unmerge
 from lora_plugins.quantization.stacks import find_stacks
 
-__all__ = ["EXPERTS_FUNCTION", "forward", "is_served", "list_wrappers", "run_experts", "use_experts_function"]
+__all__ = ["EXPERTS_FUNCTION", "forward", "is_served", "list_wrappers", "use_experts_function"]
 
 
 #: The name of the function among transformers' experts functions.
@@ -48,13 +56,16 @@ def use_experts_function(model: nn.Module) -> int:
         stacks = find_stacks(base)
         if not stacks and (not wrappers or _find_obstacle(base, wrappers)):
             continue
-        if base._is_expert_parallel:
+        if getattr(base, "_is_expert_parallel", False):
             raise PreparationError(
                 f"The experts of {plain_path(path)} are spread over processes (expert parallelism), where they can be "
                 "neither quantized nor adapted. Load the model without distributed_config=, or leave the experts as "
                 "they are: experts='none' and, under quantization=, skip_modules=['experts']."
             )
-        base.config._experts_implementation = EXPERTS_FUNCTION
+        if has_known_forward(base):
+            base.forward = types.MethodType(KNOWN_FORWARD, base)
+        else:
+            base.config._experts_implementation = EXPERTS_FUNCTION
         for wrapper in wrappers:
             if wrapper.parameter_name in stacks:
                 wrapper.merge = types.MethodType(merge, wrapper)
@@ -73,7 +84,7 @@ def _find_experts(model: nn.Module) -> Iterator[tuple[str, Any, list[Any]]]:
             continue
         wrappers = list_wrappers(module)
         base = wrappers[-1].base_layer if wrappers else module
-        if computes_through_interface(base):
+        if is_computable(base):
             inner.update(id(part) for part in (*wrappers, base))
             yield path, base, wrappers
 
@@ -90,7 +101,7 @@ def list_wrappers(module: Any) -> list[Any]:
 def is_served(wrapper: Any) -> bool:
     """Whether this package computes the experts under one of PEFT's wrappers, so that its adapter may have dropout."""
     base = wrapper.get_base_layer()
-    return computes_through_interface(base) and not _find_obstacle(base, list_wrappers(wrapper))
+    return is_computable(base) and not _find_obstacle(base, list_wrappers(wrapper))
 
 
 def _find_obstacle(base: Any, wrappers: list[Any]) -> str:
@@ -129,7 +140,8 @@ def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         # PEFT refuses batches with several adapters here.
         return type(layer).forward(layer, x, *args, **kwargs)
     obstacle = _find_obstacle(base, wrappers)
-    if not obstacle and base.config._experts_implementation != EXPERTS_FUNCTION:
+    through = computes_through_interface(base)
+    if not obstacle and through and base.config._experts_implementation != EXPERTS_FUNCTION:
         obstacle = f"experts_implementation={base.config._experts_implementation!r} was set"
     if obstacle and find_stacks(base):
         raise PreparationError(f"The quantized experts can't be computed: {obstacle}. Keep the experts in float.")
@@ -152,45 +164,10 @@ def _list_active(wrapper: Any) -> tuple[ExpertAdapter, ...]:
 def _read_adapter(wrapper: Any, name: str) -> ExpertAdapter:
     dropout = wrapper.lora_dropout[name]
     rate = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
-    return ExpertAdapter(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name], rate)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def run_experts(
-    module: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    adapters: Mapping[str, tuple[ExpertAdapter, ...]] | None = None,
-) -> torch.Tensor:
-    """Compute routed experts: an experts function of transformers.
-
-    Args:
-        module: The experts of one block.
-        hidden_states: Shape ``[tokens, hidden]``.
-        top_k_index: Experts of each token, shape ``[tokens, k]``.
-        top_k_weights: Their weights, shape ``[tokens, k]``.
-        adapters: Adapters by name of the stack.
-
-    Returns:
-        Shape ``[tokens, hidden]``.
-    """
-    up, down = (_read_projection(module, name, adapters or {}) for name in list_stacks(module))
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.stack.dtype
-    experts = Experts(
-        up,
-        down,
-        module._apply_gate if module.has_gate else module.act_fn,
-        module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        dtype,
-    )
-    return compute_experts(experts, hidden_states, top_k_index, top_k_weights)
-
-
-def _read_projection(module: Any, name: str, adapters: Mapping[str, tuple[ExpertAdapter, ...]]) -> Projection:
-    bias = getattr(module, name + "_bias") if module.has_bias else None
-    return Projection(getattr(module, name), bias, bool(module.is_transposed), adapters.get(name, ()))
+    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    # PEFT reads the axes of a stack by the module's own attribute, which not every class has.
+    swapped = is_transposed(wrapper.get_base_layer()) and wrapper._did_swap_in_out_features
+    return ExpertAdapter(a, b, wrapper.scaling[name], rate, swapped)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, run_experts)

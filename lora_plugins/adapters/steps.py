@@ -40,6 +40,7 @@ from lora_plugins.quantization.precision import (
 )
 from lora_plugins.quantization.request import Quantization, with_compute_dtype
 from lora_plugins.quantization.selftest import check_arrived
+from lora_plugins.quantization.stacks import list_quantized_stacks
 from lora_plugins.quantization.walk import quantize_arrived_experts, quantize_in_place
 
 __all__ = ["Job", "Progress", "find_steps", "run_steps"]
@@ -252,6 +253,13 @@ def load_stored(job: Job) -> None:
 def compute_experts(job: Job) -> None:
     """Let our experts function compute the experts that are quantized or adapted."""
     use_experts_function(job.model)
+    stacks = [path for path, *_ in list_quantized_stacks(job.model)]
+    if stacks:
+        # DDP would send every parameter of the first process to the others, and these have no storage of their own.
+        job.model._ddp_params_and_buffers_to_ignore = [
+            *getattr(job.model, "_ddp_params_and_buffers_to_ignore", ()),
+            *stacks,
+        ]
 
 
 def fuse(job: Job) -> None:

@@ -10,7 +10,14 @@ from torch import nn
 from lora_plugins.models.structure import is_expert_stack
 from lora_plugins.models.wrapping import adapter_modules
 
-__all__ = ["computes_through_interface", "list_expert_stacks", "list_stacks"]
+__all__ = [
+    "computes_through_interface",
+    "has_known_forward",
+    "is_computable",
+    "is_transposed",
+    "list_expert_stacks",
+    "list_stacks",
+]
 
 
 #: What transformers' decorator ``use_experts_implementation`` sets on the experts of a block.
@@ -24,9 +31,28 @@ def computes_through_interface(module: Any) -> bool:
     )
 
 
+#: Classes outside of the interface whose forward is known, and whether their stacks are ``[experts, in, out]``.
+_KNOWN = {"Llama4TextExperts": True, "LongcatFlashExperts": False, "Step3p7Experts": False}
+
+
+def has_known_forward(module: Any) -> bool:
+    """Whether a module's experts are of a class outside of the interface that this package can compute."""
+    return type(module).__name__ in _KNOWN and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def is_computable(module: Any) -> bool:
+    """Whether this package can compute a module's experts."""
+    return computes_through_interface(module) or has_known_forward(module)
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a module's stacks are ``[experts, in, out]``."""
+    return bool(getattr(module, "is_transposed", _KNOWN.get(type(module).__name__, False)))
+
+
 def list_stacks(module: Any) -> tuple[str, str]:
     """Return the names of the first and of the second stack of such a module."""
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
 def list_expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:

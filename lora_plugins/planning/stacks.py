@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plugins.models.experts import is_transposed
 from lora_plugins.plugins.types import ExpertFormat
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
-from lora_plugins.quantization.stacks import QuantizedStack, is_transposed, list_parts, list_quantized_stacks
+from lora_plugins.quantization.stacks import QuantizedStack, list_parts, list_quantized_stacks
 
 __all__ = ["PlannedExperts", "list_planned", "make_planned_stack", "make_planned_stack_of", "stack_bytes"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins.errors import QuantizationError
+from lora_plugins.models.experts import is_transposed
 from lora_plugins.models.sharding import gather
 from lora_plugins.plugins.types import ExpertFormat
 from lora_plugins.quantization.request import Quantization
@@ -18,7 +19,6 @@ __all__ = [
     "QuantizedStack",
     "dequantize_stack",
     "find_stacks",
-    "is_transposed",
     "list_parts",
     "list_quantized_stacks",
     "quantize_stack",
@@ -240,11 +240,6 @@ def replace_stack(module: nn.Module, name: str, quantization: Quantization) -> N
     with gather([old]):
         new = quantize_stack(old.data, quantization, transposed=is_transposed(module))
     module._parameters[name] = nn.Parameter(new, requires_grad=False)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the stacks of a module are ``[experts, in, out]``."""
-    return bool(getattr(module, "is_transposed", False))
 
 
 def find_stacks(module: nn.Module) -> dict[str, QuantizedStack]:

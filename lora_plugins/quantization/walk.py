@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from lora_plugins.errors import NothingQuantized, QuantizationError
-from lora_plugins.models.experts import computes_through_interface, list_expert_stacks
+from lora_plugins.models.experts import is_computable, is_transposed, list_expert_stacks
 from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
 from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts
-from lora_plugins.quantization.stacks import QuantizedStack, is_transposed, replace_stack
+from lora_plugins.quantization.stacks import QuantizedStack, replace_stack
 
 __all__ = [
     "EXPECTED_REASONS",
@@ -217,8 +217,8 @@ def _find_reason(module: nn.Module, stack: Any, quantization: Quantization) -> s
     """Return why a stack of experts stays in float, ``None`` if it can be quantized."""
     if quantization.quantizer.expert_format(quantization.options) is None:
         return f"the backend {quantization.name!r} has no format for stacked experts"
-    if not computes_through_interface(module):
-        return f"{type(module).__name__} does not compute its experts through transformers' interface"
+    if not is_computable(module):
+        return f"{type(module).__name__} computes its experts in a way of its own"
     _, *sizes = getattr(stack, "ds_shape", stack.shape)
     rows, columns = reversed(sizes) if is_transposed(module) else sizes
     return quantization.quantizer.unsuitable(columns, rows, quantization.options)

@@ -25,6 +25,7 @@ from lora_plugins.errors import (
 from lora_plugins.models.sharding import is_sharded, write_adapters
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.request import Quantization, owner_of
+from lora_plugins.quantization.stacks import list_quantized_stacks
 
 __all__ = [
     "MEETING_TIME",
@@ -119,9 +120,13 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
     Args:
         trainer: The Trainer.
         model: Its prepared model.
+
+    Raises:
+        UnsupportedTraining: The engine can't handle the layers or the experts.
     """
     quantized = [module for module in model.modules() if owner_of(module) is not None]
     plugin = _find_fsdp_plugin(trainer)
+    _refuse_stacks(trainer, model, sharded=plugin is not None or trainer.is_deepspeed_enabled)
     if not quantized or (plugin is None and not trainer.is_deepspeed_enabled):
         return
     _check_layers(trainer, quantized)
@@ -132,6 +137,16 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
         plugin.ignored_modules = [*_find_ignored(plugin.ignored_modules, model), *quantized]
     if plugin is not None or _read_zero_stage(trainer) == 3:
         _warn_of_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
+
+
+def _refuse_stacks(trainer: Trainer, model: nn.Module, *, sharded: bool) -> None:
+    """Refuse quantized stacks of experts under an engine that divides parameters: they have no storage to divide."""
+    path = next((path for path, *_ in list_quantized_stacks(model)), None)
+    if sharded and path is not None:
+        raise UnsupportedTraining(
+            f"{_name_engine(trainer)} can't handle experts that are stored quantized, first {path}. Train with DDP or "
+            "in one process, or leave the experts in float: {'name': …, 'skip_modules': ['experts']}."
+        )
 
 
 def _warn_of_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
