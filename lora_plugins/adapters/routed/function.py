@@ -335,10 +335,10 @@ def _step_back_norm(
     rows: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Go back through the norm after an expert; return the gradients of its input and of the routing weights."""
-    assert experts.norm is not None
     output = _project(experts, experts.down, branches, inside, expert, span, rows, keep=False)
     with torch.enable_grad():
-        normed = experts.norm(output.requires_grad_())
+        norm: Any = experts.norm
+        normed = norm(output.requires_grad_())
     (of_output,) = torch.autograd.grad(normed, output, (upstream * scale).to(normed.dtype))
     return of_output.to(upstream.dtype), (normed.detach() * upstream).sum(-1)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_plugins.adapters.expert_function import ExpertAdapter, Experts, Projection, compute_experts
+from lora_plugins.adapters.routed.function import ExpertAdapter, Experts, Projection, compute_experts
 from lora_plugins.models.experts import is_transposed, list_stacks
 
 __all__ = ["forward", "run_experts"]

@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lora_plugins.adapters.expert_classes import forward as KNOWN_FORWARD
-from lora_plugins.adapters.expert_classes import run_experts
-from lora_plugins.adapters.expert_function import ExpertAdapter
 from lora_plugins.adapters.fused import is_plain_linear
+from lora_plugins.adapters.routed.classes import forward as KNOWN_FORWARD
+from lora_plugins.adapters.routed.classes import run_experts
+from lora_plugins.adapters.routed.function import ExpertAdapter
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.experts import (
     computes_through_interface,

@@ -1,0 +1,1 @@
+"""Routed experts: our experts function, and the adapters on experts."""
