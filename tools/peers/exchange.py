@@ -20,6 +20,7 @@ import datasets
 import peft
 import pytest
 import torch
+import transformers
 from peers.data import load_local
 
 import lora_plugins
@@ -124,7 +125,9 @@ class Results:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect results if asked to."""
+    """Collect results if asked to, and let TRL's arguments, which are made later, train on a machine without GPU."""
+    if not torch.cuda.is_available():
+        transformers.TrainingArguments.__dataclass_fields__["use_cpu"].default = True
     path = config.getoption("results")
     if path:
         config.pluginmanager.register(Results(path), "peers-results")
