@@ -27,6 +27,7 @@ import lora_plugins
 
 #: Counted calls and exchanged calls of the running test.
 CALLS = {"lora": 0, "exchanged": 0}
+BEFORE = pytest.StashKey[dict[str, int]]()
 #: Whose calls are exchanged.
 CALLERS = ("tests.", "trl.")
 ORIGINAL = peft.get_peft_model
@@ -95,12 +96,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note the number of calls before the test's fixtures, which make models too."""
+    item.stash[BEFORE] = dict(CALLS)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Send the number of calls along with the test's report, which crosses processes."""
-    before = dict(CALLS)
     yield
-    item.user_properties.extend((name, CALLS[name] - before[name]) for name in CALLS)
+    item.user_properties.extend((name, CALLS[name] - item.stash[BEFORE][name]) for name in CALLS)
 
 
 class Results:
