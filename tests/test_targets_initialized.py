@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -386,10 +387,36 @@ def test_new_rows_of_a_vocabulary_are_trained_saved_and_reloaded(tied: bool, tmp
     assert config.trainable_token_indices == wanted
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
+    stored = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert {value.shape[0] for name, value in stored.items() if "lora_" not in name} == {3}, "the new rows only"
     again = PeftModel.from_pretrained(grown(), tmp_path / "adapter").eval()
     ids = torch.tensor([[1, 97, 5, 98]])
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"trainable_token_indices": {"embed_tokens": [96], "lm_head": [96, 97]}},
+        {"trainable_token_indices": {"embed_tokens": [96, 97]}, "frozen": ["lm_head"]},
+        {"frozen": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_new_rows_that_no_adapter_holds_are_saved_with_the_whole_embedding(own: dict[str, Any], tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", tiny.llama())
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(tiny.VOCABULARY + 2, mean_resizing=False)
+    wrapped: Any = prepare_model(model, r=2, **own)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    stored = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert tiny.VOCABULARY + 2 in {value.shape[0] for name, value in stored.items() if "lora_" not in name}
+    again = LlamaForCausalLM.from_pretrained(base)
+    again.resize_token_embeddings(tiny.VOCABULARY + 2, mean_resizing=False)
+    reloaded = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    ids = torch.tensor([[1, 97, 5, 96]])
+    with torch.no_grad():
+        assert torch.equal(wrapped.eval()(input_ids=ids).logits, reloaded(input_ids=ids).logits)
 
 
 def test_vocabulary_that_the_user_trains_is_left_to_him(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ __all__ = [
     "find_wrapper",
     "guard_saving",
     "is_local_path",
-    "is_vocabulary_grown",
     "release_saving",
     "save_pretrained",
+    "saves_embeddings",
 ]
 
 
@@ -103,7 +103,7 @@ def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs:
     # PEFT 0.21.2 asks the Hub for the base's configuration at each save, and leaves out the rows of a resized embedding
     # if it gets no answer: https://github.com/huggingface/peft/issues/1452
     if len(args) < 3 and kwargs.get("save_embedding_layers", "auto") == "auto" and not _targets_embeddings(model):
-        kwargs["save_embedding_layers"] = is_vocabulary_grown(model)
+        kwargs["save_embedding_layers"] = saves_embeddings(model)
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
     if kwargs.get("path_initial_model_for_weight_conversion") is None and kwargs.get("is_main_process", True):
         _make_files_plain(model, Path(save_directory), kwargs.get("selected_adapters") or list(model.peft_config))
@@ -202,7 +202,7 @@ def find_unsaved(model: Any) -> list[str]:
     saved: set[int] = set()
     for name in model.peft_config:
         saved |= {id(value) for value in _select_state(model, name, state).values()}
-    if _targets_embeddings(model) or is_vocabulary_grown(model):
+    if _targets_embeddings(model) or saves_embeddings(model):
         layers = (model.get_input_embeddings(), model.get_output_embeddings())
         saved |= {id(p) for layer in layers if layer is not None for p in layer.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
@@ -238,30 +238,49 @@ def _targets_embeddings(model: PeftModel) -> bool:
     return False
 
 
-def is_vocabulary_grown(model: Any) -> bool:
-    """Whether a base's vocabulary size differs from that of the checkpoint it was loaded from; reads local files only.
+def saves_embeddings(model: Any) -> bool:
+    """Whether the embeddings are saved whole: they have rows that the base's checkpoint lacks and no adapter holds.
+
+    Reads local files only.
 
     Args:
-        model: The model, wrapped or not.
+        model: A `peft.PeftModel`.
 
     Returns:
         False if the base was not loaded, or its configuration is neither in its folder nor in the Hub's cache.
     """
     base: Any = base_of(model)
-    if not isinstance(base, PreTrainedModel):
+    before, now = _find_vocabulary_before(base), _read_vocabulary(getattr(base, "config", None))
+    if before is None or now is None or before == now:
         return False
-    folder = _find_checkpoint(base.config)
+    return now < before or not _are_rows_trained(model, base, set(range(before, now)))
+
+
+def _are_rows_trained(model: PeftModel, base: Any, rows: set[int]) -> bool:
+    """Whether every adapter holds these rows of the input embedding, and of an output head with a weight of its own."""
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    layers = [base.get_input_embeddings(), *([] if tied else [base.get_output_embeddings()])]
+    held = [getattr(layer, "token_adapter", None) for layer in layers if layer is not None]
+    return all(
+        wrapper is not None and rows <= set(wrapper.token_indices.get(name, ()))
+        for wrapper in held
+        for name in model.peft_config
+    )
+
+
+def _find_vocabulary_before(base: Any) -> int | None:
+    """Return the vocabulary size in the configuration that a base was loaded with, ``None`` if it is not at hand."""
+    folder = _find_checkpoint(base.config) if isinstance(base, PreTrainedModel) else None
     if folder is None:
-        return False
+        return None
     try:
-        stored = type(base.config).from_pretrained(folder, local_files_only=True)
+        return _read_vocabulary(type(base.config).from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError):
-        return False
-    return _read_vocabulary(stored) != _read_vocabulary(base.config)
+        return None
 
 
 def _read_vocabulary(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "vocab_size", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
 
 
 def _find_checkpoint(config: Any) -> Path | None:

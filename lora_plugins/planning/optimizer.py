@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-from lora_plugins.adapters.saving import is_vocabulary_grown
+from lora_plugins.adapters.saving import saves_embeddings
 from lora_plugins.errors import PlanError
 from lora_plugins.text import did_you_mean
 
@@ -115,9 +115,9 @@ def file_bytes(model: Any, adapter_name: str) -> int:
         adapter_name: The adapter.
     """
     named = model.peft_config[adapter_name].target_modules
-    # PEFT saves an embedding that it adapts, and one whose vocabulary has grown.
+    # PEFT saves an embedding that it adapts, and one with new rows that no adapter holds.
     adapted = bool(set(named if isinstance(named, (list, set)) else ()) & set(EMBEDDING_LAYER_NAMES))
-    embeddings = adapted or is_vocabulary_grown(model)
+    embeddings = adapted or saves_embeddings(model)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
