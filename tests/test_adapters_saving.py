@@ -362,9 +362,12 @@ def test_saving_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_resized_embeddings_are_saved_without_asking_anyone(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "base")
-    for rows, saved in ((tiny.VOCABULARY, 0), (tiny.VOCABULARY + 4, 4)):
+    # New rows that are trained are saved alone; rows that nobody trains come with both whole embeddings.
+    frozen = ["embed_tokens", "lm_head"]
+    grown = tiny.VOCABULARY + 4
+    for rows, left, saved in ((tiny.VOCABULARY, [], []), (grown, [], [4, 4]), (grown, frozen, [grown, grown])):
         model = type(tiny.llama()).from_pretrained(tmp_path / "base")
         model.resize_token_embeddings(rows)
-        prepare_model(model, r=4).save_pretrained(tmp_path / "adapter")
-        keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
-        assert sum("lora_" not in key for key in keys) == saved, rows
+        prepare_model(model, r=4, frozen=left).save_pretrained(tmp_path / "adapter")
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert [value.shape[0] for key, value in stored.items() if "lora_" not in key] == saved, rows
