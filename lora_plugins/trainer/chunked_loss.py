@@ -60,14 +60,16 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
         yield False
         return
     state = _Loss(head, base.loss_function)
-    armed = base.register_forward_pre_hook(state.arm, with_kwargs=True)
+    # PEFT 0.19 calls the base's forward() past its hooks.
+    armed = [one.register_forward_pre_hook(state.arm, with_kwargs=True) for one in dict.fromkeys((model, base))]
     before = vars(base).get("_loss_function")
     base.loss_function = state
     head.forward = types.MethodType(state.logits, head)
     try:
         yield True
     finally:
-        armed.remove()
+        for hook in armed:
+            hook.remove()
         del head.forward
         if before is None:
             del base._loss_function
