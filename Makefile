@@ -49,9 +49,9 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m slow
 
 # Types are spread one by one over the processes.
-test-architectures: $(INSTALLED) ## Train, save and reload a small model of every type.
+test-architectures: $(INSTALLED) ## Train, reload, publish and merge a small model of every type.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m "slow or not slow" tests/test_builtin_architectures.py \
-		tests/test_builtin_experts.py
+		tests/test_builtin_architectures_published.py tests/test_builtin_experts.py
 
 # DeepSpeed and Ray, in an environment that lies over the first one and adds only what is missing there.
 install-engines: $(ENGINES)/.installed ## Make .venv-engines with DeepSpeed and Ray.

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import architecture_coverage  # noqa: E402
 import small_models  # noqa: E402
-from small_models import NOT_TRAINED, Case  # noqa: E402
+from small_models import NOT_PUBLISHED, NOT_TRAINED, Case  # noqa: E402
 
 #: One or more types of every family of names.
 SPREAD = """
@@ -195,6 +195,10 @@ def test_types_are_trained_as_committed(snapshot: dict[str, Any]) -> None:
     assert trained == {*SPREAD, *REST}
     reasons = {name: why for entry in snapshot["tasks"].values() for name, why in entry["untrained"].items()}
     assert reasons == NOT_TRAINED
+    published = {name for entry in snapshot["tasks"].values() for name in entry["published"]}
+    assert published == {*SPREAD, *REST} - set(NOT_PUBLISHED)
+    reasons = {name: why for entry in snapshot["tasks"].values() for name, why in entry["unpublished"].items()}
+    assert reasons == NOT_PUBLISHED
 
 
 def test_model_without_record_is_not_resolved() -> None:

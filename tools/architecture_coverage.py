@@ -39,6 +39,10 @@ A type trains and reloads when a small random model of it on a CPU (of the first
 adapters at its default, every LoRA tensor gets a gradient (B at once, A after one step; parts that a batch may pass by,
 by the type's record, are exempt), and the saved adapter, loaded by PEFT onto a fresh base, gives equal outputs.
 `make test-architectures` does that for each of them.
+
+A type is published and loaded when an adapter of such a model is pushed as a folder and as a live model, pulled,
+checked against the base as a live model, as a folder and by id, and loaded with the output that it had.
+`make test-architectures` does that too, and merges the adapter into the base, for every task that has the type.
 """
 
 
@@ -50,19 +54,23 @@ class Coverage:
         types: All types of the mapping.
         resolved: Those whose default reaches every kind of block.
         trained: Those whose small model the tests train, save and reload.
+        published: Those whose small model the tests publish, pull, check and load.
         peft: Those that PEFT's own table has an entry for.
         unbuildable: Type -> why no model of it could be made here.
         unresolved: Type -> why its default does not do.
         untrained: Type -> why its small model is not trained and reloaded.
+        unpublished: Type -> why its small model is trained, and not published and loaded.
     """
 
     types: list[str] = field(default_factory=list)
     resolved: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)
     peft: list[str] = field(default_factory=list)
     unbuildable: dict[str, str] = field(default_factory=dict)
     unresolved: dict[str, str] = field(default_factory=dict)
     untrained: dict[str, str] = field(default_factory=dict)
+    unpublished: dict[str, str] = field(default_factory=dict)
 
 
 def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
@@ -84,6 +92,10 @@ def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
             entry.untrained[case.model_type] = small_models.NOT_TRAINED[case.model_type]
         else:
             entry.trained.append(case.model_type)
+            if case.model_type in small_models.NOT_PUBLISHED:
+                entry.unpublished[case.model_type] = small_models.NOT_PUBLISHED[case.model_type]
+            else:
+                entry.published.append(case.model_type)
         if case.model_type in PEFT_TABLE:
             entry.peft.append(case.model_type)
         try:
@@ -126,11 +138,12 @@ def _short(text: str) -> str:
 
 def table(coverage: dict[str, Coverage]) -> list[list[str]]:
     """Return the rows of the table, the head first."""
-    rows = [["task", "types", "can be built here", "resolved by default", "trains and reloads", "in PEFT's own table"]]
+    head = ["task", "types", "can be built here", "resolved by default", "trains and reloads", "published and loaded"]
+    rows = [[*head, "in PEFT's own table"]]
     for task, entry in coverage.items():
         built = len(entry.types) - len(entry.unbuildable)
-        figures = (len(entry.types), built, len(entry.resolved), len(entry.trained), len(entry.peft))
-        rows.append([task, *map(str, figures)])
+        parts = (entry.resolved, entry.trained, entry.published, entry.peft)
+        rows.append([task, *map(str, (len(entry.types), built, *map(len, parts)))])
     return rows
 
 
@@ -142,6 +155,8 @@ def page(coverage: dict[str, Coverage], host: PluginHost) -> str:
     lines += _reasons({task: {**entry.unbuildable, **entry.unresolved} for task, entry in coverage.items()})
     lines += ["", "Types whose small model is not trained and reloaded:\n"]
     lines += _reasons({task: entry.untrained for task, entry in coverage.items()})
+    lines += ["", "Types whose small model is trained, and not published and loaded:\n"]
+    lines += _reasons({task: entry.unpublished for task, entry in coverage.items()})
     lines += ["", "## Default targets", "", *_markdown(_defaults(host))]
     return "\n".join(lines) + "\n"
 

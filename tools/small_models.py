@@ -345,6 +345,15 @@ _TIMM = "needs timm, which imports torchvision, whose builds for torch 2.13 on t
 _PADDING = "its padding reads the stride of the convolution, which PEFT's wrapped layer does not have"
 _LOST = "PEFT renames the tensors of its adapter on loading and finds none: refused before training"
 
+_UNREADABLE = (
+    "transformers splits its attention weights unevenly on loading and cannot load what it saved of a small model"
+)
+_NOT_RUN = """
+canary cohere_asr dia fun_asr_nano kyutai_speech_to_text levit moonshine moonshine_streaming pop2piano pvt
+pvt_v2 regnet resnet segformer siglip siglip2 speech-encoder-decoder speech_to_text swiftformer swin swinv2
+textnet vibevoice vit vit_msn
+"""
+
 #: Types whose small model the tests do not train and reload, and why; they are resolved at most.
 NOT_TRAINED: dict[str, str] = {
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm", "timm_wrapper"), _TIMM),
@@ -366,9 +375,13 @@ NOT_TRAINED: dict[str, str] = {
 
 
 #: Types whose small model the tests do not publish and load, and why.
-NOT_PUBLISHED: dict[str, str] = {}
+NOT_PUBLISHED: dict[str, str] = {
+    "molmo2": "its class makes more rows than its vocabulary has entries, and token ids in these are trained: refused",
+    "nemo_speechlm": _UNREADABLE,
+    **dict.fromkeys(_NOT_RUN.split(), "not run yet when this page was made"),
+}
 #: Types whose small model the tests do not merge, and why.
-NOT_MERGED: dict[str, str] = {}
+NOT_MERGED: dict[str, str] = {"nemo_speechlm": _UNREADABLE}
 
 
 @dataclass(frozen=True)
