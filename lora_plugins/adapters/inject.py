@@ -169,7 +169,7 @@ def _make_unknown_layer_error(model: nn.Module, unknown: Mapping[str, str]) -> U
 
 
 def _set_dropout(model: nn.Module, adapter_name: str, probability: float) -> tuple[int, list[str]]:
-    """Return the number of adapters that got dropout, and the names of the parameters that can't have it."""
+    """Return the number of adapters that got dropout, and the names of the parameters that cannot have it."""
     count = 0
     without: dict[str, None] = {}
     for module in model.modules():

@@ -247,7 +247,7 @@ def check_usable_for_experts(quantization: Quantization, device: torch.device, d
     """Train and evaluate a small stack of experts, once per process, device and dtype.
 
     Raises:
-        QuantizerSelfTestFailed: The backend's format for experts can't be trained through.
+        QuantizerSelfTestFailed: The backend's format for experts cannot be trained through.
     """
     options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
     failure = _run_expert_test(_Case(quantization.quantizer, options), device, dtype)

@@ -85,7 +85,7 @@ class QuantizedStack(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> torch.Tensor:
         raise QuantizationError(
-            "A quantized stack of experts can't be traced; our experts function is left out of graphs."
+            "A quantized stack of experts cannot be traced; our experts function is left out of graphs."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

@@ -122,7 +122,7 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
         model: Its prepared model.
 
     Raises:
-        UnsupportedTraining: The engine can't handle the layers or the experts.
+        UnsupportedTraining: The engine cannot handle the layers or the experts.
     """
     quantized = [module for module in model.modules() if owner_of(module) is not None]
     plugin = _find_fsdp_plugin(trainer)
@@ -144,7 +144,7 @@ def _refuse_stacks(trainer: Trainer, model: nn.Module, *, sharded: bool) -> None
     path = next((path for path, *_ in list_quantized_stacks(model)), None)
     if sharded and path is not None:
         raise UnsupportedTraining(
-            f"{_name_engine(trainer)} can't handle experts that are stored quantized, first {path}. Train with DDP or "
+            f"{_name_engine(trainer)} cannot handle experts that are stored quantized, first {path}. Train with DDP or "
             "in one process, or leave the experts in float: {'name': …, 'skip_modules': ['experts']}."
         )
 

@@ -144,7 +144,7 @@ def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     if not obstacle and through and base.config._experts_implementation != EXPERTS_FUNCTION:
         obstacle = f"experts_implementation={base.config._experts_implementation!r} was set"
     if obstacle and find_stacks(base):
-        raise PreparationError(f"The quantized experts can't be computed: {obstacle}. Keep the experts in float.")
+        raise PreparationError(f"The quantized experts cannot be computed: {obstacle}. Keep the experts in float.")
     if obstacle:
         return type(layer).forward(layer, x, *args, **kwargs)
     adapters = {wrapper.parameter_name: _list_active(wrapper) for wrapper in wrappers}
