@@ -50,7 +50,9 @@ class OptimizerRebuild:
                 index, position = places[id(parameter)]
                 group = self._groups_of_user[index]
                 self._groups[_find_module(name)] = index
-                self._values[_find_module(name)] = {key: group[key][position] for key in self._find_lists(group)}
+                self._values[_find_module(name)] = {
+                    key: group[key][position] for key in _find_lists(self._given, group)
+                }
 
     @property
     def is_given(self) -> bool:
@@ -73,13 +75,6 @@ class OptimizerRebuild:
     def _groups_of_user(self) -> list[dict[str, Any]]:
         assert self._given is not None, "only called for an optimizer of the user's"  # noqa: S101 - narrows a type
         return self._given.param_groups
-
-    def _find_lists(self, group: dict[str, Any]) -> list[str]:
-        """Return the keys of a group's other lists with one entry per tensor, such as ``param_names``."""
-        assert self._given is not None, "only called for an optimizer of the user's"  # noqa: S101 - narrows a type
-        size = len(group["params"])
-        others = (key for key in group if key != "params" and key not in self._given.defaults)
-        return [key for key in others if isinstance(group[key], list) and len(group[key]) == size and size]
 
     def _join(self, name: str, parameter: torch.Tensor) -> None:
         """Add a tensor to the group of its layer's weight, with that weight's entries in the group's lists.
