@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.text import one_line
 
 __all__ = [
+    "PATTERN_WARNING",
     "build_config",
     "check_forward",
     "exchange_layers",
@@ -37,6 +39,9 @@ __all__ = [
     "set_fields",
 ]
 
+
+#: How PEFT's warning about keys of ``rank_pattern`` and ``alpha_pattern`` begins, as a regular expression.
+PATTERN_WARNING = r"The following (rank|alpha)_pattern keys did not match"
 
 #: Initialisations that rewrite the float base weight in place; the base is quantized afterwards.
 _REWRITE_BASE = ("pissa", "olora")
@@ -146,7 +151,11 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
 def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     unknown = unknown_layers(model)
     try:
-        return get_peft_model(model, config, adapter_name=adapter_name)
+        with warnings.catch_warnings():
+            # PEFT 0.21.2 compares these keys with modules only; those of expert parameters take effect all the same.
+            # Keys that touch nothing were named before.
+            warnings.filterwarnings("ignore", message=PATTERN_WARNING, category=RuntimeWarning)
+            return get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
         # PEFT 0.21.2 has LoRA layers for some formats that no backend here reads, and refuses the rest.
         if not unknown or "is not supported" not in str(error):
