@@ -31,18 +31,15 @@ AS_LAYERS = "switch_transformers nllb-moe".split()
 
 #: Types whose stacks stay in float, with what the report says of it.
 IN_FLOAT = {
-    "jetmoe": "JetMoeParallelExperts computes its experts in a way of its own",
+    "jetmoe": "stay in float: never touched in this architecture",
+    "inkling_text": "InklingSharedExperts computes its experts in a way of its own",
+    "inkling_mm_model": "InklingSharedExperts computes its experts in a way of its own",
 }
 
 
 #: Types that do not go through the whole check yet, and what is known of it.
 LISTED = {
-    "jetmoe": "its stacks stay in float, and its adapters are not found by the name of an expert",
-    "inkling_text": "some of its stacks stay in float",
-    "inkling_mm_model": "some of its stacks stay in float",
     "mistral_large4": "PEFT renames the adapter's tensors, which is refused by name",
-    "mistral4": "a check of the life of its adapter fails; the cause is not known",
-    "openai_privacy_filter": "a check of the life of its adapter fails; the cause is not known",
 }
 
 
@@ -95,7 +92,7 @@ def check_files(case: Case, model: Any, backend: str, batch: dict[str, Any], fol
     model.save_pretrained(folder)
     saved = load_file(folder / "adapter_model.safetensors")
     plain: Any = PeftModel.from_pretrained(fresh(case), folder, is_trainable=True)
-    trained = {name: p for name, p in plain.named_parameters() if "lora_" in name}
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     assert len(trained) == len(saved)
     assert all(any(torch.equal(p, value) for value in saved.values()) for p in trained.values()), "PEFT lost a tensor"
     again: Any = prepare_model(fresh(case), quantization=backend, adapter=folder)
@@ -129,4 +126,9 @@ def test_experts_of_every_type_are_quantized_and_adapted(backend: str, tmp_path:
             table[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for name, result in table.items():
         print(f"{name:28} {result}", flush=True)
-    assert {name: result for name, result in table.items() if result != "100%" and name not in LISTED} == {}
+    assert {name: result for name, result in table.items() if name not in LISTED and not holds(name, result)} == {}
+
+
+def holds(name: str, result: str) -> bool:
+    """Whether all experts were quantized, or all but those that are said to stay in float."""
+    return result == "100%" or (name in IN_FLOAT and result.endswith("%"))
