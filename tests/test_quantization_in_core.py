@@ -28,7 +28,6 @@ ALLOWED = {
     ("plugins/host.py", "torchao"): "the same",
     ("trainer/callbacks.py", "int8"): "default of Int8PreparationCallback(quantization=)",
     ("trainer/refusals.py", "bitsandbytes"): "optimizers, not a backend",
-    ("trainer/losses.py", "int8"): "a usual cause in a message",
     ("recipe/parser.py", "int8"): "help text: what the recipe's default is",
     ("recipe/arguments.py", "int8"): "default of --quantization",
     ("recipe/arguments.py", "nf4"): "examples in help texts",

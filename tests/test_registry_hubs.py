@@ -505,7 +505,8 @@ def test_which_hub_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["/srv/adapters", "adapters", "hf:org", "ftp://x", "file:", "file:adapters", "file://host/x", "file:///x?y",
+    ["adapters", "adapters/all", "~adapters", ".hidden", "hf:org", "ftp://x",
+     "file:", "file:adapters", "file://host/x", "file:///x?y",
      "https://", "https://user:secret@hub.example", "https://hub.example?x", "http://[", "https://x:port"],
 )  # fmt: skip
 def test_what_is_no_hub(text: str) -> None:
