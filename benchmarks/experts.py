@@ -1,6 +1,7 @@
 """CPU time and memory of a step with adapters on routed experts: PEFT's own way, and ours on three kinds of base.
 
-A random Qwen3-MoE of 162 million weights in bfloat16 (64 experts, 8 used) takes steps of 512 tokens. All contenders
+A random Qwen3-MoE of 162 million weights (64 experts, 8 used) takes steps of 512 tokens, in bfloat16 where the CPU
+multiplies it natively, else in float32. All contenders
 live in one process and take turns, so that a busy machine slows them all down alike. Peaks are counted from live tensor
 storages above the model and its adapters: activations, temporaries and gradients, without the optimizer's state.
 """
@@ -24,17 +25,21 @@ LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
 
 
+#: Dtype of the base, by name; `main` sets it.
+DTYPE = {"name": "float32"}
+
+
 def make_base() -> Any:
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**SIZES, **REST, head_dim=64, tie_word_embeddings=True, use_cache=False)
-    return Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    return Qwen3MoeForCausalLM(config).to(getattr(torch, DTYPE["name"]))
 
 
 def attention_only() -> Any:
-    return prepare_model(make_base(), **LORA, lora_dropout=0.0, experts="none", compute_dtype="bfloat16")
+    return prepare_model(make_base(), **LORA, lora_dropout=0.0, experts="none", compute_dtype=DTYPE["name"])
 
 
 def peft_routed() -> Any:
@@ -49,7 +54,7 @@ def peft_routed() -> Any:
 
 def ours(quantization: str | None = None, dropout: float = 0.0) -> Callable[[], Any]:
     def make() -> Any:
-        wanted = {**LORA, "lora_dropout": dropout, "experts": "routed", "compute_dtype": "bfloat16"}
+        wanted = {**LORA, "lora_dropout": dropout, "experts": "routed", "compute_dtype": DTYPE["name"]}
         return prepare_model(make_base(), quantization=quantization, **wanted)
 
     return make
@@ -117,14 +122,24 @@ def make_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def choose_dtype() -> str:
+    from lora_plugins.quantization.precision import loading_dtype
+
+    return str(loading_dtype()).removeprefix("torch.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each contender")
     parser.add_argument("--length", type=int, default=512, help="tokens a step")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the base; default: what this CPU is fast in"
+    )
     parser.add_argument("--write", type=Path, help="also write the table to this file")
     options = parser.parse_args()
+    DTYPE["name"] = options.dtype or choose_dtype()
     table = make_table(measure(options))
-    print(table)
+    print(f"Base in {DTYPE['name']}, {options.length} tokens, {options.rounds} rounds, one thread\n\n{table}")
     if options.write is not None:
         options.write.write_text(table + "\n", encoding="utf-8")
 
