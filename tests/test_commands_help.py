@@ -112,7 +112,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(call: Any, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plan", "./nosuch"], "There is no file or folder ./nosuch here"),
+        (["plan", "./nosuch"], "The file or folder ./nosuch does not exist"),
         (["plan", "x", "--lora", "r"], "'r' is not FIELD=VALUE"),
         (["train", "--model", "x", "--dataset", "y", "--lora_r", "8"], "Did you mean --r?"),
         (["train", "--model", "x", "--dataset", "y", "--load_in_4bit"], "--quantization nf4"),

@@ -28,7 +28,6 @@ from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.text import one_line
 
 __all__ = [
-    "PATTERN_WARNING",
     "build_config",
     "check_forward",
     "exchange_layers",
@@ -41,7 +40,7 @@ __all__ = [
 
 
 #: How PEFT's warning about keys of ``rank_pattern`` and ``alpha_pattern`` begins, as a regular expression.
-PATTERN_WARNING = r"The following (rank|alpha)_pattern keys did not match"
+_PATTERN_WARNING = r"The following (rank|alpha)_pattern keys did not match"
 
 #: Initialisations that rewrite the float base weight in place; the base is quantized afterwards.
 _REWRITE_BASE = ("pissa", "olora")
@@ -154,7 +153,7 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT 0.21.2 compares these keys with modules only; those of expert parameters take effect all the same.
             # Keys that touch nothing were named before.
-            warnings.filterwarnings("ignore", message=PATTERN_WARNING, category=RuntimeWarning)
+            warnings.filterwarnings("ignore", message=_PATTERN_WARNING, category=RuntimeWarning)
             return get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
         # PEFT 0.21.2 has LoRA layers for some formats that no backend here reads, and refuses the rest.

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.adapters.files import adapter_shapes, adapter_state, check_same_tensors
-from lora_plugins.adapters.inject import PATTERN_WARNING
 from lora_plugins.errors import AdapterMismatch, MergeError
 from lora_plugins.merging.job import Job
 from lora_plugins.merging.names import base_name, is_replaced
@@ -76,7 +75,6 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
         with warnings.catch_warnings():
             # Missing and unexpected tensors are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=PATTERN_WARNING, category=RuntimeWarning)
             wrapped = PeftModel.from_pretrained(model, str(job.folder))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         text = one_line(error)

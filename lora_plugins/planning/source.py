@@ -95,7 +95,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
                 raise
             raise PlanError(f"{path} is not a configuration file: {one_line(error)}") from None
     if not path.exists() and (isinstance(source, os.PathLike) or str(source).startswith(_PATHS)):
-        raise PlanError(f"There is no file or folder {source} here. Give a folder, a configuration file or a Hub id.")
+        raise PlanError(f"The file or folder {source} does not exist. Give a folder, a configuration file or a Hub id.")
     if path.is_dir() and not (path / "config.json").exists():
         raise PlanError(f"The folder {source} has no config.json, so it is not a model.")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +113,7 @@ class Adapter(os.PathLike[str]):
             model = self._load_base(base, base_token, kwargs)
         result = check_contract(self, model, token=base_token, warn=not trust_identity)
         self._check_alias(base, model, result)
-        with warnings.catch_warnings():
-            # PEFT 0.21.2 compares these keys with modules only; those of expert parameters take effect all the same.
-            message = r"The following (rank|alpha)_pattern keys did not match"
-            warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
-            loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
         put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
         return loaded
 
