@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from registry.formats.manifest import Manifest as Manifest
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
+    from registry.formats.references import is_path as is_path
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
     from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
@@ -76,6 +77,7 @@ _LAZY = {
     "compare_adapters": "registry.upkeep.diff",
     "foreign_tags": "registry.catalog.listing",
     "is_cheap": "registry.formats.patterns",
+    "is_path": "registry.formats.references",
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",

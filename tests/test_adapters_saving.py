@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, detach, prepare_model
+from lora_plugins.adapters.files import adapter_folder
 from lora_plugins.adapters.saving import find_unsaved, is_local_path
 from lora_plugins.errors import BrokenCheckpoint, UnsavedTensors
+from lora_plugins.planning.source import find_base, read_config
+from lora_plugins.recipe.data import load_splits
+from registry import FolderHub, is_path, open_hub
+from registry.base.choice import describe_base
+from registry.errors import InvalidReference
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 BEST: dict[str, Any] = {
@@ -343,6 +350,43 @@ def test_a_folder_with_the_form_of_an_id_is_a_folder(tmp_path: Path, monkeypatch
     (tmp_path / "models" / "k2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert is_local_path("models/k2")
+
+
+#: Paths by their form, none of them on disk; the last ones were taken for names in some places.
+PATHS = ("/nowhere/x", "./nowhere", "../nowhere", "~/nowhere", ".nowhere/x", "nowhere\\x", "C:\\nowhere\\x")
+#: Names and references: nothing that has their form is a path.
+NAMES = ("gpt2", "org/base", "org/a@1.0.0", "org/a>=1,<2", "org/a/sub/folder@best", "nowhere.json/x", "a~b", "a.b/c.d")
+
+
+def refusal(ask: Callable[[Any], object], value: Any) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - each place has an error of its own
+        ask(value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [*PATHS, Path("nowhere/x")], ids=str)
+def test_what_is_visibly_a_path_is_one_in_every_place(value: Any) -> None:
+    assert is_path(value)
+    assert isinstance(open_hub(value), FolderHub)
+    assert "does not exist" in refusal(lambda given: describe_base(given, None, None, None), value)  # type: ignore[arg-type]
+    assert "has no adapter_config.json" in refusal(adapter_folder, value)
+    assert "does not exist" in refusal(read_config, value)
+    assert "is not there" in refusal(load_splits, str(value)) or isinstance(value, Path)
+    assert is_local_path(str(value)) or isinstance(value, Path)
+
+
+@pytest.mark.parametrize("value", NAMES)
+def test_names_and_references_are_not_paths(value: str) -> None:
+    assert not is_path(value)
+    with pytest.raises(InvalidReference, match="is not a registry"):
+        open_hub(value)
+
+
+def test_a_home_folder_is_found_for_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.llama().save_pretrained(tmp_path / "base")
+    assert read_config("~/base").model_type == "llama"
+    assert find_base("~/base") == tmp_path / "base"
 
 
 def test_saving_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.randomness import seeded
 from lora_plugins.models.sharding import gather_state, is_sharded
-from registry import BaseMismatch, CheckResult, check_contract, pull_adapter, put_back
+from registry import BaseMismatch, CheckResult, check_contract, is_path, pull_adapter, put_back
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -60,13 +60,13 @@ def find_adapter_file(folder: Path, adapter_name: str) -> Path | None:
 def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
     """Return the local folder of an adapter given as a folder or as a registry reference.
 
-    A path object, an absolute path, and a string beginning with ``.`` or ``~`` are folders; any other string is a
-    reference like ``org/name@1.2`` and is pulled, even if a folder of that name exists.
+    What is visibly a path (`registry.is_path`) is a folder; any other string is a reference like ``org/name@1.2`` and
+    is pulled, even if a folder of that name exists.
 
     Raises:
         PreparationError: The folder holds no adapter.
     """
-    if isinstance(adapter, str) and not os.path.isabs(adapter) and not adapter.startswith((".", "~")):
+    if isinstance(adapter, str) and not is_path(adapter):
         return Path(os.fspath(pull_adapter(adapter)))
     folder = Path(adapter).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():

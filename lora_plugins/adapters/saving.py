@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lora_plugins.errors import UnsavedTensors
 from lora_plugins.models.sharding import is_adapter_tensor, is_sharded
 from lora_plugins.models.wrapping import base_of
-from registry import InvalidAdapter, changes_base, make_plain
+from registry import InvalidAdapter, changes_base, is_path, make_plain
 
 __all__ = [
     "allow_unsaved",
@@ -222,7 +222,7 @@ def _select_state(model: PeftModel, adapter_name: str, state: Mapping[str, Any])
 
 def is_local_path(name: str) -> bool:
     """Whether a base model's name is a local folder instead of a Hub repository."""
-    return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
+    return is_path(name) or name.count("/") > 1 or Path(name).is_dir()
 
 
 def _targets_embeddings(model: PeftModel) -> bool:

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from lora_plugins.adapters.saving import is_local_path
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import make_stand_in_of
 from lora_plugins.planning.limits import LimitedBuilding, check_numbers
@@ -25,9 +26,6 @@ from lora_plugins.text import did_you_mean, one_line
 
 __all__ = ["TASKS", "copy_without_data", "find_base", "meta_model", "read_config"]
 
-
-#: How a string begins that is visibly a path.
-_PATHS = tuple(f"{start}{os.sep}" for start in ("", ".", "..", "~"))
 
 #: Task -> transformers class that builds the model; by default the first class that knows the configuration.
 TASKS = {
@@ -86,7 +84,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
         raise PlanError(
             f"plan() takes a model, a configuration, a mapping, a file, a folder or a Hub id, not {source!r}"
         )
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         try:
             return _make_config(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -94,14 +92,15 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"{path} is not a configuration file: {one_line(error)}") from None
-    if not path.exists() and (isinstance(source, os.PathLike) or str(source).startswith(_PATHS)):
+    if not path.exists() and (isinstance(source, os.PathLike) or is_local_path(source)):
         raise PlanError(f"The file or folder {source} does not exist. Give a folder, a configuration file or a Hub id.")
     if path.is_dir() and not (path / "config.json").exists():
         raise PlanError(f"The folder {source} has no config.json, so it is not a model.")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
-        check_numbers(values, str(source))
-        return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
+        name = str(path if path.exists() else source)
+        values, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        check_numbers(values, name)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except PlanError:
         raise
     except Exception as error:
@@ -117,10 +116,10 @@ def find_base(source: Any, *, revision: str | None = None, trust_remote_code: bo
     """
     if isinstance(source, nn.Module):
         return source
-    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
-        return Path(source)
+    if isinstance(source, (str, os.PathLike)) and Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
     config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    if not isinstance(source, str) or Path(source).is_file():
+    if not isinstance(source, str) or Path(source).expanduser().is_file():
         return config
     cached = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
     return Path(cached).parent if isinstance(cached, str) else config

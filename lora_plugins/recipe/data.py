@@ -14,6 +14,7 @@ from lora_plugins.recipe.arguments import RecipeArguments, held_out_share
 from lora_plugins.recipe.files import check_regular
 from lora_plugins.recipe.scanning import check_rows
 from lora_plugins.text import one_line
+from registry import is_path
 
 __all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
 
@@ -67,15 +68,15 @@ def load_splits(source: str) -> dict[str, Dataset]:
     if no name has one.
 
     Args:
-        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. Whatever looks like a
-            path (known extension, or begins with ``/``, ``.`` or ``~``) or exists as one is not looked up on the Hub.
+        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. Whatever is
+            visibly a path (`registry.is_path`), has a known extension or exists here is not looked up on the Hub.
 
     Raises:
         DataError: It is missing or unreadable.
     """
     path = Path(source).expanduser()
-    is_path = path.suffix in LOADERS or source.startswith(("/", ".", "~")) or path.exists()
-    return _load_path(path) if is_path else _load_hub(source)
+    here = is_path(source) or path.suffix in LOADERS or path.exists()
+    return _load_path(path) if here else _load_hub(source)
 
 
 def choose_split(splits: dict[str, Dataset], name: str | None, source: str, flag: str) -> Dataset:

@@ -17,6 +17,7 @@ from registry.base.target import Base, Candidate, open_base_hub
 from registry.errors import CommitNotFound, UnknownBase
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
+from registry.formats.references import is_path
 from registry.formats.tensors import other_tensors
 
 if TYPE_CHECKING:
@@ -25,16 +26,9 @@ if TYPE_CHECKING:
 
     from registry.hubs.protocol import Hub
 
-__all__ = ["describe_base", "find_candidates", "is_folder"]
+__all__ = ["describe_base", "find_candidates"]
 
 _SNAPSHOTS = "snapshots"
-
-
-def is_folder(base: object) -> bool:
-    """Return whether ``base`` denotes a folder; decided by its form, not by what exists on disk."""
-    if isinstance(base, str):
-        return os.path.isabs(base) or base.startswith((".", "~"))
-    return isinstance(base, os.PathLike)
 
 
 def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, token: str | bool | None) -> Base:
@@ -48,7 +42,7 @@ def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, toke
 
     if isinstance(base, nn.Module):
         return _describe_live(base)
-    if is_folder(base):
+    if is_path(base):
         folder = Path(os.fspath(base)).expanduser()
         if not folder.is_dir():
             raise UnknownBase(f"The folder {folder} does not exist")

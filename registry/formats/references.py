@@ -5,6 +5,7 @@ The name is followed by nothing, ``@version``, ``@alias``, ``@commit`` or a rang
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "check_alias",
     "check_name",
     "is_in",
+    "is_path",
     "newest_in",
     "parse_version",
     "tag_of",
@@ -48,6 +50,17 @@ _RESERVED = frozenset({"head", "latest", "main", "master", "refs", "registry", *
 #: File names that some systems reserve.
 _DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _FORMS = "org/name, org/name@1.2.0, org/name@alias, org/name@<commit> or org/name>=1.2,<2"
+
+
+def is_path(value: object) -> bool:
+    r"""Whether a value is visibly a path: not a reference, the id of a model or data set, or the name of a registry.
+
+    A path object is one, and a string that is absolute, begins with ``/``, ``.`` or ``~``, or has a ``\\`` in it, which
+    no name on a hub has. Decided by its form, not by what exists on disk.
+    """
+    if isinstance(value, str):
+        return value.startswith(("/", ".", "~")) or "\\" in value or os.path.isabs(value)
+    return isinstance(value, os.PathLike)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.formats.references import is_path
+
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
 
@@ -14,17 +16,14 @@ __all__ = ["VARIABLE", "open_hub"]
 #: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
 
-#: How a string begins that is visibly the path of a folder.
-_PATHS = tuple(f"{start}{os.sep}" for start in ("", ".", "..", "~"))
-
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
     """Open a registry: ``hub``, else ``LORA_REGISTRY``, else the Hugging Face Hub.
 
-    ``file:///srv/adapters``, path objects and strings that are visibly paths (``/srv/adapters``, ``./adapters``,
-    ``../adapters``, ``~/adapters``) are folders, ``https://…`` (or ``http://…``) is a hub that speaks the protocol of
-    the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned as it is. Any
-    other string is refused, whatever exists on disk: ``adapters`` may be meant as an organization.
+    ``file:///srv/adapters`` and what is visibly a path (`registry.is_path`: a path object, ``/srv/adapters``,
+    ``./adapters``, ``../adapters``, ``~/adapters``) are folders, ``https://…`` (or ``http://…``) is a hub that speaks
+    the protocol of the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned
+    as it is. Any other string is refused, whatever exists on disk: ``adapters`` may be meant as an organization.
 
     Args:
         hub: The registry.
@@ -34,7 +33,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         InvalidReference: ``hub`` is none of these.
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
-    if isinstance(meant, str) and meant.startswith(_PATHS):
+    if isinstance(meant, str) and is_path(meant):
         meant = Path(meant).expanduser()
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
         from registry.hubs.folder import FolderHub

@@ -12,6 +12,7 @@ from registry.errors import BaseMismatch, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from registry.formats.references import is_path
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -189,10 +190,8 @@ class Adapter(os.PathLike[str]):
                     "anywhere: give it, adapter.load(model) or adapter.load('/folder/of/the/base')"
                 )
             return recorded.id, recorded.commit
-        from registry.base.choice import is_folder
-
         text = os.fspath(base)
-        if is_folder(base):
+        if is_path(base):
             return str(Path(text).expanduser()), None
         name, _, revision = text.partition("@")
         return name, revision or (recorded.commit if name == recorded.id else None)
