@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -370,3 +371,84 @@ def test_parameters_of_a_configuration_are_all_that_is_adapted() -> None:
 def test_parameters_beside_a_scope_are_added_to_it() -> None:
     plan = resolve_targets(meta(moe()), "attention", target_parameters=["experts.down_proj"])
     assert "q_proj" in plan.target_modules
+
+
+# -- the user's own LoRA layers ----------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A layer that multiplies with a matrix, and is not a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 8
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class Louder(Scaled):
+    """A subclass of a registered class."""
+
+
+class Recurrent(nn.GRU):
+    """A layer without ``in_features``."""
+
+
+class OwnLora(peft_lora.Linear):
+    """The user's LoRA layer for `Scaled`."""
+
+
+class RecurrentLora(nn.Module, peft_lora.LoraLayer):
+    """The user's LoRA layer over a layer that PEFT cannot measure; it adapts nothing."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__()
+        peft_lora.LoraLayer.__init__(self, base_layer, **kwargs)
+        self.lora_A[adapter_name] = nn.Linear(8, 2, bias=False)
+        self._active_adapter = adapter_name
+
+
+class Blocks(nn.Module):
+    """Two blocks, each with one layer of the class and one linear layer."""
+
+    def __init__(self, kind: type[nn.Module], *args: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"own": kind(*args), "linear": nn.Linear(8, 8)}) for _ in range(2))
+
+
+def own_config(kind: type[nn.Module], layer: type[nn.Module], **fields: Any) -> LoraConfig:
+    config = LoraConfig(r=2, **fields)
+    config._register_custom_module({kind: layer})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Blocks(Scaled), own_config(Scaled, OwnLora, target_modules=["own"])),
+        (Blocks(Louder), own_config(Scaled, OwnLora, target_modules=["own", "linear"])),
+        (Blocks(Scaled), own_config(Scaled, OwnLora, target_modules=r"blocks\.\d\.own")),
+        (Blocks(Scaled), own_config(Scaled, OwnLora, target_modules=["own"], layers_to_transform=[0, 1])),
+        (Blocks(Recurrent, 8, 8), own_config(nn.GRU, RecurrentLora, target_modules=["own"])),
+    ],
+    ids=["name", "subclass", "pattern", "layers", "no-sizes"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+def test_a_layer_with_a_lora_layer_of_the_users_own_gets_it(model: nn.Module, config: LoraConfig) -> None:
+    prepared = prepare_model(model, peft_config=config)
+    layers = [module for path, module in prepared.named_modules() if path.endswith(".own")]
+    assert len(layers) == 2
+    assert all(isinstance(layer, (OwnLora, RecurrentLora)) for layer in layers)
+    assert any(p.requires_grad and ".own." in name for name, p in prepared.named_parameters())
+
+
+def test_a_class_that_nobody_registered_stays_refused() -> None:
+    with pytest.raises(UnmatchedTargets, match="a Scaled, which takes no adapter"):
+        prepare_model(Blocks(Scaled), peft_config=LoraConfig(r=2, target_modules=["own", "linear"]))
+
+
+def test_a_lora_layer_of_the_users_own_leaves_scopes_as_they_are() -> None:
+    prepared = prepare_model(Blocks(Scaled), peft_config=own_config(Scaled, OwnLora, target_modules="all-linear"))
+    assert not any(isinstance(module, OwnLora) for module in prepared.modules())

@@ -17,52 +17,67 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from peers import exchange  # noqa: E402
 from peers.data import KINDS, load_local  # noqa: E402
-from peers.differences import compare, read_listed  # noqa: E402
+from peers.differences import choose_suspects, compare, read_listed  # noqa: E402
 
 
 def outcomes(**tests: str) -> dict[str, dict[str, Any]]:
     return {f"tests/test_a.py::test_{name}": {"outcome": what, "error": "E", "lora": 1} for name, what in tests.items()}
 
 
-BASELINE = outcomes(one="passed", two="passed", three="failed")
+BASELINE = outcomes(two="passed", three="failed")
 
 
 def test_a_test_that_fails_only_with_us_is_a_difference() -> None:
-    found = compare(BASELINE, outcomes(one="passed", two="failed"), [])
+    found = compare(outcomes(one="passed", two="failed"), BASELINE, [])
     assert (found.same, list(found.unlisted), found.agrees) == (1, ["tests/test_a.py::test_two"], False)
 
 
 def test_a_test_that_is_skipped_only_with_us_is_a_difference() -> None:
-    assert list(compare(BASELINE, outcomes(one="skipped", two="passed"), []).unlisted) == ["tests/test_a.py::test_one"]
+    assert list(compare(outcomes(one="passed", two="skipped"), BASELINE, []).unlisted) == ["tests/test_a.py::test_two"]
 
 
-def test_a_test_whose_process_died_is_a_difference() -> None:
-    assert list(compare(BASELINE, outcomes(two="passed"), []).unlisted) == ["tests/test_a.py::test_one"]
+def test_a_test_that_fails_without_us_too_is_no_difference() -> None:
+    found = compare(outcomes(one="passed", three="failed"), BASELINE, [])
+    assert (found.same, found.failing, found.agrees) == (1, 1, True)
+
+
+def test_a_failing_test_that_was_not_run_without_us_is_a_difference() -> None:
+    assert list(compare(outcomes(one="failed"), BASELINE, []).unlisted) == ["tests/test_a.py::test_one"]
+
+
+def test_only_what_failed_is_run_without_us() -> None:
+    tests = {
+        **outcomes(one="passed", two="failed", three="skipped"),
+        "tests/test_a.py::test_four": {"outcome": "failed"},
+    }
+    assert choose_suspects(tests) == ["tests/test_a.py::test_two", "tests/test_a.py::test_three"]
 
 
 def test_listed_differences_agree() -> None:
-    found = compare(BASELINE, outcomes(one="passed", two="failed"), ["tests/test_a.py::*_two"])
+    found = compare(outcomes(one="passed", two="failed"), BASELINE, ["tests/test_a.py::*_two"])
     assert (list(found.listed), found.agrees) == (["tests/test_a.py::test_two"], True)
 
 
 def test_a_listed_test_that_is_the_same_is_stale() -> None:
-    found = compare(BASELINE, outcomes(one="passed", two="passed"), ["tests/test_a.py::*_two"])
+    found = compare(outcomes(one="passed", two="passed"), BASELINE, ["tests/test_a.py::*_two"])
     assert (found.stale, found.agrees) == (["tests/test_a.py::*_two"], False)
 
 
 def test_a_listed_test_that_was_not_run_is_not_stale() -> None:
-    assert compare(BASELINE, outcomes(one="passed", two="passed"), ["tests/test_b.py::*"]).agrees
+    assert compare(outcomes(one="passed", two="passed"), BASELINE, ["tests/test_b.py::*"]).agrees
 
 
 def test_brackets_in_a_listed_name_are_plain_text() -> None:
-    both = outcomes(**{"one[a-b]": "passed"})
-    found = compare(both, outcomes(**{"one[a-b]": "failed"}), ["tests/test_a.py::test_one[*]"])
-    assert found.agrees
+    found = compare(
+        outcomes(**{"one[a-b]": "failed"}), outcomes(**{"one[a-b]": "passed"}), ["tests/test_a.py::test_one[*]"]
+    )
+    assert (len(found.listed), found.agrees) == (1, True)
 
 
 def test_tests_that_call_no_lora_are_not_compared() -> None:
-    alone = {name: {**test, "lora": 0} for name, test in BASELINE.items()}
-    assert compare(alone, {}, []).same == 0
+    alone = {name: {**test, "lora": 0} for name, test in outcomes(one="failed", two="passed").items()}
+    found = compare(alone, {}, [])
+    assert (found.same, found.agrees) == (0, True)
 
 
 def test_every_listed_difference_names_a_file_that_is_run() -> None:

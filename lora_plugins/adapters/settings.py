@@ -80,7 +80,10 @@ class LoraSettings:
         source = stored or self.peft_config
         if source is None:
             return dict(self.lora)
-        return {item.name: getattr(source, item.name) for item in fields(LoraConfig) if item.init}
+        asked = {item.name: getattr(source, item.name) for item in fields(LoraConfig) if item.init}
+        # The user's own LoRA layers, by the class they adapt: PEFT 0.21.2 keeps them beside its fields.
+        own = getattr(source, "_custom_modules", None)
+        return {**asked, "_custom_modules": own} if own else asked
 
     def _check_sources(self) -> None:
         given = [

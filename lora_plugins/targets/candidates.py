@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -40,6 +40,7 @@ class Candidates:
         heads: Names of the heads that are trained whole.
         exclude: Names, or a pattern for whole paths, to leave out.
         layers: Indices of the blocks to adapt, ``None`` for all.
+        own: Further classes of modules, for which the user registered LoRA layers with PEFT.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Candidates:
         heads: Sequence[str],
         exclude: str | Sequence[str] | None,
         layers: set[int] | None,
+        own: Iterable[type[nn.Module]] = (),
     ) -> None:
         self.structure = structure
         self.record = record
         self.heads = heads
         self.exclude = exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)
         self.layers = layers
+        self.own = tuple(own)
         self.never = tuple(record.never) if record else ()
 
     # -- by name -------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ class Candidates:
     @cached_property
     def adaptable(self) -> list[str]:
         """Paths of all modules that PEFT can wrap, except heads that are trained whole."""
-        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+        others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, *self.own)
         return [
             path
             for path, module in self.structure.modules.items()

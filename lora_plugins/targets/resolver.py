@@ -67,7 +67,8 @@ class Resolver:
         self.heads = choose_heads(self.structure, self.record, self.frozen)
         layers, exclude = asked.get("layers_to_transform"), asked.get("exclude_modules")
         chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-        self.candidates = Candidates(self.structure, self.record, self.heads.modules, exclude, chosen_layers)
+        own = asked.get("_custom_modules") or ()
+        self.candidates = Candidates(self.structure, self.record, self.heads.modules, exclude, chosen_layers, own)
         self.partial = exclude is not None or layers is not None
         self.asked_experts = experts
         self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Comparison", "compare", "read_listed"]
+__all__ = ["Comparison", "choose_suspects", "compare", "read_listed"]
 
 BLOCK = re.compile(r"^```peers\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -28,9 +28,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the second run did with the tests that passed in the first one."""
+    """What the exchanged run did with the tests that call the function and pass, or are taken to pass, without us."""
 
     same: int
+    #: How many fail without us too.
+    failing: int
     #: Id -> error, for the differences that the list has.
     listed: Mapping[str, str]
     #: Id -> error, for the others.
@@ -44,23 +46,32 @@ class Comparison:
         return not self.unlisted and not self.stale
 
 
-def compare(
-    baseline: Mapping[str, Mapping[str, Any]], exchanged: Mapping[str, Mapping[str, Any]], listed: Iterable[str]
-) -> Comparison:
-    """Compare two runs, each a mapping from a test's id to its ``outcome`` and ``error``.
+def choose_suspects(exchanged: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the ids of the tests that called the function and did not pass: only these can differ."""
+    return [name for name, test in exchanged.items() if test.get("lora") and test["outcome"] != "passed"]
 
-    A test that passed at first and is absent from the second run, because its process died, differs.
+
+def compare(
+    exchanged: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping[str, Any]], listed: Iterable[str]
+) -> Comparison:
+    """Compare two runs, each a mapping from a test's id to its ``outcome``, ``error`` and calls (``lora``).
+
+    Args:
+        exchanged: The run with `prepare_model`.
+        baseline: The run of the suspects as they are. A suspect that passes there, or is absent because the process
+            ended, differs; one that does not pass there fails for another reason.
+        listed: Patterns of differences that are known.
     """
     patterns = list(listed)
-    passed = [name for name, test in baseline.items() if test["outcome"] == "passed" and test.get("lora")]
-    absent = {"outcome": "absent", "error": "the process ended before or during this test"}
-    outcomes = {name: exchanged.get(name, absent) for name in passed}
-    different = {name: str(test["error"]) for name, test in outcomes.items() if test["outcome"] != "passed"}
+    called = [name for name, test in exchanged.items() if test.get("lora")]
+    suspects = choose_suspects(exchanged)
+    failing = {name for name in suspects if name in baseline and baseline[name]["outcome"] != "passed"}
+    different = {name: str(exchanged[name]["error"]) for name in suspects if name not in failing}
     known = {name: error for name, error in different.items() if any(_matches(p, name) for p in patterns)}
     stale = [
         pattern
         for pattern in patterns
-        if any(_matches(pattern, name) for name in passed) and not any(_matches(pattern, name) for name in known)
+        if any(_matches(pattern, name) for name in called) and not any(_matches(pattern, name) for name in known)
     ]
     unlisted = {name: error for name, error in different.items() if name not in known}
-    return Comparison(same=len(passed) - len(different), listed=known, unlisted=unlisted, stale=stale)
+    return Comparison(len(called) - len(suspects), len(failing), listed=known, unlisted=unlisted, stale=stale)

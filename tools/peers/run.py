@@ -1,4 +1,4 @@
-"""Run peers' own tests as they are, then with `prepare_model` in place of `get_peft_model`.
+"""Run peers' own tests with `prepare_model` in place of `get_peft_model`, and those that fail as they are.
 
 ``python tools/peers/run.py`` takes PEFT's tests from the folder ``PEFT_SOURCE``, or else from the source release of the
 installed version, and TRL's from the folder ``TRL_SOURCE`` (its releases hold no tests). Their Hub is one on loopback
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from peers.differences import Comparison, compare, read_listed  # noqa: E402
+from peers.differences import Comparison, choose_suspects, compare, read_listed  # noqa: E402
 from peers.models import fill_hub  # noqa: E402
 
 from registry.testing import LoopbackHub  # noqa: E402
@@ -114,7 +114,7 @@ def lay_out(suite: Suite, source: Path) -> Path:
 
 def run_tests(suite: Suite, folder: Path, endpoint: str, workers: int, *more: str) -> dict[str, dict[str, Any]]:
     """Run the suite's files with the plugin, and return id -> outcome, error and calls."""
-    results = folder / "results.json"
+    results = folder / ("exchanged.json" if "--exchange" in more else "baseline.json")
     results.unlink(missing_ok=True)
     command = ["pytest", "-q", "--tb=line", "-p", "peers.exchange", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     command += ["-W", "ignore", "--timeout", str(LIMIT), "--results", str(results)]
@@ -135,13 +135,13 @@ def _count(tests: Mapping[str, Mapping[str, Any]], key: str, value: Any) -> int:
     return sum(test.get(key) == value for test in tests.values())
 
 
-def print_figures(name: str, baseline: Mapping[str, Any], exchanged: Mapping[str, Any], found: Comparison) -> None:
+def print_figures(name: str, exchanged: Mapping[str, Any], found: Comparison) -> None:
     """Print what was run, how often the function was exchanged, and every difference."""
-    outcomes = ", ".join(f"{_count(baseline, 'outcome', kind)} {kind}" for kind in ("passed", "failed", "skipped"))
+    outcomes = ", ".join(f"{_count(exchanged, 'outcome', kind)} {kind}" for kind in ("passed", "failed", "skipped"))
     calls = sum(test.get("exchanged", 0) for test in exchanged.values())
-    print(f"{name} as it is: {len(baseline)} tests, {outcomes}")
-    print(f"{name} with prepare_model: {len(exchanged)} tests that call get_peft_model, {calls} calls exchanged")
-    print(f"{found.same} the same, {len(found.listed)} differ as listed, {len(found.unlisted)} differ unlisted")
+    print(f"{name} with prepare_model: {len(exchanged)} tests, {outcomes}; {calls} calls exchanged")
+    print(f"{found.same} tests that call it pass, {found.failing} fail as they are too,")
+    print(f"{len(found.listed)} differ as listed, {len(found.unlisted)} differ unlisted")
     for test, error in found.unlisted.items():
         print(f"UNLISTED {test}\n    {' '.join(error.split())[:300]}")
     for pattern in found.stale:
@@ -149,7 +149,7 @@ def print_figures(name: str, baseline: Mapping[str, Any], exchanged: Mapping[str
 
 
 def run_suite(suite: Suite, workers: int, listed: Sequence[str]) -> bool:
-    """Run one suite twice; returns whether it differs just as the page says."""
+    """Run one suite, and its failing tests once more without us; returns whether it differs just as the page says."""
     source = find_source(suite)
     if source is None:
         variable = f"{suite.name.upper()}_SOURCE"
@@ -159,16 +159,16 @@ def run_suite(suite: Suite, workers: int, listed: Sequence[str]) -> bool:
     with LoopbackHub(orgs=()) as hub:
         fill_hub(hub)
         start = time.monotonic()
-        baseline = run_tests(suite, folder, hub.endpoint, workers)
-        chosen = [name for name, test in baseline.items() if test.get("lora") and test["outcome"] == "passed"]
+        exchanged = run_tests(suite, folder, hub.endpoint, workers, "--exchange")
+        if not any(test.get("exchanged") for test in exchanged.values()):
+            raise SystemExit(f"No call of {suite.name}'s tests was exchanged.")
         only = folder / "only.json"
-        only.write_text(json.dumps(chosen), encoding="utf-8")
-        exchanged = run_tests(suite, folder, hub.endpoint, workers, "--exchange", "--only", str(only))
-    if not any(test.get("exchanged") for test in exchanged.values()):
-        raise SystemExit(f"No call of {suite.name}'s tests was exchanged.")
-    found = compare(baseline, exchanged, listed)
-    print_figures(suite.name, baseline, exchanged, found)
-    print(f"{(time.monotonic() - start) / 60:.0f} minutes")
+        suspects = choose_suspects(exchanged)
+        only.write_text(json.dumps(suspects), encoding="utf-8")
+        baseline = run_tests(suite, folder, hub.endpoint, workers, "--only", str(only)) if suspects else {}
+    found = compare(exchanged, baseline, listed)
+    print_figures(suite.name, exchanged, found)
+    print(f"{(time.monotonic() - start) / 60:.0f} minutes", flush=True)
     return found.agrees
 
 
