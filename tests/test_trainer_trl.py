@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, Trainer
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import AdapterNotMoving, FrozenHead, UnsupportedTraining
+from lora_plugins.models.wrapping import base_of
 from lora_plugins.trainer.attaching import detach
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -230,6 +231,39 @@ def test_attach_lets_a_loaded_reference_go_and_keeps_ones_own(tmp_path: Path, lo
     attach(given, r=4)
     given.train()
     assert given.ref_model is own
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "dpo", "kto", "online_dpo"])
+def test_a_trainer_that_lost_its_reference_with_the_adapters_says_so(tmp_path: Path, loadable: Any, kind: str) -> None:
+    ready = kind in ("dpo", "kto")
+    model = prepare_model(loadable(), r=4) if ready else loadable()
+    callbacks = [LoraCallback() if ready else LoraCallback(r=4, lora_dropout=0.0)]
+    trainer = make(kind, tmp_path / kind, model, callbacks, beta=0.1, max_steps=1)
+    trainer.train()
+    base = detach(trainer).requires_grad_(True)
+    with pytest.raises(UnsupportedTraining, match=r"compares its model with a reference.*attach\(trainer"):
+        trainer.train()
+    attach(trainer, r=4)
+    trainer.train()
+    assert trainer.ref_model is None
+    assert base_of(trainer.model) is base
+
+
+def test_a_trainer_that_needs_no_reference_trains_the_base_after_detaching(tmp_path: Path) -> None:
+    trainer = make("grpo", tmp_path, callbacks=[LoraCallback(r=4)], beta=0.0, max_steps=3)
+    trainer.train()
+    before = detach(trainer).requires_grad_(True).lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_a_reference_of_ones_own_stays_after_detaching(tmp_path: Path) -> None:
+    own = tiny.llama(seed=5)
+    trainer = make("dpo", tmp_path, callbacks=[LoraCallback(r=4)], ref_model=own, max_steps=1)
+    trainer.train()
+    detach(trainer).requires_grad_(True)
+    trainer.train()
+    assert trainer.ref_model is own
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

@@ -42,8 +42,8 @@ def use_option_names(text: str, options: Mapping[str, tuple[str, str | None]]) -
 
 
 def _write_option(flag: str, off: str | None, value: str | None) -> str:
-    if value in ("False", "None") and off is not None:
-        return off
+    if value in ("False", "None"):
+        return off or f"no {flag}"
     if value is None or value == "True":
         return flag
     return f"{flag} {value.strip(chr(39) + chr(34))}"

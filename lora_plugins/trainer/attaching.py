@@ -10,6 +10,7 @@ from transformers import Trainer
 from lora_plugins.adapters.saving import release_saving
 from lora_plugins.errors import AttachError
 from lora_plugins.models.sharding import is_sharded
+from lora_plugins.trainer import preference
 from lora_plugins.trainer.callbacks import LoraCallback
 from lora_plugins.trainer.engines import meet
 from lora_plugins.trainer.optimizer import release_optimizer
@@ -64,7 +65,8 @@ def detach(trainer: Trainer) -> nn.Module:
     """Take the adapters out of a Trainer and give the base model back, without merging them.
 
     The base stays as it was prepared (quantized, frozen). After training under FSDP2 or DeepSpeed its shards are
-    gathered: every process must call this, and holds the whole model afterwards.
+    gathered: every process must call this, and holds the whole model afterwards. A Trainer of TRL whose reference was
+    the base without the adapters has none afterwards, and says so when it needs one.
 
     Args:
         trainer: A Trainer with a `LoraCallback`, not inside ``train()``.
@@ -90,5 +92,6 @@ def detach(trainer: Trainer) -> nn.Module:
         callback.release()
         trainer.callback_handler.callbacks.remove(callback)
     put_model(trainer, base)
+    preference.miss_reference(trainer)
     release_optimizer(trainer)
     return base

@@ -14,7 +14,16 @@ from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import UnsupportedTraining
 
-__all__ = ["REFERENCE", "check_reference", "has_reference", "keep_reference", "release_copy", "release_loaded"]
+__all__ = [
+    "REFERENCE",
+    "MissingReference",
+    "check_reference",
+    "has_reference",
+    "keep_reference",
+    "miss_reference",
+    "release_copy",
+    "release_loaded",
+]
 
 
 #: Name under which TRL's trainers (trl 1.16) make and look up the frozen copy of the adapter they start from.
@@ -63,12 +72,13 @@ def check_reference(trainer: Trainer, settings: LoraSettings) -> None:
 
 
 def release_copy(trainer: Trainer) -> None:
-    """Drop a reference that is a copy of the base model; call it before the base is prepared.
+    """Drop a reference that is a copy of the base model, or that says none is there; call it before preparing.
 
     The Trainer then switches the adapter off, which computes the same without a second model in memory, and on a
     quantized base compares like with like.
     """
-    if _is_one_of(trainer, _COPIERS) and _holds_copy(trainer):
+    reference: Any = getattr(trainer, "ref_model", None)
+    if isinstance(reference, MissingReference) or (_is_one_of(trainer, _COPIERS) and _holds_copy(trainer)):
         trainer.ref_model = None
 
 
@@ -80,6 +90,36 @@ def release_loaded(trainer: Trainer) -> None:
     """
     if _is_one_of(trainer, _LOADERS) and isinstance(trainer.model, PeftModel):
         trainer.ref_model = None
+
+
+class MissingReference(nn.Module):
+    """The reference of a Trainer that has neither adapters nor a copy of the base any more; every use is refused."""
+
+    def __init__(self, trainer: str) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to compute anything.
+
+        Raises:
+            UnsupportedTraining: Always.
+        """
+        raise UnsupportedTraining(
+            f"This {self.trainer} compares its model with a reference, and has none: its reference was the base model "
+            "without the adapters, which detach() took out. Put adapters in with lora_plugins.attach(trainer, …), "
+            f"set trainer.ref_model to a model of your own, or make a new {self.trainer} with this base model."
+        )
+
+
+def miss_reference(trainer: Trainer) -> None:
+    """Say so when a Trainer without adapters is used without a reference: TRL would look for the adapters.
+
+    Before adapters are put in again, call `release_copy`.
+    """
+    needed = _is_one_of(trainer, (*_TRAINERS, *_COPIERS)) and getattr(trainer.args, "beta", 1.0) != 0.0
+    if needed and getattr(trainer, "ref_model", None) is None:
+        trainer.ref_model = MissingReference(type(trainer).__name__)
 
 
 def _holds_copy(trainer: Trainer) -> bool:
