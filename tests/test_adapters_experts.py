@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib
 import pickle
 import weakref
@@ -44,6 +45,7 @@ from lora_plugins.errors import (
     UnsupportedTraining,
 )
 from lora_plugins.models.experts import is_computable, list_expert_stacks
+from lora_plugins.planning.step import LiveBytes
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.stacks import QuantizedStack, dequantize_stack, list_quantized_stacks
 from lora_plugins.testing import check_quantizer
@@ -540,6 +542,23 @@ def test_step_holds_one_float_expert_at_a_time() -> None:
         assert 1 <= peak_floats(lambda: run(model), 4 * rows * columns) <= 2, (
             "the expert, and its copy while it is cast"
         )
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4", "fp4", "int8-torchao"])
+def test_quantizing_in_place_peaks_at_the_float_model_and_one_stack(backend: str) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 8, "num_hidden_layers": 3}
+    config = MixtralConfig(**{**SMALL, **sizes})
+    prepare_model(make(config), quantization=backend, r=2, experts="routed")  # the self-test's tensors
+    model = make(config)
+    stack = max(stack.nbytes for *_, stack in list_expert_stacks(model))
+    gc.collect()
+    live = LiveBytes(*model.parameters(), *model.buffers())
+    float_model = live.live
+    with live:
+        prepare_model(model, quantization=backend, r=2, experts="routed")
+    gc.collect()
+    assert live.live < 0.4 * float_model, "freed storages are seen"
+    assert float_model < live.peak <= float_model + stack
 
 
 def test_tiny_models_without_experts_are_left_alone() -> None:

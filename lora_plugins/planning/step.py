@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of
+from lora_plugins.quantization.stacks import list_parts
 
 __all__ = ["Block", "LiveBytes", "activation_bytes", "as_on_a_device", "removable_blocks", "shorten"]
 
@@ -204,14 +205,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is freed, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        size = self._sizes[key] = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key)
+        # The storage of a wrapper is as large as the shape that it shows and takes no memory: what it holds is counted.
+        for part in list_parts(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key in self._sizes:
+                continue
+            size = self._sizes[key] = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Stop counting a tensor's storage, or never start."""
