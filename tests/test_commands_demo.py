@@ -145,6 +145,23 @@ def test_the_standard_library_gives_enough(examples: list[data.Example]) -> None
     assert examples == data.collect_examples()
 
 
+def test_the_standard_library_is_read_once(
+    examples: list[data.Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert data.read_examples(tmp_path) == examples
+    (kept,) = tmp_path.iterdir()
+    reads: list[Path] = []
+    monkeypatch.setattr(data, "collect_examples", lambda root: reads.append(root) or examples[:5])
+    assert data.read_examples(tmp_path) == examples
+    assert reads == []
+    kept.write_text(kept.read_text(encoding="utf-8")[:1000], encoding="utf-8")
+    assert data.read_examples(tmp_path) == examples[:5], "a damaged file is made again"
+    assert data.read_examples(tmp_path / "cache") == examples[:5]
+    (tmp_path / "file").write_text("")
+    assert data.read_examples(tmp_path / "file") == examples[:5], "a folder that cannot be made costs time alone"
+    assert len(reads) == 3
+
+
 def test_held_out_modules_are_unseen(examples: list[data.Example]) -> None:
     train, test = data.split_examples(examples, seed=3)
 
@@ -211,8 +228,8 @@ def test_answers_do_not_depend_on_each_other(
     examples: list[data.Example], tokenizer: PreTrainedTokenizerFast, base: Path
 ) -> None:
     model = demo_model.load_base(str(base))
-    both = answers(model, examples[:2], tokenizer, max_new_tokens=8)
-    assert both == [answers(model, [example], tokenizer, max_new_tokens=8)[0] for example in examples[:2]]
+    both = list(answers(model, examples[:2], tokenizer, max_new_tokens=8))
+    assert both == [next(answers(model, [example], tokenizer, max_new_tokens=8)) for example in examples[:2]]
     assert all(both)
 
 
@@ -369,8 +386,13 @@ def test_the_demos_text(base: Path, tmp_path: Path, result: dict[str, Any]) -> N
         "logits bit-equal: yes",
         "   author: ",
         "demo/summaries@0.1.0",
+        "lora-plugins show demo/summaries --hub",
     ):
         assert expected in done.stdout
+    told = done.stdout.partition("Publishing the adapter")[0]
+    shown = re.findall(r"── (\S+)", done.stdout)
+    assert all(told.count(f"  {module}: ") == 2 for module in shown), "each answer is printed when it is there"
+    assert told.count("held-out loss ") == 3
     in_float, before = re.findall(r"(?:base as loaded, float|before: float base, adapter zero) +([\d.]+)", done.stdout)
     assert in_float == before
     assert in_float != f"{result['loss_float']:.4f}", "another seed holds out other functions"

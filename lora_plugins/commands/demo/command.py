@@ -61,4 +61,17 @@ def _format_result(result: DemoResult) -> str:
     total = sum(result.seconds.values())
     phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in result.seconds.items())
     lines += ["", f"Written: {', '.join(result.files)}", f"{total:.0f} seconds: {phases}"]
+    lines += ["", "What to do next:", *(f"   {command:44} {purpose}" for command, purpose in _list_next(result))]
     return "\n".join(lines)
+
+
+def _list_next(result: DemoResult) -> list[tuple[str, str]]:
+    """Return commands that go on from here, each with what it is for."""
+    registry = next(path for path in result.files if path.endswith("registry"))
+    name = result.release.partition("@")[0]
+    return [
+        (f"lora-plugins show {name} --hub {registry}", "the release and its figures"),
+        ("lora-plugins train --help", "the same with your data, without code"),
+        ("lora-plugins plan MODEL", "whether another model fits on your machine"),
+        ("lora-plugins merge --help", "base and adapter as one model"),
+    ]

@@ -6,6 +6,12 @@ Every machine that runs this has it: some thousand examples of real code, each w
 from __future__ import annotations
 
 import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
 import random
 import re
 import sysconfig
@@ -28,6 +34,7 @@ __all__ = [
     "encode",
     "make_dataset",
     "prompt_text",
+    "read_examples",
     "split_examples",
 ]
 
@@ -38,6 +45,9 @@ _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlel
 #: Bounds on the characters of a function's source and of its summary.
 _SOURCE_LENGTH = (60, 900)
 _SUMMARY_LENGTH = (20, 140)
+
+#: Raise it when other examples are collected, so that what is kept is left alone.
+_LAYOUT = 1
 
 QUESTION = "Summarize what this Python function does, in one sentence.\n\n{source}"
 
@@ -81,6 +91,29 @@ def collect_examples(root: Path | None = None) -> list[Example]:
                 summaries.add(summary)
                 found[example.source] = example
     return list(found.values())
+
+
+def read_examples(cache: Path) -> list[Example]:
+    """Return the examples of this interpreter's standard library, read from the library once and kept in a file.
+
+    Args:
+        cache: Folder for the file.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Distributions patch the library within one version.
+    state = f"{root} {platform.python_version()} {platform.python_build()} {root.stat().st_mtime_ns}"
+    kept = cache / f"examples-{hashlib.sha256(state.encode()).hexdigest()[:16]}-{_LAYOUT}.json"
+    try:
+        return [Example(**row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        examples = collect_examples(root)
+    # What cannot be kept is read again next time.
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+        partial.write_text(json.dumps([dataclasses.asdict(example) for example in examples]), encoding="utf-8")
+        partial.replace(kept)
+    return examples
 
 
 def split_examples(

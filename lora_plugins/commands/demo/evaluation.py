@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lora_plugins.commands.demo.dataset import Example, collator, prompt_text
@@ -41,23 +41,21 @@ def held_out_loss(model: nn.Module, dataset: Dataset, tokenizer: PreTrainedToken
 
 def answers(
     model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 24
-) -> list[str]:
-    """Return the model's answers by greedy decoding, one prompt at a time, so that none depends on padding."""
+) -> Iterator[str]:
+    """Yield the model's answers by greedy decoding, one prompt at a time, so that none depends on padding."""
     import torch
 
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    texts = []
     for example in examples:
         prompt = tokenizer(
             prompt_text(example, tokenizer), return_tensors="pt", add_special_tokens=not tokenizer.chat_template
         ).to(device)
+        was_training = model.training
+        model.eval()
         with torch.inference_mode():
             output = model.generate(
                 **prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
+        model.train(was_training)
         new = output[0, prompt["input_ids"].shape[1] :]
-        texts.append(" ".join(tokenizer.decode(new, skip_special_tokens=True).split()))
-    model.train(was_training)
-    return texts
+        yield " ".join(tokenizer.decode(new, skip_special_tokens=True).split())

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,14 @@ CACHE_VARIABLE = "LORA_PLUGINS_CACHE"
 _LAYOUT = 1
 
 
-def demo_model() -> Path:
+def demo_model(say: Callable[[str], None] | None = None) -> Path:
     """Return a folder with the demo's model in bfloat16 and its tokenizer, converting it at the first call.
 
     The conversion takes some fifteen seconds and the folder 270 MB. It appears complete or not at all, also
     when two processes make it at once.
+
+    Args:
+        say: Is told when a conversion begins.
 
     Raises:
         DemoError: The package with the weights, or `gguf` to read them, is not installed.
@@ -43,6 +47,8 @@ def demo_model() -> Path:
     weights = gguf_file()
     folder = cache_folder() / f"smollm2-135m-instruct-{_hash_file(weights)[:16]}-{_LAYOUT}"
     if not folder.is_dir():
+        if say is not None:
+            say(f"  converting {weights.name} once into {folder} ...")
         _convert(weights, folder)
     return folder
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
-from lora_plugins.commands.demo.model import demo_model, load_base
+from lora_plugins.commands.demo.model import cache_folder, demo_model, load_base
 from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
 from lora_plugins.errors import DemoError
 
@@ -144,7 +144,7 @@ class Demo:
 
         set_seed(self.options.seed)
         self.say("Model and data …")
-        self._base = self.options.model or str(demo_model())
+        self._base = self.options.model or str(demo_model(self.say))
         self.result = DemoResult(self._base, self.options.quantization, self.options.steps)
         self.tokenizer = AutoTokenizer.from_pretrained(self._base)
         self._make_data()
@@ -161,7 +161,7 @@ class Demo:
         return self.result
 
     def _make_data(self) -> None:
-        train, test = data.split_examples(data.collect_examples(), seed=self.options.seed)
+        train, test = data.split_examples(data.read_examples(cache_folder()), seed=self.options.seed)
         count = self.options.steps * BATCH_SIZE
         self.train_data = data.make_dataset(train, self.tokenizer, count=count, max_tokens=MAX_TOKENS)
         self.test_data = data.make_dataset(test, self.tokenizer, count=HELD_OUT, max_tokens=MAX_TOKENS)
@@ -179,6 +179,7 @@ class Demo:
         from lora_plugins import LoraCallback, ParameterReportCallback
 
         model = load_base(self._base)
+        self.say("Measuring the base as loaded …")
         self.result.loss_float = self._measure_loss(model)
         arguments = TrainingArguments(
             output_dir=str(self.options.output),
@@ -209,18 +210,20 @@ class Demo:
         count = count_parameters(trainer.model)
         self.result.trainable, self.result.total = count.trainable, count.total
         # The adapter is exactly zero before the first step, so this is the base under the same kernel as later.
+        self.say("Measuring before training …")
         self.result.loss_before = self._measure_loss(trainer.model)
         self.result.perplexity_before = math.exp(self.result.loss_before)
-        texts = answers(trainer.model, self.shown, self.tokenizer)
+        texts = self._ask(trainer.model)
         self._record_time("measuring before")
         return texts
 
     def _measure_after(self, trainer: Trainer, before: Sequence[str]) -> None:
         result = self.result
         result.training_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        self.say("Measuring after training …")
         result.loss_after = self._measure_loss(trainer.model)
         result.perplexity_after = math.exp(result.loss_after)
-        after = answers(trainer.model, self.shown, self.tokenizer)
+        after = self._ask(trainer.model)
         result.samples = [
             Sample(example.module, example.source, example.summary, old, new)
             for example, old, new in zip(self.shown, before, after, strict=True)
@@ -270,7 +273,17 @@ class Demo:
             raise DemoError(f"The reloaded adapter is not the one that was trained: {self.result.reload}")
 
     def _measure_loss(self, model: Any) -> float:
-        return held_out_loss(model, self.test_data, self.tokenizer)
+        loss = held_out_loss(model, self.test_data, self.tokenizer)
+        self.say(f"  held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        return loss
+
+    def _ask(self, model: Any) -> list[str]:
+        """Return what the model writes about the functions that are shown, told one by one."""
+        texts = []
+        for example, text in zip(self.shown, answers(model, self.shown, self.tokenizer), strict=True):
+            self.say(f"  {example.module}: {text}")
+            texts.append(text)
+        return texts
 
     def _record_time(self, phase: str) -> None:
         now = time.perf_counter()
