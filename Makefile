@@ -111,6 +111,7 @@ check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/hook_reference.py --check
+	$(BIN)/python tools/diagrams.py --check
 	$(BIN)/python tools/command_reference.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
@@ -120,6 +121,7 @@ format: $(INSTALLED) ## Format the code, and mend what ruff can mend.
 
 docs: $(INSTALLED) ## Write the generated references and build the documentation into site/.
 	$(BIN)/python tools/hook_reference.py
+	$(BIN)/python tools/diagrams.py
 	$(BIN)/python tools/command_reference.py
 	$(BIN)/mkdocs build --strict
 

@@ -123,3 +123,20 @@ def test_tests_that_the_page_of_problems_names_exist() -> None:
     assert named - known == set()
     rows = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
     assert rows == [*map(str, range(1, 26)), *map(str, range(1, 21))]
+
+
+def test_diagrams_are_up_to_date_and_their_text_stays_inside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diagrams = tool("diagrams")
+    monkeypatch.setattr("sys.argv", ["diagrams", "--check"])
+    assert diagrams.main() == 0
+    for rows in (diagrams.EVENTS, diagrams.RELEASE):
+        words = [word for row in rows for word in row.name.split()]
+        assert max(map(len, words)) <= diagrams.LEFT * diagrams.BOLD, "a word that is longer would leave its box"
+
+    (tmp_path / "events.svg").write_text("<svg/>", encoding="utf-8")
+    (tmp_path / "release.svg").write_text(diagrams.DIAGRAMS["release.svg"], encoding="utf-8")
+    monkeypatch.setattr(diagrams, "DOCS", tmp_path)
+    assert diagrams.main() == 1
+    assert capsys.readouterr().err == "docs/events.svg is not up to date: run `make docs`\n"
