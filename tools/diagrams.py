@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -37,8 +37,7 @@ STYLE = """
 """
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What happens on the left, what that causes on the right, and whether it is repeated."""
 
     name: str
