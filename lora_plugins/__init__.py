@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
     from lora_plugins.recipe.packing import pack as pack
+    from lora_plugins.serving.export import export_adapter as export_adapter
     from lora_plugins.targets.resolution import resolve_targets as resolve_targets
     from lora_plugins.trainer.attaching import attach as attach
     from lora_plugins.trainer.attaching import detach as detach
@@ -35,6 +36,7 @@ _LAZY = {
     "attach": "lora_plugins.trainer.attaching",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
+    "export_adapter": "lora_plugins.serving.export",
     "loading_dtype": "lora_plugins.quantization.precision",
     "merge_and_save": "lora_plugins.merging.merge",
     "pack": "lora_plugins.recipe.packing",
@@ -56,6 +58,7 @@ __all__ = [
     "attach",
     "dequantize_model",
     "detach",
+    "export_adapter",
     "hookimpl",
     "loading_dtype",
     "merge_and_save",

@@ -47,6 +47,9 @@
     │   ├── TemplateError (ValueError)
     │   └── ResumeError
     ├── MergeError
+    ├── ServingError
+    │   ├── ExportError
+    │   └── UnsupportedExport (ValueError)
     ├── PlanError (ValueError)
     └── DemoError
 
@@ -70,6 +73,7 @@ __all__ = [
     "DataError",
     "DeadLoss",
     "DemoError",
+    "ExportError",
     "ForbiddenTargets",
     "FrozenHead",
     "LivenessError",
@@ -96,6 +100,7 @@ __all__ = [
     "QuantizerUnavailable",
     "ResumeConflict",
     "ResumeError",
+    "ServingError",
     "TargetError",
     "TargetWarning",
     "TemplateError",
@@ -110,6 +115,7 @@ __all__ = [
     "UnloadableAdapter",
     "UnmatchedTargets",
     "UnsavedTensors",
+    "UnsupportedExport",
     "UnsupportedInitialization",
     "UnsupportedTraining",
 ]
@@ -301,6 +307,18 @@ class ResumeError(TrainingError):
 
 class MergeError(LoraPluginsError):
     """An adapter cannot be merged into its base model."""
+
+
+class ServingError(LoraPluginsError):
+    """An adapter cannot be brought to a server."""
+
+
+class ExportError(ServingError):
+    """An adapter cannot be written in a server's format: a file is missing, in the way, or a setting is."""
+
+
+class UnsupportedExport(ServingError, ValueError):
+    """The format or its server has no place for something that the adapter has."""
 
 
 class PlanError(LoraPluginsError, ValueError):

@@ -20,7 +20,7 @@ FLOORS = {
         ("quantization", "targets"),
         ("adapters",),
         ("trainer", "merging"),
-        ("planning",),
+        ("planning", "serving"),
         ("recipe",),
         ("commands",),
     ),
@@ -61,7 +61,7 @@ HEAVY_MODULES = ("registry.base.restoring", "registry.hubs.client", "registry.pu
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "bitsandbytes", "matplotlib"}
 
 #: Where imports inside functions are allowed in rooms that load torch: optional, or not part of every build.
-OPTIONAL = ("bitsandbytes", "deepspeed", "hqq", "matplotlib", "optimum", "torch.distributed", "torchao", "trl")
+OPTIONAL = ("bitsandbytes", "deepspeed", "gguf", "hqq", "matplotlib", "optimum", "torch.distributed", "torchao", "trl")
 #: Private modules of these libraries come and go between releases; they are imported where they are used.
 PRIVATE = ("peft.utils.transformers_weight_conversion", "torch.utils._python_dispatch", "torch.utils._pytree")
 

@@ -14,16 +14,13 @@ __all__ = ["register_commands"]
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    from lora_plugins.commands.demo.command import demo
-    from lora_plugins.commands.merge import merge
-    from lora_plugins.commands.new_plugin import new_plugin
-    from lora_plugins.commands.plan import plan
-    from lora_plugins.commands.plugins import plugins
-    from lora_plugins.commands.train import CONTEXT, train
+    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, train
+    from lora_plugins.commands.demo import command as demo
 
-    app.command()(demo)
-    app.command()(merge)
-    app.command("new-plugin")(new_plugin)
-    app.command()(plan)
-    app.command()(plugins)
-    app.command(context_settings=CONTEXT)(train)
+    app.command()(demo.demo)
+    app.command()(export.export)
+    app.command()(merge.merge)
+    app.command("new-plugin")(new_plugin.new_plugin)
+    app.command()(plan.plan)
+    app.command()(plugins.plugins)
+    app.command(context_settings=train.CONTEXT)(train.train)

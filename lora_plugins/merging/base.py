@@ -21,7 +21,7 @@ from lora_plugins.quantization.dequantization import dequantize_model
 from lora_plugins.quantization.request import detect_quantization
 from lora_plugins.text import one_line
 
-__all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "read_config", "trained_tokens"]
+__all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "make_empty", "read_config", "trained_tokens"]
 
 
 #: Mapping of transformers with the classes for each task of PEFT. Other classes are found by the tensors' names.
@@ -110,6 +110,22 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
     if rows is not None:
         notes += _resize(job, model, rows)
     return LoadedBase(model, stored_quantized, tuple(notes), frozenset(fresh))
+
+
+def make_empty(job: Job, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the base on the meta device, in the class and size that an adapter needs.
+
+    Raises:
+        MergeError: transformers has no class for this configuration.
+    """
+    made = choose_class(job, config)
+    empty = _make_empty(made, config)
+    if empty is None:
+        raise MergeError(f"{made.__name__} cannot be made from the configuration of {job.base}.")
+    rows = _count_rows_needed(job, empty)
+    if rows is not None:
+        empty.resize_token_embeddings(rows, mean_resizing=False)
+    return empty
 
 
 def choose_class(job: Job, config: PreTrainedConfig) -> type[PreTrainedModel]:

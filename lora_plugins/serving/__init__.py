@@ -1,0 +1,1 @@
+"""From an adapter to a server: exports and launch lines."""
