@@ -14,7 +14,7 @@ from lora_plugins import missing_package
 from lora_plugins.errors import ExportError, UnsupportedExport
 from lora_plugins.models.wrapping import base_of, plain_path
 from lora_plugins.serving.gguf_families import FAMILIES, Family
-from lora_plugins.serving.source import MERGED, Source
+from lora_plugins.serving.source import MERGED, Source, is_base_copy
 
 __all__ = ["Pair", "find_family", "load_gguf", "make_pairs"]
 
@@ -75,7 +75,7 @@ def make_pairs(source: Source, model: PeftModel, stored: Mapping[str, torch.Tens
         if isinstance(module, LoraLayer) and "default" in module.scaling
         for pair in writer.convert(name, module)
     ]
-    left = sorted(set(stored) - writer.used)
+    left = sorted(name for name in set(stored) - writer.used if not is_base_copy(source, name))
     if left:
         raise _refuse(source, f"the tensor {left[0]}", "it is not a LoRA factor of a layer")
     return sorted(pairs, key=lambda pair: pair.name)

@@ -21,7 +21,7 @@ from lora_plugins.models.randomness import seeded
 from lora_plugins.text import one_line
 from registry import Adapter, Manifest, changes_base, is_path, pull_adapter
 
-__all__ = ["Source", "load_tensors", "read_source", "wrap_empty"]
+__all__ = ["Source", "is_base_copy", "load_tensors", "read_source", "wrap_empty"]
 
 MANIFEST_FILE = "adapter_manifest.json"
 
@@ -103,12 +103,21 @@ def wrap_empty(source: Source) -> PeftModel:
     model = _inject(source)
     live = adapter_shapes(model, "default")
     check_same_tensors(job.shapes, live, job.file)
-    extra = sorted(set(job.shapes) - set(live))
+    extra = sorted(name for name in set(job.shapes) - set(live) if not is_base_copy(source, name))
     if extra:
         raise ExportError(
             f"{source.title} holds {len(extra)} weights of the base beside its adapters, first {extra[0]}. {MERGED}"
         )
     return model
+
+
+def is_base_copy(source: Source, name: str) -> bool:
+    """Whether a tensor is the base's own embedding or head, which PEFT saves beside an adapter on it.
+
+    `check_contract` has compared it with the base where that was at hand. A grown one is not the base's.
+    """
+    rows = source.base_config.get_text_config().vocab_size
+    return name.endswith(".base_layer.weight") and source.job.shapes[name][0] == rows
 
 
 #: The way out wherever a server cannot take an adapter as one.
