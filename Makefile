@@ -9,13 +9,14 @@ DEMO := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)-engines
 PEERS := $(VENV)-peers
+SERVING := $(VENV)-serving
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-peers test-oldest test-newest \
+.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-peers test-serving test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -75,6 +76,18 @@ $(ENGINES)/.installed: $(INSTALLED)
 test-engines: $(ENGINES)/.installed ## Run the tests of DeepSpeed and Ray.
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(ENGINES))/extensions \
 		$(ENGINES)/bin/python -m pytest tests/test_trainer_engines_deepspeed.py tests/test_trainer_engines_ray.py
+
+# llama.cpp as a shared library from one package; the source release of another has the scripts that convert the base.
+$(SERVING)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps --target $(SERVING)/llama xllamacpp==2026.10.11549
+	$(BIN)/python -m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d $(SERVING)
+	tar xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING)
+	touch $@
+
+test-serving: $(SERVING)/.installed ## Run base and adapter in llama.cpp, and compare its logits with transformers'.
+	OMP_NUM_THREADS=1 LLAMA_CPP_LIBRARY=$(abspath $(SERVING))/llama/xllamacpp/xllamacpp.abi3.so \
+		LLAMA_CPP_SOURCE=$(abspath $(SERVING))/llama_cpp_python-0.3.36/vendor/llama.cpp \
+		$(BIN)/python -m pytest -s -m slow tests/test_serving_llamacpp.py
 
 test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
 	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_publishing_load.py
@@ -152,4 +165,4 @@ test-newest: ## Run the tests with the newest releases, on Python 3.13.
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 clean: ## Remove every environment and everything that was built.
-	rm -rf $(VENV) $(ENGINES) $(PEERS) .venv-oldest .venv-newest build dist site demo-output
+	rm -rf $(VENV) $(ENGINES) $(PEERS) $(SERVING) .venv-oldest .venv-newest build dist site demo-output

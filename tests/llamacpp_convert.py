@@ -20,6 +20,8 @@ def main(source: str, folder: str, file: str) -> None:
     from conversion.base import TextModel
 
     hparams = ModelBase.load_hparams(Path(folder), False)
+    # transformers 5 writes it elsewhere, and GPT-NeoX's class still asks for it.
+    hparams.setdefault("rotary_pct", hparams.get("rope_parameters", {}).get("partial_rotary_factor"))
     made = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     rows = int(hparams["vocab_size"])
     # Gemma 3's class reads from this file how many rows of the embedding have a token.

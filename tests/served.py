@@ -52,7 +52,8 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("Mistral", {**_ROPE, "head_dim": 32, "sliding_window": None}, {}),
     "mixtral": ("Mixtral", {**_ROPE, "num_local_experts": 4, "num_experts_per_tok": 2}, {"experts": True}),
     "olmo2": ("Olmo2", _ROPE, {}),
-    "olmoe": ("Olmoe", {**_ROPE, **_MOE}, {"experts": True}),
+    # llama.cpp asks of OLMoE as many key heads as query heads, and normalizes Qwen3-MoE's router, as their releases do.
+    "olmoe": ("Olmoe", {**_ROPE, **_MOE, "num_key_value_heads": 4}, {"experts": True}),
     "phi3": (
         "Phi3",
         {**_ROPE, "original_max_position_embeddings": 128},
@@ -65,7 +66,11 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"experts": True},
     ),
     "qwen3": ("Qwen3", {**_ROPE, "head_dim": 32}, {}),
-    "qwen3_moe": ("Qwen3Moe", {**_ROPE, **_MOE, "head_dim": 16, "moe_intermediate_size": 48}, {"experts": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_ROPE, **_MOE, "head_dim": 16, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        {"experts": True},
+    ),
     "smollm3": ("SmolLM3", {**_ROPE, "no_rope_layer_interval": 4}, {}),
     "starcoder2": (
         "Starcoder2",
