@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_plugins.adapters.prepare import prepare_model as prepare_model
     from lora_plugins.merging.merge import merge_and_save as merge_and_save
     from lora_plugins.planning.planner import plan as plan
+    from lora_plugins.plugins.host import plugin_checks as plugin_checks
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
@@ -41,6 +42,7 @@ _LAZY = {
     "merge_and_save": "lora_plugins.merging.merge",
     "pack": "lora_plugins.recipe.packing",
     "plan": "lora_plugins.planning.planner",
+    "plugin_checks": "lora_plugins.plugins.host",
     "prepare_model": "lora_plugins.adapters.prepare",
     "quantization_config": "lora_plugins.quantization.request",
     "resolve_targets": "lora_plugins.targets.resolution",
@@ -65,6 +67,7 @@ __all__ = [
     "missing_package",
     "pack",
     "plan",
+    "plugin_checks",
     "prepare_model",
     "quantization_config",
     "resolve_targets",

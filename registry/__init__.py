@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from registry.catalog.listing import versions as versions
     from registry.catalog.withdrawal import unyank as unyank
     from registry.catalog.withdrawal import yank as yank
+    from registry.checks.configuration import changes_base as changes_base
+    from registry.checks.record import Check as Check
+    from registry.checks.record import Finding as Finding
     from registry.errors import BaseMismatch as BaseMismatch
     from registry.errors import InvalidAdapter as InvalidAdapter
     from registry.formats.manifest import Manifest as Manifest
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
     from registry.publishing.changes import Changes as Changes
     from registry.publishing.folder_card import write_card as write_card
-    from registry.publishing.initialization import changes_base as changes_base
     from registry.publishing.initialization import make_plain as make_plain
     from registry.publishing.publish import Published as Published
     from registry.publishing.push import check_push as check_push
@@ -55,8 +57,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "Adapter": "registry.pulling.adapter",
     "BaseMismatch": "registry.errors",
+    "Check": "registry.checks.record",
     "CheckResult": "registry.base.contract",
     "Changes": "registry.publishing.changes",
+    "Finding": "registry.checks.record",
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
@@ -70,7 +74,7 @@ _LAZY = {
     "SigningKey": "registry.signing.keys",
     "Verification": "registry.upkeep.verification",
     "aliases": "registry.catalog.aliases",
-    "changes_base": "registry.publishing.initialization",
+    "changes_base": "registry.checks.configuration",
     "check_contract": "registry.base.contract",
     "check_push": "registry.publishing.push",
     "collect_garbage": "registry.upkeep.cleanup",

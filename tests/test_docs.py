@@ -82,7 +82,12 @@ def test_every_hook_is_documented_with_its_signature() -> None:
     reference = tool("hook_reference")
     page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
 
-    assert reference.hooks() == ["register_architectures", "register_quantizers", "register_commands"]
+    assert reference.hooks() == [
+        "register_architectures",
+        "register_quantizers",
+        "register_commands",
+        "register_checks",
+    ]
     headings = re.findall(r"^## `(.+)` \{ #(\w+) \}$", page, re.MULTILINE)
     assert headings == [(reference.signature(name), name) for name in reference.hooks()]
 

@@ -21,12 +21,12 @@ from releases import NAME, contents, draft, release
 
 from registry.catalog.memory import parse_record
 from registry.catalog.state import Move, State, Yank
+from registry.checks.table import check_weights
 from registry.errors import RegistryError
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.references import Reference
 from registry.formats.strict_json import JsonRefused
-from registry.formats.tensors import check_weights
 from registry.formats.weights import read_header
 from registry.pulling.cache import Cache
 from registry.pulling.lockfile import Lock

@@ -9,19 +9,13 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.table import check_weights, enforce
 from registry.errors import InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.records import TensorRecord
-from registry.formats.tensors import (
-    check_adapter,
-    check_trained,
-    check_weights,
-    counted,
-    labels_of,
-    lora_modules,
-    other_tensors,
-    vocabulary_of,
-)
+from registry.formats.tensors import counted, labels_of, lora_modules, other_tensors, vocabulary_of
+from registry.formats.weights import Header, Values
 
 PRE = "base_model.model."
 Q = f"{PRE}model.layers.0.self_attn.q_proj"
@@ -39,7 +33,13 @@ def records(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorRecord]:
 
 
 def check(shapes: dict[str, tuple[int, ...]], **fields: Any) -> None:
-    check_adapter(records(shapes), config(**fields))
+    known = {"config": config(**fields), "header": Header(records(shapes), {}, {})}
+    enforce(AdapterFiles(Path(), given=known), "pull", ("configuration", "header"))
+
+
+def check_trained(tensors: dict[str, TensorRecord], zeros: set[str]) -> None:
+    known = {"header": Header(tensors, {}, {}), "values": Values(frozenset(zeros))}
+    enforce(AdapterFiles(Path(), given=known), "push", ("header", "values"))
 
 
 @pytest.mark.parametrize(

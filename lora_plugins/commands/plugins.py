@@ -62,7 +62,12 @@ def _describe_state(info: PluginInfo) -> Iterator[str]:
     if info.disabled is not None:
         yield f"disabled: {info.disabled}"
         return
-    kinds = {"architecture": info.architectures, "quantization backend": info.quantizers, "command": info.commands}
+    kinds = {
+        "architecture": info.architectures,
+        "quantization backend": info.quantizers,
+        "command": info.commands,
+        "check": info.checks,
+    }
     provided = [_summarize(kind, names) for kind, names in kinds.items() if names]
     yield from provided or ["provides nothing"]
 

@@ -1,4 +1,4 @@
-"""The three hooks of lora_plugins. Each collects; none decides."""
+"""The four hooks of lora_plugins. Each collects; none decides."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from lora_plugins.plugins.types import Architecture, Quantizer
+    from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
 
-__all__ = ["PROJECT", "hookimpl", "hookspec", "register_architectures", "register_commands", "register_quantizers"]
+__all__ = [
+    "PROJECT",
+    "hookimpl",
+    "hookspec",
+    "register_architectures",
+    "register_checks",
+    "register_commands",
+    "register_quantizers",
+]
 
 
 #: pluggy's project name and the entry-point group.
@@ -80,4 +88,30 @@ def register_commands(app: typer.Typer) -> None:
 
     Args:
         app: The command-line program. Import heavy modules inside the command, not at module level.
+    """
+
+
+@hookspec
+def register_checks() -> Iterable[AdapterCheck]:  # type: ignore[empty-body]
+    """Return the checks of adapters that this plugin adds: records of type ``registry.Check``.
+
+    ``lora-plugins doctor`` runs all of them. One that names a stage in ``refused`` is enforced there, too: ``push``,
+    ``pull`` or ``load``. Its name is shown after that of the plugin, so it may be called like another one.
+
+    ```python
+    from lora_plugins import hookimpl
+    from registry import Check, InvalidAdapter
+
+
+    def find_large_rank(files):
+        if max(files.config.ranks) > 64:
+            yield f"The rank is {max(files.config.ranks)}; our servers take 64 at most"
+
+
+    @hookimpl
+    def register_checks():
+        cure = "Train it with r=64"
+        refused = {"push": InvalidAdapter}
+        return [Check("servable-rank", "error", ("configuration",), find_large_rank, cure, refused)]
+    ```
     """

@@ -27,7 +27,7 @@ from lora_plugins.errors import (
 from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.hookspecs import PROJECT
 from lora_plugins.plugins.table import BLOCK_VARIABLE, PluginInfo, Table
-from lora_plugins.plugins.types import Architecture, Quantizer
+from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
 from lora_plugins.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 _HEAVY = ("torch", "transformers")
 
 T = TypeVar("T")
-Record = TypeVar("Record", Architecture, Quantizer)
+Record = TypeVar("Record", Architecture, Quantizer, AdapterCheck)
 
 
 @dataclass(slots=True)
@@ -97,6 +97,7 @@ class PluginHost:
         self.plugins: list[PluginInfo] = []
         self._architectures: Table[Architecture] = Table("architecture", ArchitectureConflict)
         self._quantizers: Table[Quantizer] = Table("quantization backend", QuantizerConflict)
+        self._checks: list[tuple[PluginInfo, AdapterCheck]] = []
         self._load_builtins()
         self._load_entry_points()
         self._architectures.annotate()
@@ -147,6 +148,10 @@ class PluginHost:
         disabled = [str(info) for info in self.plugins if info.disabled]
         extra = f" Disabled plugins: {', '.join(disabled)}; see `lora-plugins plugins`." if disabled else ""
         raise UnknownQuantizer(f"No quantization backend {name!r}.{hint} Known: {', '.join(known)}.{extra}")
+
+    def checks(self) -> list[tuple[PluginInfo, AdapterCheck]]:
+        """Return the checks of adapters that plugins add, each with its plugin."""
+        return list(self._checks)
 
     def unknown_blocks(self) -> list[str]:
         """Return the blocked names that match neither a plugin nor the distribution of one."""
@@ -215,11 +220,13 @@ class PluginHost:
             loaded = self._register(info, load())
             architectures = _collect(loaded, "register_architectures", Architecture)
             quantizers = _collect(loaded, "register_quantizers", Quantizer)  # type: ignore[type-abstract]
+            checks = _collect(loaded, "register_checks", AdapterCheck)  # type: ignore[type-abstract]
             for quantizer in quantizers:
                 _check_name(quantizer)
                 _check_requires(quantizer)
             _check_unique("architecture", [item.model_type for item in architectures])
             _check_unique("quantization backend", [item.name for item in quantizers])
+            _check_unique("check", [item.name for item in checks])
         except KeyboardInterrupt:
             raise
         # sys.exit() in a plugin and a panic in a Rust extension are not subclasses of Exception.
@@ -231,6 +238,8 @@ class PluginHost:
             self._architectures.add(architecture.model_type, info, architecture)
         for quantizer in quantizers:
             self._quantizers.add(quantizer.name, info, quantizer)
+        self._checks += [(info, check) for check in checks]
+        info.checks = sorted(item.name for item in checks)
         info.architectures = sorted(item.model_type for item in architectures)
         info.quantizers = sorted(item.name for item in quantizers)
         info.requires = {item.name: list(item.requires) for item in sorted(quantizers, key=lambda item: item.name)}
@@ -421,4 +430,9 @@ def plugin_host() -> PluginHost:
     return PluginHost()
 
 
-__all__ = ["BLOCK_VARIABLE", "DISTRIBUTION", "PluginHost", "PluginInfo", "plugin_host"]
+def plugin_checks() -> list[tuple[PluginInfo, AdapterCheck]]:
+    """Return the checks of adapters that the installed plugins add, each with its plugin."""
+    return plugin_host().checks()
+
+
+__all__ = ["BLOCK_VARIABLE", "DISTRIBUTION", "PluginHost", "PluginInfo", "plugin_checks", "plugin_host"]

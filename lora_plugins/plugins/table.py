@@ -28,6 +28,7 @@ class PluginInfo:
         disabled: Why it is switched off; ``None`` if it is active.
         notes: Its name conflicts and overrides, and whether it slows down every command.
         requires: The distributions that each of its backends needs, by backend name.
+        checks: Name of each check of adapters it adds.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PluginInfo:
     disabled: str | None = None
     notes: list[str] = field(default_factory=list)
     requires: dict[str, list[str]] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"

@@ -6,17 +6,33 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Architecture", "ExpertFormat", "ExpertPolicy", "ExpertsAsLayers", "Quantizer"]
+__all__ = ["AdapterCheck", "Architecture", "ExpertFormat", "ExpertPolicy", "ExpertsAsLayers", "Quantizer"]
 
 
 #: How the routed experts of mixture-of-experts blocks are adapted.
 ExpertPolicy = Literal["none", "routed", "shared"]
+
+
+@runtime_checkable
+class AdapterCheck(Protocol):
+    """A check of adapters: ``registry.Check``, or anything with its attributes."""
+
+    @property
+    def name(self) -> str:
+        """Its name, of lower-case words joined by hyphens."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The parts of an adapter that it needs."""
+
+    def examine(self, files: Any) -> list[Any]:
+        """Return its findings in an adapter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from registry.base.identity import Identity, compare_identity
 from registry.base.peft_fields import read_peft_config
 from registry.base.stored import StoredAdapter
 from registry.base.target import Base
+from registry.checks.table import enforce
 from registry.errors import BaseMismatch, IdentityWarning
-from registry.formats.agreement import check_agreement
 from registry.formats.records import BaseRecord
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def check_contract(
 
 
 def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | None) -> CheckResult:
-    if adapter.manifest is not None:
-        check_agreement(adapter.manifest, adapter.config)
+    enforce(adapter.files, "load", ("files", "configuration", "manifest", "header"))
     _, ignored = read_peft_config(adapter)
     identity = compare_identity(adapter.base, base, hub, token)
     _, findings = fit_base(adapter, base.candidates(), base)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.table import enforce
 from registry.errors import IntegrityError, InvalidAdapter, UnsafeFile
 from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
 from registry.formats.fields import COMMIT
@@ -16,7 +18,7 @@ from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseRecord, TensorRecord
 from registry.formats.tensors import vocabulary_of
-from registry.formats.weights import check_values, read_file_header
+from registry.formats.weights import read_file_header
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +64,7 @@ class StoredAdapter:
         weights = folder / ADAPTER_WEIGHTS
         _require_regular(weights)
         header = read_file_header(weights)
-        # float64 is accepted here; a push refuses it.
-        check_values(weights, header, double=True)
+        enforce(AdapterFiles(folder, given={"config": config, "header": header}), "load", ("header", "values"))
         if (folder / MANIFEST_FILE).exists():
             manifest = Manifest.parse(_read_regular(folder / MANIFEST_FILE, MAX_MANIFEST))
             if dict(manifest.tensors) != dict(header.tensors):
@@ -72,6 +73,11 @@ class StoredAdapter:
                     "another adapter. Remove it, or pull the release again."
                 )
         return cls(f"The adapter in {folder}", folder, config, header.tensors, manifest)
+
+    @property
+    def files(self) -> AdapterFiles:
+        """The same files, as checks see them."""
+        return AdapterFiles(self.folder, self.title, given={"config": self.config, "manifest": self.manifest})
 
     @property
     def base(self) -> BaseRecord:

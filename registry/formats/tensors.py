@@ -1,4 +1,4 @@
-"""Check names, shapes and values of an adapter's tensors."""
+"""Tell what an adapter's tensors are by their names and shapes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 
-from registry.errors import InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.records import TensorRecord
-from registry.formats.weights import Header, check_values, read_file_header
 
 __all__ = [
-    "CheckedWeights",
+    "TASK_HEADS",
     "LoraModule",
-    "check_adapter",
-    "check_trained",
-    "check_weights",
     "counted",
     "labels_of",
     "lora_modules",
+    "may_be_trained",
     "other_tensors",
     "vocabulary_of",
 ]
@@ -32,7 +27,8 @@ _PREFIX = "base_model.model."
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
 #: Module names that suggest an embedding or a head, for unknown architectures too.
 _END = re.compile(r"(^|\.)[^.]*(embed|wte|shared|head|decoder|vocab|output|proj_out)[^.]*(\.base_layer)?$")
-_TASK_HEADS = ("classifier", "score", "qa_outputs")
+#: The heads that PEFT saves for a classification task or question answering without their being named.
+TASK_HEADS = ("classifier", "score", "qa_outputs")
 #: Name part of the tensors of individually trained tokens.
 _DELTA = "trainable_tokens_"
 
@@ -73,50 +69,8 @@ def _is_of_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def check_adapter(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    """Check that the tensors form a LoRA adapter of the configured rank.
-
-    Raises:
-        InvalidAdapter: There are none, an A or B is missing, or shapes or ranks do not match.
-    """
-    modules = lora_modules(tensors)
-    if not modules:
-        raise InvalidAdapter("The adapter is empty: its file holds no LoRA tensors. Was it saved before any were made?")
-    compiled = [name for name in tensors if "_orig_mod." in name]
-    if compiled:
-        raise InvalidAdapter(
-            f"{len(compiled)} tensors have names with _orig_mod., first {compiled[0]}: the adapter was saved from a "
-            "compiled model, and nothing could load it. Save it from the model itself (model._orig_mod)."
-        )
-    strange = [name for name in tensors if not name.startswith(_PREFIX)]
-    if strange:
-        raise InvalidAdapter(
-            f"{len(strange)} tensors have names that do not begin with {_PREFIX}, first {strange[0]}: this is not what "
-            "PEFT's save_pretrained writes. Save it with that."
-        )
-    _check_others(tensors, config)
-    for name, module in modules.items():
-        _check_module(name, module, tensors, config)
-
-
-def _check_others(tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    """Refuse base weights that the configuration does not train: loading the adapter would replace them.
-
-    Whether an embedding or a head was trained or resized is checked later against the base, by `check`.
-
-    Raises:
-        InvalidAdapter: The file holds such weights.
-    """
-    foreign = [name for name in other_tensors(tensors) if not _may_be_trained(name, tensors[name], config)]
-    if foreign:
-        raise InvalidAdapter(
-            f"{len(foreign)} tensors, first {foreign[0]}, are weights of the base model that adapter_config.json does "
-            "not train; loading the adapter would replace them. If they were trained, name their modules in "
-            "modules_to_save; else leave them out"
-        )
-
-
-def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bool:
+def may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bool:
+    """Whether a configuration trains a tensor, as far as its name and shape tell; embeddings and heads may be."""
     module, _, part = name.removeprefix(_PREFIX).rpartition(".")
     if part == "bias" and config.fields.get("bias", "none") != "none":
         return True
@@ -124,7 +78,7 @@ def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> b
         return True
     saved = list(config.fields.get("modules_to_save") or ())
     # Early PEFT releases save a task's head without naming it in the configuration.
-    saved += _TASK_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
+    saved += TASK_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
     # PEFT matches suffixes: ``classifier`` also matches ``pre_classifier``. Submodules are saved along.
     parts = module.split(".")
     if any(".".join(parts[:count]).endswith(tuple(saved)) for count in range(1, len(parts) + 1)):
@@ -132,95 +86,6 @@ def _may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> b
     return _is_of_adapter(name) or (
         len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None
     )
-
-
-def _check_module(name: str, module: LoraModule, tensors: Mapping[str, TensorRecord], config: AdapterConfig) -> None:
-    if module.first is None or module.second is None:
-        half, other = ("B", "A") if module.first is None else ("A", "B")
-        raise InvalidAdapter(f"{name} has a LoRA {half} and no {other}: half of it was not saved")
-    twice = [other for other in module.more if re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", other)]
-    if twice or ("_embedding_" in module.first) != ("_embedding_" in module.second):
-        raise InvalidAdapter(
-            f"{name} has more than one LoRA A or B: {module.first}, {module.second}, {', '.join(twice)}"
-        )
-    first, second = tensors[module.first].shape, tensors[module.second].shape
-    if len(first) < 2 or len(first) != len(second) or 0 in first + second:
-        raise InvalidAdapter(
-            f"{name} has a LoRA A of shape {first} and B of shape {second}. Tensors without rows were not gathered "
-            "from all processes before they were saved: save under ZeRO-3 or FSDP with the Trainer's save_model."
-        )
-    # Block-diagonal LoRA stores the blocks of a B on top of each other.
-    if first[0] not in (second[1], second[1] * config.blocks):
-        raise InvalidAdapter(f"{name} has a LoRA A of rank {first[0]} and a B of rank {second[1]}")
-    # Adapters of expert parameters stack the ranks of all experts.
-    experts = bool(config.fields.get("target_parameters"))
-    if first[0] not in config.ranks and not (experts and any(first[0] % rank == 0 for rank in config.ranks)):
-        known = ", ".join(str(rank) for rank in sorted(config.ranks))
-        raise InvalidAdapter(
-            f"{name} has rank {first[0]}, and adapter_config.json says {known}: they do not belong together"
-        )
-
-
-def check_trained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> None:
-    """Check that the adapter has an effect: a module with a zero A or B computes the same as the base.
-
-    Raises:
-        InvalidAdapter: The adapter has no effect.
-    """
-    reason = _find_untrained(tensors, zeros)
-    if reason is not None:
-        raise InvalidAdapter(reason)
-
-
-def _find_untrained(tensors: Mapping[str, TensorRecord], zeros: set[str]) -> str | None:
-    modules = lora_modules(tensors)
-    if set(other_tensors(tensors)) - zeros or any(not {m.first, m.second} & zeros for m in modules.values()):
-        return None
-    return (
-        f"All {len(modules)} LoRA modules are zero (A or B): the adapter changes nothing. It was never trained, or "
-        "gradients did not reach it. Train it again, or use another version."
-    )
-
-
-@dataclass(frozen=True)
-class CheckedWeights:
-    """Weights of which every value was checked.
-
-    Attributes:
-        header: Header of the file.
-        warnings: Harmless but useless content, with the remedy: an adapter of zeros, float64. A push refuses it, a
-            pull warns.
-    """
-
-    header: Header
-    warnings: tuple[str, ...] = ()
-
-
-def check_weights(path: Path, config: AdapterConfig) -> CheckedWeights:
-    """Check an adapter's weight file: header, names, shapes, ranks and every value.
-
-    Push, pull, `verify` and adapter folders share this check. It reads all values once, 16 MB at a time.
-
-    Args:
-        path: ``adapter_model.safetensors``.
-        config: The configuration beside it.
-
-    Raises:
-        UnsafeFile: It is not a safetensors file, or a malicious one.
-        InvalidAdapter: An A or B is missing, a shape or rank does not match the configuration, a dtype is not
-            floating-point, or values are not finite or exceed float16's maximum.
-    """
-    header = read_file_header(path)
-    check_adapter(header.tensors, config)
-    zeros = check_values(path, header, double=True)
-    double = [name for name, record in header.tensors.items() if record.dtype == "F64"]
-    found = [_find_untrained(header.tensors, zeros)]
-    if double:
-        found.append(
-            f"{len(double)} tensors, first {double[0]}, have dtype F64, which takes twice the memory of F32 and adds "
-            "nothing. Convert the adapter, for example with model.float(), and save it again."
-        )
-    return CheckedWeights(header, tuple(reason for reason in found if reason is not None))
 
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_HEADER",
     "Header",
+    "Values",
     "bits_of",
     "check_values",
+    "describe_dtype",
     "read_file_header",
     "read_header",
     "read_open_header",
     "read_values",
+    "scan_values",
 ]
 
 #: Maximum bytes of a header; one with 50,000 tensors has about 7 MB.
@@ -56,13 +59,14 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Header:
+def read_header(read: Callable[[int, int], bytes], size: int, name: str, *, empty: bool = False) -> Header:
     """Read a header, and check that it describes each byte of the file exactly once.
 
     Args:
         read: Returns at most the given number of bytes from a position on.
         size: Size of the whole file in bytes.
         name: The file's name, for messages.
+        empty: Accept tensors without values.
 
     Raises:
         UnsafeFile: The file is not a safetensors file, or a malicious one.
@@ -73,7 +77,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> Head
             raise JsonRefused(f"its header should have {length:,} bytes, and the file has {size:,}")
         if length > MAX_HEADER:
             raise JsonRefused(f"its header has {length:,} bytes, and may have {MAX_HEADER:,}")
-        return _parse_header(parse(read(8, length), MAX_HEADER, depth=4), 8 + length, size)
+        return _parse_header(parse(read(8, length), MAX_HEADER, depth=4), 8 + length, size, empty)
     except JsonRefused as reason:
         raise UnsafeFile(f"{name} is not a safetensors file that can be read safely: {reason}") from None
 
@@ -84,14 +88,14 @@ def read_file_header(path: Path) -> Header:
         return read_open_header(file, path.name)
 
 
-def read_open_header(file: BinaryIO, name: str) -> Header:
+def read_open_header(file: BinaryIO, name: str, *, empty: bool = False) -> Header:
     """Read the header of an open file; see `read_header`."""
 
     def read(start: int, length: int) -> bytes:
         file.seek(start)
         return file.read(length)
 
-    return read_header(read, os.fstat(file.fileno()).st_size, name)
+    return read_header(read, os.fstat(file.fileno()).st_size, name, empty=empty)
 
 
 def bits_of(dtype: str) -> int:
@@ -105,7 +109,7 @@ def bits_of(dtype: str) -> int:
     return _BITS[dtype]
 
 
-def _parse_header(document: object, start: int, size: int) -> Header:
+def _parse_header(document: object, start: int, size: int, empty: bool) -> Header:
     if not isinstance(document, dict):
         raise JsonRefused("its header is not an object")
     metadata = _parse_metadata(document.pop("__metadata__", {}))
@@ -120,7 +124,7 @@ def _parse_header(document: object, start: int, size: int) -> Header:
         offsets[name] = (start + begin, start + end)
     position = start
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
-        if begin != position or end <= begin:
+        if begin != position or end < begin or (end == begin and not empty):
             raise JsonRefused(
                 f"the bytes of {shown(name)} are not behind those of the tensor before, or there are none"
             )
@@ -157,6 +161,39 @@ def _parse_metadata(value: object) -> dict[str, str]:
     return value
 
 
+@dataclass(frozen=True)
+class Values:
+    """What reading all values of an adapter showed.
+
+    Attributes:
+        zeros: The names of the tensors that hold only zeros; denormal numbers count as zero, except those of float16.
+        problems: What is wrong with tensors that hold NaN, infinity or a magnitude above float16's maximum, by name.
+    """
+
+    zeros: frozenset[str] = frozenset()
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def scan_values(path: Path, header: Header) -> Values:
+    """Read all values of an adapter's weight file once, in chunks; tensors that are not floating-point are left out.
+
+    Raises:
+        InvalidAdapter: The file ends within a tensor.
+    """
+    zeros, problems = set(), {}
+    with open(path, "rb") as file:
+        for name, (begin, end) in header.offsets.items():
+            kind = _FLOATS.get(header.tensors[name].dtype)
+            if kind is None:
+                continue
+            largest = _find_largest(file, begin, end, name, kind)
+            if largest > kind.limit:
+                problems[name] = _describe_excess(name, kind, largest)
+            elif largest < kind.smallest:
+                zeros.add(name)
+    return Values(frozenset(zeros), problems)
+
+
 def check_values(path: Path, header: Header, *, double: bool = False) -> set[str]:
     """Read and check all values of an adapter's weight file once, in chunks.
 
@@ -168,17 +205,27 @@ def check_values(path: Path, header: Header, *, double: bool = False) -> set[str
     Returns:
         The names of the tensors that hold only zeros; denormal numbers count as zero, except those of float16.
 
-        Raises:
-            InvalidAdapter: A tensor holds NaN, infinity or a magnitude above float16's maximum, or has another dtype.
+    Raises:
+        InvalidAdapter: A tensor holds NaN, infinity or a magnitude above float16's maximum, or has another dtype.
     """
-    dtypes = _FLOATS if double else {name: kind for name, kind in _FLOATS.items() if name != "F64"}
-    with open(path, "rb") as file:
-        return {
-            name
-            for name, (begin, end) in header.offsets.items()
-            if not _is_counter(name, header.tensors[name])
-            and _is_zero(file, begin, end, name, header.tensors[name].dtype, dtypes)
-        }
+    for name, record in header.tensors.items():
+        reason = describe_dtype(name, record, double=double)
+        if reason is not None:
+            raise InvalidAdapter(reason)
+    found = scan_values(path, header)
+    for problem in found.problems.values():
+        raise InvalidAdapter(problem)
+    return set(found.zeros)
+
+
+def describe_dtype(name: str, record: TensorRecord, *, double: bool = True) -> str | None:
+    """Return why a tensor's dtype cannot be an adapter's; ``None`` if it can be."""
+    if (record.dtype in _FLOATS and (double or record.dtype != "F64")) or _is_counter(name, record):
+        return None
+    return (
+        f"{name} has dtype {record.dtype}. Adapters are published in F32, BF16 or F16: convert it, for example with "
+        "model.float(), and save it again."
+    )
 
 
 def read_values(path: Path, header: Header, name: str) -> numpy.ndarray:
@@ -195,26 +242,22 @@ def _is_counter(name: str, record: TensorRecord) -> bool:
     return name.endswith(".num_batches_tracked") and record.dtype == "I64" and record.shape == ()
 
 
-def _is_zero(file: BinaryIO, begin: int, end: int, name: str, dtype: str, dtypes: Mapping[str, _Float]) -> bool:
-    """Read a tensor and return whether all its values are zero."""
-    kind = dtypes.get(dtype)
-    if kind is None:
-        raise InvalidAdapter(
-            f"{name} has dtype {dtype}. Adapters are published in F32, BF16 or F16: convert it, for example with "
-            "model.float(), and save it again."
-        )
+def _find_largest(file: BinaryIO, begin: int, end: int, name: str, kind: _Float) -> int:
+    """Return the bits of the largest magnitude in a tensor; reading stops at one that is not finite."""
     file.seek(begin)
     largest, left = 0, end - begin
-    while left:
+    while left and largest < kind.infinity:
         chunk = file.read(min(left, _CHUNK))
         if not chunk:
             raise InvalidAdapter(f"{file.name} ends within {name}")
         left -= len(chunk)
         largest = max(largest, kind.largest(chunk))
-        if largest > kind.limit:
-            what = "NaN or infinite values" if largest >= kind.infinity else "values above 65,504, the largest of F16"
-            raise InvalidAdapter(f"{name} holds {what}: the training has diverged, or the file is damaged.")
-    return largest < kind.smallest
+    return largest
+
+
+def _describe_excess(name: str, kind: _Float, largest: int) -> str:
+    what = "NaN or infinite values" if largest >= kind.infinity else "values above 65,504, the largest of F16"
+    return f"{name} holds {what}: the training has diverged, or the file is damaged."
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,20 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry.base.files import BaseFiles, find_base_folder
-from registry.base.peft_fields import describe_lost
+from registry.checks.configuration import changes_base, describe_lost
 from registry.errors import InvalidAdapter
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
 
-__all__ = ["changes_base", "make_plain"]
+__all__ = ["make_plain"]
 
 #: Values of ``init_lora_weights`` that change the base's weights. PEFT repeats these two on loading.
 _REPEATED = ("pissa", "olora")
-_CHANGING = (*_REPEATED, "pissa_niter_", "corda", "lora_ga", "loftq")
 #: Values that do not change the base but read its weights or need data; the results are in the file.
 _FROM_BASE = ("eva", "orthogonal", "mica")
 _PREFIX = "base_model.model."
-
-
-def changes_base(init: object) -> bool:
-    """Whether a LoRA initialization changes the weights of the base."""
-    return isinstance(init, str) and init.lower().startswith(_CHANGING)
 
 
 def make_plain(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from registry.base.record import base_of_model, require_known, with_aliases, with_given
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.table import enforce
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
 from registry.formats.tensors import other_tensors
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
 from registry.publishing.card import CardFields
-from registry.publishing.checks import check_size, check_use
+from registry.publishing.checks import check_size
 from registry.publishing.draft import make_release
 from registry.publishing.publish import Draft, Published, publish
 from registry.publishing.signer import Signer
@@ -176,7 +179,7 @@ def check_push(
     adapter = adapter_name or find_adapter_name(model)
     state = read_state(model, adapter)
     config = read_config(model, adapter)
-    check_use(config)
+    enforce(AdapterFiles(Path(), given={"config": config}), "push", ("configuration",))
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in state.items()}
     check_size({key: sizes[key] for key in other_tensors(sizes)}, allow, sum(sizes.values()))
     base, _ = base_of_model(model.get_base_model(), config)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.folder import PRESENCE
+from registry.checks.table import enforce
 from registry.errors import BaseMismatch, InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import MAX_FILE
@@ -26,7 +29,6 @@ __all__ = ["copy_adapter", "copy_tokenizer", "read_config", "read_state", "save_
 
 #: Maximum bytes of a tokenizer file; the largest have 30 MB.
 _MAX_TOKENIZER = 256 * 1024 * 1024
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _CHUNK = 4 * 1024 * 1024
 
 
@@ -42,25 +44,9 @@ def copy_adapter(source: Path, target: Path) -> None:
         raise InvalidAdapter(
             f"{source} is not a folder: give a PeftModel, a Trainer, or a folder that save_pretrained wrote"
         )
-    names = set(os.listdir(source))
-    pickles = [name for name in _PICKLES if name in names]
-    if ADAPTER_WEIGHTS not in names and pickles:
-        raise UnsafeFile(
-            f"{source / pickles[0]} is a pickle, which runs code where it is read; only {ADAPTER_WEIGHTS} is "
-            "published. Load the adapter where you trust it and save it again with save_pretrained."
-        )
-    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
-    if missing:
-        raise InvalidAdapter(f"{source} has no {' and no '.join(missing)}.{_make_hint(source, names)}")
+    enforce(AdapterFiles(source), "folder", ("files",), checks=PRESENCE)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         _copy(source / name, target / name, MAX_FILE)
-
-
-def _make_hint(source: Path, names: Iterable[str]) -> str:
-    nested = sorted(name for name in names if (source / name / ADAPTER_CONFIG).is_file())
-    if nested:
-        return f" It has adapters in {', '.join(nested[:5])}: name one of them."
-    return " A PeftModel's save_pretrained writes both."
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

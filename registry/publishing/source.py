@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from registry.base.contract import check_contract
 from registry.base.files import find_cached_snapshots, is_hub_id
-from registry.base.peft_fields import describe_lost
 from registry.base.record import base_at_hand, base_of_folder, base_of_model, require_known, with_aliases, with_given
 from registry.base.stored import StoredAdapter
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.table import enforce
 from registry.disk.machine import temporary_folder
 from registry.errors import IdentityWarning, InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
@@ -24,10 +25,9 @@ from registry.formats.tensors import labels_of, other_tensors
 from registry.formats.tokenizers import hash_of_file, hash_of_tokenizer
 from registry.publishing import training_facts
 from registry.publishing.checks import (
+    check_for_push,
     check_metrics,
-    check_tensors,
     check_tokenizer,
-    check_use,
     record_file,
     warn_of_rest,
 )
@@ -96,8 +96,9 @@ def collect(
         # A live model's configuration may name a custom class of the base; that of a folder must not.
         own = not isinstance(source, (str, os.PathLike))
         config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=own)
-        check_use(config)
-        tensors = check_tensors(folder / ADAPTER_WEIGHTS, config, allow)
+        files = AdapterFiles(folder, allow=allow, given={"config": config, "names": ()})
+        check_for_push(files)
+        tensors = files.header.tensors
         given = _find_branch(found.base, config) if base_model is None else base_model
         record = found.base if given is None else with_given(found.base, given, base_hub)
         base = with_aliases(require_known(record, on_hub=on_hub), base_aliases)
@@ -156,9 +157,7 @@ def _collect_folder(source: Path, folder: Path) -> _Found:
     source = source.expanduser().resolve()
     copy_adapter(source, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
-    lost = describe_lost(config.fields.get("init_lora_weights", True))
-    if lost:
-        raise InvalidAdapter(f"The adapter in {source}: {lost}")
+    enforce(AdapterFiles(source, f"The adapter in {source}", given={"config": config}), "folder", ("configuration",))
     meant = find_base_folder(source, config.base_id)
     if meant is not None:
         (folder / ADAPTER_CONFIG).write_bytes(config.published(str(meant), None))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+from registry.checks.adapter_files import AdapterFiles
+from registry.checks.table import PARTS, enforce
 from registry.disk.files import read_small
 from registry.errors import IntegrityError, TooLarge, UnsafeFile
 from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
-from registry.formats.agreement import check_agreement
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, max_size
-from registry.formats.tensors import check_weights
-from registry.formats.tokenizer_files import MAX_TOKENIZER_CONFIG, TOKENIZER_CONFIG, check_tokenizer_config
 from registry.formats.weights import MAX_HEADER, bits_of, read_file_header
 
 __all__ = ["check_content", "check_sizes"]
@@ -49,7 +48,5 @@ def check_content(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     header = read_file_header(folder / ADAPTER_WEIGHTS)
     if dict(header.tensors) != dict(manifest.tensors):
         raise IntegrityError(f"The tensors in {ADAPTER_WEIGHTS} are not those of the manifest")
-    check_agreement(manifest, config)
-    if TOKENIZER_CONFIG in manifest.files:
-        check_tokenizer_config(read_small(folder / TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG + 1))
-    return check_weights(folder / ADAPTER_WEIGHTS, config).warnings
+    known = {"config": config, "header": header, "manifest": manifest, "names": tuple(manifest.files)}
+    return tuple(enforce(AdapterFiles(folder, given=known), "pull", PARTS))

@@ -1,0 +1,1 @@
+"""The checks of adapters: records that push, pull, load and doctor share."""
