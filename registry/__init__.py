@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
     from registry.formats.references import is_path as is_path
+    from registry.health.doctor import Diagnosis as Diagnosis
+    from registry.health.doctor import diagnose as diagnose
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
     from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
@@ -60,6 +62,7 @@ _LAZY = {
     "Check": "registry.checks.record",
     "CheckResult": "registry.base.contract",
     "Changes": "registry.publishing.changes",
+    "Diagnosis": "registry.health.doctor",
     "Finding": "registry.checks.record",
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",
@@ -79,6 +82,7 @@ _LAZY = {
     "check_push": "registry.publishing.push",
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",
+    "diagnose": "registry.health.doctor",
     "foreign_tags": "registry.catalog.listing",
     "is_cheap": "registry.formats.patterns",
     "is_path": "registry.formats.references",

@@ -158,7 +158,13 @@ class InvalidManifest(RegistryError, ValueError):
 
 
 class BaseMismatch(RegistryError, ValueError):
-    """An adapter was not trained on this base model."""
+    """An adapter was not trained on this base model.
+
+    Attributes:
+        rename: Prefix of tensor names, and what to rename it to so that the adapter fits; ``None`` if no rename helps.
+    """
+
+    rename: tuple[str, str] | None = None
 
 
 class IntegrityError(RegistryError):

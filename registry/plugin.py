@@ -22,9 +22,9 @@ __all__ = ["find_checks", "register_commands"]
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
     """Add the registry's commands."""
-    from registry.commands import fetching, inspecting, publishing
+    from registry.commands import fetching, health, inspecting, publishing
 
-    for module in (publishing, fetching, inspecting):
+    for module in (publishing, fetching, inspecting, health):
         for command in module.COMMANDS:
             app.command()(command)
 

@@ -136,7 +136,7 @@ def test_what_push_refuses_is_refused_before_the_training(
 
 
 def test_large_heads_are_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.publishing.checks.LARGE", 1000)
+    monkeypatch.setattr("registry.checks.tensors.LARGE", 1000)
     model = adapted(tiny.llama(), modules_to_save=["lm_head"])
     with pytest.raises(TooLarge, match="lm_head"):
         check_push(model, NAME, version="1.0.0", hub=tmp_path, base_model=BASE)

@@ -265,7 +265,7 @@ def test_a_rank_that_is_not_the_configured_one_is_refused(folder: Path, tmp_path
 def test_large_tensors_that_are_not_the_adapters_have_to_be_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.publishing.checks.LARGE", 10_000)
+    monkeypatch.setattr("registry.checks.tensors.LARGE", 10_000)
     model = adapted(tiny.llama(), modules_to_save=["lm_head"])
     with pytest.raises(TooLarge, match=r"lm_head\.weight \(0\.0 MB\).*allow=\['lm_head'\]"):
         collected(model, base_model="org/base")

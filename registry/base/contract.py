@@ -34,6 +34,7 @@ class CheckResult:
         compared: What was compared.
         not_compared: What could not be compared, with the reason.
         ignored: Configuration fields that another trainer wrote and that PEFT rightly ignores.
+        copies: Tensors that repeat an embedding or a head of the base, and are not needed.
     """
 
     tensors: int
@@ -41,6 +42,7 @@ class CheckResult:
     compared: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         told = "the base is the one it was trained on" if self.identity == "verified" else "identity not verified"
@@ -113,7 +115,9 @@ def _check(adapter: StoredAdapter, base: Base, hub: Any, token: str | bool | Non
         problems.append(identity.weights)
     told = [problem for problem in problems if problem]
     if told:
-        raise BaseMismatch(_describe_mismatch(adapter, base, told))
+        mismatch = BaseMismatch(_describe_mismatch(adapter, base, told))
+        mismatch.rename = findings.rename
+        raise mismatch
     return _make_result(adapter, identity, findings, ignored)
 
 
@@ -126,6 +130,7 @@ def _make_result(
         ("names and shapes", *identity.compared),
         (*identity.not_compared, *findings.not_compared),
         ignored,
+        tuple(findings.copies),
     )
 
 

@@ -31,10 +31,19 @@ _TOLERANCE = (2.0**-6, 2.0**-12)
 
 @dataclass
 class Findings:
-    """Problems of an adapter on one base, and what could not be compared."""
+    """Problems of an adapter on one base, and what could not be compared.
+
+    Attributes:
+        problems: Clauses that say why it does not fit.
+        not_compared: What could not be compared, with the reason.
+        rename: See `Placement`.
+        copies: Stored embeddings and heads that repeat all values of the base's own.
+    """
 
     problems: list[str] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
+    rename: tuple[str, str] | None = None
+    copies: list[str] = field(default_factory=list)
 
 
 def choose_candidate(adapter: StoredAdapter, candidates: Iterator[Candidate]) -> Candidate:
@@ -80,6 +89,7 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
     _check_expressions(adapter, [name for name, _ in empty.named_modules()])
     placed = place_tensors(adapter.tensors, config, empty)
     found.problems += placed.problems
+    found.rename = placed.rename
     if base is not None and not found.problems:
         found.problems += _check_added_rows(adapter, placed.left_out, base, _count_special_rows(empty))
         for name, inner in placed.copies.items():
@@ -159,6 +169,7 @@ def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, 
         return
     same = _count_equal(adapter.rows(name, len(rows)), rows)
     if same == len(rows):
+        found.copies += [name] if same == stored == base.vocabulary else []
         return
     if base.vocabulary is None and same >= max(1, len(rows) // 2):
         found.not_compared.append(

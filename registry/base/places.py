@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Placement", "adapter_shapes", "ends_of", "place_tensors", "rename_hint"]
+__all__ = ["Placement", "adapter_shapes", "ends_of", "place_tensors"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -28,11 +28,14 @@ class Placement:
         problems: Clauses about tensors without a place, places without a tensor, and shapes that differ.
         copies: Tensors that hold an embedding or head of the base, with that parameter's name in the base.
         left_out: Weights of embedding and head that the adapter's file does not hold as a whole.
+        rename: Prefix of tensor names and what to rename it to, so that all tensors find their place; ``None`` if no
+            such change helps.
     """
 
     problems: list[str] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    rename: tuple[str, str] | None = None
 
 
 def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Module) -> Placement:
@@ -86,8 +89,12 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
     if shapes:
         told = [f"{name} is {given[name]}, has to be {expected[name]} here" for name in shapes]
         found.problems.append(_list_first(told, "tensors have another shape"))
-    hint = rename_hint(extra, missing, given, expected)
-    found.problems += [hint] if hint else []
+    found.rename = _find_rename(extra, missing, given, expected)
+    if found.rename is not None:
+        old, new = found.rename
+        found.problems.append(
+            f"only a prefix differs: rename {old!r} to {new!r} in its keys and all {len(extra)} find their place"
+        )
     return found
 
 
@@ -190,13 +197,13 @@ def _find_conversion() -> Callable[..., dict[str, torch.Tensor]] | None:
     return found
 
 
-def rename_hint(
+def _find_rename(
     extra: Sequence[str],
     missing: Sequence[str],
     stored: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
-) -> str | None:
-    """Return which prefix to rename so that all stored tensors match a place of their shape; ``None`` if none does.
+) -> tuple[str, str] | None:
+    """Return a prefix and what to rename it to so that all stored tensors match a place; ``None`` if none does.
 
     Args:
         extra: Stored tensors without a place.
@@ -214,7 +221,7 @@ def rename_hint(
         renamed = {name: new + name.removeprefix(old) for name in extra if name.startswith(old)}
         fits = all(expected.get(to) == stored[name] for name, to in renamed.items())
         if len(renamed) == len(extra) and fits and set(renamed.values()) == free:
-            return f"only a prefix differs: rename {old!r} to {new!r} in its keys and all {len(extra)} find their place"
+            return old, new
     return None
 
 

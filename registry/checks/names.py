@@ -49,9 +49,15 @@ def _find_foreign(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             f"{len(strange)} tensors have names that do not begin with {_PREFIX}, first {strange[0]}: this is not what "
             "PEFT's save_pretrained writes. Save it with that.",
-            f"Rename {old!r} to {new!r} at the beginning of the names",
+            _describe_rename(old, new),
             Changes(renames),
         )
+
+
+def _describe_rename(old: str, new: str) -> str:
+    if not new:
+        return f"Leave {old!r} out at the beginning of the names"
+    return f"Rename {old!r} to {new!r} at the beginning of the names" if old else f"Put {new!r} before the names"
 
 
 def _add_prefix(name: str) -> str:
@@ -148,10 +154,10 @@ CHECKS = (
         ),
     ),
     Check(
-        "adapter-name", "error", ("header",),
+        "adapter-name", "warning", ("header",),
         _make_finder(
             _leave_name_out,
-            "have names with the adapter's name in them, which PEFT adds itself when it loads them",
+            "have names with the adapter's name in them: PEFT 0.21 loads them, and other programs do not",
             "Leave the adapter's name out of the names: .lora_A.default.weight is .lora_A.weight in a file",
         ),
     ),

@@ -98,7 +98,7 @@ def _list_shaped(files: AdapterFiles) -> Iterator[tuple[str, tuple[int, ...], tu
     """Yield module and shapes of A and B, where the shapes can be a pair's."""
     for name, one, other in _list_complete(files):
         first, second = files.tensors[one].shape, files.tensors[other].shape
-        if len(first) >= 2 and len(first) == len(second):
+        if len(first) >= 2 and len(first) == len(second) and 0 not in first + second:
             yield name, first, second
 
 

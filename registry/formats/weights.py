@@ -184,7 +184,7 @@ def scan_values(path: Path, header: Header) -> Values:
     with open(path, "rb") as file:
         for name, (begin, end) in header.offsets.items():
             kind = _FLOATS.get(header.tensors[name].dtype)
-            if kind is None:
+            if kind is None or begin == end:
                 continue
             largest = _find_largest(file, begin, end, name, kind)
             if largest > kind.limit:

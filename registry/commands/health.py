@@ -1,0 +1,66 @@
+"""``lora-plugins doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from registry.commands.terminal import HubOption, Json, print_json, print_rows, say, visible, waiting
+
+__all__ = ["COMMANDS", "doctor"]
+
+
+def doctor(
+    source: Annotated[str, typer.Argument(help="A folder, or a reference: org/name@1.2.0.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model to compare with: org/base@<commit>, or a folder.", show_default=False),
+    ] = None,
+    values: Annotated[
+        bool | None,
+        typer.Option("--values/--no-values", help="Read all values; default is up to 64 MB.", show_default=False),
+    ] = None,
+    fix: Annotated[str | None, typer.Option(help="New folder for a cured copy.", show_default=False)] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The base that the cured copy names: org/base@<commit>.", show_default=False),
+    ] = None,
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Examine any adapter: what is wrong, how bad it is, and how to cure it.
+
+    The exit code is 0 for nothing or notes, 3 for warnings and 4 for errors.
+
+    \b
+    Examples:
+      lora-plugins doctor ./outputs/adapter
+      lora-plugins doctor org/name@1.2.0 --json
+      lora-plugins doctor ./adapter --base ./base --fix ./cured
+    """
+    from registry.health.doctor import diagnose
+
+    with waiting(f"Reading {visible(source)} …"):
+        found = diagnose(source, base=base, values=values, fix=fix, base_model=base_model, hub=hub)
+    if as_json:
+        print_json({"severity": found.severity, **vars(found)})
+        raise typer.Exit(found.exit_code)
+    rows = [(one.severity, one.check, one.message, _describe_cure(one.cure, one.curable)) for one in found.symptoms]
+    if rows:
+        print_rows(("severity", "check", "finding", "cure"), rows)
+    else:
+        say(f"{found.title}: nothing found")
+    for part, reason in found.not_read.items():
+        say(f"not read: {part} ({visible(reason)})")
+    if found.cured is not None:
+        say(f"cured copy: {visible(found.cured)}")
+    raise typer.Exit(found.exit_code)
+
+
+def _describe_cure(cure: str, curable: bool) -> str:
+    return f"{cure} [--fix]".strip() if curable else cure
+
+
+#: Commands that this module adds to the program.
+COMMANDS = (doctor,)

@@ -1,0 +1,1 @@
+"""What is wrong with an adapter, and a cured copy of it."""
