@@ -1,4 +1,4 @@
-"""Get the files of an adapter that is to be examined, without checking them."""
+"""Get the files of an adapter that is to be examined, unchecked."""
 
 from __future__ import annotations
 
