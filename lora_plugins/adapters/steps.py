@@ -27,6 +27,7 @@ from lora_plugins.adapters.saving import guard_saving
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PreparationError
 from lora_plugins.logs import say_once
+from lora_plugins.models.statistics import keep_statistics
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.casting import cast_trained, meet_inputs
 from lora_plugins.quantization.marks import tag_quantized
@@ -239,6 +240,16 @@ def let_inputs_in(job: Job) -> None:
     meet_inputs(job.model, keep=head)
 
 
+def keep_norms(job: Job) -> None:
+    """Let frozen norms with running statistics leave those as they are."""
+    count = keep_statistics(job.model)
+    if count:
+        job.record.notes.append(
+            f"{count} frozen norms use their running statistics in training and leave them as they are: no adapter "
+            "file would hold new ones (modules_to_save trains and saves whole modules)"
+        )
+
+
 def load_stored(job: Job) -> None:
     """Load the adapter to continue from."""
     if job.stored is None:
@@ -300,6 +311,7 @@ ADAPTER_STEPS: tuple[Step, ...] = (inject_adapters, check_adapters)
 LAST_STEPS: tuple[Step, ...] = (
     cast_trainable,
     let_inputs_in,
+    keep_norms,
     load_stored,
     compute_experts,
     fuse,
