@@ -9,11 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from registry.adopting.adopt import Adopted as Adopted
+    from registry.adopting.adopt import adopt as adopt
     from registry.base.contract import CheckResult as CheckResult
     from registry.base.contract import check_contract as check_contract
     from registry.base.restoring import lora_tensors as lora_tensors
     from registry.base.restoring import put_back as put_back
+    from registry.catalog.aliases import Comparison as Comparison
     from registry.catalog.aliases import aliases as aliases
+    from registry.catalog.aliases import move_if_better as move_if_better
     from registry.catalog.aliases import remove_alias as remove_alias
     from registry.catalog.aliases import set_alias as set_alias
     from registry.catalog.index import Release as Release
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from registry.catalog.listing import list_adapters as list_adapters
     from registry.catalog.listing import show as show
     from registry.catalog.listing import versions as versions
+    from registry.catalog.notes import annotate as annotate
     from registry.catalog.withdrawal import unyank as unyank
     from registry.catalog.withdrawal import yank as yank
     from registry.checks.configuration import changes_base as changes_base
@@ -58,9 +63,11 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Adapter": "registry.pulling.adapter",
+    "Adopted": "registry.adopting.adopt",
     "BaseMismatch": "registry.errors",
     "Check": "registry.checks.record",
     "CheckResult": "registry.base.contract",
+    "Comparison": "registry.catalog.aliases",
     "Changes": "registry.publishing.changes",
     "Diagnosis": "registry.health.doctor",
     "Finding": "registry.checks.record",
@@ -76,7 +83,9 @@ _LAZY = {
     "Release": "registry.catalog.index",
     "SigningKey": "registry.signing.keys",
     "Verification": "registry.upkeep.verification",
+    "adopt": "registry.adopting.adopt",
     "aliases": "registry.catalog.aliases",
+    "annotate": "registry.catalog.notes",
     "changes_base": "registry.checks.configuration",
     "check_contract": "registry.base.contract",
     "check_push": "registry.publishing.push",
@@ -92,6 +101,7 @@ _LAZY = {
     "make_plain": "registry.publishing.initialization",
     "put_back": "registry.base.restoring",
     "mirror": "registry.upkeep.mirroring",
+    "move_if_better": "registry.catalog.aliases",
     "open_hub": "registry.hubs",
     "pull_adapter": "registry.pulling.pull",
     "push_adapter": "registry.publishing.push",

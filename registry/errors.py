@@ -4,8 +4,10 @@
 
     RegistryError
     ├── InvalidReference (ValueError)
+    │   └── ReferenceConflict
     ├── VersionNotFound (LookupError)
     │   ├── AliasNotFound
+    │   ├── MetricNotFound
     │   └── NotAdapter
     ├── HubError
     │   ├── HubUnavailable (ConnectionError)
@@ -73,12 +75,20 @@ class InvalidReference(RegistryError, ValueError):
     """A reference, or a name, version, range or alias in it, is malformed."""
 
 
+class ReferenceConflict(InvalidReference):
+    """A reference names an alias and a branch of the same name."""
+
+
 class VersionNotFound(RegistryError, LookupError):
     """The repository has no release that matches a reference."""
 
 
 class AliasNotFound(VersionNotFound):
     """The repository has no such alias."""
+
+
+class MetricNotFound(VersionNotFound):
+    """A release has no metric of this name."""
 
 
 class NotAdapter(VersionNotFound):

@@ -22,11 +22,11 @@ __all__ = ["find_checks", "register_commands"]
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
     """Add the registry's commands."""
-    from registry.commands import fetching, health, inspecting, publishing
+    from registry.commands import adopting, fetching, health, inspecting, publishing
 
-    for module in (publishing, fetching, inspecting, health):
+    for module in (publishing, adopting, fetching, inspecting, health):
         for command in module.COMMANDS:
-            app.command()(command)
+            app.command(command.__name__.rstrip("_"))(command)
 
 
 def find_checks() -> list[Check]:

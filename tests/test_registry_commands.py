@@ -21,7 +21,22 @@ from registry.errors import RegistryError, RepositoryConflict
 from registry.hubs.folder import FolderHub
 from registry.testing import LoopbackHub
 
-COMMANDS = ["push", "pull", "versions", "show", "verify", "diff", "yank", "alias", "lock", "mirror", "gc"]
+COMMANDS = [
+    "push",
+    "adopt",
+    "list",
+    "note",
+    "pull",
+    "versions",
+    "show",
+    "verify",
+    "diff",
+    "yank",
+    "alias",
+    "lock",
+    "mirror",
+    "gc",
+]
 
 
 @pytest.fixture(scope="module")

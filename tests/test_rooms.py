@@ -32,7 +32,7 @@ FLOORS = {
         ("catalog",),
         ("base", "signing"),
         ("pulling", "publishing"),
-        ("upkeep", "health"),
+        ("upkeep", "health", "adopting"),
         ("commands",),
         ("plugin",),
     ),
@@ -57,7 +57,12 @@ LIGHT = (
 )
 #: Files of light rooms that are loaded only where a live model is at hand.
 HEAVY_FILES = ("_layer",)
-HEAVY_MODULES = ("registry.base.restoring", "registry.hubs.client", "registry.publishing.callback")
+HEAVY_MODULES = (
+    "registry.adopting.unpickle",
+    "registry.base.restoring",
+    "registry.hubs.client",
+    "registry.publishing.callback",
+)
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "bitsandbytes", "matplotlib"}
 
 #: Where imports inside functions are allowed in rooms that load torch: optional, or not part of every build.

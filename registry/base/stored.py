@@ -60,7 +60,8 @@ class StoredAdapter:
         config = AdapterConfig.parse(_read_regular(folder / ADAPTER_CONFIG, MAX_CONFIG), own=True)
         manifest: Manifest | None = getattr(source, "manifest", None)
         if manifest is not None:
-            return cls(f"The adapter {manifest.version}", folder, config, manifest.tensors, manifest)
+            title = f"The adapter {source if manifest.unversioned else manifest.version}"
+            return cls(title, folder, config, manifest.tensors, manifest)
         weights = folder / ADAPTER_WEIGHTS
         _require_regular(weights)
         header = read_file_header(weights)

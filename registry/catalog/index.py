@@ -8,108 +8,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from packaging.version import Version
 
-from registry.catalog.state import State, read_state
+from registry.catalog.manifests import Manifests
+from registry.catalog.plain import explain_found
+from registry.catalog.release import Release
+from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
     AliasNotFound,
     CommitNotFound,
-    HubFileNotFound,
     IntegrityError,
     InvalidManifest,
     NotAdapter,
+    ReferenceConflict,
     RegistryError,
     VersionNotFound,
 )
-from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
-from registry.formats.references import Reference, is_in, parse_version, tag_of, version_text, versions_in
+from registry.formats.manifest import MANIFEST_FILE, Manifest
+from registry.formats.references import (
+    Reference,
+    is_in,
+    parse_version,
+    tag_of,
+    version_text,
+    versions_in,
+)
 from registry.hubs.protocol import MAIN, Hub, Refs
 
 __all__ = ["Index", "Manifests", "Release", "index_of", "line_of", "read_index", "read_manifest"]
 
 _SHOWN = 5
-#: Manifests that are read concurrently.
-_READERS = 8
-
-
-@dataclass(frozen=True)
-class Release:
-    """One published version of an adapter.
-
-    Attributes:
-        name: ``org/name``.
-        version: Version of the adapter.
-        commit: Commit holding the release.
-        yanked: Reason for its withdrawal; ``None`` if it was not withdrawn.
-        aliases: Aliases that point to it.
-    """
-
-    name: str
-    version: str
-    commit: str
-    yanked: str | None = None
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def prerelease(self) -> bool:
-        """Whether it is a pre-release, which is chosen only on request."""
-        return Version(self.version).is_prerelease
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
-
-
-class Manifests:
-    """The manifests of one repository, each read once.
-
-    Args:
-        hub: The hub of the repository.
-        name: ``org/name``.
-        known: Versions known to be releases; their manifests need not be read.
-    """
-
-    def __init__(self, hub: Hub, name: str, known: Iterable[str] = ()) -> None:
-        self._hub, self._name, self._known = hub, name, frozenset(known)
-        self._found: dict[str, Manifest | InvalidManifest | None] = {}
-
-    def read(self, commit: str) -> Manifest | None:
-        """Return the manifest in a commit; ``None`` if it has none.
-
-        Raises:
-            InvalidManifest: Its manifest is malformed.
-        """
-        if commit not in self._found:
-            self._found[commit] = self._read(commit)
-        found = self._found[commit]
-        if isinstance(found, InvalidManifest):
-            raise found
-        return found
-
-    def read_ahead(self, commits: Iterable[str]) -> None:
-        """Read the manifests of several commits concurrently."""
-        missing = sorted({commit for commit in commits if commit not in self._found})
-        if len(missing) > 1:
-            with ThreadPoolExecutor(_READERS) as readers:
-                self._found.update(zip(missing, readers.map(self._read, missing), strict=True))
-
-    def has_read(self, commit: str) -> bool:
-        """Whether the manifest of a commit was read already."""
-        return commit in self._found
-
-    def is_known(self, version: Version) -> bool:
-        """Whether a version is known to be a release."""
-        return version_text(version) in self._known
-
-    def _read(self, commit: str) -> Manifest | InvalidManifest | None:
-        try:
-            return Manifest.parse(self._hub.read(self._name, commit, MANIFEST_FILE, MAX_MANIFEST))
-        except (HubFileNotFound, CommitNotFound):
-            return None
-        except InvalidManifest as error:
-            return error
 
 
 @dataclass(frozen=True)
@@ -123,6 +53,7 @@ class Index:
         manifests: Reads the manifests that distinguish releases from foreign tags; ``None`` if all versions are
             releases.
         branches: The branches with their commits.
+        tags: The tags that are not versions, with their commits.
     """
 
     name: str
@@ -130,6 +61,7 @@ class Index:
     state: State
     manifests: Manifests | None = None
     branches: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def releases(self) -> list[Release]:
         """Return all releases, oldest version first."""
@@ -207,8 +139,15 @@ class Index:
         """Return the release of a version in this index."""
         text = version_text(version)
         yank = self.state.yanked.get(text)
+        note = self.state.notes.get(text)
         return Release(
-            self.name, text, self.versions[version], yank.reason if yank else None, self.state.aliases_of(text)
+            self.name,
+            text,
+            self.versions[version],
+            yank.reason if yank else None,
+            self.state.aliases_of(text),
+            note=note.text if note else None,
+            tags=self.state.tags.get(text, ()),
         )
 
     def newest(self) -> Release | None:
@@ -216,19 +155,37 @@ class Index:
         version = self.newest_of(v for v in self._list_offered() if is_in(None, v))
         return None if version is None else self.release(version)
 
-    def resolve(self, reference: Reference) -> Release:
+    def resolve(self, reference: Reference, *, unversioned: bool = False) -> Release:
         """Return the release that a reference resolves to.
+
+        Args:
+            reference: The reference.
+            unversioned: Whether an adapter that was not published counts, too.
 
         Raises:
             VersionNotFound: No release matches; the message lists the known ones.
+            ReferenceConflict: An alias and a branch have the same name.
         """
-        if reference.commit is not None:
-            return self._find_by_commit(reference.commit)
-        version = reference.version
+        found = self._resolve(reference)
+        if found.unversioned and not unversioned:
+            raise NotAdapter(
+                f"{found} is not a published version; releases are {self._list_known()}. To make it one: lora-plugins "
+                f"adopt {found} {self.name} --version 1.0.0"
+            )
+        return found
+
+    def _resolve(self, reference: Reference) -> Release:
+        commit, version, proposed = reference.commit, reference.version, False
+        if reference.branch is not None:
+            commit, proposed = self._find_head(reference.branch), reference.branch.startswith("refs/")
         if reference.alias is not None:
-            version = self._find_by_alias(reference.alias)
+            version, commit = self._find_by_name(reference)
+        if commit is not None:
+            return self._find_by_commit(commit, reference.folder, proposed=proposed)
         if version is not None:
             return self._find_by_version(version)
+        if reference.folder:
+            raise self._explain_plain(reference) or self._explain_none(reference)
         version = self.newest_of(v for v in self._list_offered() if is_in(reference.range, v))
         if version is None:
             raise self._explain_none(reference)
@@ -246,30 +203,104 @@ class Index:
         if not self.is_release(version) and self._read_manifest_at(self.versions[version]) is None:
             raise NotAdapter(
                 f"{self.name} has no release {version_text(version)}: the tag {tag_of(version)} is foreign, its commit "
-                f"holds no {MANIFEST_FILE}. Releases are {self._list_known()}"
+                f"holds no {MANIFEST_FILE}. Releases are {self._list_known()}. What the commit holds is "
+                f"{self.name}@{self.versions[version]}"
             )
         return self.release(version)
 
-    def _find_by_commit(self, commit: str) -> Release:
+    def _find_by_commit(self, commit: str, folder: str = "", *, proposed: bool = False) -> Release:
+        """Return the release in a commit, or the unversioned adapter; a release that is only proposed is the latter."""
         found = self.newest_of(version for version, candidate in self.versions.items() if candidate == commit)
-        if found is None:
-            raise NotAdapter(
-                f"{self.name}: commit {commit} is not a published version; releases are {self._list_known()}"
-            )
-        return self.release(found)
+        if found is not None and not folder:
+            return self.release(found)
+        there = self.manifests.list_plain(commit) if self.manifests is not None else None
+        if there is not None and not folder and not proposed:
+            self._refuse_untagged(commit)
+        if there is not None and any(adapter.folder == folder for adapter in there):
+            return Release.at_commit(self.name, commit, folder)
+        place = f"{folder} of {self.name}" if folder else self.name
+        text = f"{place}: commit {commit} is not a published version"
+        if there is None:
+            known = "" if self.manifests is None else ", and the repository has no such commit"
+            raise NotAdapter(f"{text}{known}; releases are {self._list_known()}")
+        others = ", ".join(str(adapter) for adapter in there[:_SHOWN])
+        more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+        raise NotAdapter(
+            f"{text}, and holds no adapter{' in that folder' if folder else ''}"
+            + (f". It has them in folders: {others}{more}" if there else f"; releases are {self._list_known()}")
+        )
 
-    def _find_by_alias(self, alias: str) -> Version:
-        version = self.state.version_of(alias)
-        if version is None:
+    def _refuse_untagged(self, commit: str) -> None:
+        """Refuse a commit with the manifest of a version whose tag is missing or elsewhere.
+
+        Raises:
+            NotAdapter: It is one.
+        """
+        held = self._read_manifest_at(commit)
+        if held is not None:
+            raise NotAdapter(
+                f"{self.name}: commit {commit} is not a published version: it holds the manifest of {held.version} "
+                f"without the tag {tag_of(Version(held.version))}. Releases are {self._list_known()}"
+            )
+
+    def _find_head(self, branch: str) -> str:
+        """Return the commit of a branch, a tag that is not a version's, or a change request."""
+        if self.manifests is None:
+            raise VersionNotFound(f"{self.name}@{branch} is found by asking the registry; name a version or a commit")
+        if branch.startswith("refs/"):
+            try:
+                return self.manifests.find_request(branch)
+            except CommitNotFound as error:
+                raise VersionNotFound(f"{self.name} has no {branch}: {error}") from None
+        if branch not in self._named:
+            known = ", ".join(sorted(name for name in self.branches if name != STATE_BRANCH)) or "none"
+            raise VersionNotFound(f"{self.name} has no branch {branch}; its branches are {known}")
+        return self._named[branch]
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return {**self.tags, **{name: head for name, head in self.branches.items() if name != STATE_BRANCH}}
+
+    def _find_by_name(self, reference: Reference) -> tuple[Version | None, str | None]:
+        """Return the version of an alias, or the commit of a branch with that name."""
+        alias = reference.alias or ""
+        version, head = self.state.version_of(alias), None if reference.exact else self._named.get(alias)
+        if version is not None and head is not None:
+            raise ReferenceConflict(
+                f"{self.name}@{alias} is an alias of version {version} and a branch or tag at {head}: say "
+                f"{self.name}@alias:{alias} or {self.name}@branch:{alias}"
+            )
+        if version is None and head is None:
             aliases = sorted(known for known in self.state.aliases if self.state.version_of(known))
             known = f"the aliases are {', '.join(aliases)}" if aliases else "it has no aliases"
-            raise AliasNotFound(f"{self.name} has no alias {alias}; {known}")
-        return Version(version)
+            raise AliasNotFound(
+                f"{self.name} has no alias {alias}; {known}{'' if reference.exact else ', and no branch of that name'}"
+            )
+        return (None, head) if version is None else (Version(version), None)
+
+    def _explain_plain(self, reference: Reference) -> NotAdapter | None:
+        """Return the error for a repository without releases that holds unversioned adapters, with the ways on."""
+        if self.manifests is None:
+            return None
+        for branch, head in self._list_heads():
+            with contextlib.suppress(RegistryError):
+                found = [a for a in self.manifests.list_plain(head) or () if reference.folder in ("", a.folder)]
+                if found:
+                    return NotAdapter(explain_found(found, branch, self.manifests.describe_plain))
+        return None
+
+    def _list_heads(self) -> list[tuple[str, str]]:
+        """Return the branches in which unversioned adapters are looked for, main first."""
+        others = sorted(name for name in self.branches if name not in (MAIN, STATE_BRANCH))
+        return [(name, self.branches[name]) for name in (MAIN, *others[:_SHOWN]) if name in self.branches]
 
     def _explain_none(self, reference: Reference) -> VersionNotFound:
         asked = f"no version in {reference.range}" if reference.range is not None else "no stable version"
         known = [parse_version(release.version) for release in self.releases()]
         if not known:
+            plain = self._explain_plain(reference) if reference.range is None else None
+            if plain is not None:
+                return plain
             foreign = ", ".join([*self.foreign_tags()][:_SHOWN])
             if foreign:
                 return NotAdapter(f"{self.name} has no release: its tags ({foreign}) were not set by this registry")
@@ -318,7 +349,8 @@ def read_index(hub: Hub, name: str) -> Index:
 def index_of(name: str, refs: Refs, state: State, manifests: Manifests) -> Index:
     """Return the index of the releases that tags publish."""
     versions = {version: refs.tags[tag] for version, tag in versions_in(refs.tags).items()}
-    return Index(name, versions, state, manifests, refs.branches)
+    tags = {tag: commit for tag, commit in refs.tags.items() if tag not in versions_in([tag]).values()}
+    return Index(name, versions, state, manifests, refs.branches, tags)
 
 
 def read_manifest(hub: Hub, release: Release, manifests: Manifests | None = None) -> Manifest:
@@ -334,6 +366,8 @@ def read_manifest(hub: Hub, release: Release, manifests: Manifests | None = None
         InvalidManifest: The manifest is malformed.
         IntegrityError: The manifest is that of another version.
     """
+    if release.unversioned:
+        return (manifests or Manifests(hub, release.name)).read_plain(release)
     try:
         manifest = (manifests or Manifests(hub, release.name)).read(release.commit)
     except InvalidManifest as reason:

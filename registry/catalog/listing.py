@@ -34,6 +34,13 @@ class Described:
         """The version."""
         return self.release.version
 
+    def matches(self, search: str) -> bool:
+        """Whether all words of a search are in name, base, aliases, tags, note or task."""
+        release, task = self.release, self.manifest.config.get("task_type")
+        texts = (release.name, self.manifest.base.id, *release.aliases, *release.tags, release.note, task)
+        told = "\n".join(str(text) for text in texts if text).lower()
+        return all(word in told for word in search.lower().split())
+
 
 def versions(
     name: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
@@ -64,7 +71,7 @@ def foreign_tags(
 def show(
     reference: str, *, hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None
 ) -> Described:
-    """Return a release and its manifest.
+    """Return a release and its manifest; the manifest of an unversioned adapter is made from what its commit holds.
 
     Raises:
         VersionNotFound: No release matches the reference.
@@ -72,13 +79,14 @@ def show(
     place, parsed, token = open_hub(hub, token), Reference.parse(reference), None
     with limit_operation():
         index = read_index(place, parsed.name)
-        release = index.resolve(parsed)
+        release = index.resolve(parsed, unversioned=True)
         return Described(release, read_manifest(place, release, index.manifests))
 
 
 def list_adapters(
     base: str | None = None,
     *,
+    search: str | None = None,
     hub: Hub | str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> Iterator[Described]:
@@ -86,6 +94,7 @@ def list_adapters(
 
     Args:
         base: Id of a base model; only its adapters are listed.
+        search: Words that must all be in name, base, aliases, tags, note or task; upper and lower case are the same.
         hub: The registry.
         token: For the registry.
     """
@@ -96,7 +105,8 @@ def list_adapters(
     for name in names:
         found = _find_newest(place, name)
         if found is not None and (base is None or found.manifest.base.id == base):
-            yield found
+            if search is None or found.matches(search):
+                yield found
             patience = Deadline(OPERATION)
         elif patience.passed:
             raise HubUnavailable(f"The list of {place.location} has brought no adapter for {OPERATION:.0f} seconds")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+from registry.catalog.index import Release
 from registry.catalog.state import State
 from registry.formats.fields import COMMIT, SHA256, Fields
 from registry.formats.strict_json import canonical, parse
@@ -42,6 +43,7 @@ class Seen:
         state: Withdrawn versions and aliases.
         state_commit: The commit that holds this state.
         former_states: The commits of earlier states, oldest first.
+        plain: The unversioned adapters that were pulled, by commit, or by commit and folder (``<commit>/folder``).
     """
 
     identity: str | None = None
@@ -50,6 +52,20 @@ class Seen:
     state: State = field(default_factory=State)
     state_commit: str | None = None
     former_states: tuple[str, ...] = ()
+    plain: Mapping[str, Pulled] = field(default_factory=dict)
+
+    def find(self, release: Release) -> Pulled | None:
+        """Return what is remembered of a release or of an unversioned adapter."""
+        if release.unversioned:
+            return self.plain.get(release.path_at_commit)
+        return self.versions.get(release.version)
+
+    def with_pulled(self, release: Release, manifest: str) -> Seen:
+        """Return the record with one more pull, given the digest of the manifest."""
+        pulled = Pulled(release.commit, manifest)
+        if release.unversioned:
+            return replace(self, plain={**self.plain, release.path_at_commit: pulled})
+        return replace(self, versions={**self.versions, release.version: pulled})
 
     def with_tags(self, tags: Mapping[str, str]) -> Seen:
         """Return the record with tags added; none is removed."""
@@ -80,15 +96,20 @@ def parse_record(data: bytes) -> Seen:
         raise fields.refuse("former_states", "a list of commits")
     return Seen(
         identity=fields.optional("identity", fields.text),
-        versions={
-            version: Pulled(entry.text("commit", COMMIT), entry.text("manifest", SHA256))
-            for version, entry in fields.table("versions", _MOST)
-        },
+        versions=_read_pulled(fields, "versions"),
+        plain=_read_pulled(fields, "plain"),
         tags=commits,
         state=State.parse(json.dumps(fields.json_table("state")).encode()) if fields.has("state") else State(),
         state_commit=fields.optional("state_commit", lambda key: fields.text(key, COMMIT)),
         former_states=former,
     )
+
+
+def _read_pulled(fields: Fields, key: str) -> dict[str, Pulled]:
+    return {
+        name: Pulled(entry.text("commit", COMMIT), entry.text("manifest", SHA256))
+        for name, entry in fields.table(key, _MOST)
+    }
 
 
 def write_record(seen: Seen) -> bytes:
@@ -98,6 +119,7 @@ def write_record(seen: Seen) -> bytes:
             "format": _FORMAT,
             "identity": seen.identity,
             "versions": {version: asdict(pulled) for version, pulled in seen.versions.items()},
+            "plain": {place: asdict(pulled) for place, pulled in seen.plain.items()},
             "tags": dict(seen.tags),
             "state_commit": seen.state_commit,
             "former_states": list(seen.former_states),

@@ -15,10 +15,22 @@ from registry.errors import HostileAnswer, HubFileNotFound, InvalidReference, Pu
 from registry.formats.fields import Fields
 from registry.formats.paths import GIT_ATTRIBUTES
 from registry.formats.references import check_alias, parse_version, version_text, versions_in
-from registry.formats.strict_json import JsonRefused, canonical, parse
+from registry.formats.strict_json import JsonRefused, canonical, parse, shown
 from registry.hubs.protocol import MAIN, Conflict, Hub, Refs
 
-__all__ = ["STATE_BRANCH", "STATE_FILE", "Move", "State", "Yank", "change_state", "now", "read_state"]
+__all__ = [
+    "STATE_BRANCH",
+    "STATE_FILE",
+    "Move",
+    "Note",
+    "State",
+    "Yank",
+    "change_state",
+    "check_reason",
+    "check_tag",
+    "now",
+    "read_state",
+]
 
 #: Branch and file that hold the state of a repository.
 STATE_BRANCH = "registry"
@@ -28,6 +40,8 @@ _LIMIT = 16 * 1024 * 1024
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _MOST = 100_000
 _LONGEST_REASON = 500
+_TAG = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_MOST_TAGS = 64
 #: Attempts to change the state while others change it.
 _ATTEMPTS = 20
 
@@ -41,6 +55,14 @@ class Yank:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What somebody says of a version, and since when."""
+
+    text: str
+    time: str
+
+
+@dataclass(frozen=True)
 class Move:
     """One change of an alias: from ``time`` on it points to ``version``; ``None`` if it was removed."""
 
@@ -50,7 +72,7 @@ class Move:
 
 @dataclass(frozen=True)
 class State:
-    """Withdrawn versions, and the moves of each alias, oldest first.
+    """Withdrawn versions, the moves of each alias, oldest first, and notes and tags by version.
 
     ``serial`` counts the changes and so identifies an earlier state; 0 if they were not counted. ``stored`` is false if
     no file holds the state because nothing has changed yet.
@@ -60,6 +82,8 @@ class State:
     aliases: Mapping[str, tuple[Move, ...]] = field(default_factory=dict)
     serial: int = field(default=0, compare=False)
     stored: bool = field(default=True, compare=False)
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes) -> State:
@@ -81,9 +105,19 @@ class State:
                 check_alias(alias): tuple(_read_moves(alias, moves))
                 for alias, moves in fields.json_table("aliases").items()
             }
+            notes = {
+                version_text(parse_version(version)): Note(
+                    check_reason(entry.text("text")), entry.text("time", _TIME, "a time")
+                )
+                for version, entry in fields.table("notes", _MOST)
+            }
+            tags = {
+                version_text(parse_version(version)): _read_tags(version, found)
+                for version, found in fields.json_table("tags").items()
+            }
         except (JsonRefused, InvalidReference) as reason:
             raise HostileAnswer(f"{STATE_FILE}: {reason}") from None
-        return cls(yanked, aliases, serial)
+        return cls(yanked, aliases, serial, notes=notes, tags=tags)
 
     def to_bytes(self) -> bytes:
         """Return the state as the bytes of its file."""
@@ -98,8 +132,15 @@ class State:
                     alias: [{"version": move.version, "time": move.time} for move in moves]
                     for alias, moves in self.aliases.items()
                 },
+                **self._write_notes(),
             }
         )
+
+    def _write_notes(self) -> dict[str, object]:
+        """Return notes and tags; without any, the file is as releases wrote it that do not know them."""
+        notes = {version: {"text": note.text, "time": note.time} for version, note in self.notes.items()}
+        tags = {version: list(found) for version, found in self.tags.items()}
+        return {**({"notes": notes} if notes else {}), **({"tags": tags} if tags else {})}
 
     def version_of(self, alias: str) -> str | None:
         """Return the version that an alias points to."""
@@ -181,6 +222,26 @@ def check_reason(reason: str) -> str:
     if not 0 < len(reason) <= _LONGEST_REASON or not reason.isprintable():
         raise InvalidReference(f"A reason is one line of 1 to {_LONGEST_REASON} printable characters")
     return reason
+
+
+def check_tag(tag: str) -> str:
+    """Return a tag of a version if it is valid.
+
+    Raises:
+        InvalidReference: It is not.
+    """
+    if _TAG.fullmatch(tag) is None:
+        raise InvalidReference(
+            f"{tag[:100]!r} is not a valid tag: it must be 1 to 64 lower-case letters, digits, '.', '_' and '-', with "
+            "a letter or a digit at both ends"
+        )
+    return tag
+
+
+def _read_tags(version: str, found: object) -> tuple[str, ...]:
+    if not isinstance(found, list) or len(found) > _MOST_TAGS or not all(isinstance(tag, str) for tag in found):
+        raise JsonRefused(f"the tags of {shown(version)} are not a list of at most {_MOST_TAGS} texts")
+    return tuple(check_tag(tag) for tag in found)
 
 
 def _read_reason(entry: Fields) -> str:

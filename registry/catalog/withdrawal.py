@@ -6,6 +6,7 @@ Ranges skip a yanked version; exact pins and locks still resolve to it, with a w
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from registry.catalog.index import Manifests, Release, index_of, read_index
 from registry.catalog.state import State, Yank, change_state, check_reason, now
@@ -55,7 +56,7 @@ def unyank(
 
 def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:
     parsed = Reference.parse(reference)
-    if parsed.range is not None or (parsed.version or parsed.alias or parsed.commit) is None:
+    if parsed.range is not None or parsed.bare:
         raise InvalidReference(f"{reference!r} may mean several versions: name one, as {parsed.name}@1.2.0")
 
     manifests = Manifests(hub, parsed.name)
@@ -64,11 +65,11 @@ def _change(reference: str, yanked: Yank | None, hub: Hub) -> Release:
         version = index_of(parsed.name, refs, state, manifests).resolve(parsed).version
         others = {known: yank for known, yank in state.yanked.items() if known != version}
         if yanked is None:
-            return State(others, state.aliases)
+            return replace(state, yanked=others)
         standing = state.yanked.get(version)
         if standing is not None and standing.reason == yanked.reason:
             return state
-        return State({**others, version: yanked}, state.aliases)
+        return replace(state, yanked={**others, version: yanked})
 
     change_state(hub, parsed.name, change, f"{'Withdraw' if yanked else 'Offer again'} {parsed}")
     return read_index(hub, parsed.name).resolve(parsed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
 from registry.checks.adapter_files import AdapterFiles
@@ -11,7 +11,7 @@ from registry.errors import InvalidAdapter, UnsafeFile
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.tokenizer_files import MAX_TOKENIZER_CONFIG, TOKENIZER_CONFIG, check_tokenizer_config
 
-__all__ = ["CHECKS", "PRESENCE"]
+__all__ = ["CHECKS", "PRESENCE", "list_rest"]
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 #: Suffixes of files that hold tensors; all but two are pickles.
@@ -45,7 +45,7 @@ def _make_hint(files: AdapterFiles) -> str:
 
 def _find_rest(files: AdapterFiles) -> Iterator[Finding]:
     """Find files with tensors beside an adapter that are not published with it."""
-    names = [name for name in files.names if _is_left_behind(name)]
+    names = list_rest(files.names)
     pickles = [name for name in names if PurePath(name).suffix not in _DATA]
     runs = "are pickles, which run" if len(pickles) > 1 else "is a pickle, which runs"
     if names:
@@ -55,6 +55,11 @@ def _find_rest(files: AdapterFiles) -> Iterator[Finding]:
             "have PEFT save them (modules_to_save, trainable_token_indices), or publish them elsewhere",
             f"{', '.join(pickles)} {runs} code where it is read: delete it, or keep it elsewhere" if pickles else "",
         )
+
+
+def list_rest(names: Iterable[str]) -> list[str]:
+    """Return the files with tensors beside an adapter that are not part of it."""
+    return [name for name in names if _is_left_behind(name)]
 
 
 def _is_left_behind(name: str) -> bool:

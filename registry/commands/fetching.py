@@ -34,7 +34,12 @@ _RequireSignature = Annotated[
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(help="org/name, org/name@1.2.0, org/name@alias, 'org/name>=1.2,<2'.")],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            help="org/name, org/name@1.2.0, @alias, 'org/name>=1.2,<2'; unversioned @<commit>, @main, org/name/dir@main"
+        ),
+    ],
     hub: HubOption = None,
     lock: Annotated[bool, typer.Option("--lock", help="Write what was pulled to the lock file.")] = False,
     lock_file: _LockFile = None,
@@ -44,13 +49,14 @@ def pull(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Get a release, check every byte of it, and print the folder it is in.
+    """Get a release or an unversioned adapter, check every byte of it, and print the folder it is in.
 
     \b
     Examples:
       lora-plugins pull org/name
       lora-plugins pull 'org/name>=1.2,<2' --lock
       lora-plugins pull org/name@champion --hub ./registry --json
+      lora-plugins pull org/name/checkpoint-500@main --lock
     """
     from registry.pulling.pull import pull_adapter
 
@@ -102,7 +108,10 @@ def lock(
     if as_json:
         print_json(entries)
     else:
-        rows = [(name, entry.version, entry.commit[:12], entry.base or "-") for name, entry in entries.items()]
+        rows = [
+            (name, "unversioned" if entry.unversioned else entry.version, entry.commit[:12], entry.base or "-")
+            for name, entry in entries.items()
+        ]
         print_rows(("adapter", "version", "commit", "base"), rows)
 
 
@@ -134,7 +143,8 @@ def verify(
         for path in found.others:
             say(f"{visible(path)} is in the commit and not in the manifest: not part of the release")
         files = len(found.manifest.files) if found.manifest else 0
-        say(f"{found.release}: {f'{files} files, all as published' if found.ok else 'NOT as published'}")
+        meant = "the commit says" if found.release.unversioned else "published"
+        say(f"{found.release}: {f'{files} files, all as {meant}' if found.ok else f'NOT as {meant}'}")
     if not found.ok:
         raise typer.Exit(1)
 

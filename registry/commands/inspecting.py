@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,10 +23,11 @@ from registry.commands.terminal import (
 from registry.formats.references import check_name
 
 if TYPE_CHECKING:
+    from registry.catalog.index import Release
     from registry.formats.manifest import Manifest
     from registry.upkeep.diff import Difference
 
-__all__ = ["COMMANDS", "diff", "show", "versions"]
+__all__ = ["COMMANDS", "diff", "list_", "show", "versions"]
 
 
 def versions(
@@ -54,7 +56,7 @@ def versions(
             release.version,
             release.commit[:12],
             ", ".join(release.aliases),
-            f"withdrawn: {release.yanked}" if release.yanked else "pre-release" if release.prerelease else "",
+            _describe_release(release),
         )
         for release in found
     ]
@@ -62,12 +64,52 @@ def versions(
     print_rows(("version", "commit", "aliases", ""), [*releases, *tags])
 
 
-def show(
-    reference: Annotated[str, typer.Argument(help="org/name, with @version, @alias or a range.")],
+def _describe_release(release: Release) -> str:
+    state = f"withdrawn: {release.yanked}" if release.yanked else "pre-release" if release.prerelease else ""
+    tags = f"[{', '.join(release.tags)}]" if release.tags else ""
+    return "; ".join(part for part in (state, tags, release.note or "") if part)
+
+
+def list_(
+    base: Annotated[str | None, typer.Option(help="Id of a base model: only its adapters.", show_default=False)] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Words in name, base, aliases, tags, note or task.", show_default=False),
+    ] = None,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show the manifest of a release.
+    """List the adapters of a registry, each with its newest stable version.
+
+    \b
+    Examples:
+      lora-plugins list --hub ./registry
+      lora-plugins list --base org/base --search "summary reviewed"
+    """
+    from registry.catalog.listing import list_adapters
+
+    with waiting("Reading …"):
+        found = list(list_adapters(base, search=search, hub=hub))
+    if as_json:
+        fields = ("base", "metrics", "created")
+        print_json([{**asdict(each.release), **{k: getattr(each.manifest, k) for k in fields}} for each in found])
+        return
+    print_rows(
+        ("adapter", "version", "base", "aliases", ""),
+        (
+            (r.name, r.version, each.manifest.base.id or "-", ", ".join(r.aliases), _describe_release(r))
+            for each in found
+            for r in (each.release,)
+        ),
+    )
+
+
+def show(
+    reference: Annotated[str, typer.Argument(help="org/name, with @version, @alias, @commit, @branch or a range.")],
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show the manifest of a release, or what is known of an unversioned adapter.
 
     \b
     Examples:
@@ -82,7 +124,9 @@ def show(
         manifest = json.loads(found.manifest.to_bytes())
         print_json({"release": found.release, "digest": found.manifest.digest, "manifest": manifest})
         return
-    say(f"{found.release} ({found.release.commit[:12]})")
+    say(f"{found.release} ({'unversioned' if found.release.unversioned else found.release.commit[:12]})")
+    if found.release.note or found.release.tags:
+        say(f"  {'note':<14} {visible(_describe_release(replace(found.release, yanked=None)))}")
     if found.release.yanked:
         say(f"withdrawn: {visible(found.release.yanked)}")
     for key, value in _list_facts(found.manifest):
@@ -92,9 +136,12 @@ def show(
 def _list_facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     base, kind = manifest.base, manifest.architecture
     at = f" at {base.commit}" if base.commit else ""
-    yield "base", f"{base.id or 'known by its fingerprint'}{at} ({kind.class_name or kind.model_type or 'unknown'})"
+    unnamed = "known by its fingerprint" if base.fingerprint else "not named"
+    seen = "identity not recorded" if manifest.unversioned else kind.class_name or kind.model_type or "unknown"
+    yield "base", f"{base.id or unnamed}{at} ({seen})"
     yield "digest", manifest.digest
-    yield "created", manifest.created
+    if not manifest.unversioned:
+        yield "created", manifest.created
     if manifest.parent_version:
         yield "parent", manifest.parent_version
     yield "files", ", ".join(f"{name} ({record.size:,})" for name, record in manifest.files.items())
@@ -155,4 +202,4 @@ def _show_value(value: object) -> object:
 
 
 #: Commands that this module adds to the program.
-COMMANDS = (versions, show, diff)
+COMMANDS = (list_, versions, show, diff)

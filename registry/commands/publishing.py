@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from registry.publishing.changes import Changes
     from registry.signing.keys import SigningKey
 
-__all__ = ["COMMANDS", "alias", "mirror", "push", "yank"]
+__all__ = ["COMMANDS", "alias", "mirror", "note", "push", "yank"]
 
 
 def push(
@@ -168,6 +168,14 @@ def alias(
         str | None, typer.Option(help="Version it must stand for now, or 'none'.", show_default=False)
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Let it stand for nothing.")] = False,
+    if_better: Annotated[
+        str | None,
+        typer.Option("--if-better", help="Metric that must be better than now for it to move.", show_default=False),
+    ] = None,
+    better: Annotated[
+        str | None,
+        typer.Option(help="'lower' or 'higher', where the metric's name does not say it.", show_default=False),
+    ] = None,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
@@ -177,12 +185,18 @@ def alias(
     Examples:
       lora-plugins alias org/name@1.2.0 champion
       lora-plugins alias org/name@1.3.0 champion --expect 1.2.0
+      lora-plugins alias org/name@1.3.0 champion --if-better eval_loss
       lora-plugins alias org/name
     """
     from registry.catalog.aliases import ANY, remove_alias, set_alias
 
     if name is None:
         _list_aliases(reference, hub, as_json=as_json)
+        return
+    if if_better is not None:
+        if remove or expect is not None:
+            raise typer.BadParameter("goes with neither --expect nor --remove", param_hint="--if-better")
+        _move_if_better(reference, name, if_better, better, hub, as_json=as_json)
         return
     expected = ANY if expect is None else None if expect == "none" else expect
     if remove:
@@ -197,6 +211,53 @@ def alias(
         print_json({"name": release.name, "alias": name, "version": release.version, "commit": release.commit})
     else:
         say(f"{release.name}@{visible(name)} is {release.version}")
+
+
+def _move_if_better(
+    reference: str, alias: str, metric: str, better: str | None, hub: str | None, *, as_json: bool
+) -> None:
+    from registry.catalog.aliases import move_if_better
+
+    found = move_if_better(reference, alias, metric, better=better, hub=hub)
+    if as_json:
+        print_json(found)
+        return
+    name, values = f"{found.release.name}@{visible(alias)}", f"{visible(metric)} ({found.better} is better)"
+    if found.standing is None:
+        say(f"{name} is {found.release.version}: it is new. {values}: {found.after:g}")
+    elif found.before is None:
+        say(f"{name} is {found.standing} already. {values}: {found.after:g}")
+    else:
+        now = f"is {found.release.version} now" if found.moved else f"stays {found.standing}"
+        compared = f"{found.standing} {found.before:g}, {found.release.version} {found.after:g}"
+        say(f"{name} {now}. {values}: {compared}")
+
+
+def note(
+    reference: Annotated[str, typer.Argument(help="org/name@version.")],
+    text: Annotated[str | None, typer.Argument(help="One line; '' removes it.", show_default=False)] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to add; can be given again.")] = None,
+    untag: Annotated[list[str] | None, typer.Option(help="Tag to remove; can be given again.")] = None,
+    hub: HubOption = None,
+    as_json: Json = False,
+) -> None:
+    """Put a note or tags on a version; the release itself stays as it is.
+
+    \b
+    Examples:
+      lora-plugins note org/name@1.2.0 "better on long texts" --tag reviewed
+      lora-plugins note org/name@1.2.0 --untag reviewed
+    """
+    from registry.catalog.notes import annotate
+
+    if text is None and not tag and not untag:
+        raise typer.BadParameter("give a text, --tag or --untag", param_hint="TEXT")
+    with waiting(f"Changing {visible(reference)} …"):
+        release = annotate(reference, text, add_tags=tag or (), remove_tags=untag or (), hub=hub)
+    if as_json:
+        print_json(release)
+    else:
+        say(f"{release}: {visible(release.note or 'no note')}; tags {', '.join(release.tags) or 'none'}")
 
 
 def _list_aliases(name: str, hub: str | None, *, as_json: bool) -> None:
@@ -248,4 +309,4 @@ def mirror(
 
 
 #: Commands that this module adds to the program.
-COMMANDS = (push, yank, alias, mirror)
+COMMANDS = (push, yank, alias, note, mirror)

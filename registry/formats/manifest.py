@@ -122,6 +122,11 @@ class Manifest:
         return canonical({"format": FORMAT, **_convert_to_json(self)}) if known is None else known
 
     @property
+    def unversioned(self) -> bool:
+        """Whether it describes an adapter that nobody published as a version; such a manifest is never uploaded."""
+        return Version(self.version).local is not None
+
+    @property
     def digest(self) -> str:
         """sha256 (hex) of ``to_bytes()``: the identity of the release."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["BEGIN", "END", "dump_front_matter", "merge_readme", "write_readme"]
+__all__ = ["BEGIN", "END", "dump_front_matter", "merge_readme", "split_readme", "write_readme"]
 
 BEGIN = "<!-- lora-plugins: begin. This part is written anew by every release; edit outside of it. -->"
 END = "<!-- lora-plugins: end -->"
@@ -51,6 +51,18 @@ def merge_readme(existing: bytes, generated: bytes) -> bytes | None:
     else:
         return None
     return f"---\n{dump_front_matter(_merge(front, ours))}---\n{body}".encode()
+
+
+def split_readme(data: bytes) -> tuple[dict[str, Any], str]:
+    """Return the values of the front matter of somebody's README, and the text after it.
+
+    Values that cannot be read are left out; the text is not escaped.
+    """
+    text = data.decode("utf-8", "replace")
+    try:
+        return _split(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}, _FRONT.sub("", text, count=1)
 
 
 def dump_front_matter(values: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """References to adapters: ``org/name``, optionally with a release.
 
-The name is followed by nothing, ``@version``, ``@alias``, ``@commit`` or a range.
+The name is followed by nothing, ``@version``, ``@alias``, ``@commit`` or a range. An adapter that was never published
+as a version is named by a commit, a branch or a change request (``@main``, ``@refs/pr/3``), and by its folder if it is
+not at the top of the repository: ``org/name/folder@main``.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ __all__ = [
     "Reference",
     "bumped",
     "check_alias",
+    "check_folder",
     "check_name",
     "is_in",
     "is_path",
     "newest_in",
     "parse_version",
+    "split_key",
     "tag_of",
+    "version_of_commit",
     "version_text",
     "versions_in",
 ]
@@ -50,6 +55,14 @@ _RESERVED = frozenset({"head", "latest", "main", "master", "refs", "registry", *
 #: File names that some systems reserve.
 _DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _FORMS = "org/name, org/name@1.2.0, org/name@alias, org/name@<commit> or org/name>=1.2,<2"
+#: Branches with these names need no prefix: no alias can have them.
+_TRUNKS = ("main", "master")
+_REQUEST = re.compile(r"refs/pr/[1-9][0-9]{0,8}")
+#: A branch name that git allows, without the characters that have a meaning in references.
+_BRANCH = re.compile(r"(?!.*(?:\.\.|//))[A-Za-z0-9_][\w.+#%/-]{0,199}(?<![/.])", re.ASCII)
+#: A part of a folder's path: no hidden folders, and nothing that a file system or a reference reads otherwise.
+_FOLDER = re.compile(r"(?![. ])[^\\:*?\"<>|!~@/]{1,128}(?<![. ])")
+_MOST_FOLDERS = 8
 
 
 def is_path(value: object) -> bool:
@@ -65,14 +78,17 @@ def is_path(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Reference:
-    """An adapter repository and one of its releases; at most one of the last four fields is set.
+    """An adapter repository and one of its releases; at most one of version, alias, commit, range and branch is set.
 
     Attributes:
         name: ``org/name``.
         version: Exactly this version.
-        alias: The release that an alias points to.
-        commit: The release in this commit.
+        alias: The release that an alias points to, or a branch of that name; which one, is known when it is resolved.
+        commit: The release in this commit, or the unversioned adapter in it.
         range: The newest release in a range.
+        folder: Path of the folder of an unversioned adapter; empty at the top of the repository.
+        branch: The unversioned adapter or the release at the head of a branch, or of a change request (``refs/pr/3``).
+        exact: Whether ``alias`` can only be an alias.
     """
 
     name: str
@@ -80,6 +96,9 @@ class Reference:
     alias: str | None = None
     commit: str | None = None
     range: SpecifierSet | None = None
+    folder: str = ""
+    branch: str | None = None
+    exact: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Reference:
@@ -90,6 +109,9 @@ class Reference:
         """
         if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_REFERENCE:
             raise InvalidReference(f"A reference is a text of 1 to {_LONGEST_REFERENCE} characters: {_FORMS}")
+        head, at, pin = text.partition("@")
+        if head.count("/") > 1:
+            return _parse_in_folder(head, pin.strip(" ") if at else None, text)
         cut = next((index for index, char in enumerate(text) if char in f"@{_OPERATORS}"), len(text))
         name, rest = check_name(text[:cut].rstrip(" ")), text[cut:].strip(" ")
         if not rest:
@@ -103,8 +125,24 @@ class Reference:
             return f"{self.name}{self.range}"
         if self.version is not None:
             return f"{self.name}@{version_text(self.version)}"
-        pinned = self.alias or self.commit
-        return f"{self.name}@{pinned}" if pinned else self.name
+        pinned = self.commit or self._write_name()
+        return f"{self.key}@{pinned}" if pinned else self.key
+
+    @property
+    def key(self) -> str:
+        """The name with the folder: ``org/name`` or ``org/name/folder``."""
+        return f"{self.name}/{self.folder}" if self.folder else self.name
+
+    @property
+    def bare(self) -> bool:
+        """Whether it names no release, commit or branch."""
+        return self.range is None and (self.version or self.alias or self.commit or self.branch) is None
+
+    def _write_name(self) -> str | None:
+        if self.branch is None:
+            return f"alias:{self.alias}" if self.exact else self.alias
+        plain = self.branch in _TRUNKS or _REQUEST.fullmatch(self.branch)
+        return self.branch if plain else f"branch:{self.branch}"
 
     def allows(self, version: Version, commit: str) -> bool:
         """Whether a release may match the reference, as far as is known without asking the hub."""
@@ -114,7 +152,7 @@ class Reference:
             return commit == self.commit
         if self.range is not None:
             return is_in(self.range, version)
-        # An alias may have pointed to any release, and every release may have been the newest one.
+        # An alias or a branch may have pointed to any release, and every release may have been the newest one.
         return True
 
 
@@ -136,6 +174,35 @@ def check_name(name: str) -> str:
         if _DEVICES.fullmatch(part):
             raise InvalidReference(f"{name!r} is not a valid adapter name: {part!r} is a device on some systems")
     return name
+
+
+def check_folder(folder: str) -> str:
+    """Return the path of a folder in a repository if it is valid.
+
+    Raises:
+        InvalidReference: It is not.
+    """
+    parts = folder.split("/")
+    if len(parts) > _MOST_FOLDERS or not folder.isprintable() or not all(_FOLDER.fullmatch(part) for part in parts):
+        raise InvalidReference(
+            f"{folder[:200]!r} is not a valid folder of a repository: it must be at most {_MOST_FOLDERS} names, none "
+            'with a dot or a space at an end or with any of \\ : * ? " < > | ! ~ @. A range names releases, which are '
+            "at the top of a repository"
+        )
+    return folder
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Return the name and the folder of ``org/name`` or ``org/name/folder``.
+
+    Raises:
+        InvalidReference: It is malformed.
+    """
+    org, _, rest = key.partition("/")
+    repository, _, folder = rest.partition("/")
+    if "" in key.split("/")[1:]:
+        raise InvalidReference(f"{key[:200]!r} is not a valid adapter name: it has to be org/name ({_FORMS})")
+    return check_name(f"{org}/{repository}"), check_folder(folder) if folder else ""
 
 
 def parse_version(text: str) -> Version:
@@ -184,6 +251,11 @@ def version_text(version: Version) -> str:
     post = f".post{version.post}" if version.post is not None else ""
     dev = f".dev{version.dev}" if version.dev is not None else ""
     return f"{epoch}{'.'.join(map(str, numbers))}{pre}{post}{dev}"
+
+
+def version_of_commit(commit: str) -> str:
+    """Return the version by which an unversioned adapter is recorded: ``0+g<commit>``, which cannot be published."""
+    return f"0+g{commit}"
 
 
 def tag_of(version: Version) -> str:
@@ -256,11 +328,46 @@ def _parse_pin(name: str, pin: str, text: str) -> Reference:
         return Reference(name, version=parse_version(pin))
     if _LOOKS_LIKE_COMMIT.fullmatch(pin):
         raise InvalidReference(f"{text!r}: {pin!r} looks like part of a commit, and a commit has to be given in full")
-    if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin or "/" in pin:
+    if pin.startswith("branch:") or "/" in pin or pin in _TRUNKS:
+        return Reference(name, branch=_check_branch(pin.removeprefix("branch:"), text))
+    if pin.startswith("alias:"):
+        return Reference(name, alias=check_alias(pin.removeprefix("alias:")), exact=True)
+    if any(char in pin for char in f"@{_OPERATORS},") or not pin.isprintable() or " " in pin:
         raise InvalidReference(f"{text!r}: what follows '@' is neither version, alias nor commit ({_FORMS})")
     if pin[0].isdigit():
         parse_version(pin)  # raises with the reason
     return Reference(name, alias=check_alias(pin))
+
+
+def _parse_in_folder(head: str, pin: str | None, text: str) -> Reference:
+    """Parse the reference of an unversioned adapter in a folder."""
+    name, folder = split_key(head.rstrip(" "))
+    if pin is None:
+        return Reference(name, folder=folder)
+    found = _parse_pin(name, pin, text)
+    if found.version is not None:
+        raise InvalidReference(
+            f"{text!r} names a version in a folder: releases are at the top of a repository. Write "
+            f"{name}@{version_text(found.version)}, or {name}/{folder}@<commit> for what the folder holds there"
+        )
+    # Aliases point to releases, so here it can only be a branch.
+    branch = found.alias if found.alias is not None and not found.exact else found.branch
+    if branch is None and found.commit is None:
+        raise InvalidReference(f"{text!r} names an alias in a folder: aliases point to releases. Write {name}@{pin}")
+    return Reference(name, commit=found.commit, folder=folder, branch=branch)
+
+
+def _check_branch(branch: str, text: str) -> str:
+    if _REQUEST.fullmatch(branch):
+        return branch
+    if _BRANCH.fullmatch(branch) is None or branch.startswith("refs/"):
+        raise InvalidReference(
+            f"{text!r}: {branch[:100]!r} is neither version, alias, commit, branch nor refs/pr/<number> ({_FORMS}, "
+            "org/name@main, org/name@refs/pr/3)"
+        )
+    if branch == "registry":
+        raise InvalidReference(f"{text!r}: the branch {branch!r} holds the state of the repository, not an adapter")
+    return branch
 
 
 def _parse_range(rest: str, text: str) -> SpecifierSet:

@@ -14,6 +14,7 @@ __all__ = [
     "TASK_HEADS",
     "LoraModule",
     "counted",
+    "holds_vocabulary",
     "labels_of",
     "lora_modules",
     "may_be_trained",
@@ -27,6 +28,8 @@ _PREFIX = "base_model.model."
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
 #: Module names that suggest an embedding or a head, for unknown architectures too.
 _END = re.compile(r"(^|\.)[^.]*(embed|wte|shared|head|decoder|vocab|output|proj_out)[^.]*(\.base_layer)?$")
+#: Name parts of tensors that belong to a vocabulary.
+_VOCABULARY = ("embed", "lm_head", "wte", "trainable_tokens", "shared")
 #: The heads that PEFT saves for a classification task or question answering without their being named.
 TASK_HEADS = ("classifier", "score", "qa_outputs")
 #: Name part of the tensors of individually trained tokens.
@@ -126,6 +129,11 @@ def vocabulary_of(tensors: Mapping[str, TensorRecord]) -> int | None:
         elif len(record.shape) == 2 and _EMBEDDING.search(name) and "lora_" not in name and _DELTA not in name:
             rows.add(record.shape[0])
     return max(rows, default=None)
+
+
+def holds_vocabulary(tensors: Iterable[str]) -> bool:
+    """Whether tensors belong to the vocabulary, so that the tokenizer belongs to the adapter."""
+    return any(part in name for name in other_tensors(tensors) for part in _VOCABULARY)
 
 
 def _is_vocabulary(name: str) -> bool:

@@ -94,6 +94,16 @@ class FolderHub:
         with _translate_errors(name):
             return self._read_refs(name)
 
+    def change_request(self, name: str, ref: str) -> str:
+        """Refuse: a folder has no change requests.
+
+        Raises:
+            CommitNotFound: Always.
+        """
+        with _translate_errors(name):
+            self._find_repository(name)
+        raise CommitNotFound(f"{name} in {self.location} has no {ref[:80]!r}: a folder has no change requests")
+
     def identity(self, name: str) -> str:
         """Return the id that the repository got when it was created."""
         with _translate_errors(name):

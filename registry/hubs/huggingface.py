@@ -85,6 +85,14 @@ class HuggingFaceHub:
                 raise hostile("a tag or branch does not point to a commit")
             return Refs(branches, tags)
 
+    def change_request(self, name: str, ref: str) -> str:
+        """Return the commit at the head of a pull request."""
+        with self._translate_errors(name):
+            commit = self._repositories.info(name, ref).get("sha")
+            if not isinstance(commit, str) or COMMIT.fullmatch(commit) is None:
+                raise hostile("a pull request does not point to a commit")
+            return commit
+
     def identity(self, name: str) -> str:
         """Return the id that the hub gave the repository, or its creation time on a hub without ids."""
         with self._translate_errors(name):

@@ -72,6 +72,13 @@ class Hub(Protocol):
             RepositoryNotFound: The repository does not exist.
         """
 
+    def change_request(self, name: str, ref: str) -> str:
+        """Return the commit at the head of a change request, such as ``refs/pr/3``.
+
+        Raises:
+            CommitNotFound: There is no such change request.
+        """
+
     def identity(self, name: str) -> str:
         """Return a repository's permanent id, which another repository of the same name does not have.
 

@@ -70,12 +70,14 @@ class CardFields:
         datasets: Ids of the training datasets.
         language: Code of the language, such as ``"en"``, or several.
         pipeline_tag: The Hub's task; by default derived from the class of the base.
+        appendix: Markdown for the end of the card, in which text of others is escaped.
     """
 
     license: str | None = None
     datasets: Sequence[str] = field(default=())
     language: str | Sequence[str] | None = None
     pipeline_tag: str | None = None
+    appendix: str = ""
 
 
 def model_card(
@@ -119,8 +121,8 @@ def model_card(
         f"![Training loss by step]({LOSS_CURVE})" if picture else "",
         _write_usage(name, version, base, task_type) if name and version else _write_plain_usage(base, task_type),
     ]
-    body = "\n\n".join(section.strip() for section in sections if section)
     told = fields or CardFields()
+    body = "\n\n".join(section.strip() for section in [*sections, told.appendix] if section)
     pipeline = told.pipeline_tag or _find_pipeline(class_name, task_type)
     return write_readme(_make_front_matter(name, base, metrics, told, pipeline), body)
 

@@ -101,7 +101,7 @@ class Published:
     dry_run: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.commit if self.manifest.unversioned else self.version}"
 
 
 @dataclass(frozen=True)

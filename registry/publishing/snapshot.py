@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
 
-__all__ = ["copy_adapter", "copy_tokenizer", "read_config", "read_state", "save_model"]
+__all__ = ["copy_adapter", "copy_file", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
 #: Maximum bytes of a tokenizer file; the largest have 30 MB.
 _MAX_TOKENIZER = 256 * 1024 * 1024
@@ -46,19 +46,24 @@ def copy_adapter(source: Path, target: Path) -> None:
         )
     enforce(AdapterFiles(source), "folder", ("files",), checks=PRESENCE)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        _copy(source / name, target / name, MAX_FILE)
+        copy_file(source / name, target / name, MAX_FILE)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer files of a folder, and return their names."""
     found = sorted(name for name in os.listdir(source) if name in TOKENIZER_FILES)
     for name in found:
-        _copy(source / name, target / name, _MAX_TOKENIZER)
+        copy_file(source / name, target / name, _MAX_TOKENIZER)
     return found
 
 
-def _copy(source: Path, target: Path, limit: int) -> None:
-    """Copy a regular file; links are refused."""
+def copy_file(source: Path, target: Path, limit: int) -> None:
+    """Copy a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UnsafeFile: It is a link, not a regular file, or weights with a header that does not describe them.
+        TooLarge: It is larger.
+    """
     # Non-blocking, because opening a FIFO would wait for its writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:

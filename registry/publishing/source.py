@@ -21,7 +21,7 @@ from registry.errors import IdentityWarning, InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseKind, BaseRecord
-from registry.formats.tensors import labels_of, other_tensors
+from registry.formats.tensors import holds_vocabulary, labels_of
 from registry.formats.tokenizers import hash_of_file, hash_of_tokenizer
 from registry.publishing import training_facts
 from registry.publishing.checks import (
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
 
 __all__ = ["Collected", "Run", "collect", "find_adapter_name", "find_base_folder"]
-
-_VOCABULARY = ("embed", "lm_head", "wte", "trainable_tokens", "shared")
 
 
 @dataclass
@@ -108,7 +106,7 @@ def collect(
             check_contract(folder, found.at_hand)
         (folder / ADAPTER_CONFIG).write_bytes(config.published(base.id, base.commit))
         names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-        if any(part in tensor for tensor in other_tensors(tensors) for part in _VOCABULARY):
+        if holds_vocabulary(tensors):
             names += found.tokenizer_files
         check_tokenizer(folder, names)
         yield Collected(

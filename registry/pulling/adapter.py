@@ -12,7 +12,7 @@ from registry.errors import BaseMismatch, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.references import is_path
+from registry.formats.references import Reference, is_path
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +25,7 @@ __all__ = ["Adapter"]
 
 @dataclass(frozen=True)
 class Adapter(os.PathLike[str]):
-    """A release of an adapter, verified and on this machine.
+    """A release of an adapter, or an unversioned adapter, verified and on this machine.
 
     It can be used wherever an adapter folder can: ``PeftModel.from_pretrained(base, adapter)``.
 
@@ -34,23 +34,32 @@ class Adapter(os.PathLike[str]):
         commit: The commit that holds the release.
         manifest: Its manifest.
         path: The folder, as a string for functions that do not accept path objects.
+        folder: Where an unversioned adapter is in its repository; empty at the top, where every release is.
     """
 
     name: str
     commit: str
     manifest: Manifest
     path: str
+    folder: str = ""
 
     def __fspath__(self) -> str:
         return self.path
 
     def __str__(self) -> str:
+        if self.unversioned:
+            return str(Reference(self.name, commit=self.commit, folder=self.folder))
         return f"{self.name}@{self.version}"
 
     @property
     def version(self) -> str:
-        """The version of the release."""
+        """The version of the release; ``0+g<commit>`` for an unversioned adapter."""
         return self.manifest.version
+
+    @property
+    def unversioned(self) -> bool:
+        """Whether nobody published it as a version; the identity of its base is then not recorded."""
+        return self.manifest.unversioned
 
     @property
     def config(self) -> AdapterConfig:
@@ -185,16 +194,22 @@ class Adapter(os.PathLike[str]):
         recorded = self.manifest.base
         if base is None:
             if recorded.id is None:
+                known = "not recorded" if recorded.fingerprint is None else "known by its fingerprint only"
                 raise UnknownBase(
-                    f"{self} was trained on a model that is known by its fingerprint only, so it cannot be loaded from "
+                    f"{self} was trained on a model that is {known}, so it cannot be loaded from "
                     "anywhere: give it, adapter.load(model) or adapter.load('/folder/of/the/base')"
                 )
-            return recorded.id, recorded.commit
+            return recorded.id, recorded.commit or self._find_revision()
         text = os.fspath(base)
         if is_path(base):
             return str(Path(text).expanduser()), None
         name, _, revision = text.partition("@")
         return name, revision or (recorded.commit if name == recorded.id else None)
+
+    def _find_revision(self) -> str | None:
+        """Return the branch of the base that the configuration of an unversioned adapter names."""
+        revision = self.config.fields.get("revision") if self.unversioned else None
+        return revision if isinstance(revision, str) else None
 
 
 #: Arguments of ``from_pretrained`` that loading the configuration needs too.

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from packaging.version import Version
 
 from registry.catalog.index import Index, Manifests, Release, index_of, read_manifest
-from registry.catalog.memory import Pulled, Seen, find_lost_state, find_lost_tags
+from registry.catalog.memory import Seen, find_lost_state, find_lost_tags
 from registry.catalog.state import STATE_BRANCH, State, read_state
 from registry.errors import (
     AdapterWarning,
@@ -23,6 +23,7 @@ from registry.errors import (
     ReleaseMoved,
     RepositoryNotFound,
     RepositoryReplaced,
+    SignatureNotFound,
     StaleWarning,
     YankedWarning,
 )
@@ -128,12 +129,9 @@ class Fetcher:
         state = self._read_state(name, refs, seen)
         manifests = Manifests(self.hub, name, self._list_known(name, seen))
         index = index_of(name, refs, state, manifests)
-        if entry is None:
-            release: Release | None = index.resolve(reference)
-        else:
-            version = Version(entry.version)
-            release = index.release(version) if version in index.versions else None
-        before = self._find_before(name, release.version if release else str(entry and entry.version), seen)
+        locked = _find_locked(reference, entry)
+        release = index.resolve(reference, unversioned=True) if locked is None else _find_now(index, locked)
+        before = self._find_before(release or cast("Release", locked), seen)
         if release is None or before.commit not in (None, release.commit):
             raise self._explain_move(name, before, release)
         identity = self._check_identity(release, before)
@@ -186,23 +184,22 @@ class Fetcher:
         entry = self.lock.entries().get(name)
         return {*seen.versions, *([entry.version] if entry is not None else [])}
 
-    def _find_before(self, name: str, version: str, seen: Seen) -> _Before:
-        pulled, entry = seen.versions.get(version), self.lock.entries().get(name)
+    def _find_before(self, release: Release, seen: Seen) -> _Before:
+        pulled, entry = seen.find(release), self.lock.entries().get(release.key)
         # A mirror of the registry has other commits and ids, but the same bytes.
         here = entry if entry is not None and entry.registry == self.hub.location else None
         repository = (here.repository if here else None) or seen.identity
         commit, manifest = (pulled.commit, pulled.manifest) if pulled else (None, None)
-        if entry is not None and entry.version == version:
+        if entry is not None and entry.version == release.version:
             commit, manifest = here.commit if here else commit, entry.manifest
-        return _Before(version, commit, manifest, repository)
+        return _Before(release.version, commit, manifest, repository)
 
     def _record(self, fetched: Fetched, identity: str, refs: Refs, index: Index) -> None:
         release, digest, base = fetched.release, fetched.manifest.digest, fetched.manifest.base
         tags = {tag_of(version): commit for version, commit in index.versions.items()}
 
         def remember(before: Seen) -> Seen:
-            versions = {**before.versions, release.version: Pulled(release.commit, digest)}
-            seen = replace(before, identity=identity, versions=versions)
+            seen = replace(before, identity=identity).with_pulled(release, digest)
             # Foreign tags come and go, so those that are known to be foreign are not remembered.
             foreign = index.known_foreign(set(tags) - set(seen.tags), most=_READ_TAGS if self.hub.local else 0)
             kept = {tag: commit for tag, commit in tags.items() if tag not in foreign}
@@ -210,7 +207,7 @@ class Fetcher:
 
         self.cache.remember(self.hub.location, release.name, remember)
         entry = LockEntry(release.version, release.commit, digest, self.hub.location, identity, base.id, base.commit)
-        self.lock.record(release.name, entry)
+        self.lock.record(release.key, entry)
 
     def _read_state(self, name: str, refs: Refs, seen: Seen) -> State:
         """Read withdrawals and aliases; they must not be older than what was seen before."""
@@ -289,6 +286,7 @@ class Fetcher:
     def _use_cache(self, release: Release, manifest: Manifest, *, download: bool) -> Fetched:
         """Use the cached files if they are undamaged, else download them if allowed."""
         if self.signature is not None:
+            _require_version(release)
             self.signature.check(release, manifest, self.hub if download else None)
         path = self.cache.path(manifest.digest)
         try:
@@ -314,7 +312,7 @@ class Fetcher:
         """Return how a release and its repository differ from what lock file and cache record about them."""
         name = release.name
         seen = self.cache.seen(self.hub.location, name)
-        before = self._find_before(name, release.version, seen)
+        before = self._find_before(release, seen)
         problems = self._describe_lost_tags(name, refs, seen, None)
         lost = self._describe_lost_state(name, seen, read_state(self.hub, name, refs), refs.branches.get(STATE_BRANCH))
         problems += [lost] if lost else []
@@ -328,7 +326,7 @@ class Fetcher:
         if self.progress is not None:
             sink = cast("BinaryIO", _Counted(sink, self.progress, name, record.size))
         try:
-            self.hub.download(release.name, release.commit, name, sink, record.size)
+            self.hub.download(release.name, release.commit, release.path(name), sink, record.size)
         except HubFileNotFound:
             raise IntegrityError(f"{release} has no {name}, which its manifest lists") from None
 
@@ -342,7 +340,9 @@ class Fetcher:
         """
         if entry is not None:
             manifest = self.cache.manifest(entry.manifest)
-            release = Release(reference.name, entry.version, entry.commit)
+            release = Release(reference.name, entry.version, entry.commit, folder=reference.folder)
+        elif (plain := self._find_plain(reference, seen)) is not None:
+            release, manifest = plain
         else:
             there = {v: pulled for v, pulled in seen.versions.items() if self.cache.manifest(pulled.manifest)}
             index = Index(reference.name, {Version(v): pulled.commit for v, pulled in there.items()}, seen.state)
@@ -354,6 +354,14 @@ class Fetcher:
         if manifest is None:
             raise self._explain_offline(f"{release} is not in the cache")
         return self._use_cache(release, manifest, download=False)
+
+    def _find_plain(self, reference: Reference, seen: Seen) -> tuple[Release, Manifest | None] | None:
+        """Return an unversioned adapter that was pulled before; ``None`` unless the reference names its commit."""
+        if reference.commit is None:
+            return None
+        release = Release.at_commit(reference.name, reference.commit, reference.folder)
+        pulled = seen.find(release)
+        return None if pulled is None else (release, self.cache.manifest(pulled.manifest))
 
     def _explain_offline(self, reason: str) -> Offline:
         return Offline(
@@ -367,6 +375,28 @@ class Fetcher:
         for reason in () if self.quiet else fetched.warnings:
             warnings.warn(f"{release}: {reason}", AdapterWarning, stacklevel=4)
         return fetched
+
+
+def _find_locked(reference: Reference, entry: LockEntry | None) -> Release | None:
+    if entry is None:
+        return None
+    return Release(reference.name, entry.version, entry.commit, folder=reference.folder)
+
+
+def _find_now(index: Index, locked: Release) -> Release | None:
+    """Return a locked release as the hub has it now, or a locked commit; ``None`` if its tag is gone."""
+    version = Version(locked.version)
+    if locked.unversioned:
+        return locked
+    return index.release(version) if version in index.versions else None
+
+
+def _require_version(release: Release) -> None:
+    if release.unversioned:
+        raise SignatureNotFound(
+            f"{release} is not published as a version, so nobody has signed it, and a signature is required. Publish "
+            f"it signed: lora-plugins adopt {release} <org/name> --version 1.0.0 --sign KEY"
+        )
 
 
 def _find_pin(reference: Reference, entry: LockEntry | None) -> Version | str | None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from registry.disk.files import PlantedLink, read_small, replace_file
 from registry.disk.mutex import LockTimeout, folder_lock
 from registry.errors import InvalidLock, InvalidReference, LockEntryNotFound, LockMismatch
 from registry.formats.fields import COMMIT, SHA256, Fields
-from registry.formats.references import Reference, check_name, parse_version, version_text
+from registry.formats.references import Reference, parse_version, split_key, version_of_commit, version_text
 from registry.formats.strict_json import JsonRefused, canonical, parse
 
 __all__ = ["LOCK_FILE", "Lock", "LockEntry"]
@@ -28,7 +30,7 @@ class LockEntry:
     """One adapter.
 
     Attributes:
-        version: Version of the release.
+        version: Version of the release; ``0+g<commit>`` for an unversioned adapter.
         commit: Commit holding it.
         manifest: sha256 of the manifest, which covers all files.
         registry: Address of the hub.
@@ -44,6 +46,11 @@ class LockEntry:
     repository: str
     base: str | None = None
     base_commit: str | None = None
+
+    @property
+    def unversioned(self) -> bool:
+        """Whether it locks a commit that nobody published as a version."""
+        return self.version == version_of_commit(self.commit)
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,17 @@ class Lock:
             LockMismatch: The entry does not match the reference, and must not be changed.
             LockEntryNotFound: There is no entry, and the lock is frozen.
         """
-        entry = None if self.renew else self.entries().get(reference.name)
+        entry = None if self.renew else self.entries().get(reference.key)
         if entry is None:
             if self.frozen:
-                raise LockEntryNotFound(f"{reference.name} is not in {self.path}, and only locked adapters may be used")
+                raise LockEntryNotFound(f"{reference.key} is not in {self.path}, and only locked adapters may be used")
             return None
-        if reference.allows(parse_version(entry.version), entry.commit):
+        if reference.allows(Version(entry.version), entry.commit):
             return entry
         if self.write:
             return None
         raise LockMismatch(
-            f"{self.path} has {reference.name} at {entry.version}, which is not {reference}; to change the lock, pull "
+            f"{self.path} has {reference.key} at {entry.version}, which is not {reference}; to change the lock, pull "
             "with lock=True, or call lora-plugins lock"
         )
 
@@ -125,7 +132,7 @@ class Lock:
             fields = Fields(parse(data, _LIMIT))
             if fields.integer("format", 2**31, least=1) > _FORMAT:
                 raise fields.refuse("format", f"at most {_FORMAT}; a newer lora-plugins wrote it, and can read it")
-            return {check_name(name): _read_entry(entry) for name, entry in fields.table("adapters", _MOST)}
+            return {_check_key(key): _read_entry(entry) for key, entry in fields.table("adapters", _MOST)}
         except (JsonRefused, InvalidReference) as reason:
             raise InvalidLock(f"{self.path}: {reason}") from None
 
@@ -156,10 +163,16 @@ def _write(entries: Mapping[str, LockEntry]) -> bytes:
     return canonical({"format": _FORMAT, "adapters": adapters})
 
 
+def _check_key(key: str) -> str:
+    split_key(key)
+    return key
+
+
 def _read_entry(fields: Fields) -> LockEntry:
+    version, commit = fields.text("version"), fields.text("commit", COMMIT, "a commit")
     return LockEntry(
-        version=version_text(parse_version(fields.text("version"))),
-        commit=fields.text("commit", COMMIT, "a commit"),
+        version=version if version == version_of_commit(commit) else version_text(parse_version(version)),
+        commit=commit,
         manifest=fields.text("manifest", SHA256, "a sha256"),
         registry=fields.text("registry"),
         repository=fields.text("repository"),

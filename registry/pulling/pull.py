@@ -82,6 +82,7 @@ def pull_adapter(
         commit=fetched.release.commit,
         manifest=fetched.manifest,
         path=str(fetched.path),
+        folder=fetched.release.folder,
     )
 
 

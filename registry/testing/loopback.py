@@ -167,6 +167,14 @@ class LoopbackHub:
         """Delete a repository, so that somebody else can register its name."""
         del self._site.store.repos[repo_id]
 
+    def rename_repo(self, repo_id: str, new_id: str) -> None:
+        """Rename a repository; requests with the former name are redirected, as on the real Hub."""
+        store = self._site.store
+        with store.lock:
+            store.repos[new_id] = store.repos.pop(repo_id)
+            store.repos[new_id].id = new_id
+            store.renamed[repo_id] = new_id
+
     def set_page_size(self, entries: int) -> None:
         """Answer listings in pages of this many entries."""
         self._site.page_size = entries

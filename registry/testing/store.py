@@ -115,6 +115,8 @@ class Store:
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        #: Former names of repositories, with their present ones.
+        self.renamed: dict[str, str] = {}
         self._parts: dict[tuple[str, int], bytes] = {}
 
     # -- users ---------------------------------------------------------------------------------------------------

@@ -87,10 +87,11 @@ def _find_unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list
 
 def _find_forgotten(cache: Cache, problems: list[str]) -> list[str]:
     try:
-        remembered = {pulled.manifest for seen in cache.records() for pulled in seen.versions.values()}
+        known = [pulled for seen in cache.records() for pulled in (*seen.versions.values(), *seen.plain.values())]
     except RegistryError as problem:
         problems.append(str(problem))
         return []  # what a damaged record refers to is unknown
+    remembered = {pulled.manifest for pulled in known}
     return [digest for digest in cache.digests() if digest not in remembered and not cache.is_leased(digest)]
 
 

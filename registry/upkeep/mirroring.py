@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.version import Version
@@ -20,6 +21,7 @@ from registry.pulling.lockfile import Lock
 from registry.pulling.signatures import SignatureRule
 from registry.signing.keys import PathOrPaths
 from registry.signing.signatures import read_signature
+from registry.upkeep.plain_copy import copy_plain
 
 __all__ = ["mirror"]
 
@@ -36,10 +38,11 @@ def mirror(
     cache_dir: str | os.PathLike[str] | None = None,
     require_signature: PathOrPaths | None = None,
 ) -> list[Published]:
-    """Copy releases to another registry, with signatures, withdrawals and aliases.
+    """Copy releases to another registry, with signatures, withdrawals, aliases, notes and tags.
 
     Args:
-        reference: ``org/name`` for all its releases; with a version, a range, an alias or a commit, for one.
+        reference: ``org/name`` for all its releases; with a version, a range, an alias, a commit or a branch, for one.
+            An unversioned adapter is copied to the branch ``copy-<commit>`` of the target.
         target: Registry to copy to.
         hub: Registry to copy from.
         token: Token for ``hub``.
@@ -62,12 +65,15 @@ def mirror(
     source, token = open_hub(hub, token), None
     destination, target_token = open_hub(target, target_token), None
     index = read_index(source, parsed.name)
-    wanted = index.releases() if parsed == Reference(parsed.name) else [index.resolve(parsed)]
+    wanted = index.releases() if parsed == Reference(parsed.name) else [index.resolve(parsed, unversioned=True)]
     cache = Cache(cache_dir)
     rule = SignatureRule.choose(require_signature, cache)
     fetcher = Fetcher(source, cache, Lock(None), quiet=True, signature=rule)
     copied = []
     for release in wanted:
+        if release.unversioned:
+            found = fetcher.fetch(Reference(parsed.name, commit=release.commit, folder=release.folder))
+            return [copy_plain(found, destination, private)]
         fetched = fetcher.fetch(Reference(parsed.name, version=Version(release.version)))
         copied.append(
             _copy(fetched, read_signature(source, parsed.name, release.commit), destination, private, force=force)
@@ -106,6 +112,8 @@ def _copy_state(target: Hub, name: str, source: State) -> None:
             version = source.version_of(alias)
             if version in there and state.version_of(alias) != version:
                 aliases[alias] = (*aliases.get(alias, ()), source.aliases[alias][-1])
-        return State({**state.yanked, **yanked}, aliases)
+        notes = {**state.notes, **{version: note for version, note in source.notes.items() if version in there}}
+        tags = {**state.tags, **{version: found for version, found in source.tags.items() if version in there}}
+        return replace(state, yanked={**state.yanked, **yanked}, aliases=aliases, notes=notes, tags=tags)
 
     change_state(target, name, change, "Copied")

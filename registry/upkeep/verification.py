@@ -83,7 +83,12 @@ def verify(
 def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys | None) -> Verification:
     refs = place.refs(parsed.name)
     manifests = Manifests(place, parsed.name)
-    release = index_of(parsed.name, refs, read_state(place, parsed.name, refs), manifests).resolve(parsed)
+    index = index_of(parsed.name, refs, read_state(place, parsed.name, refs), manifests)
+    locked = None if not parsed.bare else lock.entries().get(parsed.key)
+    if locked is not None and locked.unversioned:
+        release = Release(parsed.name, locked.version, locked.commit, folder=parsed.folder)
+    else:
+        release = index.resolve(parsed, unversioned=True)
     fetcher = Fetcher(place, cache, lock)
     problems: list[str] = []
     manifest: Manifest | None = None
@@ -104,6 +109,8 @@ def _verify(place: Hub, parsed: Reference, lock: Lock, cache: Cache, keys: Keys 
 def _check_signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | None) -> list[str]:
     if keys is None:
         return []
+    if release.unversioned:
+        return [f"It is not published as a version, so it is not signed, and a signature by {keys} is required"]
     signature = read_signature(hub, release.name, release.commit)
     if signature is None:
         return [f"It is not signed, and a signature by {keys} is required"]
@@ -115,6 +122,8 @@ def _check_signed(hub: Hub, release: Release, manifest: Manifest, keys: Keys | N
 
 
 def _list_others(hub: Hub, release: Release, manifest: Manifest) -> tuple[str, ...]:
+    if release.unversioned:
+        return ()  # what else the repository holds is none of its business
     listed = {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE, GIT_ATTRIBUTES}
     return tuple(sorted(path for path in hub.files(release.name, release.commit) if path not in listed))
 
@@ -133,7 +142,7 @@ def _find_damaged(hub: Hub, release: Release, manifest: Manifest) -> list[str]:
 def _find_difference(hub: Hub, release: Release, folder: Path, name: str, record: FileRecord) -> str | None:
     try:
         with CheckedSink(folder / name) as sink:
-            hub.download(release.name, release.commit, name, cast("BinaryIO", sink), record.size)
+            hub.download(release.name, release.commit, release.path(name), cast("BinaryIO", sink), record.size)
         check_file(folder, name, record)
     except (HubUnavailable, MachineError):
         raise

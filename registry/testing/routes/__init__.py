@@ -88,7 +88,8 @@ def answer(site: Site, request: Request, crashes: list[str]) -> Response:
             raise HubFailure(404, f"No such route: {request.method} {request.path}")
         if route.server == "hub":
             request.user = site.store.user_of(request.headers.get("Authorization"))
-        response = route.function(site, request)
+        moved = site.store.renamed.get(request.parts.get("repo", ""))
+        response = route.function(site, request) if moved is None else _redirect(request, moved)
     except HubFailure as error:
         response = failure(error)
     except Exception:
@@ -96,6 +97,11 @@ def answer(site: Site, request: Request, crashes: list[str]) -> Response:
         # Not a 5xx: clients retry those for up to half a minute.
         response = Response.of({"error": "The loopback Hub has a bug; see LoopbackHub.crashes"}, 400)
     return site.faults.after(request, response)
+
+
+def _redirect(request: Request, name: str) -> Response:
+    """Redirect a request for a renamed repository to its present name."""
+    return Response(307, b"", {"Location": request.target.replace(request.parts["repo"], name, 1)})
 
 
 def _find(request: Request) -> Route | None:

@@ -1,0 +1,1 @@
+"""Publish adapters that others have saved: repositories, folders, caches."""

@@ -1,0 +1,160 @@
+"""Names of tensors in older layouts, and how PEFT writes them today."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from registry.errors import InvalidAdapter
+from registry.formats.weights import read_file_header
+
+__all__ = ["Layout", "Renames", "find_renames", "rewrite"]
+
+_PREFIX = "base_model.model."
+_CHUNK = 4 * 1024 * 1024
+#: ``lora_A.default.weight``: a state dict that was saved without PEFT has the adapter's name in it.
+_NAMED = re.compile(r"(\.lora_\w+)\.(?!weight$|bias$|default_\d+\.)([A-Za-z_]\w*)(\.(?:weight|bias))?$")
+_SAVED = re.compile(r"\.modules_to_save\.(?:(?!weight$|bias$)[A-Za-z_]\w*\.)?")
+#: loralib's parameters of the layer itself.
+_PARAMETER = re.compile(r"\.lora_([AB])$")
+#: Names of diffusers and kohya.
+_DOWN_UP = re.compile(r"\.lora[._](down|up)\.weight$")
+#: The base's own copy of a module that an adapter replaces.
+_ORIGINAL = re.compile(r"\.original_module\.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which names differ from what PEFT writes.
+
+    Attributes:
+        title: Where it comes from, for the list that is shown.
+        change: Returns the name as PEFT writes it; other names unchanged.
+    """
+
+    title: str
+    change: Callable[[str], str]
+
+
+def _remove(part: str) -> Callable[[str], str]:
+    return lambda name: name.replace(part, "")
+
+
+def _add_prefix(name: str) -> str:
+    return name if name.startswith(_PREFIX) else _PREFIX + name.removeprefix("base_model.")
+
+
+def _collapse_prefix(name: str) -> str:
+    while name.startswith(_PREFIX * 2):
+        name = name[len(_PREFIX) :]
+    return name
+
+
+def _name_down_up(found: re.Match[str]) -> str:
+    return f".lora_{'A' if found[1] == 'down' else 'B'}.weight"
+
+
+#: In the order in which they are applied: wrappers first, since they hide what is behind them.
+LAYOUTS = (
+    Layout("saved from a compiled model", _remove("_orig_mod.")),
+    Layout("saved from an FSDP wrapper", _remove("_fsdp_wrapped_module.")),
+    Layout("saved under activation checkpointing", _remove("_checkpoint_wrapped_module.")),
+    Layout("saved from a DistributedDataParallel wrapper", lambda name: name.removeprefix("module.")),
+    Layout("with the adapter's name in it", lambda name: _NAMED.sub(lambda m: m[1] + (m[3] or ""), name)),
+    Layout("as loralib names them", lambda name: _PARAMETER.sub(r".lora_\1.weight", name)),
+    Layout("with down and up for A and B", lambda name: _DOWN_UP.sub(_name_down_up, name)),
+    Layout("with PEFT's wrapper of saved modules in it", lambda name: _SAVED.sub(".", name)),
+    Layout("with the prefix twice", _collapse_prefix),
+    Layout(f"without the prefix {_PREFIX}", _add_prefix),
+)
+
+
+@dataclass(frozen=True)
+class Renames:
+    """What has to change so that PEFT finds every tensor.
+
+    Attributes:
+        renamed: New names by the old ones; names that stay are left out.
+        dropped: Copies of the base's own tensors, which are not part of the adapter.
+        reasons: The layouts that were found.
+    """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.renamed or self.dropped)
+
+
+def find_renames(names: Iterable[str]) -> Renames:
+    """Find the names that PEFT would not find, and their names as it writes them today.
+
+    Raises:
+        InvalidAdapter: Two tensors would get the same name.
+    """
+    renamed: dict[str, str] = {}
+    dropped: list[str] = []
+    reasons: dict[str, None] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        if _ORIGINAL.search(name):
+            dropped.append(name)
+            continue
+        now = name
+        for layout in LAYOUTS:
+            changed = layout.change(now)
+            reasons.update({layout.title: None} if changed != now else {})
+            now = changed
+        if now in taken:
+            raise InvalidAdapter(
+                f"The tensors {taken[now]} and {name} are both {now} as PEFT names them: the file holds several "
+                "adapters. Save each on its own with save_pretrained"
+            )
+        taken[now] = name
+        if now != name:
+            renamed[name] = now
+    return Renames(renamed, tuple(dropped), tuple(reasons))
+
+
+def rewrite(source: Path, target: Path, renames: Renames) -> None:
+    """Write a safetensors file with its tensors renamed; their bytes are copied as they are.
+
+    Raises:
+        UnsafeFile: The source is not a safetensors file.
+        InvalidAdapter: No tensor is left.
+    """
+    header = read_file_header(source)
+    kept = [name for name in sorted(header.offsets, key=lambda n: header.offsets[n]) if name not in renames.dropped]
+    if not kept:
+        raise InvalidAdapter("The adapter is empty: its file holds copies of the base's own tensors only")
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in kept:
+        begin, end = header.offsets[name]
+        record = header.tensors[name]
+        entries[renames.renamed.get(name, name)] = {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "data_offsets": [position, position + end - begin],
+        }
+        position += end - begin
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(source, "rb") as data, open(target, "xb") as copy:
+        copy.write(len(text).to_bytes(8, "little") + text)
+        for name in kept:
+            _copy_range(data, copy, *header.offsets[name])
+
+
+def _copy_range(source: object, target: object, begin: int, end: int) -> None:
+    source.seek(begin)  # type: ignore[attr-defined]
+    while begin < end:
+        chunk = source.read(min(_CHUNK, end - begin))  # type: ignore[attr-defined]
+        if not chunk:
+            raise InvalidAdapter("The file of the weights became shorter while it was read")
+        target.write(chunk)  # type: ignore[attr-defined]
+        begin += len(chunk)
