@@ -24,6 +24,7 @@ from registry.testing import LoopbackHub
 COMMANDS = [
     "push",
     "adopt",
+    "doctor",
     "list",
     "note",
     "pull",
