@@ -16,7 +16,8 @@ export HF_HUB_OFFLINE := 1
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install install-engines demo test test-one test-slow test-architectures test-engines test-peers test-serving test-oldest test-newest \
+.PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
+	test-serving test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -46,8 +47,15 @@ $(INSTALLED): $(DEMO)
 demo: $(DEMO) ## Train, publish, pull and reload a small model on this machine, offline.
 	$(BIN)/lora-plugins demo
 
-test: $(INSTALLED) ## Run the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED) ## Run the fast tests.
+	$(TESTS) -m "not slow and not full"
+
+test-full: $(INSTALLED) ## Run the tests that `make test` leaves out because they take seconds each.
+	$(TESTS) -m "full and not slow"
+
+test-times: $(INSTALLED) ## Run both, and write down what each took: tests/times.json decides which of them are fast.
+	$(TESTS) -m "not slow" --write-times
 
 test-one: $(INSTALLED) ## Run one file or one test: make test-one TEST=tests/test_planning.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x $(TEST)

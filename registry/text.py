@@ -6,9 +6,11 @@ change colours or reverse the direction of reading. Everything that shows such t
 
 from __future__ import annotations
 
+import html
 import unicodedata
+from collections.abc import Iterable
 
-__all__ = ["visible"]
+__all__ = ["html_table", "visible"]
 
 #: Control, format (bidi marks among them), private use, surrogate, and the two separators that end a line.
 _HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
@@ -28,3 +30,13 @@ def visible(text: object, length: int | None = None) -> str:
         raw = "".join(" " if unicodedata.category(char) in _HIDDEN else char for char in raw)
     line = " ".join(raw.split())
     return line if length is None or len(line) <= length else f"{line[:length]}…"
+
+
+def html_table(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    """Return a table of two columns for a notebook; rows without a value are left out, and every text is escaped."""
+    cells = "".join(
+        f"<tr><th>{html.escape(visible(label))}</th><td>{html.escape(visible(value))}</td></tr>"
+        for label, value in rows
+        if value not in (None, "", ())
+    )
+    return f"<table><caption>{html.escape(visible(title))}</caption>{cells}</table>"

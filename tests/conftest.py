@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from tiers import mark_full, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_logreport", "pytest_sessionfinish"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,7 +39,8 @@ def _find_lacking() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; the tests of one keep their order. Skip those of a backend that is not installed."""
+    """Order the files (the tests of one keep their order), mark the tiers, skip what needs a missing backend."""
+    mark_full(items)
     lacking = _find_lacking()
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {}).values()

@@ -162,25 +162,54 @@ def test_built_in_backends_pass_the_kit(name: str) -> None:
 # -- new packages ------------------------------------------------------------------------------
 
 
-def test_new_plugin_has_a_test_that_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "module", "passed"),
+    [(["--target", "mix_in", "--target", "mix_out"], "my_type_lora", 1), (["--backend"], "my_type_quantizer", 2)],
+    ids=["architecture", "backend"],
+)
+def test_new_plugin_has_tests_that_pass(
+    options: list[str], module: str, passed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "made"
     with pytest.raises(SystemExit) as end:
-        main(["new-plugin", "my_type", "--folder", str(folder), "--target", "mix_in", "--target", "mix_out"])
+        main(["new-plugin", "my_type", "--folder", str(folder), *options])
     assert not end.value.code
     assert "pip install -e ." in capsys.readouterr().out
-    info = tmp_path / "my_type_lora-0.1.0.dist-info"
+    info = tmp_path / f"{module}-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-type-lora\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[lora_plugins]\nmy_type_lora = my_type_lora\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[lora_plugins]\n{module} = {module}\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert f"{passed} passed" in done.stdout
+    listing = [sys.executable, "-m", "lora_plugins", "plugins"]
+    listed = subprocess.run(listing, capture_output=True, text=True, env=environment, check=False).stdout
+    assert f"{module} ({module.replace('_', '-')} 0.1.0): 1 " in listed
+
+
+@pytest.mark.parametrize("options", [["--target", "q"], ["--target", "q", "--target", "v"], ["--backend"]])
+def test_what_new_plugin_writes_is_formatted(options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with pytest.raises(SystemExit):
+        main(["new-plugin", "my_type", "--folder", str(folder), *options])
+    for command in (["format", "--check"], ["check", "--select", "E,F,I,UP,B"]):
+        run = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "120", "."]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=folder, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_new_plugin_takes_no_targets_for_a_backend(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["new-plugin", "mine", "--backend", "--target", "q", "--folder", str(tmp_path / "made")])
+    assert end.value.code == 2
+    assert "a backend has no target modules" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "made").exists()
 
 
 def test_new_plugin_refuses_what_it_can_not_write(tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match="is not a valid model type"):
+    with pytest.raises(PluginError, match="is not a valid name"):
         write_package("My Type", tmp_path / "a", ("q",))
     with pytest.raises(PluginError, match="is not a valid module name"):
         write_package("mine", tmp_path / "b", ("a.b",))

@@ -12,9 +12,10 @@ __all__ = ["new_plugin"]
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="Name of the model type, such as mytype; the package is NAME-lora.")],
+    name: Annotated[str, typer.Argument(help="Name of the model type, or of the backend.")],
     folder: Annotated[
-        Path | None, typer.Option(help="Where to write it; must not exist.", show_default="./NAME-lora")
+        Path | None,
+        typer.Option(help="Where to write it; must not exist.", show_default="./NAME-lora, ./NAME-quantizer"),
     ] = None,
     targets: Annotated[
         list[str] | None,
@@ -22,18 +23,25 @@ def new_plugin(
             "--target", help="Module that gets an adapter by default; several times.", show_default="q_proj, v_proj"
         ),
     ] = None,
+    backend: Annotated[
+        bool, typer.Option("--backend", help="Write a quantization backend instead of an architecture.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the folder and its files as JSON.")] = False,
 ) -> None:
-    """Write a plugin package for an architecture, with a test that passes.
+    """Write a plugin package for an architecture or a quantization backend, with a test that passes.
 
     \b
     Examples:
       lora-plugins new-plugin mytype
       lora-plugins new-plugin mytype --target query --target value
+      lora-plugins new-plugin int3 --backend
     """
-    from lora_plugins.commands.scaffold import write_package
+    from lora_plugins.commands.scaffold import ARCHITECTURE, BACKEND, write_package
 
-    made = write_package(name, folder, tuple(targets or ("q_proj", "v_proj")))
+    if backend and targets:
+        raise typer.BadParameter("a backend has no target modules; leave out --target or --backend")
+    modules = () if backend else tuple(targets or ("q_proj", "v_proj"))
+    made = write_package(name, folder, modules, BACKEND if backend else ARCHITECTURE)
     if as_json:
         files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
         typer.echo(json.dumps({"folder": str(made), "files": files}, indent=2))

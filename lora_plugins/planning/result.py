@@ -21,7 +21,7 @@ from lora_plugins.text import write_json
 __all__ = ["Plan"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(PlanFigures):
     """Trainable parameters and memory of a planned run: `PlanFigures` that can be printed, saved and drawn."""
 
@@ -43,6 +43,15 @@ class Plan(PlanFigures):
 
     def __str__(self) -> str:
         return _render_text(self)
+
+    def __repr__(self) -> str:
+        needed = show_bytes(self.chosen.memory.total)
+        return f"<Plan of {self.model}: {self.trainable:,} of {self.total:,} trained, {self.chosen.label}, {needed}>"
+
+    def _repr_html_(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, record=True)
+        console.print(self)
+        return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _make_tables(self, console, options)

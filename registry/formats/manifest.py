@@ -82,6 +82,18 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def list_facts(self) -> list[tuple[str, object]]:
+        """Return what a person wants to see of it first: base, quantization, metrics, size, time; label and value."""
+        quantization = self.training.get("quantization")
+        commit = f"@{self.base.commit[:12]}" if self.base.commit else ""
+        return [
+            ("base", f"{self.base.id}{commit}" if self.base.id else "not recorded"),
+            ("quantization", quantization.get("name") if isinstance(quantization, Mapping) else quantization),
+            *self.metrics.items(),
+            ("bytes", f"{sum(file.size for file in self.files.values()):,}"),
+            ("created", self.created),
+        ]
+
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
         """Parse a manifest; the result has checked types and sizes, and lists only allowed files.

@@ -19,6 +19,7 @@ from registry.formats.readme import merge_readme
 from registry.formats.records import FileRecord
 from registry.formats.strict_json import JsonRefused, parse, shown
 from registry.hubs.protocol import Hub
+from registry.text import html_table
 
 __all__ = ["Changes", "Draft", "Head", "Published", "check_repository", "manifest_at", "plan_changes", "read_head"]
 
@@ -75,7 +76,7 @@ class Changes:
     left: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Published:
     """Result of a push.
 
@@ -102,6 +103,18 @@ class Published:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.commit if self.manifest.unversioned else self.version}"
+
+    def __repr__(self) -> str:
+        return f"<Published {self}, {self._describe()}>"
+
+    def _repr_html_(self) -> str:
+        rows = (("state", self._describe()), ("commit", self.commit), ("address", self.url))
+        return html_table(str(self), (*rows, *self.manifest.list_facts()))
+
+    def _describe(self) -> str:
+        if self.dry_run:
+            return "dry run"
+        return "published" if self.created else "had been published before"
 
 
 @dataclass(frozen=True)

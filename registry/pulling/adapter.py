@@ -13,6 +13,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.references import Reference, is_path
+from registry.text import html_table
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Adapter"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter(os.PathLike[str]):
     """A release of an adapter, or an unversioned adapter, verified and on this machine.
 
@@ -50,6 +51,12 @@ class Adapter(os.PathLike[str]):
         if self.unversioned:
             return str(Reference(self.name, commit=self.commit, folder=self.folder))
         return f"{self.name}@{self.version}"
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self} in {self.path}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), (("folder", self.path), ("commit", self.commit), *self.manifest.list_facts()))
 
     @property
     def version(self) -> str:
