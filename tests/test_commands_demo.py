@@ -268,7 +268,7 @@ class TestConversion:
         return file
 
     def test_a_failure_leaves_nothing_behind(self, weights: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="."):  # in the words of whichever library reads it
+        with pytest.raises(ValueError, match=r"."):  # in the words of whichever library reads it
             demo_model.demo_model()
         assert list((tmp_path / "cache").iterdir()) == []
 
