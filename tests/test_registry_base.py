@@ -30,6 +30,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from versions import needs
 
 from lora_plugins import prepare_model
 from registry import check_contract
@@ -108,6 +109,7 @@ def test_an_adapter_that_would_overwrite_the_base_is_refused(folder: Path, tmp_p
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@needs("peft", "0.21", "it does not save the biases of adapted layers")
 def test_biases_that_the_configuration_does_not_train_are_refused(tmp_path: Path) -> None:
     adapted(tiny.gpt2(), target_modules=["c_attn"], fan_in_fan_out=True).save_pretrained(tmp_path / "g")
     name = "base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"
@@ -215,6 +217,7 @@ def test_the_number_of_labels_is_the_last_layer_s(kind: str, labels: int, tmp_pa
         assert torch.equal(logits(adapter.load(tmp_path / "base")), logits(model))
 
 
+@needs("peft", "0.21", "it cannot train a head alone")
 def test_a_head_without_a_task_gets_its_labels(tmp_path: Path) -> None:
     config = ViTConfig(**WIDTHS, image_size=32, patch_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")

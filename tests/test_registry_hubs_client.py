@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from versions import needs
 
 from registry.hubs.client import Repositories, Secret
 from registry.hubs.http.deadline import Deadline, call_within
@@ -290,6 +291,7 @@ def test_xet_is_left_alone(
 
 
 @pytest.mark.usefixtures("xet")
+@needs("huggingface_hub", "2.4", "it raises another error")
 def test_the_stock_client_falls_for_it(client: Repositories, loopback_hub: LoopbackHub, tmp_path: Path) -> None:
     """If this fails, the precaution above may no longer be needed."""
     from huggingface_hub import CommitOperationAdd, HfApi

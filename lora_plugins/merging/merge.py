@@ -317,12 +317,12 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(job.folder))
         else:
             tokenizer = AutoTokenizer.from_pretrained(job.base, revision=job.revision or "main")
-        # A tokenizer made from a configuration alone has no vocabulary and may raise when it is called.
-        tokenizer(PROBE_TEXT)
+        # A tokenizer made from a configuration alone has special tokens at most, or raises when it is called.
+        words = set(tokenizer(PROBE_TEXT)["input_ids"]) - set(tokenizer.all_special_ids)
     except Exception:
         # Image models and some stored bases have no tokenizer, and each kind of tokenizer raises its own error.
         return None
-    return tokenizer if len(tokenizer) else None
+    return tokenizer if words else None
 
 
 def _check_finite(model: PreTrainedModel) -> None:

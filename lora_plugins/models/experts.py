@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 
-#: What transformers' decorator ``use_experts_implementation`` sets on the experts of a block.
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel", "_apply_gate")
+#: What transformers' decorator ``use_experts_implementation`` has set on the experts of a block since 5.5.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def computes_through_interface(module: Any) -> bool:
