@@ -137,6 +137,7 @@ WHOLE = {
     "rooms",
     "smollm2",
     "text",
+    "tiers",
     "tools_audit",
     "tools_peers",
     "wheel",
