@@ -135,6 +135,7 @@ check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/python tools/hook_reference.py --check
 	$(BIN)/python tools/diagrams.py --check
 	$(BIN)/python tools/command_reference.py --check
+	$(BIN)/python tools/format_reference.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED) ## Format the code, and mend what ruff can mend.
@@ -145,6 +146,7 @@ docs: $(INSTALLED) ## Write the generated references and build the documentation
 	$(BIN)/python tools/hook_reference.py
 	$(BIN)/python tools/diagrams.py
 	$(BIN)/python tools/command_reference.py
+	$(BIN)/python tools/format_reference.py
 	$(BIN)/mkdocs build --strict
 
 dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check them.

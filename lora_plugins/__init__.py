@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_plugins.plugins.casting import CastsInput
+from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.hookspecs import hookimpl
 from lora_plugins.plugins.packages import missing_package
 from lora_plugins.plugins.types import Architecture, ExpertFormat, ExpertsAsLayers, Quantizer
@@ -53,6 +54,7 @@ __all__ = [
     "CastsInput",
     "ExpertFormat",
     "ExpertsAsLayers",
+    "Format",
     "Int8PreparationCallback",
     "LoraCallback",
     "ParameterReportCallback",

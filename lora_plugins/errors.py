@@ -6,6 +6,7 @@
     ├── PluginError
     │   ├── BrokenBuiltin
     │   ├── ArchitectureConflict
+    │   ├── FormatConflict
     │   └── QuantizerConflict
     ├── TargetError (ValueError)
     │   ├── UnknownScope
@@ -19,6 +20,7 @@
     │   ├── QuantizerSelfTestFailed
     │   ├── NothingQuantized
     │   ├── UnknownLayer
+    │   ├── UntrainableFormat (ValueError)
     │   └── UnsupportedInitialization (ValueError)
     ├── PreparationError
     │   ├── UnknownArgument (TypeError)
@@ -75,6 +77,7 @@ __all__ = [
     "DemoError",
     "ExportError",
     "ForbiddenTargets",
+    "FormatConflict",
     "FrozenHead",
     "LivenessError",
     "LivenessWarning",
@@ -118,6 +121,7 @@ __all__ = [
     "UnsupportedExport",
     "UnsupportedInitialization",
     "UnsupportedTraining",
+    "UntrainableFormat",
 ]
 
 
@@ -138,6 +142,10 @@ class BrokenBuiltin(PluginError):
 
 class ArchitectureConflict(PluginError):
     """Two third-party plugins register the same ``model_type``."""
+
+
+class FormatConflict(PluginError):
+    """Two third-party plugins describe a storage format of the same ``quant_method``."""
 
 
 class QuantizerConflict(PluginError):
@@ -190,6 +198,10 @@ class NothingQuantized(QuantizationError):
 
 class UnknownLayer(QuantizationError):
     """A linear layer is stored in a way that no quantization backend here knows."""
+
+
+class UntrainableFormat(QuantizationError, ValueError):
+    """The base is stored in a format that no adapter was ever trained on here; ``allow_format`` insists."""
 
 
 class UnsupportedInitialization(QuantizationError, ValueError):

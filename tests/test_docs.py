@@ -82,17 +82,13 @@ def test_every_hook_is_documented_with_its_signature() -> None:
     reference = tool("hook_reference")
     page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
 
-    assert reference.hooks() == [
-        "register_architectures",
-        "register_quantizers",
-        "register_commands",
-        "register_checks",
-    ]
+    kinds = ("architectures", "quantizers", "formats", "commands", "checks")
+    assert reference.hooks() == [f"register_{kind}" for kind in kinds]
     headings = re.findall(r"^## `(.+)` \{ #(\w+) \}$", page, re.MULTILINE)
     assert headings == [(reference.signature(name), name) for name in reference.hooks()]
 
 
-@pytest.mark.parametrize("name", ["hook_reference", "command_reference"])
+@pytest.mark.parametrize("name", ["hook_reference", "command_reference", "format_reference"])
 def test_generated_pages_are_up_to_date(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +99,8 @@ def test_generated_pages_are_up_to_date(
     assert reference.main() == 0
 
     stale = tmp_path / "page.md"
-    stale.write_text(reference.PAGE.read_text(encoding="utf-8").replace("plugin", "plug-in"), encoding="utf-8")
+    text = reference.PAGE.read_text(encoding="utf-8")
+    stale.write_text(text.replace("plugin", "plug-in").replace("AWQ", "awq"), encoding="utf-8")
     monkeypatch.setattr(reference, "PAGE", stale)
     assert reference.main() == 1
     assert "run `make docs`" in capsys.readouterr().err

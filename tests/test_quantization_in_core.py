@@ -18,12 +18,13 @@ from lora_plugins.quantization.selftest import _silence
 
 ROOT = Path(__file__).parent.parent / "lora_plugins"
 CORE = ("models", "plugins", "quantization", "targets", "adapters", "trainer", "planning", "recipe", "commands")
-LIBRARIES = ("bitsandbytes", "bnb", "torchao", "quanto", "hqq")
+LIBRARIES = ("bitsandbytes", "bnb", "torchao", "quanto", "hqq", "compressed_tensors")
 
 #: Where a name is data that users see, not knowledge about a backend.
 ALLOWED = {
     ("plugins/host.py", "bitsandbytes"): "the tuple of built-in plugins",
     ("plugins/host.py", "hqq"): "the same",
+    ("plugins/host.py", "compressed_tensors"): "the same",
     ("plugins/host.py", "quanto"): "the same",
     ("plugins/host.py", "torchao"): "the same",
     ("trainer/callbacks.py", "int8"): "default of Int8PreparationCallback(quantization=)",

@@ -154,6 +154,9 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
             # PEFT 0.21.2 compares these keys with modules only; those of expert parameters take effect all the same.
             # Keys that touch nothing were named before.
             warnings.filterwarnings("ignore", message=_PATTERN_WARNING, category=RuntimeWarning)
+            for kind in getattr(config, "_custom_modules", None) or {}:
+                # PEFT 0.21.2 reads the sizes of a class that it does not know from the same attributes, and warns.
+                warnings.filterwarnings("ignore", message=re.escape(f"Unsupported layer type '{kind}'"))
             return get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
         # PEFT 0.21.2 has LoRA layers for some formats that no backend here reads, and refuses the rest.

@@ -27,6 +27,7 @@ from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.facts import RECORD_ATTRIBUTE, record_facts
+from lora_plugins.quantization.formats import check_format
 from lora_plugins.quantization.marks import untag_dequantized
 from lora_plugins.quantization.request import Quantization, detect_quantization
 from lora_plugins.targets.resolution import TargetPlan, check_names, find_required, resolve_targets, task_heads
@@ -55,6 +56,7 @@ def prepare_model(
     trainable_dtype: str | torch.dtype | None = "float32",
     fused: bool = True,
     frozen: Sequence[str] = (),
+    allow_format: str | None = None,
     seed: int = 42,
     **lora: Any,
 ) -> peft.PeftModel:
@@ -81,6 +83,8 @@ def prepare_model(
         fused: Whether LoRA layers compute their branch as one function during training, which saves less for the
             backward pass and gives the same results. ``False`` keeps PEFT's own ``forward``.
         frozen: Names of newly initialized parts, such as a head, that are deliberately not trained.
+        allow_format: Storage format (``quant_method``) of a base that is trained although the table of formats refuses
+            it. No gradient of such a base was ever checked.
         seed: Seed of the adapters' initial values; the caller's random state is unchanged.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
@@ -91,6 +95,7 @@ def prepare_model(
         UnknownArgument: A keyword is not a field of ``peft.LoraConfig``.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown or cannot be used here.
+        UntrainableFormat: The base is stored in a format that cannot train adapters, or that is not known.
         PreparationError: The model is in a state that cannot be prepared.
     """
     settings = LoraSettings.from_arguments(
@@ -105,6 +110,7 @@ def prepare_model(
         trainable_dtype=trainable_dtype,
         fused=fused,
         frozen=frozen,
+        allow_format=allow_format,
         **lora,
     )
     return prepare(model, settings, seed=seed)
@@ -125,6 +131,7 @@ def prepare(
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
+    stored_notes = check_format(model, settings.allow_format)
     untagged = untag_dequantized(model)
     arrived = _check_arrived(model, settings.quantization)
     stored = adapters.adapter_folder(settings.adapter) if settings.adapter is not None else None
@@ -132,6 +139,7 @@ def prepare(
     config = adapters.load_config(stored) if stored else None
     plan = choose_targets(model, settings, config)
     record = Preparation(settings.adapter_name, plan, arrived or settings.quantization, None, tensor_bytes(model))
+    record.notes += stored_notes
     if untagged:
         record.notes.append("the flags of a quantized model were taken off: its weights are float")
     record.notes += [f"adapter and base are {checked}"] if checked else []
@@ -160,9 +168,11 @@ def prepare_plain(
     if isinstance(model, PeftModel):
         return _prepare_wrapped(model, settings, autocast=autocast, progress=progress)
     _refuse_unwrapped_adapters(model)
+    stored_notes = check_format(model, settings.allow_format)
     untag_dequantized(model)
     arrived = _check_arrived(model, settings.quantization)
     record = Preparation(None, None, arrived or settings.quantization, None, tensor_bytes(model))
+    record.notes += stored_notes
     record.heads = tuple(task_heads(model))
     record.required = find_required(model, settings.frozen)
     job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
@@ -173,6 +183,7 @@ def _prepare_wrapped(
     model: peft.PeftModel, settings: LoraSettings, *, autocast: bool, progress: Progress | None
 ) -> peft.PeftModel:
     """Prepare a model that already has adapters: keep them, and quantize its base if requested."""
+    stored_notes = check_format(model, settings.allow_format)
     name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters[0]
     check_names(model, model.peft_config[name], strict=settings.strict)
     _check_same_config(model.peft_config[name], settings, name)
@@ -187,7 +198,7 @@ def _prepare_wrapped(
     record = Preparation(name, plan, arrived or settings.quantization, None, tensor_bytes(model))
     record.heads = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
     record.required = find_required(base_of(model), settings.frozen)
-    record.notes.append("the model came with its adapters; they were left as they are")
+    record.notes += [*stored_notes, "the model came with its adapters; they were left as they are"]
     job = Job(model, settings, record, autocast=autocast, progress=progress, is_quantized=arrived is not None)
     return _finish(run_steps(job), record)
 

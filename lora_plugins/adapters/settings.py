@@ -39,6 +39,7 @@ class LoraSettings:
         trainable_dtype: Dtype of all trained tensors, ``None`` to keep the dtype in which each is created.
         fused: Whether LoRA layers compute their branch as one function during training.
         frozen: Names of newly initialized parts that are deliberately not trained.
+        allow_format: Storage format of the base to train on although it is refused.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class LoraSettings:
     trainable_dtype: str | torch.dtype | None = "float32"
     fused: bool = True
     frozen: Sequence[str] = ()
+    allow_format: str | None = None
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
@@ -103,6 +105,8 @@ class LoraSettings:
             _check_lora_config(self.peft_config)
         if isinstance(self.frozen, str):
             raise UnknownArgument(f"frozen must be a list of names; write frozen=[{self.frozen!r}]")
+        if self.allow_format is not None and not isinstance(self.allow_format, str):
+            raise UnknownArgument(f"allow_format must be the name of one storage format, not {self.allow_format!r}")
         name = self.adapter_name
         if not isinstance(name, str) or not name or "." in name or "/" in name:
             raise PreparationError(f"adapter_name must be a non-empty string without '.' and '/', not {name!r}")

@@ -30,7 +30,7 @@ def plan(
         list[str] | None,
         typer.Option("--lora", metavar="FIELD=VALUE", help="Another field of peft.LoraConfig; value as JSON or text."),
     ] = None,
-    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, or 'none'.")] = "none",
+    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, 'none', or 'auto'.")] = "none",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples on each device.")] = 1,
     length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 1024,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward pass.")] = False,

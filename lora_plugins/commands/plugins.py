@@ -67,6 +67,7 @@ def _describe_state(info: PluginInfo) -> Iterator[str]:
         "quantization backend": info.quantizers,
         "command": info.commands,
         "check": info.checks,
+        "storage format": info.formats,
     }
     provided = [_summarize(kind, names) for kind, names in kinds.items() if names]
     yield from provided or ["provides nothing"]

@@ -14,11 +14,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from lora_plugins.errors import MergeError
+from lora_plugins.errors import MergeError, UntrainableFormat
 from lora_plugins.merging.job import Job
 from lora_plugins.merging.names import base_name, place_of
 from lora_plugins.quantization.dequantization import dequantize_model
-from lora_plugins.quantization.request import detect_quantization
+from lora_plugins.quantization.formats import check_config, read_method
+from lora_plugins.quantization.marks import forget_unpacking
+from lora_plugins.quantization.request import detect_quantization, is_float
 from lora_plugins.text import one_line
 
 __all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "make_empty", "read_config", "trained_tokens"]
@@ -80,6 +82,7 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
         MergeError: The base cannot be loaded, or weights of the trained model are in neither base nor adapter.
     """
     config = read_config(job)
+    _check_stored(job, config)
     made = choose_class(job, config)
     stored_quantized = is_quantized(config)
 
@@ -99,8 +102,10 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
     fresh = (set(info["missing_keys"]) | mismatched) - {base_name(name) for name in job.shapes}
     notes = list(_check_complete(model, sorted(fresh), other_shape=bool(fresh & mismatched)))
     quantized = detect_quantization(model) is not None
-    if stored_quantized and not quantized and _is_packed(model):
+    if not quantized and not is_float(model):
         raise MergeError(_ask_for_float_twin(job, "its layers are of a kind that no registered backend reads"))
+    if not quantized:
+        forget_unpacking(model)
     if quantized and dequantize:
         wanted = dtype if isinstance(dtype, torch.dtype) else None
         dequantize_model(model, wanted)
@@ -246,8 +251,17 @@ def _check_complete(model: PreTrainedModel, fresh: list[str], *, other_shape: bo
     yield f"{text}: they are random, as they were in training"
 
 
-def _is_packed(model: nn.Module) -> bool:
-    return any(not tensor.is_floating_point() for tensor in model.parameters())
+def _check_stored(job: Job, config: PreTrainedConfig) -> None:
+    """Refuse a base in a format that nothing here dequantizes, before its weights are read.
+
+    Raises:
+        MergeError: The format is one that adapters cannot be trained on, or that is not known.
+    """
+    try:
+        check_config(config)
+    except UntrainableFormat as error:
+        method = read_method(getattr(config, "quantization_config", None))
+        raise MergeError(_ask_for_float_twin(job, f"nothing here reads quant_method {method!r}")) from error
 
 
 def _ask_for_float_twin(job: Job, reason: str) -> str:

@@ -1,14 +1,19 @@
-"""Find the nearest change that makes a run fit into memory."""
+"""Find the backend, or the nearest change, that makes a run fit into memory."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_plugins.planning.amounts import show_bytes
+import torch
 
-__all__ = ["Change", "Scenario", "nearest_change"]
+from lora_plugins.planning.amounts import USABLE, show_bytes
+from lora_plugins.planning.records import Row
+from lora_plugins.quantization.request import Quantization
+from lora_plugins.quantization.selftest import weight_error
+
+__all__ = ["AUTO", "Change", "Choice", "Scenario", "choose_backend", "nearest_change"]
 
 
 #: Most changes that are tried together.
@@ -118,3 +123,66 @@ def _shard(devices: int) -> Change:
 
 def _change_length(tokens: int) -> Change:
     return Change(f"sequences of {tokens} tokens", lambda s: replace(s, length=tokens))
+
+
+#: What users write in ``quantization=``.
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen backend.
+
+    Attributes:
+        quantization: Its name, empty for a float base.
+        reason: Why, one sentence without a full stop.
+    """
+
+    quantization: str
+    reason: str
+
+
+def choose_backend(rows: Iterable[Row], backends: Mapping[str, Quantization | None], limit: int) -> Choice:
+    """Return the least lossy backend whose run fits, or the smallest run if none does.
+
+    Lossy is what the backend does to a small layer of normally distributed weights: the distance of its dequantized
+    weight from the original one. Backends that differ by less than a hundredth are alike, and their priority decides.
+
+    Args:
+        rows: The planned runs, one for each backend.
+        backends: Backend by the name in a row.
+        limit: Memory of one device in bytes.
+    """
+    usable = [row for row in rows if not row.unavailable]
+    errors = {row.quantization: _measure(backends[row.quantization]) for row in usable}
+    order = sorted(usable, key=lambda row: _rank(row, errors, backends))
+    fitting = next((row for row in order if row.fits), None)
+    if fitting is None:
+        smallest = min(order, key=lambda row: row.memory.total)
+        return Choice(
+            smallest.quantization,
+            f"quantization='auto' took {_name(smallest)}, the smallest: it needs {show_bytes(smallest.memory.total)} "
+            f"and no backend fits into {show_bytes(USABLE * limit)}, the usable part of {show_bytes(limit)}",
+        )
+    passed = order[: order.index(fitting)]
+    better = "; " + ", ".join(f"{_name(row)} needs {show_bytes(row.memory.total)}" for row in passed) if passed else ""
+    error = errors[fitting.quantization]
+    return Choice(
+        fitting.quantization,
+        f"quantization='auto' took {_name(fitting)}, the least lossy that fits: its weights are {error:.1%} from the "
+        f"float ones and it needs {show_bytes(fitting.memory.total)} of {show_bytes(USABLE * limit)}, the usable part "
+        f"of {show_bytes(limit)}{better}",
+    )
+
+
+def _measure(quantization: Quantization | None) -> float:
+    return 0.0 if quantization is None else weight_error(quantization, torch.device("cpu"), torch.float32)
+
+
+def _rank(row: Row, errors: Mapping[str, float], backends: Mapping[str, Quantization | None]) -> tuple[float, int]:
+    backend = backends[row.quantization]
+    return round(errors[row.quantization], 2), 0 if backend is None else -backend.quantizer.priority
+
+
+def _name(row: Row) -> str:
+    return repr(row.quantization) if row.quantization else "a float base"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from lora_plugins.errors import PlanError
 
-__all__ = ["USABLE", "Memory", "fits", "parse_memory", "present_memory", "show_bytes"]
+__all__ = ["USABLE", "Memory", "available_memory", "fits", "parse_memory", "present_memory", "show_bytes"]
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -47,6 +48,15 @@ def show_bytes(size: float) -> str:
 def present_memory() -> int | None:
     """Return the bytes of the current GPU, ``None`` without a GPU."""
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+
+
+def available_memory(processes: int = 1) -> int:
+    """Return the bytes of the current GPU; without one, this process's part of the main memory that is available.
+
+    Args:
+        processes: How many processes share the main memory.
+    """
+    return present_memory() or psutil.virtual_memory().available // processes
 
 
 @dataclass(frozen=True)

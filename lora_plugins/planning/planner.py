@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -18,16 +19,17 @@ from lora_plugins.adapters.report import TargetRow, list_adapters, list_hits
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import LoraPluginsError, PlanError
 from lora_plugins.models.wrapping import base_of
-from lora_plugins.planning.advice import Scenario, nearest_change
-from lora_plugins.planning.amounts import USABLE, Memory, fits, parse_memory, present_memory
+from lora_plugins.planning.advice import AUTO, Scenario, choose_backend, nearest_change
+from lora_plugins.planning.amounts import USABLE, Memory, available_memory, fits, parse_memory, present_memory
 from lora_plugins.planning.optimizer import optimizer_bytes
 from lora_plugins.planning.records import Row
 from lora_plugins.planning.result import Plan
 from lora_plugins.planning.sharing import per_device
-from lora_plugins.planning.source import find_base, meta_model
+from lora_plugins.planning.source import find_base, meta_model, read_config, read_stored
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.types import Quantizer
+from lora_plugins.quantization.formats import check_format
 from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.text import dtype_name, one_line
@@ -78,7 +80,8 @@ def plan(
     Args:
         model_or_name: A live model (which stays as it is), a configuration, a mapping, a ``config.json``, a folder, or
             a Hub id.
-        quantization: Backend of the base; the others are listed for comparison.
+        quantization: Backend of the base; the others are listed for comparison. ``"auto"`` takes the least lossy one
+            that fits into ``memory`` and says why in the notes.
         peft_config: A ready configuration, instead of LoRA arguments.
         adapter: An adapter folder or registry reference to train on, instead of LoRA arguments. It must fit the model
             by `registry.check_contract`, as for `prepare_model`.
@@ -89,7 +92,8 @@ def plan(
         strategy: How devices share the work: ``"single"``, ``"ddp"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``; by default
             ``"single"`` for one device and ``"ddp"`` for more.
         devices: Number of devices.
-        memory: Memory of one device, such as ``"24GiB"``; by default that of the current GPU.
+        memory: Memory of one device, such as ``"24GiB"``; by default that of the current GPU, and for
+            ``quantization="auto"`` without one the main memory that is available.
         task: What the model is for, such as ``"causal-lm"`` or ``"sequence-classification"``; by default what the
             configuration says.
         dtype: Dtype of the base's weights; by default the configuration's, else float32.
@@ -112,8 +116,9 @@ def plan(
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
     """
+    automatic = isinstance(quantization, str) and quantization == AUTO
     settings = LoraSettings.from_arguments(
-        quantization=quantization,
+        quantization=None if automatic else quantization,
         peft_config=peft_config,
         adapter=adapter,
         compute_dtype=compute_dtype,
@@ -124,22 +129,19 @@ def plan(
     )
     if batch_size < 1 or length < 2:
         raise PlanError(f"batch_size={batch_size} and length={length} make no batch.")
-    chosen = Scenario(
-        settings.quantization.name if settings.quantization else "",
-        batch_size,
-        length,
-        gradient_checkpointing,
-        optim,
-        strategy or ("ddp" if devices > 1 else "single"),
-        devices,
-    )
+    strategy = strategy or ("ddp" if devices > 1 else "single")
     limit = parse_memory(memory) if memory is not None else present_memory()
+    limit = available_memory(devices) if automatic and limit is None else limit
     with _translate_errors(model_or_name):
         bench = _make_workbench(
             model_or_name, settings, _choose_device(device), task, dtype, revision, trust_remote_code
         )
-        bench.chunked = chunked_loss and chosen.strategy in ("single", "ddp")
-        return _Planner(bench, chosen, limit).run()
+        bench.chunked = chunked_loss and strategy in ("single", "ddp")
+        # A base whose files are quantized brings its backend.
+        wanted = bench.settings.quantization
+        name = wanted.name if wanted is not None else ""
+        chosen = Scenario(name, batch_size, length, gradient_checkpointing, optim, strategy, devices)
+        return _Planner(bench, chosen, limit, automatic=automatic and not name).run()
 
 
 @contextlib.contextmanager
@@ -179,6 +181,15 @@ def _make_workbench(
         note = f"adapter and base are {check_base(folder, base, warn=False)}"
         stored = load_config(folder)
         task = task or (None if isinstance(source, nn.Module) else _TASKS.get(str(stored.task_type or "")))
+    stored_notes: list[str] = []
+    comes_quantized = False
+    if isinstance(source, nn.Module):
+        stored_notes = check_format(source, settings.allow_format)
+    else:
+        source = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
+        asked = settings.quantization
+        settings, stored_notes = read_stored(source, settings)
+        comes_quantized = settings.quantization is not asked
     model = meta_model(source, task=task, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(model, PeftModel):
         if settings.lora or settings.peft_config is not None or settings.adapter is not None:
@@ -187,24 +198,28 @@ def _make_workbench(
 
     targets = choose_targets(model, settings, stored)
     bench = Workbench(model, settings, targets, device, config=stored)
-    bench.notes += [note] if note else []
+    bench.comes_quantized = comes_quantized
+    bench.notes += [*([note] if note else []), *stored_notes]
     return bench
 
 
 class _Planner:
     """Builds one plan."""
 
-    def __init__(self, bench: Workbench, chosen: Scenario, limit: int | None) -> None:
+    def __init__(self, bench: Workbench, chosen: Scenario, limit: int | None, *, automatic: bool = False) -> None:
         self.bench = bench
         self.chosen = chosen
         self.limit = limit
+        self.automatic = automatic
         self.notes: list[str] = []
         self.backends = {"": None, **self._list_backends()}
         self.gradients = sum(p.numel() * p.element_size() for p in bench.trained)
 
     def run(self) -> Plan:
-        bench, chosen = self.bench, self.chosen
         rows = self._make_rows()
+        if self.automatic and not self.bench.arrived:
+            self._choose(rows)
+        bench, chosen = self.bench, self.chosen
         asked = next((row for row in rows if self._is_chosen(row)), None)
         if asked is None:
             raise PlanError("This model has no gradient checkpointing; leave gradient_checkpointing out.")
@@ -242,6 +257,14 @@ class _Planner:
             ],
             float_experts=self._find_float_experts(),
         )
+
+    def _choose(self, rows: list[Row]) -> None:
+        """Set the backend of the requested run to the least lossy that fits."""
+        alike = [row for row in rows if row.checkpointing == self.chosen.checkpointing]
+        if alike and self.limit is not None:
+            choice = choose_backend(alike, self.backends, self.limit)
+            self.chosen = replace(self.chosen, quantization=choice.quantization)
+            self.notes.append(choice.reason)
 
     def _find_float_experts(self) -> dict[str, str]:
         """Return the backends that leave stacked experts in float, with the reason."""
@@ -284,10 +307,10 @@ class _Planner:
         """Return every backend by name, those with more bits first; the requested one has its options."""
         asked = self.bench.settings.quantization
         found = {asked.name: asked} if asked is not None else {}
-        if self.bench.arrived:
+        if self.bench.arrived or self.bench.comes_quantized:
             # Its layers cannot be quantized again.
             return found
-        for quantizer in plugin_host().quantizers():
+        for quantizer in (one for one in plugin_host().quantizers() if one.offered):
             found.setdefault(quantizer.name, Quantization(quantizer, self._read_common_options()))
         return dict(sorted(found.items(), key=lambda item: (-item[1].quantizer.bits, -item[1].quantizer.priority)))
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lora_plugins.adapters.saving import is_local_path
+from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import PlanError
 from lora_plugins.planning.layers import make_stand_in_of
 from lora_plugins.planning.limits import LimitedBuilding, check_numbers
 from lora_plugins.planning.stacks import make_planned_stack_of
-from lora_plugins.quantization.request import owner_of
+from lora_plugins.plugins.formats import Format
+from lora_plugins.plugins.host import plugin_host
+from lora_plugins.quantization.formats import check_config
+from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.quantization.stacks import QuantizedStack
 from lora_plugins.text import did_you_mean, one_line
 
-__all__ = ["TASKS", "copy_without_data", "find_base", "meta_model", "read_config"]
+__all__ = ["TASKS", "copy_without_data", "find_base", "meta_model", "read_config", "read_stored"]
 
 
 #: Task -> transformers class that builds the model; by default the first class that knows the configuration.
@@ -233,3 +239,56 @@ def copy_without_data(model: nn.Module) -> nn.Module:
 def _read_shape(parameter: Any) -> tuple[int, ...]:
     # ZeRO-3 empties the tensor and keeps its real shape in ds_shape.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def read_stored(config: Any, settings: LoraSettings) -> tuple[LoraSettings, list[str]]:
+    """Return the settings with the backend that a configuration says the base is stored with, and notes.
+
+    Args:
+        config: A model's configuration.
+        settings: What was asked for.
+
+    Raises:
+        UntrainableFormat: Adapters cannot be trained on a base of this format.
+        PlanError: Another backend was asked for, or the stored options cannot be read.
+    """
+    record = check_config(config, settings.allow_format)
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return settings, []
+    if record is not None and record.trains == "float":
+        return settings, [
+            f"the base's files are {record.title} (quant_method {record.method!r}); its weights are counted in float, "
+            f"as it trains: {record.needs}"
+        ]
+    if record is None or record.trains != "stored":
+        raise PlanError(
+            f"The base is stored as quant_method {settings.allow_format!r}, whose bytes no backend here knows, so "
+            "there is nothing to plan with. Plan for the float model that it was made from."
+        )
+    found = _find_backend(declared, record)
+    asked = settings.quantization
+    if asked is not None and asked.name != found.name:
+        raise PlanError(
+            f"quantization={asked.name!r} was asked for and the base is stored with {found.name!r}. "
+            "Name the float model that it was made from, or leave quantization out."
+        )
+    return replace(settings, quantization=found), [f"the base is stored with {found.name!r}, which {record.title} is"]
+
+
+def _find_backend(declared: Any, record: Format) -> Quantization:
+    try:
+        config = AutoQuantizationConfig.from_dict(dict(declared)) if isinstance(declared, Mapping) else declared
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PlanError(
+            f"The base is stored as {record.title} and transformers cannot read how: {one_line(error)}"
+        ) from (error)
+    for name in record.backends:
+        quantizer = plugin_host().quantizer(name)
+        options = quantizer.loaded_options(config) if quantizer.reads(config) else None
+        if options is not None:
+            return Quantization(quantizer, {"skip_modules": [], **options})
+    raise PlanError(
+        f"The base is stored as {record.title} with settings that no backend here reads "
+        f"({', '.join(record.backends)}), so its bytes are not known. Plan for the float model that it was made from."
+    )

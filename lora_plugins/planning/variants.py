@@ -65,6 +65,7 @@ class Workbench:
 
     Attributes:
         notes: Remarks for the plan.
+        comes_quantized: Whether the base's files are quantized; the model here is float, as nothing was loaded.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Workbench:
         self.structure = Structure(base_of(base))
         self.arrived = bool(_find_stand_ins(base))
         self.notes: list[str] = []
+        self.comes_quantized = False
         self._config = config
         if targets is not None and config is not None:
             set_fields(config, targets)

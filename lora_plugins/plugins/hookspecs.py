@@ -1,4 +1,4 @@
-"""The four hooks of lora_plugins. Each collects; none decides."""
+"""The hooks of lora_plugins. Each collects; none decides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
+    from lora_plugins.plugins.formats import Format
     from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "register_architectures",
     "register_checks",
     "register_commands",
+    "register_formats",
     "register_quantizers",
 ]
 
@@ -67,6 +69,32 @@ def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
     @hookimpl
     def register_quantizers():
         return [CarefulInt8()]
+    ```
+    """
+
+
+@hookspec
+def register_formats() -> Iterable[Format]:  # type: ignore[empty-body]
+    """Return the storage formats of checkpoints that this plugin knows.
+
+    A base whose format has no record is refused before training. A format that your own backend trains on:
+
+    ```python
+    from lora_plugins import Format, hookimpl
+
+
+    @hookimpl
+    def register_formats():
+        return [
+            Format(
+                "mymethod",
+                "My format",
+                "stored",
+                layers=("mylibrary.MyLinear",),
+                backends=("mybackend",),
+                merges="after dequantize_model()",
+            )
+        ]
     ```
     """
 

@@ -19,12 +19,14 @@ import pluggy
 from lora_plugins.errors import (
     ArchitectureConflict,
     BrokenBuiltin,
+    FormatConflict,
     PluginError,
     PluginWarning,
     QuantizerConflict,
     UnknownQuantizer,
 )
 from lora_plugins.plugins import hookspecs
+from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.hookspecs import PROJECT
 from lora_plugins.plugins.table import BLOCK_VARIABLE, PluginInfo, Table
 from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
@@ -43,6 +45,8 @@ PLUGINS = (
     "lora_plugins.builtin.quantizers.hqq",
     "lora_plugins.builtin.quantizers.quanto",
     "lora_plugins.builtin.quantizers.torchao",
+    "lora_plugins.builtin.quantizers.compressed_tensors",
+    "lora_plugins.builtin.formats",
 )
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
@@ -51,7 +55,7 @@ TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 _HEAVY = ("torch", "transformers")
 
 T = TypeVar("T")
-Record = TypeVar("Record", Architecture, Quantizer, AdapterCheck)
+Record = TypeVar("Record", Architecture, Format, Quantizer, AdapterCheck)
 
 
 @dataclass(slots=True)
@@ -98,10 +102,12 @@ class PluginHost:
         self._architectures: Table[Architecture] = Table("architecture", ArchitectureConflict)
         self._quantizers: Table[Quantizer] = Table("quantization backend", QuantizerConflict)
         self._checks: list[tuple[PluginInfo, AdapterCheck]] = []
+        self._formats: Table[Format] = Table("storage format", FormatConflict)
+        self._format_layers: frozenset[str] | None = None
         self._load_builtins()
         self._load_entry_points()
-        self._architectures.annotate()
-        self._quantizers.annotate()
+        for table in (self._architectures, self._quantizers, self._formats):
+            table.annotate()
 
     # -- what was registered -------------------------------------------------------------------
 
@@ -152,6 +158,29 @@ class PluginHost:
     def checks(self) -> list[tuple[PluginInfo, AdapterCheck]]:
         """Return the checks of adapters that plugins add, each with its plugin."""
         return list(self._checks)
+
+    def formats(self) -> list[Format]:
+        """Return the record of every storage format, by ``quant_method``, except those whose name is in conflict."""
+        found = []
+        for method in self._formats.names():
+            with contextlib.suppress(FormatConflict):
+                record = self._formats.get(method)
+                found += [record] if record is not None else []
+        return found
+
+    def format_layers(self) -> frozenset[str]:
+        """Return the classes of the layers of every storage format, as top-level package and class name."""
+        if self._format_layers is None:
+            self._format_layers = frozenset(layer for record in self.formats() for layer in record.layers)
+        return self._format_layers
+
+    def format(self, method: str) -> Format | None:
+        """Return the record of a storage format, ``None`` if no plugin registers it.
+
+        Raises:
+            FormatConflict: Two third-party plugins claim it.
+        """
+        return self._formats.get(method)
 
     def unknown_blocks(self) -> list[str]:
         """Return the blocked names that match neither a plugin nor the distribution of one."""
@@ -221,9 +250,11 @@ class PluginHost:
             architectures = _collect(loaded, "register_architectures", Architecture)
             quantizers = _collect(loaded, "register_quantizers", Quantizer)  # type: ignore[type-abstract]
             checks = _collect(loaded, "register_checks", AdapterCheck)  # type: ignore[type-abstract]
+            formats = _collect(loaded, "register_formats", Format)
             for quantizer in quantizers:
                 _check_name(quantizer)
                 _check_requires(quantizer)
+            _check_unique("storage format", [item.method for item in formats])
             _check_unique("architecture", [item.model_type for item in architectures])
             _check_unique("quantization backend", [item.name for item in quantizers])
             _check_unique("check", [item.name for item in checks])
@@ -240,6 +271,9 @@ class PluginHost:
             self._quantizers.add(quantizer.name, info, quantizer)
         self._checks += [(info, check) for check in checks]
         info.checks = sorted(item.name for item in checks)
+        for form in formats:
+            self._formats.add(form.method, info, form)
+        info.formats = sorted(item.method for item in formats)
         info.architectures = sorted(item.model_type for item in architectures)
         info.quantizers = sorted(item.name for item in quantizers)
         info.requires = {item.name: list(item.requires) for item in sorted(quantizers, key=lambda item: item.name)}

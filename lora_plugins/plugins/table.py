@@ -25,6 +25,7 @@ class PluginInfo:
         architectures: ``model_type`` of each architecture it registers.
         quantizers: Name of each backend it registers.
         commands: Name of each command it adds to the program.
+        formats: ``quant_method`` of each storage format it describes.
         disabled: Why it is switched off; ``None`` if it is active.
         notes: Its name conflicts and overrides, and whether it slows down every command.
         requires: The distributions that each of its backends needs, by backend name.
@@ -42,6 +43,7 @@ class PluginInfo:
     notes: list[str] = field(default_factory=list)
     requires: dict[str, list[str]] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"

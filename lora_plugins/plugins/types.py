@@ -200,6 +200,8 @@ class Quantizer(ABC):
         copies_weight: Whether a layer holds a second copy of its weight outside its parameters; an engine that
             shards parameters leaves that copy whole on every process.
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
+        offered: Whether `plan` lists it beside others and ``quantization="auto"`` may choose it; false for a form that
+            only checkpoints come in.
         priority: Order among backends with the same bits in tables and advice; higher comes first.
         loggers: Names of its libraries' loggers that report on kernels and optional parts; commands and the
             self-test silence them below level ERROR, and in other runs each of their messages is shown once.
@@ -214,6 +216,7 @@ class Quantizer(ABC):
     keeps_input: bool = False
     copies_weight: bool = False
     engines: tuple[str, ...] = ("ddp", "fsdp2", "deepspeed")
+    offered: bool = True
     priority: int = 0
     loggers: tuple[str, ...] = ()
 
@@ -260,6 +263,23 @@ class Quantizer(ABC):
 
     def load_config(self, options: Mapping[str, Any]) -> Any | None:
         """Return transformers' quantization config for ``from_pretrained``, or ``None`` if there is none."""
+        return None
+
+    def reads(self, config: Any) -> bool:
+        """Whether a checkpoint with this config of transformers is loaded into layers of this backend.
+
+        `plan` asks this of a base that it does not load. By default no.
+
+        Args:
+            config: Object of transformers' quantization config class.
+        """
+        return False
+
+    def unready(self, module: nn.Module) -> str | None:
+        """Return why a module of this backend cannot be trained in the state it is in, ``None`` if it can.
+
+        Asked of every module of a base that arrives quantized, before anything is changed.
+        """
         return None
 
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins.plugins.host import PluginHost, plugin_host
-from lora_plugins.quantization.request import is_unknown_layer, owner_of
+from lora_plugins.quantization.request import count_logical, is_unknown_layer, owner_of
 from lora_plugins.quantization.stacks import QuantizedStack, list_parts
 from lora_plugins.text import dtype_name
 
@@ -82,7 +82,7 @@ def count_parameters(model: nn.Module, host: PluginHost | None = None) -> Parame
             trainable += count if parameter.requires_grad else 0
         if packed and id(module) not in seen:
             seen.add(id(module))
-            count = module.in_features * module.out_features
+            count = count_logical(module)
             quantized += count
             total += count
             bias = getattr(module, "bias", None)

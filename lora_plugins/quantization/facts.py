@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_plugins.models.wrapping import base_of
+from lora_plugins.quantization.formats import read_allowed, read_dequantized, stored_format
 from lora_plugins.quantization.request import Quantization, detect_quantization, options_known, unknown_layers
 from lora_plugins.text import dtype_name
 
@@ -30,7 +30,9 @@ def record_facts(model: nn.Module) -> dict[str, Any]:
 
     ``quantization`` is ``None`` for a base in float. If ``known`` is true, name and options reproduce the quantization
     of the base (``quantization={"name": …, **options}``); if not, the base was quantized with options, or into layers,
-    that no backend here can read.
+    that no backend here can read. A base whose files are quantized and whose weights transformers dequantized while
+    loading is in float, and ``stored`` names the format of the files: ``{"quantization": None, "known": True, "stored":
+    "fp8"}``.
 
     Args:
         model: A prepared model, wrapped or not.
@@ -45,13 +47,18 @@ def describe_quantization(base: nn.Module) -> dict[str, Any]:
     """Return what `record_facts` writes, for a base model on any device."""
     quantization = detect_quantization(base)
     unknown = unknown_layers(base)
+    allowed = read_allowed(base)
+    if allowed is not None:
+        return {"quantization": {"name": allowed, "options": {}}, "known": False}
     if quantization is not None:
         options, complete = _read_plain_options(quantization)
         known = complete and options_known(base, quantization) and not unknown
         return {"quantization": {"name": quantization.name, "options": options}, "known": known}
     if unknown:
-        return {"quantization": {"name": _read_foreign_name(base, unknown), "options": {}}, "known": False}
-    return {"quantization": None, "known": True}
+        name = stored_format(base) or next(iter(unknown.values()))
+        return {"quantization": {"name": name, "options": {}}, "known": False}
+    stored = read_dequantized(base)
+    return {"quantization": None, "known": True, **({"stored": stored} if stored else {})}
 
 
 def _read_plain_options(quantization: Quantization) -> tuple[dict[str, Any], bool]:
@@ -74,10 +81,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (str, bool, int, float))
-
-
-def _read_foreign_name(base: Any, unknown: Mapping[str, str]) -> str:
-    """Return another library's name for how a base is stored: the method in its config, else its layers' class."""
-    config = getattr(getattr(base, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or next(iter(unknown.values())))

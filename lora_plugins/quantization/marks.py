@@ -9,9 +9,9 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora_plugins.quantization.request import Quantization, QuantizedLayers, detect_quantization
+from lora_plugins.quantization.request import Quantization, QuantizedLayers, is_float
 
-__all__ = ["QuantizedInPlace", "tag_quantized", "untag_dequantized"]
+__all__ = ["QuantizedInPlace", "forget_unpacking", "tag_quantized", "untag_dequantized"]
 
 
 class QuantizedInPlace(HfQuantizer):  # type: ignore[misc]
@@ -66,9 +66,10 @@ def untag_dequantized(model: Any) -> bool:
     Returns:
         Whether there was anything to remove.
     """
-    if not getattr(model, "is_quantized", False) or detect_quantization(model) is not None:
+    if not is_float(model):
         return False
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+    forget_unpacking(model)
+    if not getattr(model, "is_quantized", False):
         return False
     model.is_quantized = False
     for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
@@ -82,18 +83,23 @@ def untag_dequantized(model: Any) -> bool:
             inner = getattr(module, "config", None)
             if inner is not None and getattr(inner, "_is_quantized", False):
                 inner._is_quantized = False
-    _forget_unpacking(model)
     return True
 
 
-def _forget_unpacking(model: Any) -> None:
-    """Drop the conversions by which a quantizer unpacked the files: saving would try to reverse them and fail."""
+def forget_unpacking(model: Any) -> None:
+    """Drop the conversions by which a quantizer unpacked the files of a model whose weights are float now.
+
+    transformers 5.23 reverses them when it saves the model: that fails, or packs the weights again, and the saved
+    configuration no longer says so.
+    """
     conversions = vars(model).get("_weight_conversions")
     if conversions:
         model._weight_conversions = [one for one in conversions if _is_reversible(one)]
 
 
 def _is_reversible(conversion: Any) -> bool:
+    if any(getattr(operation, "hf_quantizer", None) is not None for operation in getattr(conversion, "operations", ())):
+        return False
     try:
         conversion.reverse_transform()
     except NotImplementedError:

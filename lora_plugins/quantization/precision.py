@@ -31,6 +31,8 @@ __all__ = [
 
 Upcast = Literal["none", "norms", "all"]
 
+#: A float of 8 bits means nothing without the scale beside it.
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -95,7 +97,7 @@ def resolve_compute_dtype(
     if isinstance(wanted, torch.dtype):
         wanted = dtype_name(wanted)
     if wanted == "auto":
-        parameters = [p for p in model.parameters() if p.is_floating_point()]
+        parameters = [p for p in model.parameters() if p.dtype in _CASTABLE]
         if not quantized or autocast or not parameters or any(is_part(p) for p in parameters):
             return None
         device = device or parameters[0].device
@@ -168,7 +170,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, QuantizedStack):
                 continue
-            if parameter.is_floating_point() and not parameter.requires_grad and parameter.dtype != dtype:
+            if parameter.dtype in _CASTABLE and not parameter.requires_grad and parameter.dtype != dtype:
                 _refuse_partitioned(parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
 

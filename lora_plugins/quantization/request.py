@@ -20,7 +20,9 @@ __all__ = [
     "CORE_OPTIONS",
     "Quantization",
     "QuantizedLayers",
+    "count_logical",
     "detect_quantization",
+    "is_float",
     "is_unknown_layer",
     "options_known",
     "owner_of",
@@ -36,6 +38,10 @@ __all__ = [
 
 #: Options that the core understands for every backend.
 CORE_OPTIONS = ("name", "skip_modules")
+
+
+#: Dtypes of weights that compute as they are; a float of 8 bits needs the scale beside it.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 #: Attribute of a quantized layer that holds its backend and options.
@@ -182,10 +188,7 @@ def owner_of(module: nn.Module, host: PluginHost | None = None) -> Quantizer | N
 
 
 def unknown_layers(model: nn.Module, host: PluginHost | None = None) -> dict[str, str]:
-    """Return the paths and class names of linear layers whose storage no backend here knows.
-
-    Such a layer has ``in_features`` and ``out_features``, and no float tensor that could be its weight.
-    """
+    """Return the paths and class names of layers whose storage no backend here knows; see `is_unknown_layer`."""
     adapters = adapter_modules(model)
     return {
         plain_path(path): type(module).__name__
@@ -195,18 +198,59 @@ def unknown_layers(model: nn.Module, host: PluginHost | None = None) -> dict[str
 
 
 def is_unknown_layer(module: Any, host: PluginHost | None = None) -> bool:
-    """Whether a module is a linear layer whose weight is neither float nor made by a registered backend."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(size, int) for size in sizes) or isinstance(module, BaseTunerLayer):
-        return False
-    tensors = [*module.parameters(), *module.buffers()]
-    if not tensors or any(_could_be_weight(tensor, sizes[0] * sizes[1]) for tensor in tensors):  # type: ignore[operator]
+    """Whether a module holds its weight in a form that is neither plain float nor made by a registered backend.
+
+    Such a module has the class of a storage format; or it has the sizes of a linear layer or an embedding and no float
+    tensor that could be its weight; or it has parameters of integers or of 8 and fewer bits.
+    """
+    host = host or plugin_host()
+    if isinstance(module, BaseTunerLayer) or not (_has_known_class(module, host) or _is_packed(module)):
         return False
     return owner_of(module, host) is None
 
 
+def _has_known_class(module: nn.Module, host: PluginHost) -> bool:
+    names = host.format_layers()
+    return any(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in names for kind in type(module).__mro__)
+
+
+def _is_packed(module: Any) -> bool:
+    parameters = list(module.parameters())
+    tensors = [*parameters, *module.buffers()]
+    size = _read_size(module)
+    if size is not None and tensors:
+        return not any(_could_be_weight(tensor, size) for tensor in tensors)
+    own = (one for one in module._parameters.values() if one is not None and not hasattr(one, "quantization"))
+    return any(one.dtype not in _FLOATS and not one.is_complex() for one in own)
+
+
+def _read_size(module: Any) -> int | None:
+    """Return how many weights a linear layer or an embedding has, ``None`` for other modules."""
+    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
+        columns, rows = (getattr(module, name, None) for name in names)
+        if isinstance(columns, int) and isinstance(rows, int):
+            return columns * rows
+    return None
+
+
+def count_logical(module: nn.Module) -> int:
+    """Return how many weights a packed layer stands for; of other modules, the elements that it stores."""
+    size = _read_size(module)
+    return size if size is not None else sum(one.numel() for one in module.parameters(recurse=False))
+
+
+def is_float(model: nn.Module, host: PluginHost | None = None) -> bool:
+    """Whether every module of a model holds plain float tensors, and none is a layer of a storage format."""
+    return all(
+        owner_of(module, host) is None
+        and not is_unknown_layer(module, host)
+        and not any(hasattr(one, "quantization") for one in module._parameters.values())
+        for module in model.modules()
+    )
+
+
 def _could_be_weight(tensor: Any, size: int) -> bool:
-    if not tensor.is_floating_point() or getattr(tensor, "ds_numel", tensor.numel()) < size:
+    if tensor.dtype not in _FLOATS or getattr(tensor, "ds_numel", tensor.numel()) < size:
         return False
     # A subclass that wraps packed tensors reports a float dtype; a sharded tensor does not wrap packed ones.
     return not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local")

@@ -20,7 +20,14 @@ from lora_plugins.quantization.request import Quantization
 from lora_plugins.quantization.stacks import QuantizedStack, dequantize_stack, quantize_stack
 from lora_plugins.text import dtype_name
 
-__all__ = ["check_arrived", "check_usable", "check_usable_for_experts", "self_test", "why_unavailable"]
+__all__ = [
+    "check_arrived",
+    "check_usable",
+    "check_usable_for_experts",
+    "self_test",
+    "weight_error",
+    "why_unavailable",
+]
 
 
 #: Wide enough for the kernels that take weights in groups of 128.
@@ -46,6 +53,15 @@ def self_test(quantization: Quantization, device: torch.device, dtype: torch.dty
     """
     options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
     return _run_self_test(_Case(quantization.quantizer, options), device, dtype)
+
+
+def weight_error(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> float:
+    """Return how far a backend's dequantized weight is from the original, relative to its norm; infinite if it fails.
+
+    Measured on one small layer with normally distributed weights, once per process, device and dtype.
+    """
+    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
+    return _measure_error(_Case(quantization.quantizer, options), device, dtype)
 
 
 class _Case:
@@ -89,6 +105,23 @@ def _run_self_test(case: _Case, device: torch.device, dtype: torch.dtype) -> str
     if not distance < 0.5:
         return f"the dequantized weight is {distance:.0%} away from the original"
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _measure_error(case: _Case, device: torch.device, dtype: torch.dtype) -> float:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values = torch.randn(_OUT, _IN, dtype=dtype).to(device)
+    linear = nn.Linear(_IN, _OUT, bias=False, device="meta")
+    linear.weight = nn.Parameter(values.clone(), requires_grad=False)
+    with _silence(case.quantizer.loggers):
+        try:
+            with torch.no_grad():
+                layer = case.quantizer.quantize_linear(linear, {**case.options, "skip_modules": []})
+                stored = case.quantizer.dequantize(layer).float()
+        except _FAILURES:
+            return float("inf")
+    return float((stored - values.float()).norm() / values.float().norm())
 
 
 class _Untrainable(Exception):

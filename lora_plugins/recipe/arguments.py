@@ -97,8 +97,18 @@ class RecipeArguments:
         default="int8",
         metadata={
             "help": (
-                "Backend of the frozen base, or 'none'; with options as JSON: "
+                "Backend of the frozen base, 'none', or 'auto' for the least lossy one that fits into memory; with "
+                "options as JSON: "
                 '\'{"name": "nf4", "double_quant": true}\'.'
+            )
+        },
+    )
+    allow_format: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Storage format (quant_method) of a base to train on although it is refused; nothing checks the "
+                "gradients of such a base."
             )
         },
     )

@@ -20,6 +20,8 @@ from transformers import (
 
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import ArgumentsError
+from lora_plugins.planning.advice import AUTO
+from lora_plugins.planning.planner import plan
 from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fields, json_object
 from lora_plugins.recipe.data import load_examples
 from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
@@ -31,6 +33,7 @@ __all__ = [
     "Prepared",
     "Say",
     "check_lora",
+    "choose_quantization",
     "collator",
     "completion_only",
     "load_base",
@@ -165,6 +168,7 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
         "lora_alpha": recipe.lora_alpha,
         "lora_dropout": recipe.lora_dropout,
         "quantization": quantization_of(recipe),
+        "allow_format": recipe.allow_format,
         **extra_lora_fields(recipe),
     }
     if recipe.target_modules:
@@ -180,6 +184,33 @@ def check_lora(recipe: RecipeArguments) -> None:
         UnknownArgument: ``--lora`` has something that is not a field of ``peft.LoraConfig``.
     """
     LoraSettings.from_arguments(**lora_arguments(recipe))
+
+
+def choose_quantization(recipe: RecipeArguments, training: TrainingArguments, say: Say) -> None:
+    """Replace ``--quantization auto`` by the least lossy backend that fits this run into memory, and say why.
+
+    Raises:
+        PlanError: The run cannot be planned.
+    """
+    if recipe.quantization != AUTO:
+        return
+    lora = {name: value for name, value in lora_arguments(recipe).items() if name != "quantization"}
+    made = plan(
+        recipe.model,
+        quantization=AUTO,
+        revision=recipe.revision or "main",
+        task="causal-lm",
+        batch_size=training.per_device_train_batch_size,
+        length=recipe.chunk_length,
+        gradient_checkpointing=training.gradient_checkpointing,
+        optim=str(getattr(training.optim, "value", training.optim)),
+        devices=training.world_size,
+        **lora,
+    )
+    recipe.quantization = made.chosen.quantization or "none"
+    for note in made.notes:
+        if AUTO in note or "stored with" in note:
+            say(f"Quantization: {note}")
 
 
 def quantization_of(recipe: RecipeArguments) -> str | dict[str, Any] | None:

@@ -80,6 +80,7 @@ class TrainingRun:
 
     def run(self) -> int:
         """Run all phases; see `run`."""
+        prepare.choose_quantization(self.recipe, self.training, self.say)
         prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push, self._find_base_on_hub())
         checkpoint = self._choose_checkpoint()

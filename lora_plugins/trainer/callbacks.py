@@ -299,6 +299,7 @@ class LoraCallback(_PreparingCallback):
         trainable_dtype: See `prepare_model`.
         frozen: See `prepare_model`.
         fused: See `prepare_model`.
+        allow_format: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
         skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
@@ -324,6 +325,7 @@ class LoraCallback(_PreparingCallback):
         trainable_dtype: Any = "float32",
         frozen: Sequence[str] = (),
         fused: bool = True,
+        allow_format: str | None = None,
         chunked_loss: bool = True,
         skip_checks: Iterable[str] = (),
         **lora: Any,
@@ -341,6 +343,7 @@ class LoraCallback(_PreparingCallback):
             trainable_dtype=trainable_dtype,
             frozen=frozen,
             fused=fused,
+            allow_format=allow_format,
             **lora,
         )
 
@@ -373,6 +376,7 @@ class Int8PreparationCallback(_PreparingCallback):
         strict: Whether a name in the adapters' configuration that matches nothing is an error; else it is a warning.
         frozen: See `prepare_model`.
         fused: See `prepare_model`.
+        allow_format: See `prepare_model`.
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
         skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
@@ -387,6 +391,7 @@ class Int8PreparationCallback(_PreparingCallback):
         strict: bool = True,
         frozen: Sequence[str] = (),
         fused: bool = True,
+        allow_format: str | None = None,
         chunked_loss: bool = True,
         skip_checks: Iterable[str] = (),
     ) -> None:
@@ -398,6 +403,7 @@ class Int8PreparationCallback(_PreparingCallback):
             strict=strict,
             frozen=frozen,
             fused=fused,
+            allow_format=allow_format,
         )
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:

@@ -193,6 +193,8 @@ def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
     facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
+    stored = training_facts.read_base_format(model)
+    facts |= {"base_format": stored} if stored else {}
     return _Found(base, architecture, Training(facts), at_hand=model.get_base_model())
 
 

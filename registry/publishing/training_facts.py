@@ -18,6 +18,7 @@ __all__ = [
     "metrics_in",
     "of_checkpoint",
     "of_run",
+    "read_base_format",
     "read_quantization",
 ]
 
@@ -88,6 +89,13 @@ def read_quantization(model: Any) -> str | dict[str, Any]:
         return UNKNOWN
     options = stored.get("options")
     return {**(options if isinstance(options, dict) else {}), "name": stored["name"]}
+
+
+def read_base_format(model: Any) -> str | None:
+    """Return the storage format of the base's files where its weights were dequantized while it was loaded."""
+    facts = getattr(model, _FACTS, None)
+    stored = facts.get("stored") if isinstance(facts, dict) else None
+    return stored if isinstance(stored, str) else None
 
 
 def libraries() -> dict[str, str]:

@@ -98,6 +98,9 @@ class Int8(Quantizer):
             llm_int8_skip_modules=options.get("skip_modules"),
         )
 
+    def reads(self, config: Any) -> bool:
+        return bool(getattr(config, "load_in_8bit", False))
+
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
         return _read_loaded(config, threshold="llm_int8_threshold", skip_modules="llm_int8_skip_modules")
 
@@ -203,6 +206,9 @@ class FourBit(Quantizer):
             bnb_4bit_compute_dtype=options.get("compute_dtype") or loading_dtype(),
             llm_int8_skip_modules=options.get("skip_modules"),
         )
+
+    def reads(self, config: Any) -> bool:
+        return bool(getattr(config, "load_in_4bit", False)) and config.bnb_4bit_quant_type == self.kind
 
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
         return _read_loaded(

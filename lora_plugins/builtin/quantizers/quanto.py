@@ -99,6 +99,9 @@ class Quanto(Quantizer):
 
         return QuantoConfig(weights=self.loaded_kind, modules_to_not_convert=options.get("skip_modules"))
 
+    def reads(self, config: Any) -> bool:
+        return getattr(config, "weights", None) == f"int{self.bits}"
+
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
         if not hasattr(config, "weights"):
             return None

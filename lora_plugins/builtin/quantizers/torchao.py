@@ -85,6 +85,9 @@ class Torchao(Quantizer):
 
         return TorchAoConfig(self.settings(options), modules_to_not_convert=options.get("skip_modules"))
 
+    def reads(self, config: Any) -> bool:
+        return type(getattr(config, "quant_type", None)).__name__ == self.configuration
+
     def loaded_options(self, config: Any) -> Mapping[str, Any] | None:
         loaded = getattr(config, "quant_type", None)
         if loaded is None:
