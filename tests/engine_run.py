@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_plugins import LoraCallback, attach, detach, prepare_model
 from lora_plugins.adapters.inject import has_adapters
 from lora_plugins.errors import LoraPluginsError, PreparationWarning, ResumeConflict
 from lora_plugins.models.sharding import is_sharded
+from lora_plugins.quantization.counting import count_parameters
 from lora_plugins.quantization.request import owner_of, parse_quantization
 from lora_plugins.trainer import engines
 
@@ -174,6 +176,7 @@ def facts(trainer: Trainer) -> Settings:
         "elements": sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters),
         "local": sum(local(p).numel() for p in parameters),
         "adapter": sum(p.requires_grad for p in parameters),
+        "counts": asdict(count_parameters(trainer.model)),
         "sharded_adapter": sum(p.requires_grad and (hasattr(p, "to_local") or hasattr(p, "ds_id")) for p in parameters),
     }
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from lora_plugins import plan
+from lora_plugins import plan, prepare_model
+from lora_plugins.quantization.counting import count_parameters
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 
@@ -83,6 +85,16 @@ def assert_detached(ranks: list[dict[str, Any]]) -> None:
         assert found["same_weights"]
         assert found["difference"] == 0
         assert found["again"] == pytest.approx(rank["losses"], abs=2e-6)
+
+
+def assert_counts(ranks: list[dict[str, Any]], quantization: str | None = None, **lora: Any) -> None:
+    """Every rank counts the weights of the whole model, whatever part of them it holds and however they are packed."""
+    plain = prepare_model(tiny.llama(), r=4, compute_dtype="float32", quantization=quantization, **lora)
+    in_float = count_parameters(prepare_model(tiny.llama(), r=4, compute_dtype="float32", **lora))
+    expected = count_parameters(plain)
+    assert (expected.trainable, expected.total) == (in_float.trainable, in_float.total)
+    for rank in ranks:
+        assert rank["counts"] == asdict(expected)
 
 
 def assert_held(rank: dict[str, Any], strategy: str, quantization: str | None = None) -> None:

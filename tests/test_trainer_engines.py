@@ -16,6 +16,7 @@ from launching import (
     TORCHRUN,
     Results,
     assert_conflict,
+    assert_counts,
     assert_detached,
     assert_files,
     assert_held,
@@ -31,6 +32,8 @@ INT8 = {"quantization": "int8"}
 #: Backends whose layers FSDP2 would break as well: 4 bits with a state beside them, tensors of a class of their own.
 OTHERS = ["nf4", "int8-quanto", "int8-torchao"]
 ATTACHED = {"attach": True, "resume": False}
+#: The head is trained as a copy; its frozen original is not a weight of the model.
+HEAD = {"modules_to_save": ["lm_head"]}
 SHARDED = {"arguments": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}}
 
 
@@ -70,6 +73,8 @@ def fsdp(folder: Path) -> Results:
         "sharded": {**SHARDED, "conflict": True},
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
         **{name: {"quantization": name, "resume": False} for name in OTHERS},
+        "head": {"lora": HEAD, "resume": False},
+        "head_nf4": {"quantization": "nf4", "lora": HEAD, "resume": False},
         "hqq": {"quantization": "int8-hqq"},
         "ram": {**INT8, "arguments": {"fsdp_config": {"cpu_ram_efficient_loading": True}}},
         "save_on_one": {"save_on_one": True, "resume": False},
@@ -133,6 +138,21 @@ def test_the_shim_is_still_needed_and_plain_ddp_in_its_place_is_said_so(ddp: Res
         assert rank["distributed_type"] == "DistributedType.MULTI_CPU"
         assert rank["local"] == ELEMENTS
         assert any("every process will hold the whole model" in text for text in rank["warnings"])
+
+
+@pytest.mark.parametrize("case", ["fp32", "int8", "nf4"])
+def test_every_rank_counts_the_whole_model(ddp: Results, fsdp: Results, alone: Results, case: str) -> None:
+    quantization = None if case == "fp32" else case
+    ranks = [*alone[case], *fsdp[case], *ddp.get(case, [])]
+    assert_counts(ranks, quantization)
+    # Otherwise a count of the elements that a rank holds would be right too.
+    assert all(rank["local"] < rank["counts"]["total"] for rank in fsdp[case])
+
+
+@pytest.mark.parametrize("case", ["head", "head_nf4"])
+def test_a_head_that_is_trained_as_a_copy_counts_once_on_every_rank(fsdp: Results, case: str) -> None:
+    assert_counts(fsdp[case], "nf4" if case == "head_nf4" else None, **HEAD)
+    assert all(rank["counts"]["total"] < rank["elements"] or case == "head_nf4" for rank in fsdp[case])
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------

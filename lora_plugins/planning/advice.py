@@ -1,4 +1,4 @@
-"""Find the backend, or the nearest change, that makes a run fit into memory."""
+"""Find the backend or the nearest change that makes a run fit in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of a storage format: what a checkpoint that comes quantized is."""
+"""The record of a storage format: how a checkpoint comes quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed and is dequantized in each pass."""
+"""A linear layer with a packed weight that every pass dequantizes."""
 
 from __future__ import annotations
 
