@@ -213,6 +213,16 @@ def test_a_base_that_was_dequantized_while_loading_trains_in_float_and_says_what
     assert losses[-1] < losses[0]
 
 
+def test_a_base_that_was_dequantized_while_loading_is_saved_as_the_float_base_that_it_is(
+    folders: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = prepare_model(load(folders(stored_bases.fp8, method="fp8")), r=4).unload()
+    base.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    for name, parameter in base.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+
+
 # -- refused -----------------------------------------------------------------------------------
 
 

@@ -68,8 +68,9 @@ def untag_dequantized(model: Any) -> bool:
     """
     if not is_float(model):
         return False
-    forget_unpacking(model)
-    if not getattr(model, "is_quantized", False):
+    flagged = bool(getattr(model, "is_quantized", False))
+    forget_unpacking(model, flagged=flagged)
+    if not flagged:
         return False
     model.is_quantized = False
     for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
@@ -86,20 +87,27 @@ def untag_dequantized(model: Any) -> bool:
     return True
 
 
-def forget_unpacking(model: Any) -> None:
+def forget_unpacking(model: Any, *, flagged: bool = False) -> None:
     """Drop the conversions by which a quantizer unpacked the files of a model whose weights are float now.
 
     transformers 5.23 reverses them when it saves the model: that fails, or packs the weights again, and the saved
     configuration no longer says so.
+
+    Args:
+        model: The model.
+        flagged: Whether it is marked quantized; then conversions that cannot be reversed are the quantizer's too.
     """
     conversions = vars(model).get("_weight_conversions")
     if conversions:
-        model._weight_conversions = [one for one in conversions if _is_reversible(one)]
+        kept = [one for one in conversions if not _is_of_quantizer(one)]
+        model._weight_conversions = [one for one in kept if _is_reversible(one)] if flagged else kept
+
+
+def _is_of_quantizer(conversion: Any) -> bool:
+    return any(getattr(one, "hf_quantizer", None) is not None for one in getattr(conversion, "operations", ()))
 
 
 def _is_reversible(conversion: Any) -> bool:
-    if any(getattr(operation, "hf_quantizer", None) is not None for operation in getattr(conversion, "operations", ())):
-        return False
     try:
         conversion.reverse_transform()
     except NotImplementedError:

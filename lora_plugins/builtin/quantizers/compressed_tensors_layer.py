@@ -31,7 +31,7 @@ class CompressedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the layer on ``[..., in_features]``, in the dtype of the input."""
         with torch.autocast(x.device.type, enabled=False):
-            output: torch.Tensor = _Product.apply(x, self)
+            output: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             bias = self._parameters.get("bias")
             return output if bias is None else output + bias.to(output.dtype)
 
@@ -49,7 +49,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, read_weight(layer).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         return upstream @ read_weight(ctx.layer).to(upstream.dtype), None
 
 
