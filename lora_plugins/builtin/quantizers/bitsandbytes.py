@@ -113,13 +113,12 @@ class Int8(Quantizer):
         return in_features * out_features + 4 * out_features
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
-        import bitsandbytes as bnb
-
         from lora_plugins.builtin.quantizers.int8_layer import Int8Linear
 
         model.is_loaded_in_8bit = True
         for module in model.modules():
-            if type(module) is bnb.nn.Linear8bitLt:
+            # Not a class derived from it, such as this one.
+            if _is_layer(module, "Linear8bitLt") and type(module).__name__ == "Linear8bitLt":
                 module.__class__ = Int8Linear
 
 

@@ -43,9 +43,9 @@ class CompressedTensors(Quantizer):
         return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
-        from lora_plugins.builtin.quantizers.compressed_tensors_layer import compress
-
-        return compress(linear, {name: options.get(name, default) for name, default in _DEFAULTS.items()})
+        return _load_layers().compress(
+            linear, {name: options.get(name, default) for name, default in _DEFAULTS.items()}
+        )
 
     def owns(self, module: Any) -> bool:
         if "compressed_tensors" not in sys.modules or not hasattr(module, "in_features"):
@@ -54,9 +54,7 @@ class CompressedTensors(Quantizer):
         return getattr(scheme, "weights", None) is not None
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        from lora_plugins.builtin.quantizers.compressed_tensors_layer import read_weight
-
-        return read_weight(module)
+        return _load_layers().read_weight(module)
 
     def unsuitable(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> str | None:
         size = options.get("group_size", _DEFAULTS["group_size"])
@@ -98,9 +96,13 @@ class CompressedTensors(Quantizer):
         return {**options, "skip_modules": skip} if skip else options
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
-        from lora_plugins.builtin.quantizers.compressed_tensors_layer import keep_packed
+        _load_layers().keep_packed(model, [module for module in model.modules() if self.owns(module)])
 
-        keep_packed(model, [module for module in model.modules() if self.owns(module)])
+
+def _load_layers() -> Any:
+    from lora_plugins.builtin.quantizers import compressed_tensors_layer
+
+    return compressed_tensors_layer
 
 
 @hookimpl
