@@ -12,7 +12,7 @@ from releases import NAME, release
 from transformers import LlamaConfig
 
 from lora_plugins import plan
-from registry import pull_adapter
+from registry import pull_adapter, versions, yank
 from registry.hubs.folder import FolderHub
 from registry.publishing.changes import Published
 
@@ -39,6 +39,14 @@ def test_published_and_pulled_in_one_line_and_as_a_table(published: Published, t
         assert f"{NAME}@1.0.0" in text
         assert "org/base@bbbbbbbbbbbb" in text
         assert published.commit in text
+
+
+def test_a_list_of_versions_in_a_line_each(published: Published, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    yank(f"{NAME}@1.0.0", "trained on <b>the test set</b>", hub=hub)
+    assert repr(versions(NAME, hub=hub)) == f"[<Release {NAME}@1.0.0, withdrawn>]"
+    (found,) = versions(NAME, hub=hub)
+    assert "trained on <b>the test set</b>" in text_of(found._repr_html_())
 
 
 def test_a_repeated_push_and_a_dry_run_say_so(published: Published) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from packaging.version import Version
 
 from registry.formats.references import Reference, version_of_commit
+from registry.text import html_table
 
 __all__ = ["Release"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Release:
     """One published version of an adapter, or an unversioned adapter in a commit.
 
@@ -68,3 +69,18 @@ class Release:
         if self.unversioned:
             return str(Reference(self.name, commit=self.commit, folder=self.folder))
         return f"{self.name}@{self.version}"
+
+    def __repr__(self) -> str:
+        return f"<Release {self}>" if self.yanked is None else f"<Release {self}, withdrawn>"
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            str(self),
+            (
+                ("commit", self.commit),
+                ("aliases", ", ".join(self.aliases)),
+                ("tags", ", ".join(self.tags)),
+                ("note", self.note),
+                ("withdrawn", self.yanked),
+            ),
+        )
