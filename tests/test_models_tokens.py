@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrain
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.errors import FrozenHead
+from lora_plugins.models import tokens
 from lora_plugins.models.tokens import find_new_tokens
 
 #: Tokens of the base's own tokenizer; its vocabulary is padded to `tiny.VOCABULARY` rows.
@@ -167,3 +168,29 @@ def test_spare_rows_of_a_masked_language_model_come_with_their_bias(tmp_path: Pa
     trainer = make(tmp_path, model, [LoraCallback(r=2)], larger(), max_steps=1)
     assert trainer.model.peft_config["default"].trainable_token_indices == {"word_embeddings": [OWN, OWN + 1]}
     trainer.train()
+
+
+@pytest.mark.parametrize("how", ["callback", "attach", "ready", "twice"])
+def test_the_bases_own_tokenizer_is_read_once_for_each_base(
+    tmp_path: Path, base: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    load = tokens._load_tokenizer
+    monkeypatch.setattr(tokens, "_load_tokenizer", lambda folder: read.append(folder) or load(folder))
+    model = LlamaForCausalLM.from_pretrained(base)
+    rows = wanted(model, [OWN, OWN + 1])
+    if how == "ready":
+        config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
+        trainer = make(tmp_path, get_peft_model(model, config), [LoraCallback()], larger())
+    else:
+        callbacks = [LoraCallback(r=2)] if how != "attach" else None
+        trainer = make(tmp_path, model, callbacks, larger())
+    if how == "attach":
+        attach(trainer, r=2)
+    trainer.train()
+    if how == "twice":
+        trainer.train()
+    assert trainer.model.peft_config["default"].trainable_token_indices == rows
+    assert len(read) == 1
+    assert find_new_tokens(LlamaForCausalLM.from_pretrained(base), larger())
+    assert len(read) == 2, "another base has another tokenizer"

@@ -16,6 +16,9 @@ __all__ = ["find_new_tokens"]
 #: Files of which a tokenizer has at least one; their folder is the tokenizer's.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
+#: Attribute of a base model with the ids of its own tokenizer's tokens, and where they were read.
+_KEPT = "_lora_plugins_own_tokens"
+
 
 def find_new_tokens(model: nn.Module, processor: Any) -> dict[int, str]:
     """Return the tokens of a tokenizer that the base's own tokenizer and configuration do not have, by id.
@@ -42,8 +45,17 @@ def find_new_tokens(model: nn.Module, processor: Any) -> dict[int, str]:
 
 
 def _read_own_tokens(model: Any) -> set[int]:
+    """Return the ids of the base's own tokenizer, which is read once for each base."""
     source = str(getattr(model, "name_or_path", "") or "")
     commit = getattr(model.config, "_commit_hash", None)
+    kept = vars(model).get(_KEPT)
+    if kept is None or kept[0] != (source, commit):
+        kept = (source, commit), frozenset(_load_own_tokens(source, commit))
+        setattr(model, _KEPT, kept)
+    return set(kept[1])
+
+
+def _load_own_tokens(source: str, commit: str | None) -> set[int]:
     try:
         file = next(filter(None, (locate(source, name, commit) for name in _FILES))) if source else None
         return set(_load_tokenizer(file.parent).get_vocab().values()) if file is not None else set()
