@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers import (
@@ -452,3 +454,66 @@ def test_a_class_that_nobody_registered_stays_refused() -> None:
 def test_a_lora_layer_of_the_users_own_leaves_scopes_as_they_are() -> None:
     prepared = prepare_model(Blocks(Scaled), peft_config=own_config(Scaled, OwnLora, target_modules="all-linear"))
     assert not any(isinstance(module, OwnLora) for module in prepared.modules())
+
+
+# -- attention of torch, and linears outside of blocks -----------------------------------------
+
+
+class Attending(nn.Module):
+    """Two blocks with torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True), "mlp": nn.Linear(16, 16)})
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block["mlp"](block["attn"](x, x, x, need_weights=False)[0])
+        return x
+
+
+class Flat(nn.Module):
+    """Linear layers that are in no repeated block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.then = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.then(self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "count"),
+    [
+        (Attending, ["attn"], 2),
+        (Attending, ["attn", "mlp"], 4),
+        (Attending, r"blocks\.\d\.attn", 2),
+        (Flat, "all-linear", 3),
+        (Flat, ["first"], 1),
+    ],
+    ids=["name", "beside-linears", "pattern", "outside-of-blocks", "one-outside"],
+)
+def test_what_peft_can_adapt_is_adapted_and_comes_back(
+    tmp_path: Path, kind: type[nn.Module], targets: Any, count: int
+) -> None:
+    torch.manual_seed(0)
+    base = kind().eval()
+    x = torch.randn(2, 3, 16)
+    before = base(x)
+    prepared = prepare_model(copy.deepcopy(base), r=2, target_modules=targets, lora_dropout=0.0).eval()
+    adapted = [
+        m for m in prepared.modules() if isinstance(m, peft_lora.LoraLayer) and "default" in getattr(m, "lora_A", {})
+    ]
+    assert len(adapted) >= count
+    with torch.no_grad():
+        for name, parameter in prepared.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    prepared.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert not torch.allclose(prepared(x), before, atol=1e-3)
+    torch.testing.assert_close(again(x), prepared(x), rtol=1e-4, atol=1e-4)
