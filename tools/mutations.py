@@ -1,9 +1,9 @@
 """Remove each check of the verifying modules, one at a time, and see that a test fails.
 
 A mutant takes one thing away or turns it round: a `raise`, the condition of an `if` that raises, a call whose result
-nobody uses, an operand of `and` or `or`, a comparison. Each runs the module's own tests in a forked process, where the
-function at hand gets other code. A mutant that all tests pass is a check that no test needs; it is printed, and the
-program fails.
+nobody uses, an operand of `and` or `or`, a comparison. The module's own tests run once to see which of them reach which
+lines; each mutant then runs those that reach it, until one fails, in a forked process, where the function at hand gets
+other code. A mutant that all tests pass is a check that no test needs; it is printed, and the program fails.
 
     python tools/mutations.py                          # all modules
     python tools/mutations.py registry.pulling.cache   # one of them
@@ -14,24 +14,29 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import gc
 import importlib
-import io
+import math
 import os
+import pickle
 import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
-#: Seconds after which a mutant counts as noticed: it waits for something that never comes.
-PATIENCE = 120
+#: Where it is said which test fails without any change; a forked process is otherwise silent.
+STDERR = os.dup(2)
 
 #: The verifying modules, each with its tests (files, and an expression for pytest's -k).
 MODULES = {
@@ -66,19 +71,19 @@ class Mutant:
     Attributes:
         module: The module's name.
         function: The function or method, dotted.
-        line: Line of the source.
+        lines: Lines of the source that are changed.
         what: What was done.
         code: The function's other code.
     """
 
     module: str
     function: str
-    line: int
+    lines: range
     what: str
     code: CodeType
 
     def __str__(self) -> str:
-        return f"{self.module}:{self.line} {self.function}: {self.what}"
+        return f"{self.module}:{self.lines.start} {self.function}: {self.what}"
 
 
 def main(names: list[str]) -> int:
@@ -98,56 +103,197 @@ def main(names: list[str]) -> int:
 def run_module(name: str) -> list[Mutant]:
     """Run the mutants of one module and return those that no test notices."""
     files, expression = MODULES[name]
-    arguments = [str(path) for file in files if (path := TESTS / f"test_registry_{file}.py").exists()]
-    arguments += [
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-m",
-        "not slow",
-        *(["-k", expression] if expression else []),
-    ]
-    module, started = importlib.import_module(name), time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*arguments, "--collect-only"])  # what is imported here is not imported again for each mutant
-    if outcome := run_tests(None, module, arguments):
-        raise SystemExit(f"The tests of {name} fail without any change (exit code {outcome})")
-    mutants = list(find_mutants(name, Path(module.__file__ or "").read_text(encoding="utf-8")))
-    survivors = []
-    for mutant in mutants:
-        outcome = run_tests(mutant, module, arguments)
-        known = (mutant.module, mutant.function, mutant.what) in EQUIVALENT
-        if not outcome and not known:
-            survivors.append(mutant)
-            print(f"  survived: {mutant}", flush=True)
-    seconds = time.monotonic() - started
-    print(f"{name:32} {len(mutants):4} mutants, {len(survivors):3} survive, {seconds:6.0f} s", flush=True)
-    return survivors
+    arguments = [str(TESTS / f"test_registry_{file}.py") for file in files]
+    arguments += ["-qq", "-x", "--no-header", "--no-summary", "--capture=no", "--tb=native", "-m", "not slow"]
+    arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-k", expression] if expression else [])]
+    run = Run(name, importlib.import_module(name))
+    pytest.main(arguments, plugins=[run])
+    if not run.finished:
+        raise SystemExit(f"The tests of {name} fail without any change")
+    return run.survivors
 
 
-def run_tests(mutant: Mutant | None, module: ModuleType, arguments: list[str]) -> int:
-    """Run tests in a forked process; return pytest's exit code, or 99 after `PATIENCE`."""
+class Run:
+    """A plugin of pytest: in place of running the tests once it runs, for each mutant, those that reach its lines.
+
+    Attributes:
+        survivors: Mutants that no test notices.
+        finished: Whether all mutants were run.
+    """
+
+    def __init__(self, name: str, module: ModuleType) -> None:
+        self.name, self.module = name, module
+        self.survivors: list[Mutant] = []
+        self.finished = False
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Find out which test reaches which line, then run each mutant in a process that has everything loaded."""
+        started = time.monotonic()
+        mutants = list(find_mutants(self.name, Path(self.module.__file__ or "").read_text(encoding="utf-8")))
+        reach = measure(session, self.module)
+        if reach is None:
+            return True
+        load(reach.modules)
+        unreached, noticed = 0, Counter[tuple[str, int]]()
+        for mutant in mutants:
+            # Those that noticed another change of this function come first, then the fastest.
+            chosen = reach.find_tests(mutant.lines)
+            chosen.sort(key=lambda test: -noticed[mutant.function, test])
+            unreached += not chosen
+            outcome = run_tests(session, chosen, mutant, self.module, 20 + 20 * reach.seconds_of(chosen))
+            if 0 < outcome <= len(chosen):
+                noticed[mutant.function, chosen[outcome - 1]] += 1
+            if not outcome and (mutant.module, mutant.function, mutant.what) not in EQUIVALENT:
+                self.survivors.append(mutant)
+                print(f"  survived{'' if chosen else ', and no test comes there'}: {mutant}", flush=True)
+        seconds = time.monotonic() - started
+        counts = f"{len(mutants):4} mutants, {len(self.survivors):3} survive ({unreached} where no test comes)"
+        print(f"{self.name:32} {counts}, {seconds:6.0f} s", flush=True)
+        self.finished = True
+        return True
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What each test reaches.
+
+    Attributes:
+        lines: By test: the lines of the module that it ran.
+        seconds: By test: how long it took.
+        modules: What had been imported in the end.
+    """
+
+    lines: dict[int, set[int]]
+    seconds: dict[int, float]
+    modules: list[str]
+
+    def find_tests(self, wanted: range) -> list[int]:
+        """Return the tests that run one of some lines, the fastest first."""
+        found = [test for test, lines in self.lines.items() if not lines.isdisjoint(wanted)]
+        return sorted(found, key=self.seconds_of_one)
+
+    def seconds_of_one(self, test: int) -> float:
+        """Return how long a test took."""
+        return self.seconds[test]
+
+    def seconds_of(self, tests: list[int]) -> float:
+        """Return how long several tests took."""
+        return sum(map(self.seconds_of_one, tests))
+
+
+class Watch:
+    """A plugin of pytest that notes which lines of a module each test runs, and the fixtures that it shares."""
+
+    def __init__(self, session: pytest.Session, module: ModuleType) -> None:
+        self.items, self.file = session.items, module.__file__
+        self.lines: dict[int, set[int]] = {number: set() for number in range(len(session.items))}
+        self.seconds: dict[int, float] = {}
+        self.shared: dict[str, set[int]] = {}
+        self.now: set[int] = set()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        """Set up a fixture."""
+        before = self.now
+        if fixturedef.scope != "function":
+            self.now = self.shared.setdefault(fixturedef.argname, set())
+        try:
+            return (yield)
+        finally:
+            self.now = before
+
+    def run(self, session: pytest.Session) -> Reach | None:
+        """Run all tests; return `None` if one fails."""
+        sys.settrace(self.trace)
+        threading.settrace(self.trace)
+        for number, item in enumerate(self.items):
+            self.now, started = self.lines[number], time.monotonic()
+            run_item(session, self.items, number)
+            self.seconds[number] = time.monotonic() - started
+            if session.testsfailed:
+                os.write(STDERR, f"{item.nodeid} fails\n".encode())
+                return None
+        for number, item in enumerate(self.items):
+            for name in set(self.shared) & set(getattr(item, "fixturenames", ())):
+                self.lines[number] |= self.shared[name]
+        return Reach(self.lines, self.seconds, list(sys.modules))
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        """Note a line; frames of other modules are left alone."""
+        if frame.f_code.co_filename != self.file:
+            return None
+        self.now.add(frame.f_lineno)
+        return self.trace
+
+
+def measure(session: pytest.Session, module: ModuleType) -> Reach | None:
+    """Run the tests without any change in a forked process, and find what each one reaches."""
+    with tempfile.TemporaryFile() as answer:
+
+        def run() -> int:
+            watch = Watch(session, module)
+            session.config.pluginmanager.register(watch)
+            pickle.dump(watch.run(session), answer)
+            answer.flush()
+            return 0
+
+        if fork(run, None):
+            return None
+        answer.seek(0)
+        reach: Reach | None = pickle.load(answer)  # noqa: S301 - our own process wrote it
+    return reach
+
+
+def load(modules: list[str]) -> None:
+    """Import what the tests import while they run, so that no process for a mutant has to."""
+    for name in set(modules) - set(sys.modules):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would copy every page
+
+
+def run_tests(session: pytest.Session, chosen: list[int], mutant: Mutant, module: ModuleType, patience: float) -> int:
+    """Run tests on a mutant in a forked process; return 0 if all pass, else the number of the one that fails."""
+
+    def run() -> int:
+        find_function(module, mutant.function).__code__ = mutant.code
+        items = [session.items[number] for number in chosen]
+        for number in range(len(items)):
+            run_item(session, items, number)
+            if session.testsfailed:
+                return min(number + 1, 97)
+        return 0
+
+    return fork(run, patience) if chosen else 0
+
+
+def run_item(session: pytest.Session, items: list[pytest.Item], number: int) -> None:
+    """Run one test, as pytest's own loop does it."""
+    following = items[number + 1] if number + 1 < len(items) else None
+    items[number].config.hook.pytest_runtest_protocol(item=items[number], nextitem=following)
+
+
+def fork(action: Callable[[], int], patience: float | None) -> int:
+    """Do something silently in a forked process; return its result, 98 if it raises, 99 after `patience` seconds."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
         outcome = 98
         try:
-            if mutant is not None:
-                find_function(module, mutant.function).__code__ = mutant.code
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                outcome = int(pytest.main(arguments))
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), sys.stdout.fileno())
+                os.dup2(nothing.fileno(), sys.stderr.fileno())
+                outcome = action()
         finally:
             os._exit(outcome)
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end or mutant is None:
+    end = time.monotonic() + (patience or math.inf)
+    while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
+        time.sleep(0.005)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return 99
@@ -175,10 +321,11 @@ def find_mutants(module: str, source: str) -> Iterator[Mutant]:
         for index in range(count):
             changed = copy.deepcopy(tree)
             twin = next(node for name, node in _find_functions(changed) if name == path)
-            line, what, apply = list(_find_changes(twin))[index]
+            changed_node, what, apply = list(_find_changes(twin))[index]
             apply()
             code = compile(ast.fix_missing_locations(changed), f"<{module}>", "exec", dont_inherit=True)
-            yield Mutant(module, path, line, what, _find_code(code, path.split(".")))
+            lines = range(changed_node.lineno, (changed_node.end_lineno or changed_node.lineno) + 1)
+            yield Mutant(module, path, lines, what, _find_code(code, path.split(".")))
 
 
 def _find_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -197,22 +344,22 @@ def _find_code(code: CodeType, path: list[str]) -> CodeType:
     return code
 
 
-def _find_changes(function: ast.FunctionDef) -> Iterator[tuple[int, str, Any]]:
-    """Yield line, description and action of each change to a function."""
+def _find_changes(function: ast.FunctionDef) -> Iterator[tuple[Any, str, Any]]:
+    """Yield node, description and action of each change to a function."""
     for node in _walk(function):
         for field in ("body", "orelse", "finalbody"):
             block = getattr(node, field, None)
             if isinstance(block, list):
                 yield from _find_statements(block)
         if isinstance(node, ast.If) and any(isinstance(each, ast.Raise) for each in ast.walk(node)):
-            yield node.lineno, f"never: if {_show(node.test)}", _setter(node, "test", ast.Constant(False))
+            yield node.test, f"never: if {_show(node.test)}", _setter(node, "test", ast.Constant(False))
         if isinstance(node, ast.BoolOp):
             for number, value in enumerate(node.values):
                 neutral = ast.Constant(isinstance(node.op, ast.And))
-                yield node.lineno, f"without the operand {_show(value)}", _replacer(node.values, number, neutral)
+                yield value, f"without the operand {_show(value)}", _replacer(node.values, number, neutral)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             opposite = _OPPOSITE[type(node.ops[0])]()
-            yield node.lineno, f"the opposite of {_show(node)}", _setter(node, "ops", [opposite])
+            yield node, f"the opposite of {_show(node)}", _setter(node, "ops", [opposite])
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
@@ -223,12 +370,12 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
             yield from _walk(child)
 
 
-def _find_statements(block: list[Any]) -> Iterator[tuple[int, str, Any]]:
+def _find_statements(block: list[Any]) -> Iterator[tuple[Any, str, Any]]:
     for number, statement in enumerate(block):
         is_call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
         if is_call or isinstance(statement, ast.Raise):
             nothing = ast.copy_location(ast.Pass(), statement)
-            yield statement.lineno, f"without: {_show(statement)}", _replacer(block, number, nothing)
+            yield statement, f"without: {_show(statement)}", _replacer(block, number, nothing)
 
 
 def _setter(node: ast.AST, field: str, value: Any) -> Any:
