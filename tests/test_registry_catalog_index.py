@@ -12,6 +12,7 @@ from releases import NAME, release
 
 from registry import aliases, foreign_tags, mirror, pull_adapter, set_alias, show, verify, versions, yank
 from registry.errors import NotAdapter, RegistryError, VersionExists
+from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST
 from registry.hubs.protocol import MAIN
 from registry.publishing import publish as publishing
 
@@ -32,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["at a commit without release", "at another release"])
+@pytest.fixture(params=["at a commit without release", "at another release", "at a change on top of a release"])
 def tagged(request: pytest.FixtureRequest, place: Place) -> Place:
     """A repository with the release 1.0.0 and four foreign tags."""
     place.hub.create(NAME)
@@ -41,6 +42,10 @@ def tagged(request: pytest.FixtureRequest, place: Place) -> Place:
     done = release(place.hub, "1.0.0")
     if request.param == "at another release":
         commit = done.commit
+    elif request.param == "at a change on top of a release":  # as an edit of the card on the Hub's website makes it
+        place.hub.create_branch(NAME, "edited", done.commit)
+        commit = place.hub.commit(NAME, "edited", {"NOTES": b"edited"}, parent=done.commit, message="m")
+        assert place.hub.read(NAME, commit, MANIFEST_FILE, MAX_MANIFEST)
     for tag in TAGS:
         place.hub.create_tag(NAME, tag, commit)
     return place

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,18 @@ from registry import SigningKey, collect_garbage, lock_adapters, mirror, pull_ad
 from registry.errors import (
     InvalidKey,
     InvalidSignature,
+    MachineError,
     SignatureError,
     SignatureMismatch,
     SignatureNotFound,
+    SigningNotInstalled,
     UnknownSigner,
     VersionExists,
 )
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, SIGNATURE_FILE
 from registry.pulling.cache import VARIABLE, Cache
 from registry.signing.keys import SIGNATURE_VARIABLE, Keys
-from registry.signing.signatures import verify_signature
+from registry.signing.signatures import sign_manifest, verify_signature
 from registry.testing import LoopbackHub
 
 PEM = serialization.Encoding.PEM
@@ -327,6 +331,58 @@ def test_a_tampered_signature_is_refused(tmp_path: Path, keys: dict[str, KeyPair
     _is_refused(place, keys["ours"].public, InvalidSignature, "tampered with|malformed")
 
 
+def _sign(pair: KeyPair, bundle: dict[str, Any], change: Callable[[dict[str, Any]], object]) -> None:
+    """Sign another statement with the right key, as who has it but not our program can."""
+    _change_payload(bundle, change)
+    envelope = bundle["dsseEnvelope"]
+    payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"].encode()
+    signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    envelope["signatures"][0]["sig"] = base64.b64encode(pair.key.sign(signed, ec.ECDSA(hashes.SHA256()))).decode()
+
+
+OTHER = {"name": f"org/other/{MANIFEST_FILE}", "algorithm": "sha256", "digest": "0" * 64}
+STATEMENTS: dict[str, tuple[Callable[[dict[str, Any]], object], type[SignatureError]]] = {
+    "another type of statement": (lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), SignatureMismatch),
+    "the predicate of an early release": (
+        lambda s: s.update(predicateType="https://model_signing/Digests/v0.1", subject=[
+            {"name": each["name"], "digest": {"sha256": each["digest"]}} for each in s["predicate"]["resources"]
+        ]),
+        SignatureMismatch,
+    ),
+    "an unknown predicate": (lambda s: s.update(predicateType="https://example.org/x"), SignatureMismatch),
+    "another file besides": (lambda s: s["predicate"]["resources"].append(OTHER), SignatureMismatch),
+    "another file instead": (lambda s: s["predicate"].update(resources=[OTHER]), SignatureMismatch),
+    "no file": (lambda s: s["predicate"].update(resources=[]), InvalidSignature),
+    "a file whose name is a number": (lambda s: s["predicate"]["resources"][0].update(name=1), InvalidSignature),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STATEMENTS)
+def test_the_right_key_on_a_statement_about_something_else_is_refused(
+    tmp_path: Path, keys: dict[str, KeyPair], case: str
+) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    push(place, tmp_path, keys["ours"].private)
+    bundle = json.loads(signature_of(place))
+    _sign(keys["ours"], bundle, lambda statement: None)
+    exchange(place, json.dumps(bundle).encode())
+    assert pull(place, keys["ours"].public, cache_dir=tmp_path / "other").version == "1.0.0"  # so far it is right
+    change, error = STATEMENTS[case]
+    _sign(keys["ours"], bundle, change)
+    exchange(place, json.dumps(bundle).encode())
+    _is_refused(place, keys["ours"].public, error, "is not this release's|is malformed")
+
+
+def test_a_signature_that_names_no_key_is_refused(tmp_path: Path, keys: dict[str, KeyPair]) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    push(place, tmp_path, keys["ours"].private)
+    for hint in (None, 1, ["x"]):
+        bundle = json.loads(signature_of(place))
+        bundle["verificationMaterial"]["publicKey"]["hint"] = hint
+        exchange(place, json.dumps(bundle).encode())
+        _is_refused(place, keys["ours"].public, InvalidSignature, "does not say which key made it")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}', b"x" * 200_000, b'{"mediaType": NaN}'],
@@ -384,7 +440,8 @@ def test_keys_that_cannot_be_used_are_named_before_anything_is_published(
     text.write_text("no key")
     for key in (tmp_path / "missing", text, private, keys["ours"].public,
                 SigningKey(keys["ours"].private, keys["leaf"].certificate)):  # fmt: skip
-        with pytest.raises(InvalidKey):
+        says = "missing' cannot be read" if key == tmp_path / "missing" else "cannot sign"
+        with pytest.raises(InvalidKey, match=says):
             push(place, tmp_path, key)
     assert not place.root.exists()
     push(place, tmp_path, keys["ours"].private)
@@ -406,6 +463,75 @@ def test_pushing_again_is_success_only_with_the_same_key(
     push_adapter(adapter(tmp_path, 1), NAME, version="1.1.0", hub=place.hub)
     with pytest.raises(VersionExists, match="without a signature"):
         push(place, tmp_path, keys["ours"].private, version="1.1.0", seed=1)
+
+
+def test_pushing_again_compares_the_certificate_and_what_it_has_signed(
+    tmp_path: Path, keys: dict[str, KeyPair]
+) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    leaf = SigningKey(keys["leaf"].private, keys["leaf"].certificate, (keys["middle"].certificate,))
+    other = SigningKey(keys["useless"].private, keys["useless"].certificate)
+    push(place, tmp_path, leaf)
+    assert not push(place, tmp_path, leaf).created
+    with pytest.raises(VersionExists, match="was made with another key"):
+        push(place, tmp_path, other)
+    push(place, tmp_path, leaf, version="1.1.0", seed=1)
+    before = signature_of(place)
+    exchange(place, signature_of(place, version="1.1.0"))
+    with pytest.raises(VersionExists, match="is that of another release"):
+        push(place, tmp_path, leaf)
+    exchange(place, before)
+    assert not push(place, tmp_path, leaf).created
+    push(place, tmp_path, keys["ours"].private, version="1.2.0", seed=2)
+    with pytest.raises(VersionExists, match="was made with another key"):
+        push(place, tmp_path, leaf, version="1.2.0", seed=2)
+
+
+@contextlib.contextmanager
+def _no_file_larger_than(size: int) -> Iterator[None]:
+    """The system's own error for a file that grows too large; a full disk differs in the number of the error only."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+
+
+def test_a_full_disk_is_not_the_fault_of_key_or_signature(tmp_path: Path, keys: dict[str, KeyPair]) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    done = push(place, tmp_path, keys["ours"].private)
+    manifest, signature = done.manifest.to_bytes(), signature_of(place)
+    trusted, sizes = Keys.read(keys["ours"].public), (100, len(manifest) + 1)
+    assert trusted is not None
+    # Of the first size not even the manifest can be written, of the second its signature can't.
+    assert len(signature) > sizes[1]
+    for size in sizes:
+        with _no_file_larger_than(size), pytest.raises(MachineError, match="Temporary files cannot be written"):
+            sign_manifest(NAME, manifest, SigningKey(keys["ours"].private))
+        with _no_file_larger_than(size), pytest.raises(MachineError, match="File too large"):
+            verify_signature(NAME, manifest, signature, trusted)
+    verify_signature(NAME, manifest, signature, trusted)
+
+
+def test_without_the_extra_it_is_named(
+    tmp_path: Path, keys: dict[str, KeyPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = FolderPlace(tmp_path / "registry")
+    done = push(place, tmp_path, keys["ours"].private)
+    trusted, signature = Keys.read(keys["ours"].public), signature_of(place)
+    assert trusted is not None
+    for name in [name for name in sys.modules if name.split(".")[0] == "model_signing"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for action in (
+        lambda: push(place, tmp_path, keys["ours"].private, version="1.1.0", seed=1),
+        lambda: push(place, tmp_path, SigningKey(keys["leaf"].private, keys["leaf"].certificate), version="1.2.0"),
+        lambda: pull(place, keys["ours"].public),
+        lambda: verify_signature(NAME, done.manifest.to_bytes(), signature, trusted),
+    ):
+        with pytest.raises(SigningNotInstalled, match=r"pip install 'lora-plugins\[signing\]'"):
+            action()
+    assert list(place.hub.refs(NAME).tags) == ["v1.0.0"]
 
 
 def test_an_unsigned_version_after_a_signed_one_keeps_no_signature(

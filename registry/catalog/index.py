@@ -94,9 +94,9 @@ class Index:
     def is_release(self, version: Version) -> bool:
         """Whether a version is a release rather than a foreign tag.
 
-        A tag at the commit of another release is foreign, unless a branch holds the tag's own version: then the tag was
-        moved off its release, and fetching that version raises an error. The same holds for a commit whose manifest
-        names a version without a tag there.
+        A tag at a commit with another version's manifest (another release, or a change on top) is foreign, unless
+        a branch holds the tag's own version: then the tag was moved off its release, and fetching that version raises
+        an error.
 
         Raises:
             HubError: The hub does not answer.
@@ -110,7 +110,7 @@ class Index:
             return True  # fetching it raises an error with the reason
         if held is None or Version(held.version) == version:
             return held is not None
-        return self.versions.get(Version(held.version)) != commit or self._is_on_its_branch(version)
+        return self._is_on_its_branch(version)
 
     def newest_of(self, versions: Iterable[Version]) -> Version | None:
         """Return the newest of these versions that is a release."""

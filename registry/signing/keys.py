@@ -15,7 +15,16 @@ from registry.errors import InvalidKey, SigningNotInstalled
 if TYPE_CHECKING:
     from model_signing import signing, verifying
 
-__all__ = ["PASSWORD_VARIABLE", "SIGNATURE_VARIABLE", "Keys", "PathOrPaths", "SigningKey", "TrustedKey", "load_library"]
+__all__ = [
+    "PASSWORD_VARIABLE",
+    "SIGNATURE_VARIABLE",
+    "Keys",
+    "PathOrPaths",
+    "SigningKey",
+    "TrustedKey",
+    "load_library",
+    "read_certificate",
+]
 
 PathOrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -100,14 +109,6 @@ class SigningKey:
         password = None if self.password is None else self.password.encode()
         public = serialization.load_pem_private_key(read_pem(self.private_key), password).public_key()
         return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-    def certificate_text(self) -> str:
-        """Return the certificate as signatures hold it: DER in base64."""
-        from cryptography import x509
-        from cryptography.hazmat.primitives.serialization import Encoding
-
-        certificate = x509.load_pem_x509_certificate(read_pem(self.certificate or ""))
-        return base64.b64encode(certificate.public_bytes(Encoding.DER)).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,15 @@ def read_pem(path: str | os.PathLike[str]) -> bytes:
             return file.read(_MAX_PEM)
     except OSError as error:
         raise InvalidKey(f"{os.fspath(path)!r} cannot be read: {error.strerror or error}") from None
+
+
+def read_certificate(path: str | os.PathLike[str]) -> str:
+    """Read the first certificate of a file as signatures hold it: DER in base64."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    certificate = x509.load_pem_x509_certificate(read_pem(path))
+    return base64.b64encode(certificate.public_bytes(Encoding.DER)).decode("ascii")
 
 
 def _describe(error: Exception) -> str:

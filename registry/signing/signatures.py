@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.disk.machine import temporary_folder
+from registry.disk.machine import lacks_something, temporary_folder
 from registry.errors import (
     CommitNotFound,
     HubFileNotFound,
     InvalidKey,
     InvalidSignature,
+    MachineError,
     RegistryError,
     SignatureError,
     SignatureMismatch,
@@ -30,7 +31,7 @@ from registry.formats.paths import MANIFEST_FILE, SIGNATURE_FILE
 from registry.formats.references import check_name
 from registry.formats.strict_json import JsonRefused, parse
 from registry.hubs.protocol import Hub
-from registry.signing.keys import Keys, SigningKey, TrustedKey, load_library
+from registry.signing.keys import Keys, SigningKey, TrustedKey, read_certificate
 
 if TYPE_CHECKING:
     from model_signing import hashing
@@ -61,9 +62,9 @@ def sign_manifest(name: str, manifest: bytes, key: SigningKey) -> bytes:
     with _stage(name, manifest) as (folder, signature):
         try:
             config.sign(folder, signature)
-        except RegistryError:
-            raise
         except Exception as error:
+            if (lack := lacks_something(error)) is not None:
+                raise lack from None
             raise InvalidKey(f"{key.private_key!r} cannot sign: {type(error).__name__}: {error}") from None
         return signature.read_bytes()
 
@@ -82,8 +83,8 @@ def verify_signature(name: str, manifest: bytes, signature: bytes, keys: Keys) -
         UnknownSigner: It was made with another key.
         SignatureMismatch: It is the signature of another release.
         SigningNotInstalled: model-signing is not installed.
+        MachineError: Temporary files cannot be written.
     """
-    load_library()
     bundle = _read_bundle(signature)
     problems: list[SignatureError] = []
     for key in keys.trusted:
@@ -119,7 +120,7 @@ def check_own_signature(name: str, manifest: bytes, signature: bytes, key: Signi
         return
     bundle = _read_bundle(signature)
     certificates = bundle["verificationMaterial"].get("x509CertificateChain", {}).get("certificates") or [{}]
-    if certificates[0].get("rawBytes") != key.certificate_text():
+    if certificates[0].get("rawBytes") != read_certificate(key.certificate):
         raise UnknownSigner(f"The signature of {name} was made with another key than {key.private_key}")
     if not _states(bundle, name, manifest):
         raise SignatureMismatch(_describe_other(name, bundle))
@@ -128,6 +129,7 @@ def check_own_signature(name: str, manifest: bytes, signature: bytes, key: Signi
 def _find_problem(
     name: str, manifest: bytes, signature: bytes, bundle: dict[str, Any], key: TrustedKey
 ) -> SignatureError | None:
+    verifier = key.configure().set_hashing_config(_configure_hashing())
     from cryptography.exceptions import InvalidSignature as NotSigned
     from OpenSSL.crypto import X509StoreContextError
 
@@ -141,7 +143,7 @@ def _find_problem(
     try:
         with _stage(name, manifest) as (folder, file):
             file.write_bytes(signature)
-            key.configure().set_hashing_config(_configure_hashing()).verify(folder, file)
+            verifier.verify(folder, file)
     except RegistryError:
         raise
     except NotSigned:
@@ -149,6 +151,8 @@ def _find_problem(
     except X509StoreContextError as error:
         return UnknownSigner(f"{what} was made with a certificate that {key.path} does not certify: {error}")
     except Exception as error:
+        if (lack := lacks_something(error)) is not None:
+            raise MachineError(f"{what} cannot be verified: {lack.strerror or lack}") from error
         if not _states(bundle, name, manifest):
             return SignatureMismatch(_describe_other(name, bundle))
         return InvalidSignature(f"{what} cannot be verified: {type(error).__name__}: {str(error)[:300]}")
