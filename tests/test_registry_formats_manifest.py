@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import registry
 from registry.errors import InvalidManifest
-from registry.formats.manifest import MAX_MANIFEST, Manifest
+from registry.formats.manifest import MAX_ALIASES, MAX_MANIFEST, Manifest
 from registry.formats.paths import allowed
 from registry.formats.records import BaseKind, BaseRecord, FileRecord, Fingerprint, TensorPrint, TensorRecord
 
@@ -64,10 +64,24 @@ def test_the_digest_is_that_of_the_bytes_that_were_read() -> None:
     assert dataclasses.replace(read).digest == MANIFEST.digest
 
 
+def test_a_base_may_have_as_many_names_as_are_allowed() -> None:
+    names = tuple(f"org/b{number}" for number in range(MAX_ALIASES))
+    read = Manifest.parse(json.dumps({**document(), "base": {"id": "org/base", "aliases": names}}).encode())
+    assert read.base.aliases == names
+    assert len(str(Manifest.parse(json.dumps({**document(), "version": ".".join("1" * 64)}).encode()).version)) == 127
+
+
 def test_the_content_digest_leaves_out_times_metrics_and_cards() -> None:
     files = {**MANIFEST.files, "README.md": FileRecord(6, SHA), "adapter_config.json": FileRecord(11, SHA)}
     told = {"created": "2027-01-31T12:00:00Z", "metrics": {}, "training": {}, "peft_version": None, "files": files}
     assert dataclasses.replace(MANIFEST, **told, version="2.0.0").content_digest == MANIFEST.content_digest
+    for picture in (
+        {},
+        {"loss.png": FileRecord(7, SHA)},
+        {"loss.png": FileRecord(5, SHA), "more.png": FileRecord(5, SHA)},
+    ):
+        shown = {name: file for name, file in MANIFEST.files.items() if name != "loss.png"} | picture
+        assert dataclasses.replace(MANIFEST, files=shown).content_digest == MANIFEST.content_digest
     weights = {**MANIFEST.files, "adapter_model.safetensors": FileRecord(1000, "f" * 64)}
     for change in (
         {"files": weights},
@@ -82,6 +96,7 @@ SPOILT: dict[str, tuple[str, Any]] = {
     "version": ("version", "v1.2.0"),
     "version not normalized": ("version", "1.2.0-rc.1"),
     "version without end": ("version", "1" * 5000),
+    "version of 129 characters": ("version", ".".join("1" * 65)),
     "version of two lines": ("version", "1.2.0\n"),
     "no version": ("version", None),
     "newer format": ("format", 2),
@@ -90,6 +105,10 @@ SPOILT: dict[str, tuple[str, Any]] = {
     "base is a relative path": ("base", {"id": "../secret"}),
     "base is a URL": ("base", {"id": "https://example.com/x"}),
     "commit is a branch": ("base", {"id": "org/base", "commit": "main"}),
+    "aliases are a text": ("base", {"id": "org/base", "aliases": "org/same"}),
+    "an alias is a path": ("base", {"id": "org/base", "aliases": ["org/same", "../secret"]}),
+    "an alias is a URL": ("base", {"id": "org/base", "aliases": ["https://example.com/x", "org/same"]}),
+    "too many aliases": ("base", {"id": "org/base", "aliases": [f"org/b{n}" for n in range(MAX_ALIASES + 1)]}),
     "fingerprint is a text": ("base", {"fingerprint": "x"}),
     "no tensors": ("tensors", {}),
     "tensors is a list": ("tensors", []),

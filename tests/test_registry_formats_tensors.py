@@ -110,6 +110,13 @@ def test_modules_and_the_rest_are_told_apart() -> None:
     assert list(found) == [Q]
     assert (found[Q].first, found[Q].second) == (f"{Q}.lora_A.weight", f"{Q}.lora_B.weight")
     assert found[Q].more == [f"{Q}.lora_magnitude_vector.weight"]
+    # In whatever order they are saved, a magnitude is not a B, and a second A or B is kept as what it is.
+    shuffled = {f"{Q}.lora_magnitude_vector": (8,), **GOOD}
+    assert (found := lora_modules(records(shuffled))[Q]).second == f"{Q}.lora_B.weight"
+    assert found.more == [f"{Q}.lora_magnitude_vector"]
+    twice = lora_modules(records({**GOOD, f"{Q}.lora_A": (2, 8), f"{Q}.lora_B": (8, 2)}))[Q]
+    assert (twice.first, twice.second) == tuple(GOOD)
+    assert twice.more == [f"{Q}.lora_A", f"{Q}.lora_B"]
     bias = lora_modules(records({f"{Q}.lora_A.bias": (2,), f"{Q}.lora_B.bias": (8,)}))[Q]
     assert (bias.first, bias.second) == (None, None)
     assert other_tensors([*GOOD, *more]) == [HEAD]
@@ -153,6 +160,7 @@ def test_modules_are_counted_by_kind() -> None:
     shapes = {**GOOD, f"{PRE}model.layers.1.self_attn.q_proj.lora_A.weight": (2, 8), HEAD: (96, 8)}
     shapes |= {f"{PRE}model.layers.0.mlp.base_layer.lora_A.weight": (2, 8)}
     assert list(counted(records(shapes))) == [("lm_head", 1, 768), ("mlp", 1, 16), ("q_proj", 3, 48)]
+    assert list(counted(records({f"{PRE}0.lora_A.weight": (2, 8)}))) == [("0", 1, 16)]  # of a model that is a sequence
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,7 @@ def may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bo
     parts = module.split(".")
     if any(".".join(parts[:count]).endswith(tuple(saved)) for count in range(1, len(parts) + 1)):
         return True
-    return _is_of_adapter(name) or (
-        len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None
-    )
+    return len(record.shape) == 2 and _END.search(module.replace(".token_adapter", "")) is not None
 
 
 def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int]]:
