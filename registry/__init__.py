@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from registry.adopting.adopt import adopt as adopt
     from registry.base.contract import CheckResult as CheckResult
     from registry.base.contract import check_contract as check_contract
+    from registry.base.places import shorten_tables as shorten_tables
     from registry.base.restoring import lora_tensors as lora_tensors
     from registry.base.restoring import put_back as put_back
     from registry.catalog.aliases import Comparison as Comparison
@@ -107,6 +108,7 @@ _LAZY = {
     "push_adapter": "registry.publishing.push",
     "remove_alias": "registry.catalog.aliases",
     "set_alias": "registry.catalog.aliases",
+    "shorten_tables": "registry.base.places",
     "show": "registry.catalog.listing",
     "unyank": "registry.catalog.withdrawal",
     "verify": "registry.upkeep.verification",

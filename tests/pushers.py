@@ -97,6 +97,6 @@ def _count(root: str, tell: Callable[[int], object]) -> None:
 
 def finished(process: BaseProcess) -> int | None:
     """Wait for a process; its exit code, negative for the signal that killed it."""
-    process.join(60)
+    process.join(300)  # this machine may be busy, and none of them waits for anything
     assert not process.is_alive()
     return process.exitcode

@@ -33,7 +33,7 @@ from transformers import (
 from versions import needs
 
 from lora_plugins import prepare_model
-from registry import check_contract
+from registry import check_contract, shorten_tables
 from registry.errors import BaseMismatch, IntegrityError, InvalidAdapter, RegistryError, UnknownBase, UnsafeFile
 from registry.formats.agreement import check_agreement
 from registry.pulling.adapter import Adapter
@@ -81,6 +81,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plain") / "adapter"
     adapted(tiny.llama()).save_pretrained(path)
     return path
+
+
+# -- many names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)  # PEFT by itself takes longer for each of the four ways
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_configuration_of_12500_names_costs_seconds_on_every_way(tmp_path: Path, field: str) -> None:
+    base = tiny.llama(layers=40)
+    names = [name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    table = {f"model.layers.{number}.mlp.other": 4 for number in range(12_420)}
+    table |= {name: 2 + number % 3 for number, name in enumerate(names)}
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{field: table})
+    with shorten_tables(config, base):
+        model = randomise(get_peft_model(base, config))
+    model.save_pretrained(tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "adapter_config.json").read_text())[field] == table
+    release = pulled(model, tmp_path / "release", base_model="org/base")
+    prepare = lambda: prepare_model(tiny.llama(layers=40), adapter=tmp_path / "folder")  # noqa: E731
+    for load in (lambda: release.load(tiny.llama(layers=40)), prepare):
+        loaded = load()
+        assert loaded.peft_config["default"].to_dict()[field] == table
+        for name in names:
+            layer = loaded.get_submodule(f"base_model.model.{name}")
+            rank = table[name] if field == "rank_pattern" else 4
+            assert layer.r["default"] == rank
+            assert layer.scaling["default"] == (4 if field == "rank_pattern" else table[name]) / rank
+        assert torch.equal(logits(loaded), logits(model))
 
 
 # -- nothing in the file changes the base ------------------------------------------------------------------------

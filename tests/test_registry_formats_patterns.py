@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from registry.errors import MachineError, UnsafeFile
 from registry.formats import patterns
 from registry.formats.adapter_config import AdapterConfig
-from registry.formats.patterns import _FORMS, find_costly, find_slow, is_cheap
+from registry.formats.patterns import _FORMS, PatternTable, find_costly, find_slow, is_cheap
 
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|"
@@ -146,6 +146,47 @@ def test_a_machine_without_processes_to_spare_is_no_fault_of_the_adapter(monkeyp
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(MachineError, match="No process can be started"):
         find_slow([("target_modules", UNSLOTH)], MANY)
+
+
+def find_as_peft(table: dict[str, Any], name: str) -> Any:
+    """As peft.utils.other.get_pattern_key looks up a key."""
+    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+TABLES: dict[str, list[str]] = {
+    "names": ["model.layers.1.self_attn.q_proj", "layers.0.self_attn.q_proj", "q_proj", "self_attn.q_proj"],
+    "the last one first": ["q_proj", "layers.0.self_attn.q_proj", "0.self_attn.q_proj"],
+    "dots that match anything": ["layers.0.self.attn.q_proj", "q.proj", "self_attn...proj", "mlp.up.proj"],
+    "names and expressions": [r"layers\.[01]\.mlp\.up_proj", "up_proj", ".*attn.q_proj", "layers.0.self_attn.q_proj"],
+    "expressions first": [".*_proj", "model.layers.0.self_attn.q_proj"],
+    "ends and beginnings": ["proj", "_proj", "model", "model.layers", ".q_proj", "q_proj.", "..q_proj"],
+    "alternatives": ["q_proj|up_proj", "self_attn.q_proj", "(?:mlp|self_attn).up_proj"],
+    "capitals and digits": ["Model.layers.0.self_attn.q_proj", "1.mlp.up_proj", "layers.1.mlp.up_proj"],
+    "nothing": [],
+}
+FEW = [f"{top}layers.{layer}.{name}" for top in ("model.", "xmodel.", "") for layer in (0, 1, 10)
+       for name in ("self_attn.q_proj", "mlp.up_proj", "self_attn", "selfXattnXXXproj")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_table_is_looked_up_as_peft_does_it(case: str) -> None:
+    table = {key: number for number, key in enumerate(TABLES[case], start=1)}
+    found = PatternTable(table)
+    grouped = found.group(FEW)
+    for name in FEW:
+        assert found.find(name) == find_as_peft(table, name)
+        assert find_as_peft(grouped, name) == find_as_peft(table, name)
+
+
+def test_a_table_of_many_names_needs_no_comparison_and_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    many = {name: 4 + number % 3 for number, name in enumerate(MANY)}
+    assert find_slow([("rank_pattern", name) for name in many], MANY) is None
+    assert find_slow([("alpha_pattern", name) for name in many], MANY) is None
+    table = PatternTable(many)
+    assert [table.find(name) for name in MANY] == list(many.values())
+    assert table.find("model.language_model.layers.0.norm", 7) == 7
+    assert sorted(table.group(MANY).values()) == [4, 5, 6]
 
 
 NAMES = [

@@ -26,6 +26,7 @@ from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
 from lora_plugins.quantization.request import Quantization, unknown_layers
 from lora_plugins.targets.resolution import TargetPlan
 from lora_plugins.text import one_line
+from registry import shorten_tables
 
 __all__ = [
     "build_config",
@@ -150,7 +151,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, seed: int) -
 def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     unknown = unknown_layers(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), shorten_tables(config, model):
             # PEFT 0.21.2 compares these keys with modules only; those of expert parameters take effect all the same.
             # Keys that touch nothing were named before.
             warnings.filterwarnings("ignore", message=_PATTERN_WARNING, category=RuntimeWarning)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -26,7 +26,7 @@ from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.quantization.selftest import check_usable
 from lora_plugins.quantization.walk import layers_to_quantize
 from lora_plugins.text import one_line
-from registry import put_back
+from registry import put_back, shorten_tables
 
 __all__ = ["Wrapped", "adapter_layers", "choose_values", "merge_layers", "round_layers", "unquantized_layers", "wrap"]
 
@@ -75,7 +75,9 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
         with warnings.catch_warnings():
             # Missing and unexpected tensors are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            wrapped = PeftModel.from_pretrained(model, str(job.folder))
+            config = PeftConfig.from_pretrained(str(job.folder))
+            with shorten_tables(config, model):
+                wrapped = PeftModel.from_pretrained(model, str(job.folder), config=config)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         text = one_line(error)
         raise AdapterMismatch(

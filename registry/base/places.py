@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from registry.base.fingerprint import original_name
+from registry.formats.patterns import PatternTable
 from registry.formats.records import TensorRecord
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Placement", "adapter_shapes", "ends_of", "place_tensors"]
+__all__ = ["Placement", "adapter_shapes", "ends_of", "place_tensors", "shorten_tables"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+#: Keys of a table that PEFT compares quickly.
+_FEW_KEYS = 64
 _TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -142,6 +146,31 @@ def _find_end_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+@contextmanager
+def shorten_tables(config: Any, base: nn.Module) -> Iterator[None]:
+    """Within the block, a configuration has short tables of ranks and alphas, with the same values for every module.
+
+    PEFT 0.21.2 compares every key with every target, and compiles each anew if there are more than 512: 560 keys, as
+    EVA can write them for 80 layers, take half a minute.
+
+    Args:
+        config: PEFT's configuration; the tables are put back afterwards.
+        base: The model that it is for, without adapters.
+    """
+    before = {field: getattr(config, field) for field in ("rank_pattern", "alpha_pattern")}
+    names = [name for name, _ in base.named_modules()]
+    # PEFT itself makes the names that these fields adapt.
+    if not config.layer_replication and not config.target_parameters:
+        for field, table in before.items():
+            if len(table or ()) > _FEW_KEYS:
+                setattr(config, field, PatternTable(table).group(names))
+    try:
+        yield
+    finally:
+        for field, table in before.items():
+            setattr(config, field, table)
+
+
 def adapter_shapes(base: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors that PEFT creates for a configuration on a base without weights.
 
@@ -160,7 +189,7 @@ def _wrap(base: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, ...]]
     if any(getattr(other, "layer_replication", None) for other in held.values()):
         # A model in memory whose layers PEFT has replicated already.
         config.layer_replication = None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), shorten_tables(config, base):
         warnings.simplefilter("ignore")
         model: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -20,6 +20,8 @@ MAX_CONFIG = 4 * 1024 * 1024
 _MAX_RANK = 65_536
 _DEFAULT_RANK = 8
 _MAX_NAMES = 20_000
+#: Different values, and keys where names of modules are only known to PEFT: it compares them all with every target.
+_MAX_VALUES = 500
 _MAX_LAYERS = 2_000
 _MAX_TOKENS = 1_000_000
 #: Fields that make transformers run code from a repository.
@@ -168,6 +170,12 @@ def _check_tables(fields: Fields) -> None:
     alphas = fields.json_table("alpha_pattern") if fields.has("alpha_pattern") else {}
     if len(alphas) > _MAX_NAMES or not all(_is_number(alpha) and abs(alpha) <= 1e6 for alpha in alphas.values()):
         raise fields.refuse("alpha_pattern", f"at most {_MAX_NAMES:,} numbers by name")
+    made_by_peft = fields.has("layer_replication") or fields.has("target_parameters")
+    for key, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if len(set(table.values())) > _MAX_VALUES:
+            raise fields.refuse(key, f"at most {_MAX_VALUES} different numbers")
+        if made_by_peft and len(table) > _MAX_VALUES:
+            raise fields.refuse(key, f"at most {_MAX_VALUES} keys beside layer_replication or target_parameters")
 
 
 def _check_numbers(fields: Fields, values: Mapping[str, Any]) -> None:

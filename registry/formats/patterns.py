@@ -20,14 +20,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from registry.errors import MachineError
 
-__all__ = ["find_costly", "find_slow", "is_cheap"]
+__all__ = ["PatternTable", "find_costly", "find_slow", "is_cheap"]
 
 _MAX_LENGTH = 2000
 _NAME = 128
@@ -62,8 +62,60 @@ _FORMS = {
     "modules_to_save": r"(^|.*\.){}($|\..*)",
     "rank_pattern": r"(.*\.)?({})$",
 }
+_TABLES = ("rank_pattern", "alpha_pattern")
+#: An expression that is a name: its dots match any character, as in PEFT.
+_NAME_ONLY = re.compile(r"[\w.]+", re.ASCII)
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, getattr(_constants, "POSSESSIVE_REPEAT", None))
 _ONE_CHARACTER = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN)
+
+
+class PatternTable:
+    """Values by expression, looked up as PEFT does: the first expression that matches a module's name counts.
+
+    PEFT compares every name with every expression, which it compiles anew each time if there are many. Here names among
+    the expressions are found without a comparison, however many there are.
+    """
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self._keys, self._values = list(table), table
+        #: Names among the keys by their length and the places of their dots, with their positions in the table.
+        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._others: list[tuple[int, re.Pattern[str]]] = []
+        for position, key in enumerate(self._keys):
+            if _NAME_ONLY.fullmatch(key):
+                dots = tuple(place for place, char in enumerate(key) if char == ".")
+                self._names.setdefault(len(key), {}).setdefault(dots, {})[key] = position
+            else:
+                self._others.append((position, re.compile(_FORMS["rank_pattern"].replace("{}", key))))
+
+    def find(self, name: str, default: Any = None) -> Any:
+        """Return the value for a module."""
+        starts = [0, *(place + 1 for place, char in enumerate(name) if char == ".")]
+        first = min(self._find_name(name[start:]) for start in starts)
+        for position, expression in self._others:
+            if position > first:
+                break
+            if expression.match(name):
+                return self._values[self._keys[position]]
+        return self._values[self._keys[first]] if first < len(self._keys) else default
+
+    def group(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return a table with the same values for these modules that has one expression for each value."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            if (value := self.find(name)) is not None:
+                groups.setdefault(value, []).append(re.escape(name))
+        return {rf"\A(?:{'|'.join(group)})": value for value, group in groups.items()}
+
+    def _find_name(self, text: str) -> int:
+        """Return the position of the first key that is this text; behind the last one if none is."""
+        first = len(self._keys)
+        for dots, keys in self._names.get(len(text), {}).items():
+            characters = list(text)
+            for place in dots:
+                characters[place] = "."
+            first = min(first, keys.get("".join(characters), first))
+        return first
 
 
 class _NotVouchedFor(ValueError):
@@ -104,7 +156,9 @@ def find_slow(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> tupl
     Raises:
         MachineError: No process can be started.
     """
-    asked, against = list(patterns), list(names)
+    # A name in a table is looked up, not matched; see `PatternTable`.
+    asked = [(field, text) for field, text in patterns if field not in _TABLES or not _NAME_ONLY.fullmatch(text)]
+    against = list(names)
     embedded = [_FORMS.get(field, "(?:{})$").replace("{}", text) for field, text in asked]
     if sum(map(_count_steps, embedded)) * len(against) <= _SURE:
         return None

@@ -115,11 +115,12 @@ class Adapter(os.PathLike[str]):
             UnknownBase: The manifest names no base, and none was given.
             BaseMismatch: It was trained on another base.
         """
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from safetensors.torch import load_file
         from torch import nn
 
         from registry.base.contract import check_contract
+        from registry.base.places import shorten_tables
         from registry.base.restoring import put_back
 
         if isinstance(base, nn.Module):
@@ -130,7 +131,9 @@ class Adapter(os.PathLike[str]):
             model = self._load_base(base, base_token, kwargs)
         result = check_contract(self, model, token=base_token, warn=not trust_identity)
         self._check_alias(base, model, result)
-        loaded = PeftModel.from_pretrained(model, self.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        config = PeftConfig.from_pretrained(self.path)
+        with shorten_tables(config, model):
+            loaded = PeftModel.from_pretrained(model, self.path, adapter_name, is_trainable, config)
         put_back(loaded, load_file(Path(self.path, ADAPTER_WEIGHTS)), adapter_name)
         return loaded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from registry.errors import UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.patterns import find_slow
+from registry.formats.patterns import PatternTable, find_slow
 from registry.formats.strict_json import shown
 from registry.formats.tensors import LoraModule, lora_modules
 from registry.formats.weights import read_file_header, read_values
@@ -94,6 +93,9 @@ class _Weights:
         self._file = folder / ADAPTER_WEIGHTS
         self._header = read_file_header(self._file)
         self._config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
+        self._ranks, self._alphas = (
+            PatternTable(self._config.fields.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")
+        )
         found = lora_modules(self._header.tensors)
         self.modules = {n: m for n, m in found.items() if m.first and m.second}
         self.others = set(self._header.tensors) - {
@@ -127,17 +129,9 @@ class _Weights:
 
     def _read_scaling(self, name: str) -> tuple[int, float]:
         fields = self._config.fields
-        rank = int(_match_pattern(fields.get("rank_pattern"), name, self._config.rank))
-        alpha = float(_match_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8)))
+        rank = int(self._ranks.find(name, self._config.rank))
+        alpha = float(self._alphas.find(name, fields.get("lora_alpha", 8)))
         return rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank)
-
-
-def _match_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return a layer's value, looked up as PEFT does; parsing the configuration has rejected expensive patterns."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
 
 
 def _compare_layers(one: _Weights, two: _Weights) -> tuple[LayerChange, ...]:
