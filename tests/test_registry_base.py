@@ -88,10 +88,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(300)  # PEFT by itself takes longer for each of the four ways
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_configuration_of_12500_names_costs_seconds_on_every_way(tmp_path: Path, field: str) -> None:
+def test_a_configuration_of_8000_names_costs_seconds_on_every_way(tmp_path: Path, field: str) -> None:
     base = tiny.llama(layers=40)
     names = [name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj"))]
-    table = {f"model.layers.{number}.mlp.other": 4 for number in range(12_420)}
+    table = {f"model.layers.{number}.mlp.other": 4 for number in range(7_920)}
     table |= {name: 2 + number % 3 for number, name in enumerate(names)}
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{field: table})
     with shorten_tables(config, base):

@@ -52,6 +52,11 @@ MODULES = {
     "registry.formats.manifest": (("formats_manifest",), "not data and not schema"),
     "registry.formats.tensors": (("formats_tensors", "publishing_source"), "not loopback"),
     "registry.formats.weights": (("formats_weights",), "not million and not thousand and not every_file and not chunk"),
+    "registry.checks.tensors": (("formats_tensors", "publishing_source"), "not loopback"),
+    "registry.checks.configuration": (
+        ("publishing_checks", "formats_adapter_config", "publishing_source"),
+        "not loopback",
+    ),
     "registry.base.contract": (("base_contract",), ""),
 }
 
@@ -140,7 +145,7 @@ class Run:
             chosen = reach.find_tests(mutant.lines)
             chosen.sort(key=lambda test: -noticed[mutant.function, test])
             unreached += not chosen
-            outcome = run_tests(session, chosen, mutant, self.module, 20 + 20 * reach.seconds_of(chosen))
+            outcome = run_tests(session, chosen, mutant, self.module, 60 + 3 * reach.seconds_of(chosen))
             if 0 < outcome <= len(chosen):
                 noticed[mutant.function, chosen[outcome - 1]] += 1
             if not outcome and (mutant.module, mutant.function, mutant.what) not in EQUIVALENT:

@@ -69,7 +69,7 @@ def other_tensors(tensors: Iterable[str]) -> list[str]:
 
 def _is_of_adapter(name: str) -> bool:
     """Whether a tensor is LoRA's own: its matrices, or what a variant such as KaSA or MonteCLoRA adds to them."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    return name.startswith("lora_") or ".lora_" in name
 
 
 def may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bool:

@@ -276,12 +276,17 @@ class _Float:
     infinity: int
     smallest: int
 
+    @property
+    def magnitude(self) -> int:
+        """All bits but the sign."""
+        return (1 << 8 * int(self.bits[-1]) - 1) - 1
+
     def largest(self, chunk: bytes) -> int:
         """Return the bits of the largest magnitude in a chunk."""
         import numpy
 
         values = numpy.frombuffer(chunk, self.bits)
-        return int((values & (numpy.iinfo(values.dtype).max >> 1)).max(initial=0))
+        return int((values & self.magnitude).max(initial=0))
 
 
 #: Values of bfloat16, float32 and float64 below 2**-126 count as zero, as on most processors; float16 denormals do not.
