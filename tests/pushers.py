@@ -28,10 +28,18 @@ from registry.pulling.pull import fetch_adapter
 _CHANGES = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod"})
 
 
+#: Python 3.11 does not tell the server where this file is (https://github.com/python/cpython/issues/126631), and leaves
+#: out silently what cannot be imported. So each module is named that takes time.
+PRELOADED = [
+    "huggingface_hub.hf_api", "numpy", "safetensors.numpy", "registry.hubs.client", "registry.hubs.folder",
+    "registry.hubs.huggingface", "registry.publishing.publish", "registry.pulling.pull",
+]  # fmt: skip
+
+
 def context() -> ForkServerContext:
     """Where processes are started from."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["pushers", "huggingface_hub", "huggingface_hub.hf_api", "registry.hubs.client"])
+    found.set_forkserver_preload(PRELOADED)
     return found
 
 

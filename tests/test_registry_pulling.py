@@ -36,7 +36,7 @@ from registry.errors import (
     YankedWarning,
 )
 from registry.formats.records import FileRecord
-from registry.publishing.snapshot import copy_adapter
+from registry.publishing.snapshot import copy_adapter, copy_tokenizer
 from registry.pulling.cache import VARIABLE, Cache
 from registry.pulling.content import check_sizes
 from registry.testing import LoopbackHub
@@ -398,6 +398,20 @@ def test_a_sparse_file_of_fifty_gigabytes_is_not_copied(tmp_path: Path) -> None:
         for each in target.iterdir():
             assert each.stat().st_size <= 2
             each.unlink()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_other_sparse_files_are_not_copied_either(tmp_path: Path, name: str) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for file, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", save(pair()))):
+        (source / file).write_bytes(content)
+    with open(source / name, "wb") as sparse:
+        sparse.truncate(50 * 1024**3)
+    with pytest.raises(TooLarge, match=rf"{name} has 53,687,091,200 bytes"):
+        (copy_adapter if name == "adapter_config.json" else copy_tokenizer)(source, target)
+    assert all(each.stat().st_size == 0 for each in target.iterdir())
 
 
 # -- leftovers -----------------------------------------------------------------------------------------------------

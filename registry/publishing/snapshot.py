@@ -17,8 +17,7 @@ from registry.checks.folder import PRESENCE
 from registry.checks.table import enforce
 from registry.errors import BaseMismatch, InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
-from registry.formats.manifest import MAX_FILE
-from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, max_size
 from registry.formats.weights import read_open_header
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["copy_adapter", "copy_file", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
-#: Maximum bytes of a tokenizer file; the largest have 30 MB.
-_MAX_TOKENIZER = 256 * 1024 * 1024
 _CHUNK = 4 * 1024 * 1024
 
 
@@ -46,14 +43,14 @@ def copy_adapter(source: Path, target: Path) -> None:
         )
     enforce(AdapterFiles(source), "folder", ("files",), checks=PRESENCE)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        copy_file(source / name, target / name, MAX_FILE)
+        copy_file(source / name, target / name, max_size(name))
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer files of a folder, and return their names."""
     found = sorted(name for name in os.listdir(source) if name in TOKENIZER_FILES)
     for name in found:
-        copy_file(source / name, target / name, _MAX_TOKENIZER)
+        copy_file(source / name, target / name, max_size(name))
     return found
 
 
