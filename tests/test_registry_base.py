@@ -17,6 +17,7 @@ import torch
 from adapters import adapted, pulled
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import model as lora_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -86,12 +87,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- many names ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)  # PEFT by itself takes longer for each of the four ways
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_configuration_of_8000_names_costs_seconds_on_every_way(tmp_path: Path, field: str) -> None:
-    base = tiny.llama(layers=40)
+def test_of_a_table_of_many_names_peft_gets_one_key_for_each_number(
+    tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT compiles every key anew for every target if there are more than 512."""
+    look_up, seen = lora_model.get_pattern_key, set()
+
+    def count(keys: Any, name: str) -> str:
+        seen.add(len(keys))
+        return look_up(keys, name)
+
+    monkeypatch.setattr(lora_model, "get_pattern_key", count)
+    base = tiny.llama(layers=4)
     names = [name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj"))]
-    table = {f"model.layers.{number}.mlp.other": 4 for number in range(7_920)}
+    table = {f"model.layers.{number}.mlp.other": 4 for number in range(600)}
     table |= {name: 2 + number % 3 for number, name in enumerate(names)}
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{field: table})
     with shorten_tables(config, base):
@@ -99,8 +109,8 @@ def test_a_configuration_of_8000_names_costs_seconds_on_every_way(tmp_path: Path
     model.save_pretrained(tmp_path / "folder")
     assert json.loads((tmp_path / "folder" / "adapter_config.json").read_text())[field] == table
     release = pulled(model, tmp_path / "release", base_model="org/base")
-    prepare = lambda: prepare_model(tiny.llama(layers=40), adapter=tmp_path / "folder")  # noqa: E731
-    for load in (lambda: release.load(tiny.llama(layers=40)), prepare):
+    prepare = lambda: prepare_model(tiny.llama(layers=4), adapter=tmp_path / "folder", strict=False)  # noqa: E731
+    for load in (lambda: release.load(tiny.llama(layers=4)), prepare):
         loaded = load()
         assert loaded.peft_config["default"].to_dict()[field] == table
         for name in names:
@@ -109,6 +119,7 @@ def test_a_configuration_of_8000_names_costs_seconds_on_every_way(tmp_path: Path
             assert layer.r["default"] == rank
             assert layer.scaling["default"] == (4 if field == "rank_pattern" else table[name]) / rank
         assert torch.equal(logits(loaded), logits(model))
+    assert max(seen) == 3
 
 
 # -- nothing in the file changes the base ------------------------------------------------------------------------
