@@ -36,19 +36,20 @@ _MAX_PEM = 1024 * 1024
 _KINDS = "an ECDSA key on the curve P-256, P-384 or P-521"
 
 
-def load_library() -> None:
-    """Import OpenSSF's model-signing, which the extra ``signing`` installs.
+def load_library() -> Any:
+    """Import OpenSSF's model-signing, which the extra ``signing`` installs, and return it.
 
     Raises:
         SigningNotInstalled: It is not installed.
     """
     try:
         import model_signing.signing
-        import model_signing.verifying  # noqa: F401
+        import model_signing.verifying
     except ImportError as error:
         raise SigningNotInstalled(
             f"Signatures need the package model-signing ({error}): pip install 'lora-plugins[signing]'"
         ) from None
+    return model_signing
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,11 @@ class SigningKey:
             InvalidKey: A file cannot be read or has the wrong content, or the files do not belong together.
             SigningNotInstalled: model-signing is not installed.
         """
-        load_library()
-        from model_signing import signing
-
+        library = load_library()
         for path in (self.private_key, self.certificate, *self.chain):
             if path is not None:
                 read_pem(path)
-        config = signing.Config()
+        config: signing.Config = library.signing.Config()
         try:
             if self.certificate is None:
                 # model-signing 1.1.1 declares it as text and passes it on to cryptography, which takes bytes.
@@ -150,10 +149,7 @@ class TrustedKey:
             InvalidKey: It cannot be used.
             SigningNotInstalled: model-signing is not installed.
         """
-        load_library()
-        from model_signing import verifying
-
-        config = verifying.Config()
+        config: verifying.Config = load_library().verifying.Config()
         try:
             if self.certificate:
                 return config.use_certificate_verifier(certificate_chain=[self.path])
