@@ -28,6 +28,8 @@ from lora_plugins import merge_and_save, plan, prepare_model
 from registry import Adopted, adopt, pull_adapter, push_adapter, show, versions
 from registry.adopting import pickles, unpickle
 from registry.adopting.layouts import find_renames, rewrite
+from registry.checks import names
+from registry.checks.adapter_files import AdapterFiles
 from registry.errors import (
     BaseMismatch,
     HubRefused,
@@ -233,6 +235,7 @@ OLDER: dict[str, tuple[Callable[[str], str], str]] = {
     "sharded": (lambda name: name.replace(".self_attn", "._fsdp_wrapped_module.self_attn"), "FSDP"),
     "recomputed": (lambda name: name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"), "checkpointing"),
     "named": (lambda name: name.replace(".weight", ".default.weight"), "adapter's name"),
+    "wrapped inside": (lambda name: name.replace("base_model.model.", "base_model.model.module."), "several processes"),
     "loralib": (lambda name: name.removesuffix(".weight"), "loralib"),
     "down and up": (lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"), "down and up"),
     "several at once": (
@@ -251,6 +254,8 @@ def test_names_of_an_older_layout_are_rewritten_and_listed(loopback_hub: Loopbac
     done = take(PLAIN, place)
     assert done.renamed == {change(name): name for name in made.tensors}
     assert any(reason in change for change in done.changes)
+    files = AdapterFiles(Path(pull_adapter(NAME, hub=place.hub)))
+    assert [found for check in names.CHECKS for found in check.examine(files)] == []  # nothing is left for doctor
     assert done.published.manifest.training["adopted"]["changes"] == list(done.changes)
     assert_loads(place, made)
 

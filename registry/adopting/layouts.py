@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from registry.formats.weights import read_file_header
 __all__ = ["Layout", "Renames", "find_renames", "rewrite"]
 
 _PREFIX = "base_model.model."
+#: The base was wrapped for several processes before it got adapters.
+_INNER = f"{_PREFIX}module."
 _CHUNK = 4 * 1024 * 1024
 #: ``lora_A.default.weight``: a state dict that was saved without PEFT has the adapter's name in it.
-_NAMED = re.compile(r"(\.lora_\w+)\.(?!weight$|bias$|default_\d+\.)([A-Za-z_]\w*)(\.(?:weight|bias))?$")
+_NAMED = re.compile(r"(\.lora_\w+)\.(?!weight$|bias$)([A-Za-z_]\w*)(\.(?:weight|bias))?$")
 _SAVED = re.compile(r"\.modules_to_save\.(?:(?!weight$|bias$)[A-Za-z_]\w*\.)?")
 #: loralib's parameters of the layer itself.
 _PARAMETER = re.compile(r"\.lora_([AB])$")
@@ -90,34 +92,37 @@ class Renames:
         return bool(self.renamed or self.dropped)
 
 
-def find_renames(names: Iterable[str]) -> Renames:
+def find_renames(names: Collection[str]) -> Renames:
     """Find the names that PEFT would not find, and their names as it writes them today.
 
     Raises:
         InvalidAdapter: Two tensors would get the same name.
     """
-    renamed: dict[str, str] = {}
-    dropped: list[str] = []
     reasons: dict[str, None] = {}
+    kept = [name for name in names if not _ORIGINAL.search(name)]
+    now = {name: _write_as_peft(name, reasons) for name in kept}
+    if now and all(new.startswith(_INNER) for new in now.values()):
+        now = {name: _PREFIX + new.removeprefix(_INNER) for name, new in now.items()}
+        reasons["saved from a wrapper for several processes, inside the adapter"] = None
     taken: dict[str, str] = {}
-    for name in names:
-        if _ORIGINAL.search(name):
-            dropped.append(name)
-            continue
-        now = name
-        for layout in LAYOUTS:
-            changed = layout.change(now)
-            reasons.update({layout.title: None} if changed != now else {})
-            now = changed
-        if now in taken:
+    for name, new in now.items():
+        if taken.setdefault(new, name) != name:
             raise InvalidAdapter(
-                f"The tensors {taken[now]} and {name} are both {now} as PEFT names them: the file holds several "
+                f"The tensors {taken[new]} and {name} are both {new} as PEFT names them: the file holds several "
                 "adapters. Save each on its own with save_pretrained"
             )
-        taken[now] = name
-        if now != name:
-            renamed[name] = now
-    return Renames(renamed, tuple(dropped), tuple(reasons))
+    renamed = {name: new for name, new in now.items() if new != name}
+    dropped = tuple(name for name in names if _ORIGINAL.search(name))
+    return Renames(renamed, dropped, tuple(reasons))
+
+
+def _write_as_peft(name: str, reasons: dict[str, None]) -> str:
+    """Return a name as PEFT writes it, and note the layouts that it had."""
+    for layout in LAYOUTS:
+        changed = layout.change(name)
+        reasons.update({layout.title: None} if changed != name else {})
+        name = changed
+    return name
 
 
 def rewrite(source: Path, target: Path, renames: Renames) -> None:
