@@ -12,6 +12,7 @@ from lora_plugins.plugins.casting import CastsInput
 from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.hookspecs import hookimpl
 from lora_plugins.plugins.packages import missing_package
+from lora_plugins.plugins.servers import AdapterTraits, Server, ServerRule, ServingVerdict
 from lora_plugins.plugins.types import Architecture, ExpertFormat, ExpertsAsLayers, Quantizer
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
     from lora_plugins.recipe.packing import pack as pack
+    from lora_plugins.serving.check import check_serving as check_serving
     from lora_plugins.serving.export import export_adapter as export_adapter
     from lora_plugins.targets.resolution import resolve_targets as resolve_targets
     from lora_plugins.trainer.attaching import attach as attach
@@ -38,6 +40,7 @@ _LAZY = {
     "attach": "lora_plugins.trainer.attaching",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
+    "check_serving": "lora_plugins.serving.check",
     "export_adapter": "lora_plugins.serving.export",
     "loading_dtype": "lora_plugins.quantization.precision",
     "merge_and_save": "lora_plugins.merging.merge",
@@ -50,6 +53,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterTraits",
     "Architecture",
     "CastsInput",
     "ExpertFormat",
@@ -59,7 +63,11 @@ __all__ = [
     "LoraCallback",
     "ParameterReportCallback",
     "Quantizer",
+    "Server",
+    "ServerRule",
+    "ServingVerdict",
     "attach",
+    "check_serving",
     "dequantize_model",
     "detach",
     "export_adapter",

@@ -7,7 +7,8 @@
     │   ├── BrokenBuiltin
     │   ├── ArchitectureConflict
     │   ├── FormatConflict
-    │   └── QuantizerConflict
+    │   ├── QuantizerConflict
+    │   └── ServerConflict
     ├── TargetError (ValueError)
     │   ├── UnknownScope
     │   ├── UnmatchedTargets
@@ -51,6 +52,7 @@
     ├── MergeError
     ├── ServingError
     │   ├── ExportError
+    │   ├── UnknownServer (ValueError)
     │   └── UnsupportedExport (ValueError)
     ├── PlanError (ValueError)
     └── DemoError
@@ -59,7 +61,8 @@
     ├── PluginWarning
     ├── TargetWarning
     ├── PreparationWarning
-    └── LivenessWarning
+    ├── LivenessWarning
+    └── ServingWarning
 """
 
 from __future__ import annotations
@@ -103,7 +106,9 @@ __all__ = [
     "QuantizerUnavailable",
     "ResumeConflict",
     "ResumeError",
+    "ServerConflict",
     "ServingError",
+    "ServingWarning",
     "TargetError",
     "TargetWarning",
     "TemplateError",
@@ -115,6 +120,7 @@ __all__ = [
     "UnknownLayer",
     "UnknownQuantizer",
     "UnknownScope",
+    "UnknownServer",
     "UnloadableAdapter",
     "UnmatchedTargets",
     "UnsavedTensors",
@@ -150,6 +156,10 @@ class FormatConflict(PluginError):
 
 class QuantizerConflict(PluginError):
     """Two third-party plugins register a quantization backend of the same name."""
+
+
+class ServerConflict(PluginError):
+    """Two third-party plugins register the same server."""
 
 
 class TargetError(LoraPluginsError, ValueError):
@@ -329,6 +339,10 @@ class ExportError(ServingError):
     """An adapter cannot be written in a server's format: a file is missing, in the way, or a setting is."""
 
 
+class UnknownServer(ServingError, ValueError):
+    """No plugin registers a server under this name."""
+
+
 class UnsupportedExport(ServingError, ValueError):
     """The format or its server has no place for something that the adapter has."""
 
@@ -362,3 +376,7 @@ class PreparationWarning(LoraPluginsWarning):
 
 class LivenessWarning(LoraPluginsWarning):
     """A run ended and nothing could have been trained, without anything being broken."""
+
+
+class ServingWarning(LoraPluginsWarning):
+    """A server that was named will not take the adapter."""

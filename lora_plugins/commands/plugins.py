@@ -65,6 +65,7 @@ def _describe_state(info: PluginInfo) -> Iterator[str]:
     kinds = {
         "architecture": info.architectures,
         "quantization backend": info.quantizers,
+        "server": info.servers,
         "command": info.commands,
         "check": info.checks,
         "storage format": info.formats,

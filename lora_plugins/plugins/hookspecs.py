@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import typer
 
     from lora_plugins.plugins.formats import Format
+    from lora_plugins.plugins.servers import Server
     from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "register_commands",
     "register_formats",
     "register_quantizers",
+    "register_servers",
 ]
 
 
@@ -141,5 +143,25 @@ def register_checks() -> Iterable[AdapterCheck]:  # type: ignore[empty-body]
         cure = "Train it with r=64"
         refused = {"push": InvalidAdapter}
         return [Check("servable-rank", "error", ("configuration",), find_large_rank, cure, refused)]
+    ```
+    """
+
+
+@hookspec
+def register_servers() -> Iterable[Server]:  # type: ignore[empty-body]
+    """Return the inference servers that this plugin knows, with what they do not take of an adapter.
+
+    ```python
+    from lora_plugins import Server, ServerRule, hookimpl
+
+
+    def refuse_high_ranks(traits):
+        return f"rank {traits.rank} is refused; the highest is 64" if traits.rank > 64 else None
+
+
+    @hookimpl
+    def register_servers():
+        rule = ServerRule("rank", "myserver/lora.py", refuse_high_ranks)
+        return [Server("myserver", "2.1.0", (rule,), export="peft")]
     ```
     """

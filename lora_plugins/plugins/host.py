@@ -23,11 +23,14 @@ from lora_plugins.errors import (
     PluginError,
     PluginWarning,
     QuantizerConflict,
+    ServerConflict,
     UnknownQuantizer,
+    UnknownServer,
 )
 from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.hookspecs import PROJECT
+from lora_plugins.plugins.servers import Server
 from lora_plugins.plugins.table import BLOCK_VARIABLE, PluginInfo, Table
 from lora_plugins.plugins.types import AdapterCheck, Architecture, Quantizer
 from lora_plugins.text import did_you_mean, one_line
@@ -47,6 +50,7 @@ PLUGINS = (
     "lora_plugins.builtin.quantizers.torchao",
     "lora_plugins.builtin.quantizers.compressed_tensors",
     "lora_plugins.builtin.formats",
+    "lora_plugins.builtin.servers",
 )
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
@@ -55,7 +59,7 @@ TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 _HEAVY = ("torch", "transformers")
 
 T = TypeVar("T")
-Record = TypeVar("Record", Architecture, Format, Quantizer, AdapterCheck)
+Record = TypeVar("Record", Architecture, Format, Quantizer, AdapterCheck, Server)
 
 
 @dataclass(slots=True)
@@ -104,9 +108,10 @@ class PluginHost:
         self._checks: list[tuple[PluginInfo, AdapterCheck]] = []
         self._formats: Table[Format] = Table("storage format", FormatConflict)
         self._format_layers: frozenset[str] | None = None
+        self._servers: Table[Server] = Table("server", ServerConflict)
         self._load_builtins()
         self._load_entry_points()
-        for table in (self._architectures, self._quantizers, self._formats):
+        for table in (self._architectures, self._quantizers, self._formats, self._servers):
             table.annotate()
 
     # -- what was registered -------------------------------------------------------------------
@@ -182,6 +187,23 @@ class PluginHost:
         """
         return self._formats.get(method)
 
+    def server_names(self) -> list[str]:
+        """Return the name of every registered server, sorted."""
+        return self._servers.names()
+
+    def server(self, name: str) -> Server:
+        """Return a server's rules.
+
+        Raises:
+            UnknownServer: No plugin registers it.
+            ServerConflict: Two third-party plugins claim it.
+        """
+        found = self._servers.get(name)
+        if found is None:
+            known = self.server_names()
+            raise UnknownServer(f"No server {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        return found
+
     def unknown_blocks(self) -> list[str]:
         """Return the blocked names that match neither a plugin nor the distribution of one."""
         known = {_normalize(name) for info in self.plugins for name in (info.name, info.distribution)}
@@ -251,6 +273,7 @@ class PluginHost:
             quantizers = _collect(loaded, "register_quantizers", Quantizer)  # type: ignore[type-abstract]
             checks = _collect(loaded, "register_checks", AdapterCheck)  # type: ignore[type-abstract]
             formats = _collect(loaded, "register_formats", Format)
+            servers = _collect(loaded, "register_servers", Server)
             for quantizer in quantizers:
                 _check_name(quantizer)
                 _check_requires(quantizer)
@@ -258,6 +281,7 @@ class PluginHost:
             _check_unique("architecture", [item.model_type for item in architectures])
             _check_unique("quantization backend", [item.name for item in quantizers])
             _check_unique("check", [item.name for item in checks])
+            _check_unique("server", [item.name for item in servers])
         except KeyboardInterrupt:
             raise
         # sys.exit() in a plugin and a panic in a Rust extension are not subclasses of Exception.
@@ -274,6 +298,9 @@ class PluginHost:
         for form in formats:
             self._formats.add(form.method, info, form)
         info.formats = sorted(item.method for item in formats)
+        for server in servers:
+            self._servers.add(server.name, info, server)
+        info.servers = sorted(item.name for item in servers)
         info.architectures = sorted(item.model_type for item in architectures)
         info.quantizers = sorted(item.name for item in quantizers)
         info.requires = {item.name: list(item.requires) for item in sorted(quantizers, key=lambda item: item.name)}

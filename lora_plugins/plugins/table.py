@@ -24,6 +24,7 @@ class PluginInfo:
         builtin: Whether lora-plugins itself ships it.
         architectures: ``model_type`` of each architecture it registers.
         quantizers: Name of each backend it registers.
+        servers: Name of each server whose rules it registers.
         commands: Name of each command it adds to the program.
         formats: ``quant_method`` of each storage format it describes.
         disabled: Why it is switched off; ``None`` if it is active.
@@ -44,6 +45,7 @@ class PluginInfo:
     requires: dict[str, list[str]] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
+    servers: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"

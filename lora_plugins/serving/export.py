@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from lora_plugins.errors import ExportError, UnsupportedExport
 from lora_plugins.merging.merge import merge_and_save
+from lora_plugins.serving.check import check_export
 from lora_plugins.serving.folders import write_folder
 from lora_plugins.serving.gguf_file import GgufDtype, write_gguf
 from lora_plugins.serving.launching import make_launch_line, make_modelfile
@@ -104,6 +105,8 @@ def export_adapter(
     target = Path(output)
     _check_free(target, to, overwrite=overwrite)
     source = read_source(adapter, base, revision)
+    if to in ("ollama", "sglang", "vllm") and not merged:
+        check_export(source, to)
     if merged:
         tensors = _export_merged(source, target, to, overwrite=overwrite)
     elif to == "gguf":

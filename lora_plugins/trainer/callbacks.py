@@ -25,6 +25,7 @@ from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, 
 from lora_plugins.adapters.report import ParameterReport, make_report
 from lora_plugins.adapters.saving import allow_unsaved, check_everything_is_saved
 from lora_plugins.adapters.settings import LoraSettings
+from lora_plugins.adapters.traits import read_servers, warn_unserved
 from lora_plugins.errors import (
     AdapterNotMoving,
     AttachError,
@@ -303,12 +304,14 @@ class LoraCallback(_PreparingCallback):
         chunked_loss: Whether a causal language model computes its loss some rows at a time, never holding the
             logits of a whole batch.
         skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
+        serve: Servers that the adapter is for, such as ``"vllm"``: warns before training if one will not take it.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Raises:
         UnknownArgument: A keyword is neither an argument nor a field of ``peft.LoraConfig``.
         QuantizationError: The backend is unknown.
         UnknownCheck: ``skip_checks`` has a name that is not that of a check.
+        UnknownServer: ``serve`` has a name that is not that of a server.
     """
 
     def __init__(
@@ -328,9 +331,11 @@ class LoraCallback(_PreparingCallback):
         allow_format: str | None = None,
         chunked_loss: bool = True,
         skip_checks: Iterable[str] = (),
+        serve: str | Iterable[str] = (),
         **lora: Any,
     ) -> None:
         super().__init__(chunked_loss, skip_checks)
+        self.serve = read_servers(serve)
         self.settings = LoraSettings.from_arguments(
             quantization=quantization,
             peft_config=peft_config,
@@ -359,6 +364,7 @@ class LoraCallback(_PreparingCallback):
         self.report = make_report(prepared)
         if trainer.is_world_process_zero():
             get_logger().info(self.report.line())
+            warn_unserved(prepared, self.settings.adapter_name, self.serve)
         return prepared
 
 

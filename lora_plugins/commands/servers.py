@@ -1,0 +1,48 @@
+"""``lora-plugins servers``: say which servers take an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from lora_plugins.commands.calm import calm
+
+__all__ = ["servers"]
+
+
+def servers(
+    adapter: Annotated[
+        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
+    ],
+    serve: Annotated[
+        list[str] | None, typer.Option(help="Server that must take it; several times. Ends with 1 if one does not.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:
+    """Say which servers take an adapter, and why the others do not. Needs the base's configuration only.
+
+    \b
+    Examples:
+      lora-plugins servers org/name@1.2.0
+      lora-plugins servers ./adapter --serve vllm
+    """
+    calm()
+    from lora_plugins.serving.check import check_serving
+
+    verdicts = check_serving(adapter, serve or None, base=base, revision=revision)
+    if as_json:
+        found = [{**dataclasses.asdict(verdict), "served": verdict.served} for verdict in verdicts]
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        taking = [f"{verdict.server} {verdict.version}" for verdict in verdicts if verdict.served]
+        typer.echo(f"serves on: {', '.join(taking) or 'none of these'}")
+        for verdict in verdicts:
+            if verdict.reasons or verdict.not_known:
+                typer.echo(str(verdict))
+    if serve and not all(verdict.served for verdict in verdicts):
+        raise typer.Exit(1)

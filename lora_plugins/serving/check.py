@@ -1,0 +1,49 @@
+"""Say which servers take an adapter, before it is brought to one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from lora_plugins.adapters.traits import judge, read_traits
+from lora_plugins.errors import UnsupportedExport
+from lora_plugins.plugins.servers import ServingVerdict
+from lora_plugins.serving.source import MERGED, Source, read_source
+
+__all__ = ["check_export", "check_serving"]
+
+
+def check_serving(
+    adapter: str | os.PathLike[str],
+    servers: str | Iterable[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> list[ServingVerdict]:
+    """Return for each server whether it takes an adapter, by the rules that were read from the server's source.
+
+    Args:
+        adapter: Adapter folder, or a registry reference.
+        servers: Names of servers; all that are registered by default.
+        base: Base model; default is the one that the adapter names.
+        revision: Revision of the base model.
+
+    Raises:
+        UnknownServer: A name is not registered.
+        MergeError: The base is unknown or its configuration cannot be read.
+        MismatchedBase: The adapter was trained on another base.
+    """
+    source = read_source(adapter, base, revision)
+    names = [servers] if isinstance(servers, str) else servers
+    return judge(read_traits(source.job.config, source.job.shapes, source.base_config), names)
+
+
+def check_export(source: Source, server: str) -> None:
+    """Refuse to export an adapter to a server that does not take it.
+
+    Raises:
+        UnsupportedExport: The server does not take it; the message says why.
+    """
+    (verdict,) = judge(read_traits(source.job.config, source.job.shapes, source.base_config), [server])
+    if not verdict.served:
+        raise UnsupportedExport(f"{source.title}: {verdict}. {MERGED}")

@@ -1,0 +1,185 @@
+"""Which servers take an adapter: every rule against a small adapter that breaks it, warned, told and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import served
+import tiny
+from adapters import adapted
+from transformers import AutoConfig
+
+from lora_plugins import AdapterTraits, LoraCallback, Server, ServerRule, check_serving, export_adapter
+from lora_plugins.adapters.traits import judge, traits_of
+from lora_plugins.commands.cli import main
+from lora_plugins.errors import ServingWarning, UnknownServer, UnsupportedExport
+from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.serving.gguf_families import FAMILIES
+
+#: What the adapter is made with, and the servers that do not take it. All the others do.
+BREAKING: list[tuple[dict[str, Any], set[str]]] = [
+    ({}, set()),
+    ({"use_rslora": True}, {"sglang"}),
+    ({"rank_pattern": {"q_proj": 2}}, {"sglang", "tgi"}),
+    ({"alpha_pattern": {"q_proj": 3}}, {"sglang", "tgi"}),
+    ({"use_dora": True}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"lora_bias": True}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"bias": "all"}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"modules_to_save": ["lm_head"]}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"trainable_token_indices": [3]}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"r": 520}, {"vllm"}),
+    ({"init_lora_weights": "olora"}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"init_lora_weights": "gaussian"}, set()),
+    ({"layer_replication": [[0, 2], [1, 2]]}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, {"tgi"}),
+    ({"target_modules": r".*\.q_proj"}, {"sglang"}),
+    ({"layers_to_transform": [1]}, {"tgi"}),
+    ({"alora_invocation_tokens": [3, 4]}, {"llama.cpp", "ollama", "sglang", "tgi", "vllm"}),
+]
+
+
+def refusing(traits: AdapterTraits) -> set[str]:
+    """The servers that do not take an adapter, but for the one that takes none at all."""
+    return {verdict.server for verdict in judge(traits) if not verdict.served} - {"transformers"}
+
+
+@pytest.mark.parametrize(("lora", "servers"), BREAKING, ids=lambda value: "-".join(map(str, value)) or "plain")
+def test_each_rule_sees_the_adapter_that_breaks_it(lora: dict[str, Any], servers: set[str]) -> None:
+    assert refusing(traits_of(adapted(tiny.llama(), **lora))) == servers
+
+
+def test_every_rule_is_broken_by_one_of_these() -> None:
+    """A rule that no adapter here breaks would be untested."""
+    found = {
+        (server.name, rule.name)
+        for server in map(plugin_host().server, plugin_host().server_names())
+        for rule in server.rules
+    }
+    broken = set()
+    adapters = [traits_of(adapted(tiny.llama(), **lora)) for lora, _ in BREAKING]
+    adapters += [traits_of(served.make_adapter("qwen3_moe", served.make_base("qwen3_moe")))]
+    adapters += [traits_of(adapted(tiny.llama(tie_word_embeddings=True), target_modules=["q_proj", "embed_tokens"]))]
+    adapters += [AdapterTraits(model_type="falcon_h1")]
+    for name in plugin_host().server_names():
+        broken |= {(name, rule.name) for rule in plugin_host().server(name).rules if any(map(rule.check, adapters))}
+    assert found - broken == set()
+
+
+def test_rules_name_their_source_and_release() -> None:
+    for name in plugin_host().server_names():
+        server = plugin_host().server(name)
+        assert server.version
+        assert all("/" in rule.source for rule in server.rules)
+
+
+def test_the_types_of_the_rule_are_those_of_the_export() -> None:
+    for kind in FAMILIES:
+        assert judge(AdapterTraits(model_type=kind), ["llama.cpp"])[0].served
+    assert not judge(AdapterTraits(model_type="falcon_h1"), ["llama.cpp"])[0].served
+
+
+def test_a_stored_adapter_is_judged_like_the_live_one(tmp_path: Path) -> None:
+    served.write("qwen3", tmp_path, use_rslora=True)
+    verdicts = {verdict.server: verdict for verdict in check_serving(tmp_path / "adapter", base=tmp_path / "base")}
+    assert {name for name, verdict in verdicts.items() if verdict.served} == {"llama.cpp", "tgi", "vllm"}
+    assert str(verdicts["sglang"]) == (
+        "sglang (0.5.23) does not serve it: rsLoRA's scale is ignored without an error: alpha / r is taken "
+        "[sglang/srt/lora/lora.py]"
+    )
+    assert "loras are not yet implemented" in str(verdicts["ollama"])
+    with pytest.raises(UnknownServer, match=r"No server .vlm.. Did you mean .vllm."):
+        check_serving(tmp_path / "adapter", "vlm", base=tmp_path / "base")
+
+
+def test_an_export_to_a_server_that_will_not_take_it_is_refused(tmp_path: Path) -> None:
+    served.write("llama", tmp_path, use_rslora=True)
+    with pytest.raises(UnsupportedExport, match=r"rsLoRA's scale is ignored without an error.*merged=True"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "sglang", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_for_a_server_that_will_not_take_it_warns(tmp_path: Path) -> None:
+    with pytest.warns(
+        ServingWarning, match=r"The adapter is for vllm: vllm \(0.33.0\) does not serve it: DoRA is refused"
+    ):
+        tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4, use_dora=True, serve="vllm")], data=tiny.rows(4))
+    with pytest.raises(UnknownServer, match="No server 'vlm'"):
+        LoraCallback(serve="vlm")
+
+
+def test_training_for_a_server_that_takes_it_says_nothing(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, callbacks=[LoraCallback(r=4, serve="vllm")], data=tiny.rows(4))
+
+
+def test_transformers_own_server_needs_a_merged_model(tmp_path: Path) -> None:
+    """It reads the configuration of what it is given, and an adapter has none."""
+    served.write("llama", tmp_path)
+    with pytest.raises(Exception, match=r"config.json|model_type"):
+        AutoConfig.from_pretrained(tmp_path / "adapter")
+    assert not check_serving(tmp_path / "adapter", "transformers", base=tmp_path / "base")[0].served
+
+
+def test_the_command_lists_the_servers_and_fails_for_the_one_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served.write("llama", tmp_path, use_rslora=True)
+    for words, code in (([], 0), (["--serve", "sglang"], 1), (["--serve", "vllm"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(["servers", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), *words])
+        assert int(ended.value.code or 0) == code
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "serves on: llama.cpp b11549, ollama 008a6caeac6c, tgi 45d95bdccc9d, vllm 0.33.0"
+
+
+def test_a_plugin_adds_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = ServerRule("rank", "mine/lora.py", lambda traits: "too high" if traits.rank > 4 else None)
+    server = Server("mine", "1.0", (rule,))
+    assert not server.judge(AdapterTraits(rank=8)).served
+    assert str(server.judge(AdapterTraits(rank=4))) == "mine (1.0) serves it"
+    for wrong in ({"name": ""}, {"version": 1}, {"rules": rule}):
+        with pytest.raises(TypeError, match="must be"):
+            Server(**{"name": "mine", "version": "1.0", "rules": (rule,), **wrong})
+    host = PluginHost()
+    assert host.server_names() == ["llama.cpp", "ollama", "sglang", "tgi", "transformers", "vllm"]
+
+
+_ASK = """
+import json, sys
+from vllm.lora.peft_helper import PEFTHelper
+class Limits:
+    max_lora_rank = 512
+answers = []
+for folder in json.loads(sys.argv[1]):
+    try:
+        PEFTHelper.from_local_dir(folder, 512).validate_legal(Limits)
+        answers.append("")
+    except Exception as error:
+        answers.append(str(error) or type(error).__name__)
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("VLLM_LIBRARY"), reason="needs vLLM's files: run `make test-serving`")
+def test_vllms_own_helper_gives_the_same_verdicts(tmp_path: Path) -> None:
+    """`PEFTHelper` reads the configuration only; what its loader refuses by the tensors' names is left out here."""
+    cases = [(lora, servers) for lora, servers in BREAKING if "trainable_token_indices" not in lora]
+    folders = []
+    for index, (lora, _) in enumerate(cases):
+        folder = tmp_path / str(index)
+        adapted(tiny.llama(), **lora).save_pretrained(folder, save_embedding_layers=False)
+        folders.append(str(folder))
+    environment = {**os.environ, "PYTHONPATH": os.environ["VLLM_LIBRARY"], "VLLM_NO_USAGE_STATS": "1"}
+    command = [sys.executable, "-c", _ASK, json.dumps(folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.partition("ANSWERS")[2])
+    for (lora, servers), answer in zip(cases, answers, strict=True):
+        print(f"{lora}: {answer or 'taken'}")
+        assert bool(answer) == ("vllm" in servers), lora
