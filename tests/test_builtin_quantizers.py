@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -523,7 +524,8 @@ def test_requirements_of_a_backend_are_checked_before_it_is_asked() -> None:
     with pytest.raises(QuantizerUnavailable) as error:
         check_usable(parse_quantization(Needy()), CPU, torch.float32)  # type: ignore[arg-type]
     assert str(error.value).endswith(
-        f"torch {torch.__version__} is installed and <2 is needed and no-such-thing is not installed; "
+        f"torch {importlib.metadata.version('torch')} is installed and <2 is needed and "
+        "no-such-thing is not installed; "
         "run `pip install 'torch<2' 'no-such-thing[extra]>=1.2'`"
     )
 

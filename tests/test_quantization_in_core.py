@@ -33,6 +33,7 @@ ALLOWED = {
     ("recipe/arguments.py", "int8"): "default of --quantization",
     ("recipe/arguments.py", "nf4"): "examples in help texts",
     ("commands/demo/command.py", "int8"): "default of the demo",
+    ("commands/scaffold.py", "int8"): "torch's dtype, in a template",
 }
 
 
