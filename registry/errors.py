@@ -38,6 +38,7 @@
     │       └── SignatureMismatch (ValueError)
     ├── InvalidKey (ValueError)
     ├── SigningNotInstalled (ImportError)
+    ├── ObjectStoreNotInstalled (ImportError)
     ├── MachineError (OSError)
     │   └── CacheError
     └── LockError
@@ -215,6 +216,10 @@ class InvalidKey(RegistryError, ValueError):
 
 class SigningNotInstalled(RegistryError, ImportError):
     """The package that makes and verifies signatures is not installed."""
+
+
+class ObjectStoreNotInstalled(RegistryError, ImportError):
+    """The package for object stores is not installed."""
 
 
 class MachineError(RegistryError, OSError):

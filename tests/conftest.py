@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 
 import pytest
 from tiers import mark_full, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish
@@ -47,3 +53,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in {value for value in values if isinstance(value, str)} & set(lacking):
             item.add_marker(pytest.mark.skip(reason=f"{name}: {lacking[name]}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of moto's S3 server on loopback; the tests of it are skipped where moto is not installed."""
+    pytest.importorskip("moto", reason="moto is not installed: pip install 'lora-plugins[s3-server]'")
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'lora-plugins[s3]'")
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty prefix in a bucket, with the AWS variables for it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "loopback")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-loopback-store")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    request = urllib.request.Request(f"{s3_server}/adapters", method="PUT")
+    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request):
+        pass
+    return f"s3://adapters/{secrets.token_hex(8)}"

@@ -1,18 +1,22 @@
-"""The two kinds of hub that the registry's tests run on, and what tests do behind their backs."""
+"""The three kinds of hub that the registry's tests run on, and what tests do behind their backs."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from registry.hubs.folder import FolderHub
 from registry.hubs.huggingface import HuggingFaceHub
+from registry.hubs.objects import ObjectHub
 from registry.hubs.protocol import Hub
 from registry.testing import LoopbackHub
 
-KINDS = ("folder", "loopback")
+KINDS = ("folder", "loopback", "bucket")
 
 
 class Place:
@@ -90,3 +94,42 @@ class LoopbackPlace(Place):
 
     def plant(self, name: str, commit: str, files: Mapping[str, bytes]) -> None:
         self.loopback.faults.hostile_listing(files)
+
+
+class BucketPlace(Place):
+    """A bucket of moto's S3 server on loopback."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(ObjectHub(address))
+
+    @property
+    def store(self) -> Any:
+        """The store behind the hub, to write to behind its back."""
+        return self.hub._store  # type: ignore[attr-defined]
+
+    def move_tag(self, name: str, tag: str, commit: str | None) -> None:
+        content, mark = self.store.read(f"{name}/refs.json", 10**7)
+        refs = json.loads(content)
+        refs["tags"].pop(tag, None)
+        if commit is not None:
+            refs["tags"][tag] = commit
+        assert self.store.swap(f"{name}/refs.json", json.dumps(refs).encode(), mark)
+
+    def tamper(self, name: str, commit: str, path: str) -> None:
+        key = f"{name}/files/{self.hub.hashes(name, commit)[path]}"
+        content = bytearray(self.store.find(key, 10**9))
+        content[len(content) // 2] ^= 1
+        self.store.put(key, io.BytesIO(content))
+
+    def delete(self, name: str) -> None:
+        for path, _, _ in list(self.store.list(name)):
+            self.store.delete(path)
+
+    def plant(self, name: str, commit: str, files: Mapping[str, bytes]) -> None:
+        key = f"{name}/commits/{commit}.json"
+        listing = json.loads(self.store.find(key, 10**7))
+        for path, content in files.items():
+            digest = hashlib.sha256(content).hexdigest()
+            self.store.put(f"{name}/files/{digest}", io.BytesIO(content))
+            listing[path] = [len(content), digest]
+        self.store.put(key, io.BytesIO(json.dumps(listing).encode()))

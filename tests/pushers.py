@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from releases import NAME, release
 
 from registry.hubs import open_hub
+from registry.hubs.object_store import Store
 from registry.publishing import publish as publishing
 from registry.pulling.lockfile import Lock
 from registry.pulling.pull import fetch_adapter
@@ -43,10 +44,18 @@ def context() -> ForkServerContext:
     return found
 
 
-def push(location: str, token: str | None, version: str, seed: int, created: str, **options: Any) -> str:
-    """Publish one release; what came of it, as the name of an error or the commit."""
+def push(
+    location: str, token: str | dict[str, str] | None, version: str, seed: int, created: str, **options: Any
+) -> str:
+    """Publish one release; what came of it, as the name of an error or the commit.
+
+    For an object store, ``token`` holds the environment variables: the server of these processes was started before.
+    """
     publishing.PATIENCE = options.pop("patience", 0.2)
     os.fsync = lambda descriptor: None  # see test_registry_processes
+    if isinstance(token, dict):
+        os.environ.update(token)
+        token = None
     if token is not None:
         # The server was started offline; loopback is no network.
         constants.HF_HUB_OFFLINE = False
@@ -74,6 +83,26 @@ def push_and_count(root: str, results: Queue[int], arguments: tuple[Any, ...], o
     _count(root, lambda number: counted.__setitem__(0, number))
     push(*arguments, **options)
     results.put(counted[0])
+
+
+def push_to_store_and_die(step: int, counts: Queue[int], arguments: tuple[Any, ...]) -> None:
+    """Publish in an object store, and be killed just before the ``step``-th write; tell how many there were if not."""
+    number = 0
+
+    def watch(write: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **options: Any) -> Any:
+            nonlocal number
+            number += 1
+            if number == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(*args, **options)
+
+        return count
+
+    for name in ("put", "create", "swap"):
+        setattr(Store, name, watch(getattr(Store, name)))
+    push(*arguments)
+    counts.put(number)
 
 
 def pull_and_die(root: str, step: int, location: str, cache: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from adapters import adapted, saved
-from hubs import FolderPlace, LoopbackPlace, Place
+from hubs import BucketPlace, FolderPlace, LoopbackPlace, Place
 from peft import PeftModel
 
 import registry
@@ -143,10 +143,13 @@ def script(place: Place, folders: list[Path]) -> list[Any]:
     return told
 
 
-def test_one_script_two_kinds_of_hub(
-    folder_place: FolderPlace, hub_place: LoopbackPlace, folders: list[Path], tmp_path: Path
+@pytest.mark.parametrize("kind", ["loopback", "bucket"])
+def test_one_script_on_every_kind_of_hub(
+    kind: str, folder_place: FolderPlace, folders: list[Path], request: pytest.FixtureRequest
 ) -> None:
-    told = [script(place, folders) for place in (folder_place, hub_place)]
+    other = "hub_place" if kind == "loopback" else "bucket"
+    found = request.getfixturevalue(other)
+    told = [script(place, folders) for place in (folder_place, found if kind == "loopback" else BucketPlace(found))]
     assert told[0] == told[1]
     kinds = [
         each if isinstance(each, str) else each[0] if isinstance(each, tuple) and each else each for each in told[0]

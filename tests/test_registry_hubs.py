@@ -1,4 +1,4 @@
-"""What every kind of hub promises: one suite for a folder and for the Hub's protocol."""
+"""What every kind of hub promises: one suite for a folder, the Hub's protocol and an object store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, BucketPlace, FolderPlace, LoopbackPlace, Place
 
 from registry.disk import mutex as folder_lock
 from registry.errors import (
@@ -39,6 +39,8 @@ WEIGHTS = os.urandom(300_000)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
         return FolderPlace(tmp_path / "registry")
+    if request.param == "bucket":
+        return BucketPlace(request.getfixturevalue("bucket"))
     return LoopbackPlace(request.getfixturevalue("loopback_hub"))
 
 
@@ -271,7 +273,8 @@ def test_proposals(place: Place, hub: Hub, head: str) -> None:
 
 
 def test_location_holds_no_secret(place: Place) -> None:
-    assert place.hub.location.startswith("file:///" if place.hub.local else "http://127.0.0.1:")
+    assert place.hub.location.startswith(("file:///", "http://127.0.0.1:", "s3://adapters/"))
+    assert "a-secret-of-the-loopback-store" not in place.hub.location + repr(place.hub) + repr(vars(place.hub))
     if isinstance(place, LoopbackPlace):
         assert place.loopback.token not in place.hub.location + repr(place.hub)
 
@@ -506,6 +509,7 @@ def test_which_hub_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "text",
     ["adapters", "adapters/all", "~adapters", ".hidden", "hf:org", "ftp://x",
+     "s3://", "s3:bucket", "s3://Bucket", "s3://bucket/../x", "s3://user:secret@bucket",
      "file:", "file:adapters", "file://host/x", "file:///x?y",
      "https://", "https://user:secret@hub.example", "https://hub.example?x", "http://[", "https://x:port"],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import pushers
 import pytest
-from hubs import FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, BucketPlace, FolderPlace, LoopbackPlace, Place
 from pushers import context, finished
 from releases import CREATED, NAME, draft, folder_of, release
 
@@ -44,16 +44,20 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.fixture(params=["folder", "loopback"])
+@pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     if request.param == "folder":
         yield FolderPlace(tmp_path / "registry")
+    elif request.param == "bucket":
+        yield BucketPlace(request.getfixturevalue("bucket"))
     else:
         yield LoopbackPlace(request.getfixturevalue("loopback_hub"), timeout=10)
 
 
 def arguments(place: Place, version: str, seed: int, created: str = CREATED) -> tuple[Any, ...]:
-    token = place.loopback.token if isinstance(place, LoopbackPlace) else None
+    token: str | dict[str, str] | None = place.loopback.token if isinstance(place, LoopbackPlace) else None
+    if isinstance(place, BucketPlace):
+        token = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return (place.hub.location, token, version, seed, created)
 
 
@@ -86,6 +90,23 @@ def test_eight_processes_and_eight_versions(place: Place) -> None:
     held = manifest_at(place.hub, NAME, place.hub.refs(NAME).branches[MAIN])
     assert held is not None
     assert held.version == "1.7.0"
+
+
+def test_killed_at_every_write_to_an_object_store(bucket: str) -> None:
+    start = context()
+    counts = start.Queue()
+    step, codes = 0, []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        step += 1
+        place = BucketPlace(f"{bucket}/{step}")
+        release(place.hub, "0.9.0")
+        call = (step, counts, arguments(place, "1.0.0", 1))
+        process = start.Process(target=pushers.push_to_store_and_die, args=call)
+        process.start()
+        codes.append(finished(process))
+        check_after_death(place, NAME, "1.0.0", ("0.9.0",), 1, other=step % 2 == 0)
+    assert (codes[-1], counts.get(timeout=60)) == (0, step - 1)
+    assert step > 6
 
 
 def scenarios(fast: str) -> list[Any]:

@@ -19,8 +19,8 @@ HubOption = Annotated[
     str | None,
     typer.Option(
         "--hub",
-        help="Registry: https://…, or a folder as ./… or file:///…; default is LORA_REGISTRY, else the "
-        "Hugging Face Hub.",
+        help="Registry: https://…, s3://bucket/prefix, or a folder as ./… or file:///…; default is LORA_REGISTRY, "
+        "else the Hugging Face Hub.",
         show_default=False,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ __all__ = ["VARIABLE", "open_hub"]
 
 #: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
+#: ``.hidden`` and ``~somebody`` are more likely mistyped than meant.
+_NAME = re.compile(r"[.~][^./\\]")
 
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
@@ -22,8 +25,9 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
     ``file:///srv/adapters`` and what is visibly a path (`registry.is_path`: a path object, ``/srv/adapters``,
     ``./adapters``, ``../adapters``, ``~/adapters``) are folders, ``https://…`` (or ``http://…``) is a hub that speaks
-    the protocol of the Hugging Face Hub, and an object with the methods of ``registry.hubs.protocol.Hub`` is returned
-    as it is. Any other string is refused, whatever exists on disk: ``adapters`` may be meant as an organization.
+    the protocol of the Hugging Face Hub, ``s3://bucket/prefix`` is an object store, and an object with the methods of
+    ``registry.hubs.protocol.Hub`` is returned as it is. Any other string is refused, whatever exists on disk:
+    ``adapters`` may be meant as an organization.
 
     Args:
         hub: The registry.
@@ -31,14 +35,19 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
     Raises:
         InvalidReference: ``hub`` is none of these.
+        ObjectStoreNotInstalled: The package for object stores is not installed.
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
-    if isinstance(meant, str) and is_path(meant):
+    if isinstance(meant, str) and is_path(meant) and _NAME.match(meant) is None:
         meant = Path(meant).expanduser()
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
         from registry.hubs.folder import FolderHub
 
         return FolderHub(meant)
+    if isinstance(meant, str) and meant.startswith("s3:"):
+        from registry.hubs.objects import ObjectHub
+
+        return ObjectHub(meant)
     if meant is None or (isinstance(meant, str) and meant.startswith(("http://", "https://"))):
         from registry.hubs.huggingface import HuggingFaceHub
 
@@ -47,7 +56,7 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
         from registry.errors import InvalidReference
 
         raise InvalidReference(
-            f"{meant[:200]!r} is not a registry: give https://…, or a folder as file:///…, /… or ./…, "
+            f"{meant[:200]!r} is not a registry: give https://…, s3://…, or a folder as file:///…, /… or ./…, "
             f"with hub= or in {VARIABLE}"
         )
     return meant

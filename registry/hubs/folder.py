@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
@@ -40,9 +39,18 @@ from registry.errors import (
     RegistryError,
     RepositoryNotFound,
 )
-from registry.formats.fields import COMMIT
 from registry.formats.references import check_name
 from registry.formats.strict_json import JsonRefused, parse
+from registry.hubs.layout import (
+    REFS_LIMIT,
+    Copy,
+    are_commits,
+    check_path,
+    check_ref,
+    encode,
+    encode_refs,
+    make_commit_id,
+)
 from registry.hubs.protocol import MAIN, Conflict, Refs, TagExists
 
 __all__ = ["FolderHub"]
@@ -51,17 +59,7 @@ _IDENTITY = "repository.json"
 _REFS = "refs.json"
 _COMMITS = "commits"
 _MANIFEST = "adapter_manifest.json"
-#: A hundred thousand tags are about 10 MB.
-_REFS_LIMIT = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """Size and hash of a file in a commit."""
-
-    size: int
-    sha256: str
 
 
 class FolderHub:
@@ -176,11 +174,11 @@ class FolderHub:
             self._refuse_twin(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _stage(folder.parent) as stage:
-                first = _make_commit_id({}, f"{secrets.token_hex(16)}")
+                first = make_commit_id({}, f"{secrets.token_hex(16)}")
                 (stage / _COMMITS / first).mkdir(parents=True)
                 identity = {"format": 1, "id": secrets.token_hex(16), "name": name}
-                folder_files.write_file(stage / _IDENTITY, _encode(identity))
-                folder_files.write_file(stage / _REFS, _encode_refs(Refs({MAIN: first}, {})))
+                folder_files.write_file(stage / _IDENTITY, encode(identity))
+                folder_files.write_file(stage / _REFS, encode_refs(Refs({MAIN: first}, {})))
                 folder_files.fsync_folder(stage)
                 try:
                     os.rename(stage, folder)
@@ -202,7 +200,7 @@ class FolderHub:
     ) -> str:
         """Write the files of a commit, then move the branch to it; ``message`` is not stored."""
         for path in files:
-            _check_path(path)
+            check_path(path)
         with _translate_errors(name):
             repository = self._find_repository(name)
             if (head := self._read_refs(name).branches.get(branch)) != parent:
@@ -229,7 +227,7 @@ class FolderHub:
         def add(refs: Refs) -> Refs:
             return refs if branch in refs.branches else replace(refs, branches={**refs.branches, branch: commit})
 
-        _check_ref(branch)
+        check_ref(branch)
         with _translate_errors(name):
             self._find_commit(name, commit)
             self._change(name, add)
@@ -243,7 +241,7 @@ class FolderHub:
                 raise TagExists(tag, standing)
             return replace(refs, tags={**refs.tags, tag: commit})
 
-        _check_ref(tag)
+        check_ref(tag)
         with _translate_errors(name):
             self._find_commit(name, commit)
             self._change(name, add)
@@ -297,9 +295,9 @@ class FolderHub:
 
     def _read_refs(self, name: str) -> Refs:
         path = self._find_repository(name) / _REFS
-        found = _parse_object(path, folder_files.read_small(path, _REFS_LIMIT))
+        found = _parse_object(path, folder_files.read_small(path, REFS_LIMIT))
         branches, tags = found.get("branches"), found.get("tags")
-        if not _are_commits(branches) or not _are_commits(tags) or MAIN not in branches:  # type: ignore[operator]
+        if not are_commits(branches) or not are_commits(tags) or MAIN not in branches:  # type: ignore[operator]
             raise _explain_damage(path, f"it does not list branches, {MAIN} among them, and tags")
         return Refs(branches, tags)  # type: ignore[arg-type]
 
@@ -322,7 +320,7 @@ class FolderHub:
     def _open_file(self, name: str, commit: str, path: str) -> Iterator[BinaryIO]:
         folder = self._find_commit(name, commit)
         try:
-            _check_path(path)
+            check_path(path)
             descriptor = folder_files.open_regular(folder_files.inside(self.root, folder / path))
         except (FileNotFoundError, NotADirectoryError, InvalidReference):
             raise HubFileNotFound(f"{name}: commit {commit} has no file {path[:200]!r}") from None
@@ -336,14 +334,14 @@ class FolderHub:
             before = self._read_refs(name)
             after = change(before)
             if after != before:
-                folder_files.replace_file(repository / _REFS, _encode_refs(after))
+                folder_files.replace_file(repository / _REFS, encode_refs(after))
 
-    def _land(self, name: str, branch: str, parent: str, stage: Path, written: Mapping[str, _Copy]) -> str:
+    def _land(self, name: str, branch: str, parent: str, stage: Path, written: Mapping[str, Copy]) -> str:
         """Rename the complete commit into place and move the branch to it, if the branch is still at ``parent``."""
         commits = self._find_repository(name) / _COMMITS
-        commit = written[_MANIFEST].sha256 if _MANIFEST in written else _make_commit_id(written, branch + parent)
+        commit = written[_MANIFEST].sha256 if _MANIFEST in written else make_commit_id(written, branch + parent)
         if (commits / commit).exists() and _hash_files(commits / commit) != written:
-            commit = _make_commit_id(written, branch + parent)
+            commit = make_commit_id(written, branch + parent)
 
         def advance(refs: Refs) -> Refs:
             if refs.branches.get(branch) != parent:
@@ -399,12 +397,12 @@ def _stage(parent: Path) -> Iterator[Path]:
         delete(stage)
 
 
-def _write(path: Path, content: Path | bytes) -> _Copy:
+def _write(path: Path, content: Path | bytes) -> Copy:
     """Write a file, wait until it is on disk, and return size and hash of what was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         folder_files.write_file(path, content)
-        return _Copy(len(content), hashlib.sha256(content).hexdigest())
+        return Copy(len(content), hashlib.sha256(content).hexdigest())
     with os.fdopen(folder_files.open_regular(content), "rb") as source, open(path, "xb") as sink:
         copy = _copy_and_hash(source, sink)
         sink.flush()
@@ -412,17 +410,17 @@ def _write(path: Path, content: Path | bytes) -> _Copy:
     return copy
 
 
-def _copy_and_hash(source: BinaryIO, sink: BinaryIO | None = None) -> _Copy:
+def _copy_and_hash(source: BinaryIO, sink: BinaryIO | None = None) -> Copy:
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK):
         digest.update(chunk)
         size += len(chunk)
         if sink is not None:
             sink.write(chunk)
-    return _Copy(size, digest.hexdigest())
+    return Copy(size, digest.hexdigest())
 
 
-def _hash_files(commit: Path) -> dict[str, _Copy]:
+def _hash_files(commit: Path) -> dict[str, Copy]:
     """Return sizes and hashes of the files of an existing commit."""
     found = {}
     for path, _ in folder_files.entries(commit):
@@ -436,35 +434,9 @@ def _fsync_tree(folder: Path) -> None:
         folder_files.fsync_folder(Path(parent))
 
 
-def _make_commit_id(written: Mapping[str, _Copy], context: str) -> str:
-    listing = [[path, copy.size, copy.sha256] for path, copy in sorted(written.items())]
-    return hashlib.sha256(json.dumps([context, listing]).encode()).hexdigest()
-
-
-def _check_path(path: str) -> None:
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path or not path.isprintable():
-        raise InvalidReference(f"{path[:200]!r} is not the path of a file in a repository")
-    if PurePosixPath(path).is_absolute() or any(len(part.encode()) > 255 for part in parts):
-        raise InvalidReference(f"{path[:200]!r} is not the path of a file in a repository")
-
-
-def _check_ref(ref: str) -> None:
-    if not 0 < len(ref) <= 255 or not ref.isprintable() or " " in ref:
-        raise InvalidReference(f"{ref[:200]!r} is not the name of a branch or tag")
-
-
-def _encode_refs(refs: Refs) -> bytes:
-    return _encode({"format": 1, "branches": dict(refs.branches), "tags": dict(refs.tags)})
-
-
-def _encode(value: object) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
 def _parse_object(path: Path, content: bytes) -> dict[str, object]:
     try:
-        found = parse(content, _REFS_LIMIT)
+        found = parse(content, REFS_LIMIT)
     except JsonRefused as reason:
         raise _explain_damage(path, str(reason)) from None
     if not isinstance(found, dict):
@@ -475,10 +447,4 @@ def _parse_object(path: Path, content: bytes) -> dict[str, object]:
 def _explain_damage(path: Path, reason: str) -> HostileAnswer:
     return HostileAnswer(
         f"{path} is damaged: {reason}. Restore it, and the folder beside it, from a backup or a mirror of this registry"
-    )
-
-
-def _are_commits(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(commit, str) and COMMIT.fullmatch(commit) is not None for commit in value.values()
     )

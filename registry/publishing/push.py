@@ -189,7 +189,7 @@ def check_push(
 
 
 def _open_bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
-    """Open the hub of the base models; ``None`` when pushing to a folder, unless one is given."""
+    """Open the hub of the base models; ``None`` when pushing to a folder or an object store, unless one is given."""
     if given is not None:
         return open_hub(given, token)
-    return None if place.local else open_hub(place.location, token)
+    return open_hub(place.location, token) if place.location.startswith(("http://", "https://")) else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from registry.disk.owners import delete
 from registry.errors import RegistryError
 from registry.hubs import open_hub
 from registry.hubs.folder import FolderHub
+from registry.hubs.objects import ObjectHub
 from registry.hubs.protocol import Hub
 from registry.pulling.cache import Cache
 
@@ -27,7 +29,7 @@ class Garbage:
         problems: What is damaged and could not be examined; nothing of it was deleted.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | str, ...]
     size: int
     deleted: bool
     problems: tuple[str, ...] = ()
@@ -41,9 +43,10 @@ def collect_garbage(
 ) -> Garbage:
     """Find unreachable data, and delete it unless this is a dry run.
 
-    In a folder registry that is every commit older than a day that no branch or tag points to; every release,
-    withdrawn or not, and every alias stays. In the cache it is every release that no recorded pull refers to and that
-    no pull has returned within a day, so other processes may pull meanwhile. Hubs on the network are left alone.
+    In a folder registry or an object store that is every commit older than a day that no branch or tag points to; every
+    release, withdrawn or not, and every alias stays. In the cache it is every release that no recorded pull refers to
+    and that no pull has returned within a day, so other processes may pull meanwhile. The Hugging Face Hub is left
+    alone.
 
     Args:
         hub: The registry.
@@ -56,12 +59,14 @@ def collect_garbage(
     place, cache = open_hub(hub, False), Cache(cache_dir)
     problems: list[str] = []
     in_registry = _find_unreachable(place, problems) if isinstance(place, FolderHub) else {}
+    in_store = _find_unreachable(place, problems) if isinstance(place, ObjectHub) else {}
     forgotten = _find_forgotten(cache, problems)
     halves = cache.leftovers()
-    size = {path: _measure_folder(path) for paths in in_registry.values() for path in paths}
+    size: dict[Path | str, int] = {path: _measure_folder(path) for paths in in_registry.values() for path in paths}
+    size |= {f"{place.location}/{path}": bytes_ for paths in in_store.values() for path, bytes_ in paths.items()}
     size |= {path: _measure_folder(path) for path in [*map(cache.path, forgotten), *halves]}
     if not dry_run:
-        for name, paths in in_registry.items():
+        for name, paths in {**in_registry, **in_store}.items():
             place.remove(name, paths)  # type: ignore[attr-defined]
         kept = [cache.path(digest) for digest in forgotten if not cache.remove(digest)]
         for path in kept:  # pulled again meanwhile
@@ -71,13 +76,13 @@ def collect_garbage(
     return Garbage(tuple(size), sum(size.values()), not dry_run, tuple(problems))
 
 
-def _find_unreachable(hub: FolderHub, problems: list[str]) -> dict[str, list[Path]]:
-    """Return unreachable commits by repository; a damaged repository does not stop the search in others."""
+def _find_unreachable(hub: FolderHub | ObjectHub, problems: list[str]) -> dict[str, Any]:
+    """Return unreachable data by repository; a damaged repository does not stop the search in others."""
     found = {name: _find_unreachable_in(hub, name, problems) for name in hub.names()}
     return {name: paths for name, paths in found.items() if paths}
 
 
-def _find_unreachable_in(hub: FolderHub, name: str, problems: list[str]) -> list[Path]:
+def _find_unreachable_in(hub: FolderHub | ObjectHub, name: str, problems: list[str]) -> Any:
     try:
         return hub.unreachable(name)
     except RegistryError as problem:
