@@ -16,7 +16,6 @@ from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, InvalidManifest, UnknownBase, UnsafeFile
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
-from registry.health.base_checks import CHECKS as BASE_CHECKS
 from registry.health.curing import join_changes, write_cured
 from registry.health.source import open_files
 
@@ -107,7 +106,8 @@ def diagnose(
         files,
         read_values,
     ):
-        found = _Examination(replace(files, base=base), named, read_values)
+        left_out = "it was not asked for" if values is False else "the file is large; read them with --values"
+        found = _Examination(replace(files, base=base), named, {} if read_values else {"values": left_out})
         found.run(load_checks())
         if base is not None:
             found.compare(base)
@@ -128,12 +128,12 @@ def _name_base(base_model: str | None) -> Changes:
 class _Examination:
     """The state of one examination: what was found so far, and the changes that cure it."""
 
-    def __init__(self, files: AdapterFiles, named: Changes, read_values: bool) -> None:
+    def __init__(self, files: AdapterFiles, named: Changes, not_read: dict[str, str]) -> None:
         self.files = files
         self.named = named
         self.changes: list[Changes] = []
         self.symptoms: list[Symptom] = []
-        self.not_read: dict[str, str] = {} if read_values else {"values": "the file is large; read them with --values"}
+        self.not_read = not_read
         self.parts: set[Part] = {"files"}
 
     def run(self, checks: Iterable[Check]) -> None:
@@ -188,6 +188,9 @@ class _Examination:
 
     def compare(self, base: Any) -> None:
         """Compare with a base model: a copy that is cured of everything else, so that one damage hides no other."""
+        # The contract's modules take longer to load than everything else here.
+        from registry.health.base_checks import CHECKS as BASE_CHECKS
+
         if any(symptom.check in _FATAL for symptom in self.symptoms):
             self.not_read["base"] = "there is no adapter that could be compared"
             return
