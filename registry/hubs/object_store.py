@@ -35,7 +35,9 @@ class Store:
         match = _ADDRESS.fullmatch(address)
         parts = [part for part in (match["prefix"] or "").split("/") if part] if match else [".."]
         if match is None or ".." in parts or "." in parts:
-            raise InvalidReference(f"{address[:200]!r} is not an object store: give it as s3://bucket/prefix")
+            # What has an @ may hold a secret.
+            shown = "An address with @" if "@" in address else repr(address[:200])
+            raise InvalidReference(f"{shown} is not an object store: give it as s3://bucket/prefix")
         try:
             import obstore
             from obstore.store import S3Store

@@ -61,6 +61,8 @@ _CHUNK = 16 * 1024 * 1024
 _TRIES = 200
 #: Objects that nothing refers to are kept so long: a push may be about to refer to them.
 _AGE = timedelta(days=1)
+#: Seconds for which a file that this process has uploaded is not uploaded again.
+_RECENT = 3600.0
 
 
 class ObjectHub:
@@ -81,6 +83,7 @@ class ObjectHub:
 
     def __init__(self, address: str) -> None:
         self._store = Store(address)
+        self._uploaded: dict[str, float] = {}
 
     def __repr__(self) -> str:
         return f"ObjectHub({self.location!r})"
@@ -177,10 +180,11 @@ class ObjectHub:
         """Write the files of a commit, then its listing, then move the branch to it; ``message`` is not stored."""
         for path in files:
             check_path(path)
-        if (head := self.refs(name).branches.get(branch)) != parent:
+        identity = self.identity(name)
+        if (head := self._read_refs(name)[0].branches.get(branch)) != parent:
             raise Conflict(branch, head)
         kept = {path: copy for path, copy in self._read_listing(name, parent).items() if path not in delete}
-        new = {path: self._upload(name, content) for path, content in files.items()}
+        new = {path: self._upload(name, content, identity) for path, content in files.items()}
         written = {**kept, **new}
         return self._land(name, branch, parent, written, manifest=new.get(_MANIFEST))
 
@@ -304,15 +308,19 @@ class ObjectHub:
             raise HostileAnswer(f"{name}: {path} is not whole in {self.location}: restore it from a mirror")
         return data
 
-    def _upload(self, name: str, content: Path | bytes) -> Copy:
+    def _upload(self, name: str, content: Path | bytes, identity: str) -> Copy:
         with _open(content) as file:
             digest, size = hashlib.sha256(), 0
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
             file.seek(0)
-            # Written even if it is there: garbage collection keeps what is young.
-            self._store.put(f"{name}/files/{digest.hexdigest()}", file)
+            path = f"{name}/files/{digest.hexdigest()}"
+            known = f"{identity} {path}"
+            # Written even if it is there, unless by an attempt just before: garbage collection keeps what is young.
+            if time.monotonic() - self._uploaded.get(known, -_RECENT) >= _RECENT:
+                self._store.put(path, file)
+                self._uploaded[known] = time.monotonic()
         return Copy(size, digest.hexdigest())
 
     def _parse(self, path: str, content: bytes) -> dict[str, Any]:
