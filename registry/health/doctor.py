@@ -16,6 +16,7 @@ from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, InvalidManifest, UnknownBase, UnsafeFile
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
+from registry.health.base_checks import CHECKS as BASE_CHECKS
 from registry.health.curing import join_changes, write_cured
 from registry.health.source import open_files
 
@@ -188,9 +189,6 @@ class _Examination:
 
     def compare(self, base: Any) -> None:
         """Compare with a base model: a copy that is cured of everything else, so that one damage hides no other."""
-        # The contract's modules take longer to load than everything else here.
-        from registry.health.base_checks import CHECKS as BASE_CHECKS
-
         if any(symptom.check in _FATAL for symptom in self.symptoms):
             self.not_read["base"] = "there is no adapter that could be compared"
             return

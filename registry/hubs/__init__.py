@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.formats.references import is_path
+from registry.hubs.objects import ObjectHub
 
 if TYPE_CHECKING:
     from registry.hubs.protocol import Hub
@@ -45,8 +46,6 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
         return FolderHub(meant)
     if isinstance(meant, str) and meant.startswith("s3:"):
-        from registry.hubs.objects import ObjectHub
-
         return ObjectHub(meant)
     if meant is None or (isinstance(meant, str) and meant.startswith(("http://", "https://"))):
         from registry.hubs.huggingface import HuggingFaceHub

@@ -39,8 +39,7 @@ class Store:
             shown = "An address with @" if "@" in address else repr(address[:200])
             raise InvalidReference(f"{shown} is not an object store: give it as s3://bucket/prefix")
         try:
-            import obstore
-            from obstore.store import S3Store
+            import obstore.store
         except ImportError:
             raise ObjectStoreNotInstalled(
                 f"{address} needs the package obstore: pip install 'lora-plugins[s3]'"
@@ -49,7 +48,7 @@ class Store:
         self._api: Any = obstore
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         settings: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
-        self._store: Any = S3Store(
+        self._store: Any = obstore.store.S3Store(
             match["bucket"],
             prefix="/".join(parts) or None,
             client_options={"allow_http": endpoint.startswith("http://"), "timeout": f"{_REQUEST}s"},
