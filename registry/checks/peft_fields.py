@@ -30,9 +30,7 @@ def read_known_fields() -> frozenset[str] | None:
     Importing PEFT loads torch; unless that has happened, its source is parsed instead.
     """
     if "peft" in sys.modules:
-        import peft
-
-        return frozenset(inspect.signature(peft.LoraConfig).parameters)
+        return frozenset(inspect.signature(sys.modules["peft"].LoraConfig).parameters)
     spec = importlib.util.find_spec("peft")
     if spec is None or spec.origin is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,5 @@ def _write_weights(files: AdapterFiles, changes: Changes, path: Path) -> None:
 
 def _halve(data: bytes) -> bytes:
     """Return float64 values as float32."""
-    import numpy
-
-    return numpy.frombuffer(data, "<f8").astype("<f4").tobytes()
+    count = len(data) // 8
+    return struct.pack(f"<{count}f", *struct.unpack(f"<{count}d", data))
