@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from adapters import adapted, pulled
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,7 +34,7 @@ from transformers import (
 )
 from versions import needs
 
-from lora_plugins import prepare_model
+from lora_plugins import prepare_model, resolve_targets
 from registry import check_contract, shorten_tables
 from registry.errors import BaseMismatch, IntegrityError, InvalidAdapter, RegistryError, UnknownBase, UnsafeFile
 from registry.formats.agreement import check_agreement
@@ -43,6 +44,7 @@ from registry.testing import LoopbackHub
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import small_models
+from small_models import Case
 
 IDS = torch.arange(1, 9)[None]
 GROWN = torch.tensor([[1, 97, 99, 5]])
@@ -222,6 +224,51 @@ def test_a_trained_token_beyond_the_vocabulary_is_an_error_of_ours(folder: Path,
     planted = plain(folder, tmp_path / "a", trainable_token_indices=[200])
     with pytest.raises(BaseMismatch, match=r"trains the token 200, and the vocabulary has 96 entries"):
         check_contract(planted, tiny.llama())
+
+
+@pytest.mark.parametrize("tokens", [[95], [90, 92], [93, 94, 95], [5, 91]])
+def test_a_row_below_a_trained_token_that_is_in_no_file_is_refused(tokens: list[int], tmp_path: Path) -> None:
+    """The folder does not say how large the vocabulary was, and rows between the base's and the token's are lost."""
+    tiny.llama(vocab_size=90).save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(96)
+    folder = tmp_path / "folder"
+    adapted(model, trainable_token_indices=tokens).save_pretrained(folder, save_embedding_layers=False)
+    with pytest.raises(BaseMismatch, match=r"entries were added to the vocabulary of 90 .* does not hold their rows"):
+        check_contract(folder, tmp_path / "base")
+    sound = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), trainable_token_indices=[89])
+    sound.save_pretrained(tmp_path / "sound")
+    assert check_contract(tmp_path / "sound", tmp_path / "base")
+
+
+#: Classes that make more rows for the embedding than the vocabulary has entries.
+MORE_ROWS = {"mllama": "MllamaForCausalLM", "molmo2": "Molmo2ForConditionalGeneration", "moshi": "MoshiForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"trainable_token_indices": [3, -1]}, {"modules_to_save": ["embed_tokens"]}], ids=str
+)
+@pytest.mark.parametrize("model_type", MORE_ROWS)
+def test_rows_that_a_class_makes_are_there_and_are_not_made_again(
+    model_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    made = getattr(transformers, MORE_ROWS[model_type])
+    small_models.build(Case("causal LM", model_type, made.__name__), "cpu").save_pretrained(tmp_path / "base")
+    model = made.from_pretrained(tmp_path / "base")
+    last = model.get_input_embeddings().weight.shape[0] - 1
+    assert last >= model.config.get_text_config().vocab_size
+    if "trainable_token_indices" in fields:
+        fields = {"trainable_token_indices": {"embed_tokens": [3, last]}}
+    assert "trainable_token_indices" not in resolve_targets(model).fields, "the class's rows are not new"
+    model = adapted(
+        model, task_type=None, target_modules=["q_proj.linear" if model_type == "moshi" else "q_proj"], **fields
+    )
+    model.save_pretrained(tmp_path / "folder", save_embedding_layers=False)
+    for source, name in ((model, "live"), (tmp_path / "folder", "files")):
+        adapter = pulled(source, tmp_path / name, allow=["embed_tokens"], base_model=f"org/base@{'b' * 40}")
+        assert adapter.check(tmp_path / "base").tensors == len(adapter.manifest.tensors)
+        assert adapter.check(made.from_pretrained(tmp_path / "base")).tensors == len(adapter.manifest.tensors)
+    assert check_contract(tmp_path / "folder", tmp_path / "base").tensors == len(adapter.manifest.tensors)
 
 
 # -- heads -------------------------------------------------------------------------------------------------------

@@ -93,6 +93,45 @@ def test_an_alpha_of_zero_is_refused(folder: Path, tmp_path: Path) -> None:
         check_push(adapted(tiny.llama(), lora_alpha=0), NAME, version="1.0.0", hub=tmp_path, base_model=BASE)
 
 
+#: Configurations that PEFT loads on no base, or that their own tensors contradict.
+UNSOUND: dict[str, dict[str, Any]] = {
+    "a field of PEFT 0.2": {"enable_lora": [True, False, True]},
+    "a newer field": {"peft_version": "99.0", "use_magic": True},
+    "no such initialization": {"init_lora_weights": "magic"},
+    "an initialization that is lost": {"init_lora_weights": "corda"},
+    "a regex with layers": {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+    "a pattern without layers": {"layers_pattern": ["layers"]},
+    "other targets": {"target_modules": ["k_proj", "o_proj"]},
+    "fewer targets": {"target_modules": ["q_proj"]},
+    "a regex for others": {"target_modules": r".*\\.mlp\\..*"},
+    "excluded": {"exclude_modules": ["q_proj"]},
+    "excluded by a regex": {"exclude_modules": r".*v_proj"},
+    "fewer layers": {"layers_to_transform": [0]},
+    "other layers": {"layers_to_transform": 7, "layers_pattern": "layers"},
+    "DoRA without magnitudes": {"use_dora": True},
+    "a module that is not saved": {"modules_to_save": ["lm_head"]},
+    "tokens that are not saved": {"trainable_token_indices": [1, 2]},
+    "another rank": {"r": 16},
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_what_no_base_could_take_is_refused_though_the_base_is_not_at_hand(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
+    source = changed(folder, tmp_path / "adapter", base_model_name_or_path="org/elsewhere", **UNSOUND[case])
+    with pytest.raises((BaseMismatch, InvalidAdapter)):
+        pushed(source, tmp_path, base_model=BASE)
+    assert not (tmp_path / "registry").exists()
+
+
+def test_magnitudes_without_dora_are_refused(tmp_path: Path) -> None:
+    source = saved(tiny.llama(), tmp_path / "dora", use_dora=True)
+    assert pushed(source, tmp_path / "sound", base_model=BASE)
+    with pytest.raises(InvalidAdapter, match="use_dora is false"):
+        pushed(changed(source, tmp_path / "adapter", use_dora=False), tmp_path, base_model=BASE)
+
+
 @pytest.mark.parametrize("switch", [{"auto_map": {"AutoTokenizer": ["x.T", None]}}, {"trust_remote_code": True}])
 def test_a_tokenizer_that_runs_code_is_refused(tmp_path: Path, switch: dict[str, Any]) -> None:
     base = tiny.llama()

@@ -106,9 +106,11 @@ def find_initialized(model: nn.Module, heads: Iterable[str] = ()) -> Initialized
         evidence, new = _find_new(model, parameters, pretrained, checkpoint, heads)
     shapes = _find_embeddings(model, pretrained)
     before = _read_rows_before(shapes, checkpoint if evidence != "structure" else None)
-    # A tied head is not in the files: it had as many rows as the embedding.
-    first = next((rows for rows in before.values() if rows is not None), None)
-    then = {path: first if rows is None and f"{path}.weight" not in new else rows for path, rows in before.items()}
+    first = next((path for path, rows in before.items() if rows is not None), None)
+    then = {
+        path: before[first] if first and f"{path}.weight" not in new and _is_twin(path, rows, first, shapes) else rows
+        for path, rows in before.items()
+    }
     tokens: dict[int, str] = getattr(model, _NEW_TOKENS, {})
     grown = [_compare_rows(path, rows, shapes[path][0], tokens) for path, rows in then.items()]
     # A resized embedding is a new tensor, but only its rows beyond those in the files are new.
@@ -136,6 +138,14 @@ def set_new_tokens(model: nn.Module, tokens: Mapping[int, str]) -> None:
 def _compare_rows(path: str, before: int | None, now: int, tokens: Mapping[int, str]) -> Grown:
     known = min(before or now, now)
     return Grown(path, known, now, {row: token for row, token in tokens.items() if row < known})
+
+
+def _is_twin(path: str, before: int | None, other: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether an end that is not in the files had as many rows as the other one, as a tied head has.
+
+    Some classes make more rows for one of them (Molmo 2: 128 for the input).
+    """
+    return before is None and shapes[path][0] == shapes[other][0]
 
 
 def _read_rows_before(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint | None) -> dict[str, int | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.classes import config_of, empty_model, find_classes, with_labels
 from registry.base.files import BaseFiles, LiveTensors, original_vocabulary
 from registry.base.fingerprint import config_values, original_name
+from registry.base.places import ends_of
 from registry.base.skeleton import skeleton
 from registry.base.stored import StoredAdapter
 from registry.base.target import Base, Candidate, open_base_hub
@@ -126,23 +127,38 @@ def _describe_files(
 def find_candidates(config: PretrainedConfig, adapter: StoredAdapter) -> Iterator[Candidate]:
     """Yield the classes that a base of this configuration may have, each with the adapter's labels and vocabulary."""
     trained = {original_name(name): adapter.tensors[name].shape for name in other_tensors(adapter.tensors)}
-    own = _count_entries(config)
-    wanted = adapter.vocabulary if adapter.carries_vocabulary else own
     for model_class in find_classes(adapter.class_name, adapter.config.task_type, config):
         fitting = config_of(model_class, config)
         if trained:
             fitting = with_labels(fitting, model_class, trained)
-        grown = _resize_vocabulary(fitting, max(wanted or 0, adapter.config.trained_tokens)) if wanted else fitting
-        yield Candidate(model_class, fitting, _defer_empty_model(grown, model_class))
+        yield Candidate(model_class, fitting, _defer_empty_model(fitting, model_class, adapter))
 
 
-def _defer_empty_model(config: PretrainedConfig, model_class: Any) -> Callable[[], nn.Module]:
-    return lambda: empty_model(config, model_class)
+def _defer_empty_model(config: PretrainedConfig, model_class: Any, adapter: StoredAdapter) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = empty_model(config, model_class)
+        entries = _count_entries_needed(config, model, adapter)
+        return model if entries is None else empty_model(_resize_vocabulary(config, entries), model_class)
+
+    return make
+
+
+def _count_entries_needed(config: PretrainedConfig, model: nn.Module, adapter: StoredAdapter) -> int | None:
+    """Return the vocabulary that a class must have for an adapter's rows; ``None`` if it is the configuration's."""
+    own = _count_entries(config)
+    weights = [getattr(end, "weight", None) for end in ends_of(model).values()]
+    rows = {int(weight.shape[0]) for weight in weights if weight is not None}
+    if own is None or not rows:
+        return None
+    carried = adapter.vocabulary if adapter.carries_vocabulary else None
+    entries = own if carried is None or carried in rows else carried
+    # Some classes make more rows than their vocabulary has entries: for prompts, images, codebooks.
+    special = max(*rows, own) - own
+    entries = max(entries, adapter.config.trained_tokens - special)
+    return None if entries == own else entries
 
 
 def _resize_vocabulary(config: PretrainedConfig, entries: int) -> PretrainedConfig:
-    if entries == _count_entries(config):
-        return config
     changed = copy.deepcopy(config)
     for part in {id(part): part for part in (changed, changed.get_text_config())}.values():
         if hasattr(part, "vocab_size"):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from registry.base.peft_fields import read_peft_config
+from registry.base.stored import StoredAdapter
 from registry.checks.adapter_files import AdapterFiles
 from registry.checks.folder import CHECKS as FOLDER_CHECKS
 from registry.checks.table import PARTS, enforce
 from registry.checks.tensors import describe_large
 from registry.errors import AdapterWarning, InvalidAdapter, TooLarge
 from registry.formats.fields import is_finite
+from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from registry.formats.tensors import lora_modules
 from registry.formats.records import FileRecord
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "check_metrics",
     "check_size",
     "check_tokenizer",
+    "check_without_base",
     "record_file",
     "warn_of_rest",
 ]
@@ -52,6 +59,54 @@ def check_size(sizes: Mapping[str, int], allow: Sequence[str], total: int) -> No
     reason = describe_large(sizes, allow, total)
     if reason is not None:
         raise TooLarge(reason)
+
+
+def check_without_base(adapter: StoredAdapter) -> None:
+    """Refuse what no base could take: fields that PEFT cannot use, and tensors that the configuration does not make.
+
+    Raises:
+        BaseMismatch: PEFT cannot use its configuration.
+        InvalidAdapter: Configuration and tensors contradict each other.
+    """
+    config, _ = read_peft_config(adapter)
+    modules = lora_modules(adapter.tensors)
+    problem = (
+        _describe_untargeted(modules, config)
+        or _describe_magnitudes(adapter.tensors, modules, config)
+        or _describe_untrained(adapter.tensors, config)
+    )
+    if problem:
+        raise InvalidAdapter(f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} contradict each other: {problem}")
+
+
+def _describe_untargeted(modules: Collection[str], config: Any) -> str:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.target_parameters or not config.target_modules or config.target_modules == "all-linear":
+        # Which modules these are depends on the base.
+        return ""
+    names = [name.removeprefix("base_model.model.") for name in modules]
+    stray = [name for name in names if not check_target_module_exists(config, name)]
+    return f"{len(stray)} of {len(names)} modules are not among its targets, first {stray[0]}" if stray else ""
+
+
+def _describe_magnitudes(tensors: Collection[str], modules: Collection[str], config: Any) -> str:
+    count = sum(".lora_magnitude_vector" in name for name in tensors)
+    if config.use_dora and not count:
+        return "use_dora is true, and no tensor is a lora_magnitude_vector"
+    if count and not config.use_dora:
+        return f"use_dora is false, and {count} tensors are a lora_magnitude_vector"
+    return ""
+
+
+def _describe_untrained(tensors: Collection[str], config: Any) -> str:
+    saved = config.modules_to_save or ()
+    # For a classifier, PEFT lists several names of heads, of which a model has one.
+    if saved and not any(re.search(rf"(^|\.){part}(\.|$)", name) for part in saved for name in tensors):
+        return f"modules_to_save names {', '.join(map(repr, sorted(saved)))}, and no tensor belongs to one"
+    if config.trainable_token_indices and not any("trainable_tokens_" in name for name in tensors):
+        return "trainable_token_indices names tokens, and no tensor holds their rows"
+    return ""
 
 
 def check_tokenizer(folder: Path, names: Collection[str]) -> None:

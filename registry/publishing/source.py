@@ -28,6 +28,7 @@ from registry.publishing.checks import (
     check_for_push,
     check_metrics,
     check_tokenizer,
+    check_without_base,
     record_file,
     warn_of_rest,
 )
@@ -104,6 +105,8 @@ def collect(
             _warn_of_unseen(base)
         if found.at_hand is not None:
             check_contract(folder, found.at_hand)
+        else:
+            check_without_base(StoredAdapter.read(folder))
         (folder / ADAPTER_CONFIG).write_bytes(config.published(base.id, base.commit))
         names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
         if holds_vocabulary(tensors):
