@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import architecture_coverage  # noqa: E402
 import small_models  # noqa: E402
-from small_models import NOT_PUBLISHED, NOT_TRAINED, Case  # noqa: E402
+from small_models import NOT_MERGED, NOT_PUBLISHED, NOT_TRAINED, Case  # noqa: E402
 
 #: One or more types of every family of names.
 SPREAD = """
@@ -184,7 +184,7 @@ def test_lost_type_fails_the_check(builtin_host: PluginHost, snapshot: dict[str,
     before = copy.deepcopy(snapshot)
     for task, entry in before["tasks"].items():
         entry["resolved"] = list(coverage[task].resolved)
-        entry["trained"] = list(coverage[task].trained)
+        entry |= {part: list(getattr(coverage[task], part)) for part in ("trained", "published", "merged")}
     assert architecture_coverage.losses(coverage, before) == []
     coverage["causal LM"].resolved.remove("phi3")
     coverage["causal LM"].unresolved["phi3"] = "no reason"
@@ -194,14 +194,14 @@ def test_lost_type_fails_the_check(builtin_host: PluginHost, snapshot: dict[str,
 def test_type_that_is_not_trained_any_more_fails_the_check(
     builtin_host: PluginHost, snapshot: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(small_models.NOT_TRAINED, "phi3", "no reason")
-    coverage = architecture_coverage.measure(builtin_host, only=["phi3"])
     before = copy.deepcopy(snapshot)
     for entry in before["tasks"].values():
-        entry["resolved"] = [name for name in entry["resolved"] if name == "phi3"]
-        entry["trained"] = [name for name in entry["trained"] if name == "phi3"]
-    lost = architecture_coverage.losses(coverage, before)
-    assert "causal LM: phi3: not trained: no reason" in lost
+        for part in ("resolved", "trained", "published", "merged"):
+            entry[part] = [name for name in entry[part] if name == "phi3"]
+    for reasons, part in (("NOT_MERGED", "merged"), ("NOT_PUBLISHED", "published"), ("NOT_TRAINED", "trained")):
+        monkeypatch.setitem(getattr(small_models, reasons), "phi3", f"never {part}")
+        lost = architecture_coverage.losses(architecture_coverage.measure(builtin_host, only=["phi3"]), before)
+        assert f"causal LM: phi3: not {part}: never {part}" in lost
 
 
 @of_the_table
@@ -215,6 +215,10 @@ def test_types_are_trained_as_committed(snapshot: dict[str, Any]) -> None:
     assert published == {*SPREAD, *REST} - set(NOT_PUBLISHED)
     reasons = {name: why for entry in snapshot["tasks"].values() for name, why in entry["unpublished"].items()}
     assert reasons == NOT_PUBLISHED
+    merged = {name for entry in snapshot["tasks"].values() for name in entry["merged"]}
+    assert merged == {*SPREAD, *REST} - set(NOT_MERGED)
+    reasons = {name: why for entry in snapshot["tasks"].values() for name, why in entry["unmerged"].items()}
+    assert reasons == NOT_MERGED
 
 
 def test_model_without_record_is_not_resolved() -> None:

@@ -29,7 +29,11 @@ FAST = (
     ("seq2seq LM", "t5"),
     ("image-text-to-text", "smolvlm"),
     ("speech seq2seq", "whisper"),
+    ("question answering", "bert"),
 )
+#: Heads that are new on a base without one: the way to a classifier. Fast tests of a text and an image model.
+NEW_HEADS = ("sequence classification", "token classification", "image classification", *small_models.HEADS)
+FAST_NEW_HEADS = (("sequence classification", "qwen2"), ("token classification", "roberta"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,7 +50,7 @@ def one_thread() -> Iterator[None]:
 def parameters(*without: dict[str, str]) -> Iterator[Any]:
     """Every case that has a small model, without those that are listed with a reason."""
     left_out = set().union(NOT_TRAINED, *without)
-    for case in small_models.cases():
+    for case in [*small_models.cases(), *small_models.head_cases()]:
         if case.model_type not in left_out:
             marks = () if (case.task, case.model_type) in FAST else pytest.mark.slow
             yield pytest.param(case, marks=marks, id=f"{case.model_type}-{case.task.replace(' ', '-')}")
@@ -62,13 +66,23 @@ def settle(case: Case, model: Any) -> Any:
     return model
 
 
-def trained(case: Case, folder: Path) -> tuple[Any, Path, Path]:
+def new_heads() -> Iterator[Any]:
+    """Every head of the families that can be new on a base without one."""
+    for case in [*small_models.cases(), *small_models.head_cases()]:
+        if case.task in NEW_HEADS and case.model_type in small_models.HEAD_FAMILIES:
+            marks = () if (case.task, case.model_type) in FAST_NEW_HEADS else pytest.mark.slow
+            yield pytest.param(case, marks=marks, id=f"{case.model_type}-{case.task.replace(' ', '-')}")
+
+
+def trained(case: Case, folder: Path, *, headless: bool = False) -> tuple[Any, Path, Path]:
     """A model whose adapters, at their default, have values as after training; the folders of its base and adapter."""
-    small_models.build(case, "cpu", small_only=True).save_pretrained(folder / "base")
+    whole: Any = small_models.build(case, "cpu", small_only=True)
+    (whole.base_model if headless else whole).save_pretrained(folder / "base")
+    torch.manual_seed(2)
     model = prepare_model(read(case, folder / "base"), r=2, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder / "adapter")
     return settle(case, model), folder / "base", folder / "adapter"
@@ -80,12 +94,13 @@ def output(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return small_models.objective(model(**batch))
 
 
-def publish_and_load(case: Case, folder: Path, hub: LoopbackHub) -> None:
+def publish_and_load(case: Case, folder: Path, hub: LoopbackHub, *, headless: bool = False) -> None:
     """Published as a folder and as a live model, pulled, checked in three ways, and loaded with PEFT's output."""
-    model, base, adapter = trained(case, folder)
+    model, base, adapter = trained(case, folder, headless=headless)
     batch = small_models.inputs(model.get_base_model())
     expected = output(model, batch)
-    assert not torch.equal(expected, output(read(case, base), batch)), "the adapter changes nothing"
+    with model.disable_adapter():
+        assert not torch.equal(expected, output(model, batch)), "the adapter changes nothing"
     name = f"org/{case.model_type}"
     hub.create_repo(name)
     hub.commit(name, {file.name: file.read_bytes() for file in base.iterdir()})
@@ -102,9 +117,9 @@ def publish_and_load(case: Case, folder: Path, hub: LoopbackHub) -> None:
         assert torch.equal(output(settle(case, again), batch), expected), f"loaded from {version}"
 
 
-def merge_and_compare(case: Case, folder: Path) -> None:
+def merge_and_compare(case: Case, folder: Path, *, headless: bool = False) -> None:
     """Merged and loaded by transformers: the outputs of base and adapter."""
-    model, base, adapter = trained(case, folder)
+    model, base, adapter = trained(case, folder, headless=headless)
     batch = small_models.inputs(model.get_base_model())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,3 +137,17 @@ def test_every_type_is_published_and_loaded(case: Case, loopback_hub: LoopbackHu
 @pytest.mark.parametrize("case", list(parameters(NOT_MERGED)))
 def test_every_type_is_merged(case: Case, tmp_path: Path) -> None:
     merge_and_compare(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", list(new_heads()))
+def test_a_head_that_the_base_lacks_is_published_loaded_and_merged(
+    case: Case, loopback_hub: LoopbackHub, tmp_path: Path
+) -> None:
+    publish_and_load(case, tmp_path / "published", loopback_hub, headless=True)
+    merge_and_compare(case, tmp_path / "merged", headless=True)
+
+
+def test_the_families_have_every_head() -> None:
+    heads = small_models.head_cases()
+    assert {case.task for case in heads} == {*small_models.HEADS}
+    assert {case.model_type for case in heads} == {*small_models.HEAD_FAMILIES}

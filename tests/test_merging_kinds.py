@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from versions import needs
 
+from lora_plugins import dequantize_model, prepare_model
+from lora_plugins.commands.cli import program
 from lora_plugins.errors import AdapterMismatch, MergeError
 from lora_plugins.merging import probe, weights
 from lora_plugins.merging.job import AS_TRAINED, read_job
@@ -272,6 +274,56 @@ def test_base_whose_files_are_quantized_is_dequantized(options: dict[str, Any], 
     # In training the activations are not quantized.
     distance = probe.compare_logits(outputs(trained.train(), WORDS)[0], outputs(merged, WORDS)[0])
     assert distance.relative < 0.03
+
+
+MOE = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend", "options", "stored"),
+    [
+        ("mixtral", "int8", {"experts": "routed"}, False),
+        ("qwen3_moe", "nf4", {"experts": "routed"}, False),
+        ("qwen2_moe", "int8", {"experts": "none"}, False),
+        ("qwen3_moe", "int8", {"experts": "none"}, True),
+    ],
+)
+def test_quantized_experts_are_merged_as_trained_by_the_command_line(
+    model_type: str,
+    backend: str,
+    options: dict[str, Any],
+    stored: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The values of experts that were stored quantized in training are in the result, and routers stay as they were."""
+    made, base = getattr(transformers, MOE[model_type]), tmp_path / "base"
+    small_models.build(Case("", model_type, made.__name__), "cpu", small_only=True).save_pretrained(base)
+    wanted: Any = backend
+    if stored:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+        made.from_pretrained(base, quantization_config=settings).save_pretrained(tmp_path / "stored")
+        base, wanted = tmp_path / "stored", None
+    loaded = made.from_pretrained(base, dtype=torch.float32)
+    model = prepare_model(loaded, quantization=wanted, compute_dtype="float32", r=4, lora_dropout=0.0, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--dtype", "same", "--json"]
+    with pytest.raises(SystemExit) as end:
+        program([*command, "--base", str(base), "--quantization", backend])
+    assert not end.value.code
+    assert json.loads(capsys.readouterr().out)["distance"]["relative"] < 1e-3
+    dequantize_model(model, torch.float32)
+    expected = model.merge_and_unload().state_dict()
+    found = made.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
+        )
 
 
 def test_unknown_quantizer_names_the_float_twin(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ by the type's record, are exempt), and the saved adapter, loaded by PEFT onto a 
 `make test-architectures` does that for each of them.
 
 A type is published and loaded when an adapter of such a model is pushed as a folder and as a live model, pulled,
-checked against the base as a live model, as a folder and by id, and loaded with the output that it had.
-`make test-architectures` does that too, and merges the adapter into the base, for every task that has the type.
+checked against the base as a live model, as a folder and by id, and loaded with the output that it had. It is merged
+when the adapter is merged into the base, and transformers alone loads the result with the output of base and adapter.
+`make test-architectures` does both too, for every task that has the type.
 """
 
 
@@ -55,22 +56,26 @@ class Coverage:
         resolved: Those whose default reaches every kind of block.
         trained: Those whose small model the tests train, save and reload.
         published: Those whose small model the tests publish, pull, check and load.
+        merged: Those whose small model the tests merge with its adapter.
         peft: Those that PEFT's own table has an entry for.
         unbuildable: Type -> why no model of it could be made here.
         unresolved: Type -> why its default does not do.
         untrained: Type -> why its small model is not trained and reloaded.
         unpublished: Type -> why its small model is trained, and not published and loaded.
+        unmerged: Type -> why its small model is trained, and not merged.
     """
 
     types: list[str] = field(default_factory=list)
     resolved: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
     peft: list[str] = field(default_factory=list)
     unbuildable: dict[str, str] = field(default_factory=dict)
     unresolved: dict[str, str] = field(default_factory=dict)
     untrained: dict[str, str] = field(default_factory=dict)
     unpublished: dict[str, str] = field(default_factory=dict)
+    unmerged: dict[str, str] = field(default_factory=dict)
 
 
 def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
@@ -88,14 +93,7 @@ def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
             continue
         entry = coverage[case.task]
         entry.types.append(case.model_type)
-        if case.model_type in small_models.NOT_TRAINED:
-            entry.untrained[case.model_type] = small_models.NOT_TRAINED[case.model_type]
-        else:
-            entry.trained.append(case.model_type)
-            if case.model_type in small_models.NOT_PUBLISHED:
-                entry.unpublished[case.model_type] = small_models.NOT_PUBLISHED[case.model_type]
-            else:
-                entry.published.append(case.model_type)
+        _note_tests(entry, case.model_type)
         if case.model_type in PEFT_TABLE:
             entry.peft.append(case.model_type)
         try:
@@ -109,6 +107,22 @@ def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
         else:
             entry.unresolved[case.model_type] = flaw
     return coverage
+
+
+def _note_tests(entry: Coverage, model_type: str) -> None:
+    """Note what the tests do with a type, or why they do not."""
+    if model_type in small_models.NOT_TRAINED:
+        entry.untrained[model_type] = small_models.NOT_TRAINED[model_type]
+        return
+    entry.trained.append(model_type)
+    for done, reasons, left_out in (
+        (entry.published, small_models.NOT_PUBLISHED, entry.unpublished),
+        (entry.merged, small_models.NOT_MERGED, entry.unmerged),
+    ):
+        if model_type in reasons:
+            left_out[model_type] = reasons[model_type]
+        else:
+            done.append(model_type)
 
 
 def shortcoming(model: Any, host: PluginHost) -> str | None:
@@ -139,10 +153,10 @@ def _short(text: str) -> str:
 def table(coverage: dict[str, Coverage]) -> list[list[str]]:
     """Return the rows of the table, the head first."""
     head = ["task", "types", "can be built here", "resolved by default", "trains and reloads", "published and loaded"]
-    rows = [[*head, "in PEFT's own table"]]
+    rows = [[*head, "merged", "in PEFT's own table"]]
     for task, entry in coverage.items():
         built = len(entry.types) - len(entry.unbuildable)
-        parts = (entry.resolved, entry.trained, entry.published, entry.peft)
+        parts = (entry.resolved, entry.trained, entry.published, entry.merged, entry.peft)
         rows.append([task, *map(str, (len(entry.types), built, *map(len, parts)))])
     return rows
 
@@ -157,6 +171,8 @@ def page(coverage: dict[str, Coverage], host: PluginHost) -> str:
     lines += _reasons({task: entry.untrained for task, entry in coverage.items()})
     lines += ["", "Types whose small model is trained, and not published and loaded:\n"]
     lines += _reasons({task: entry.unpublished for task, entry in coverage.items()})
+    lines += ["", "Types whose small model is trained, and not merged:\n"]
+    lines += _reasons({task: entry.unmerged for task, entry in coverage.items()})
     lines += ["", "## Default targets", "", *_markdown(_defaults(host))]
     return "\n".join(lines) + "\n"
 
@@ -187,23 +203,20 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def losses(coverage: dict[str, Coverage], snapshot: dict[str, Any]) -> list[str]:
-    """Return what was resolved, or trained and reloaded, when the snapshot was taken and is not any more."""
+    """Return what was resolved, trained, published or merged when the snapshot was taken and is not any more."""
     lost = []
     for task, before in snapshot["tasks"].items():
         now = coverage.get(task, Coverage())
         gone = sorted(set(before["resolved"]) - set(now.resolved))
         lost += [f"{task}: {name}: {_reason(now, name)}" for name in gone]
-        lost += [f"{task}: {name}: not trained: {_untrained(now, name)}" for name in untrained(before, now)]
+        for part, reasons in (("trained", now.untrained), ("published", now.unpublished), ("merged", now.unmerged)):
+            names = sorted(set(before[part]) - set(getattr(now, part)))
+            lost += [f"{task}: {name}: not {part}: {_find_reason(now, name, reasons)}" for name in names]
     return lost
 
 
-def untrained(before: dict[str, Any], now: Coverage) -> list[str]:
-    """Return the types of one task that were trained and reloaded when the snapshot was taken and are not any more."""
-    return sorted(set(before["trained"]) - set(now.trained))
-
-
-def _untrained(entry: Coverage, name: str) -> str:
-    return entry.untrained.get(name, "not in the mapping any more")
+def _find_reason(entry: Coverage, name: str, reasons: dict[str, str]) -> str:
+    return reasons.get(name) or entry.untrained.get(name, "not in the mapping any more")
 
 
 def _reason(entry: Coverage, name: str) -> str:

@@ -4,7 +4,7 @@ The sizes that every configuration class shares under one of a few names are cut
 beyond that stands in `OVERRIDES`.
 """
 
-# ruff: noqa: TID253 - a program for developers, which always needs them
+# ruff: noqa: SIM905, TID253 - names separated by white space stay readable; a program for developers
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ MAPPINGS = {
     "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "speech seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
+
+#: Task -> mapping, of further heads: the tests publish and merge them for `HEAD_FAMILIES`.
+HEADS = {
+    "question answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "multiple choice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "next sentence prediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+    "speech recognition": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "audio classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "audio frame classification": "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "speaker verification": "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
+    "semantic segmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+}
+#: Types whose further heads the tests publish and merge.
+HEAD_FAMILIES = """
+albert bart beit bert canine deberta-v2 distilbert electra funnel gpt2 hubert layoutlmv3 llama mistral modernbert mpnet
+qwen2 qwen3 roberta segformer t5 unispeech-sat wav2vec2 wavlm whisper xlnet
+""".split()
 
 #: Attribute of a configuration -> value in a small one. A value is used only where the class has the attribute.
 SMALL: dict[str, Any] = {
@@ -401,6 +418,15 @@ def cases() -> list[Case]:
     return found
 
 
+def head_cases() -> list[Case]:
+    """Return the further heads of `HEAD_FAMILIES`."""
+    found = []
+    for task, mapping in HEADS.items():
+        names = getattr(modeling_auto, mapping)
+        found += [Case(task, model_type, names[model_type]) for model_type in HEAD_FAMILIES if model_type in names]
+    return found
+
+
 def first_cases() -> dict[str, Case]:
     """One case for each model type, of the first mapping that has it: the one that the tests train."""
     found: dict[str, Case] = {}
@@ -552,6 +578,9 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
         "input_values": lambda: _sound(config, main, generator),
     }
     batch = {name: makers[name]() for name in dict.fromkeys(wanted) if name in makers}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        # Two texts for each example to choose from.
+        batch = {name: torch.stack([value, value.flip(1)], dim=1) for name, value in batch.items()}
     special = BATCHES.get(config.model_type)
     return {**batch, **special(config, batch, generator)} if special else batch
 
@@ -711,6 +740,8 @@ def objective(output: Any) -> torch.Tensor:
     """Return a number that every output value has a share in, with fixed random weights."""
     value = output.logits if getattr(output, "logits", None) is not None else output[0]
     value = value[0] if isinstance(value, tuple) else value
+    if getattr(output, "end_logits", None) is not None:
+        value = torch.cat([output.start_logits, output.end_logits])
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     return (value.float() * weights).mean() + (value.float() ** 2).mean()
 

@@ -167,8 +167,8 @@ class _Merge:
         self.fresh = loaded.fresh
         check_base(job.folder, loaded.model)
         wrapped = wrap(loaded.model, job)
-        if self.same and job.quantization is not None and not self.stored_quantized:
-            choose_values(wrapped, job.quantization)
+        if self.same and job.quantization is not None:
+            choose_values(wrapped, job.quantization, experts_only=self.stored_quantized)
         reference, effect = self._read_reference(wrapped, tokenizer)
         merged = merge_layers(wrapped, job)
         del wrapped, loaded

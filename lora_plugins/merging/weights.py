@@ -21,10 +21,14 @@ from lora_plugins.adapters.files import adapter_shapes, adapter_state, check_sam
 from lora_plugins.errors import AdapterMismatch, MergeError
 from lora_plugins.merging.job import Job
 from lora_plugins.merging.names import base_name, is_replaced
+from lora_plugins.models.experts import is_transposed
 from lora_plugins.models.wrapping import adapter_modules, base_of
+from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.request import Quantization, owner_of
-from lora_plugins.quantization.selftest import check_usable
-from lora_plugins.quantization.walk import layers_to_quantize
+from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts
+from lora_plugins.quantization.stacks import dequantize_stack, quantize_stack
+from lora_plugins.quantization.walk import layers_to_quantize, stacks_to_quantize
+from lora_plugins.targets.architectures import find_record
 from lora_plugins.text import one_line
 from registry import put_back, shorten_tables
 
@@ -43,6 +47,7 @@ class Wrapped:
         tied_head: Whether output head and input embedding of the base share one weight.
         quantization: Backend of the base in training, if the merge uses its rounded weights.
         unrounded: Layers whose weights are still to be rounded by it.
+        unrounded_stacks: Stacked experts that are still to be rounded: module and name of the parameter.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Wrapped:
         self.tied_head = _has_tied_head(base_of(model))
         self.quantization: Quantization | None = None
         self.unrounded: list[Any] = []
+        self.unrounded_stacks: list[tuple[nn.Module, str]] = []
 
 
 def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
@@ -152,19 +158,40 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def choose_values(wrapped: Wrapped, quantization: Quantization) -> None:
-    """Request the rounded weights that the quantized layers had in training.
+def choose_values(wrapped: Wrapped, quantization: Quantization, *, experts_only: bool = False) -> None:
+    """Request the rounded weights that the quantized layers and experts had in training.
 
     `merge_layers` computes them layer by layer, `round_layers` all at once.
+
+    Args:
+        wrapped: The base with its adapter.
+        quantization: Backend in training.
+        experts_only: Whether the linear layers have their rounded weights, as those of a base that is stored quantized.
 
     Raises:
         QuantizationError: The backend cannot be used here.
     """
-    layers, _ = layers_to_quantize(wrapped.model, quantization, ())
-    wrapped.quantization, wrapped.unrounded = quantization, list(layers.values())
+    never = list(_list_float(wrapped.model))
+    layers, _ = layers_to_quantize(wrapped.model, quantization, never)
+    stacks, _ = stacks_to_quantize(wrapped.model, quantization, never)
+    wrapped.quantization, wrapped.unrounded = quantization, [] if experts_only else list(layers.values())
+    wrapped.unrounded_stacks = list(stacks.values())
     if wrapped.unrounded:
         weight = wrapped.unrounded[0].weight
         check_usable(quantization, weight.device, weight.dtype)
+    if wrapped.unrounded_stacks:
+        stack = getattr(*wrapped.unrounded_stacks[0])
+        check_usable_for_experts(quantization, stack.device, stack.dtype)
+
+
+def _list_float(model: PeftModel) -> Iterator[str]:
+    """Yield the names of what stays in float in training: routers, saved heads, layers adapted by bare weights."""
+    record, config = find_record(base_of(model), plugin_host()), model.peft_config["default"]
+    yield from record.never if record is not None else ()
+    yield from config.modules_to_save or ()
+    for name in getattr(config, "target_parameters", None) or ():
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight")
 
 
 def round_layers(wrapped: Wrapped) -> None:
@@ -172,6 +199,8 @@ def round_layers(wrapped: Wrapped) -> None:
     with torch.no_grad():
         while wrapped.unrounded:
             _round(wrapped.unrounded[-1], wrapped)
+        for module, name in wrapped.unrounded_stacks[:]:
+            _round_stack(module, name, wrapped)
 
 
 def _round(layer: Any, wrapped: Wrapped) -> None:
@@ -179,6 +208,16 @@ def _round(layer: Any, wrapped: Wrapped) -> None:
     if wrapped.quantization is not None and any(layer is one for one in wrapped.unrounded):
         wrapped.unrounded = [one for one in wrapped.unrounded if one is not layer]
         layer.weight.data = _make_rounded(layer, wrapped.quantization)
+
+
+def _round_stack(module: Any, name: str, wrapped: Wrapped) -> None:
+    """Replace stacked experts by their quantized and dequantized values, in float32, if that is still to be done."""
+    if wrapped.quantization is None or not any(module is one and name == its for one, its in wrapped.unrounded_stacks):
+        return
+    wrapped.unrounded_stacks = [(one, its) for one, its in wrapped.unrounded_stacks if one is not module or its != name]
+    stack = getattr(module, name)
+    made = quantize_stack(stack.data, wrapped.quantization, transposed=is_transposed(module))
+    stack.data = dequantize_stack(made, torch.float32)
 
 
 def _make_rounded(layer: Any, quantization: Quantization) -> torch.Tensor:
@@ -211,6 +250,10 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
             dtype = rest.weight.dtype
             _round(rest, wrapped)
             rest.weight.data = rest.weight.data.to(dtype)
+        for module, name in wrapped.unrounded_stacks[:]:
+            dtype = getattr(module, name).dtype
+            _round_stack(module, name, wrapped)
+            getattr(module, name).data = getattr(module, name).data.to(dtype)
         merged: PreTrainedModel = wrapped.model.unload()
         result = {id(tensor) for tensor in merged.state_dict(keep_vars=True).values()}
         _check_used(wrapped, job, used | result)
@@ -244,6 +287,8 @@ def _merge_part(layer: Any, model: PreTrainedModel, wrapped: Wrapped) -> set[int
         _untie(base, model, wrapped.tied)
     weights = [layer.get_param()] if isinstance(layer, ParamWrapper) else list(base.parameters())
     dtypes = [weight.dtype for weight in weights]
+    if isinstance(layer, ParamWrapper):
+        _round_stack(base, layer.parameter_name, wrapped)
     _round(base, wrapped)
     for weight in weights:
         if weight.is_floating_point():
