@@ -108,7 +108,7 @@ REFUSED_BY_PEFT = {29: "No modules were targeted", 44: "incompatible with Mamba-
 #: One of each kind: PEFT's record of the class, VLMs under a text task, heads, regex targets, embeddings as targets.
 FAST = (3, 2, 11, 16, 17, 36, 43)
 
-FAST_INVENTED = ("experts as parameters", "answers", "ranks and alphas by pattern")
+FAST_INVENTED = ("experts as parameters", "answers", "development release")
 #: Fields of PEFT before 0.3, of a release that does not exist yet, and of other trainers.
 OTHERS_FIELDS = (
     *("enable_lora", "merge_weights", "use_magic", "magic_config", "magic_names", "unsloth_version"),

@@ -71,7 +71,7 @@ def _is_needed(key: str, config: AdapterConfig, manifest: Manifest | None, insta
         # The PEFT release that wrote the file did not know the field either: another trainer added it.
         return False
     # A manifest lists only fields with non-default values in the PEFT release that wrote them.
-    return manifest is None or manifest.peft_version != config.peft_version or key in manifest.config
+    return manifest is None or manifest.peft_version != config.peft_release or key in manifest.config
 
 
 def _parse_version(text: str | None) -> Version | None:

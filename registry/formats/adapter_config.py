@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from registry.errors import UnsafeFile
 from registry.formats.fields import Fields
 from registry.formats.paths import ADAPTER_CONFIG
@@ -114,8 +116,16 @@ class AdapterConfig:
 
     @property
     def peft_version(self) -> str | None:
-        """The PEFT release that wrote it, if recorded."""
+        """The PEFT release that wrote it, as recorded; a development version may end with ``@`` and a commit."""
         return self.fields.get("peft_version")
+
+    @property
+    def peft_release(self) -> str | None:
+        """The PEFT release that wrote it, as a normalized version; ``None`` if it is not known."""
+        try:
+            return str(Version(self.peft_version.partition("@")[0])) if self.peft_version else None
+        except InvalidVersion:
+            return None
 
     def non_default(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields that differ from their default, without those about locations and versions."""

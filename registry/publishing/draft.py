@@ -48,7 +48,7 @@ def make_release(
         config=collected.non_default,
         files={**collected.files, **_record_bytes(files)},
         tensors=collected.tensors,
-        peft_version=collected.config.peft_version,
+        peft_version=collected.config.peft_release,
         tokenizer_hash=collected.tokenizer_hash,
         training=collected.training.facts,
         metrics=collected.metrics,
