@@ -18,8 +18,8 @@ from registry.checks.tensors import describe_large
 from registry.errors import AdapterWarning, InvalidAdapter, TooLarge
 from registry.formats.fields import is_finite
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.tensors import lora_modules
 from registry.formats.records import FileRecord
+from registry.formats.tensors import lora_modules
 
 __all__ = [
     "check_for_push",
