@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.errors import InvalidReference
 from registry.formats.references import is_path
 from registry.hubs.objects import ObjectHub
 
@@ -52,8 +53,6 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
         return HuggingFaceHub(meant, token)
     if isinstance(meant, str):
-        from registry.errors import InvalidReference
-
         raise InvalidReference(
             f"{meant[:200]!r} is not a registry: give https://…, s3://…, or a folder as file:///…, /… or ./…, "
             f"with hub= or in {VARIABLE}"
