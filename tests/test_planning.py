@@ -533,3 +533,9 @@ def test_plan_makes_no_weights() -> None:
     """A model far larger than this machine."""
     planned = plan(bloom(14336, 70, 112), dtype="bfloat16", length=16)
     assert planned.chosen.memory.weights > 350e9
+
+
+@pytest.mark.parametrize("source", ["~nobody-here/model", "~nobody-here"])
+def test_home_of_an_unknown_user_is_a_folder_that_is_missing(source: str) -> None:
+    with pytest.raises(PlanError, match="nobody-here"):
+        plan(source)

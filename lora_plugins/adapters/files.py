@@ -68,7 +68,7 @@ def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
     """
     if isinstance(adapter, str) and not is_path(adapter):
         return Path(os.fspath(pull_adapter(adapter)))
-    folder = Path(adapter).expanduser()
+    folder = Path(os.path.expanduser(adapter))
     if not (folder / ADAPTER_CONFIG).is_file():
         nested = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" It has adapters in the subfolders {', '.join(nested)}: name one of them." if nested else ""

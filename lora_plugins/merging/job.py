@@ -98,7 +98,7 @@ def read_job(
     if not named:
         raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base= (--base).")
     if is_path(named):
-        named = str(Path(named).expanduser())
+        named = str(Path(os.path.expanduser(named)))
     if revision is not None and Path(named).exists():
         raise MergeError(f"revision={revision!r} was given, and the base model {named} is a folder, which has none.")
     file = adapters.find_adapter_file(folder, "default")

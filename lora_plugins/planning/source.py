@@ -90,7 +90,7 @@ def read_config(source: Any, *, revision: str | None = None, trust_remote_code: 
         raise PlanError(
             f"plan() takes a model, a configuration, a mapping, a file, a folder or a Hub id, not {source!r}"
         )
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         try:
             return _make_config(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -122,10 +122,10 @@ def find_base(source: Any, *, revision: str | None = None, trust_remote_code: bo
     """
     if isinstance(source, nn.Module):
         return source
-    if isinstance(source, (str, os.PathLike)) and Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    if isinstance(source, (str, os.PathLike)) and Path(os.path.expanduser(source)).is_dir():
+        return Path(os.path.expanduser(source))
     config = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    if not isinstance(source, str) or Path(source).expanduser().is_file():
+    if not isinstance(source, str) or Path(os.path.expanduser(source)).is_file():
         return config
     cached = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
     return Path(cached).parent if isinstance(cached, str) else config

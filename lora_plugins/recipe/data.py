@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def load_splits(source: str) -> dict[str, Dataset]:
     Raises:
         DataError: It is missing or unreadable.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     here = is_path(source) or path.suffix in LOADERS or path.exists()
     return _load_path(path) if here else _load_hub(source)
 

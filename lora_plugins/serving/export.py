@@ -179,7 +179,7 @@ def _fill(source: Source, folder: Path, to: str, model: str | None, dtype: GgufD
         return write_folder(source, folder)
     assert model is not None, "checked before"  # noqa: S101
     count = write_gguf(source, folder / "adapter.gguf", dtype)
-    found = Path(model).expanduser()
+    found = Path(os.path.expanduser(model))
     # Ollama looks for relative paths beside the Modelfile.
     base = str(found.resolve()) if found.is_file() else model
     (folder / "Modelfile").write_text(make_modelfile(base, "./adapter.gguf"), encoding="utf-8")

@@ -41,7 +41,9 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
     if isinstance(meant, str) and is_path(meant) and _NAME.match(meant) is None:
-        meant = Path(meant).expanduser()
+        expanded = os.path.expanduser(meant)
+        # The home folder of a user that this machine does not know stays as it is, and is refused below.
+        meant = meant if expanded.startswith("~") else Path(expanded)
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
         from registry.hubs.folder import FolderHub
 
