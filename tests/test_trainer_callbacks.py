@@ -16,6 +16,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from versions import needs
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, prepare_model
 from lora_plugins.adapters.settings import LoraSettings
@@ -67,6 +69,7 @@ def test_constructor_trains_the_adapters_and_nothing_else(tmp_path: Path) -> Non
         assert torch.equal(base[name], tensor), name
 
 
+@needs("peft", MIN_PEFT_VERSION, "transformers' own add_adapter refuses it")
 def test_naive_injection_at_train_begin_trains_nothing(tmp_path: Path) -> None:
     """The trap that the constructor path avoids: the run ends green with every B still zero."""
 
@@ -301,6 +304,7 @@ def test_contradicting_arguments_for_a_peft_model_are_refused(tmp_path: Path) ->
         prepare_model(prepare_model(tiny.llama(), quantization="nf4"), quantization="int8")
 
 
+@needs("peft", MIN_PEFT_VERSION, "transformers' own add_adapter refuses it")
 def test_adapters_of_add_adapter_are_refused_because_resume_and_best_crash(tmp_path: Path) -> None:
     model = tiny.llama()
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
