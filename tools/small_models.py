@@ -368,12 +368,6 @@ _UNREADABLE = (
     "transformers splits its attention weights unevenly on loading and cannot load what it saved of a small model"
 )
 _SHARED = "its layers share weights, and the adapter of each changes them in its own way: refused by name"
-_NOT_RUN = """
-canary cohere_asr data2vec-vision deit dia dinov2 dinov2_with_registers donut-swin efficientnet focalnet
-fun_asr_nano hgnet_v2 hiera ijepa imagegpt kyutai_speech_to_text levit metaclip_2 mobilevit mobilevitv2
-moonshine moonshine_streaming poolformer pop2piano pp_lcnet pvt pvt_v2 regnet resnet segformer siglip siglip2
-speech-encoder-decoder speech_to_text speecht5 swiftformer swin swinv2 textnet vibevoice vit vit_msn
-"""
 
 #: Types whose small model the tests do not train and reload, and why; they are resolved at most.
 NOT_TRAINED: dict[str, str] = {
@@ -403,7 +397,6 @@ NOT_PUBLISHED: dict[str, str] = {
 NOT_MERGED: dict[str, str] = {
     "nemo_speechlm": _UNREADABLE,
     "bit": "its convolutions standardize their weights in each step, and a sum with the update is another one: refused",
-    **dict.fromkeys(_NOT_RUN.split(), "not run yet when this page was made"),
     **dict.fromkeys(("diffusion_gemma", "zamba"), _SHARED),
 }
 
