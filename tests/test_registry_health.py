@@ -242,6 +242,7 @@ DAMAGE: dict[str, tuple[Callable[[Damaged], object], str, str]] = {
 #: A damage that is another one, too.
 ALSO = {
     "size 0": {"shape"},
+    "A and B of other ranks": {"other-rank"},
     "a pickle alone": {"no-adapter", "tensors-beside", "weights"},
     "no configuration": {"configuration"},
     "no LoRA": {"whole-embeddings"},
