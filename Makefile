@@ -9,6 +9,7 @@ DEMO := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)-engines
 PEERS := $(VENV)-peers
+S3 := $(VENV)-s3
 SERVING := $(VENV)-serving
 
 # Nothing here asks the Hub for anything.
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
-	test-serving test-oldest test-newest \
+	test-serving test-s3 test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -96,6 +97,18 @@ test-serving: $(SERVING)/.installed ## Run base and adapter in llama.cpp, and co
 	OMP_NUM_THREADS=1 LLAMA_CPP_LIBRARY=$(abspath $(SERVING))/llama/xllamacpp/xllamacpp.abi3.so \
 		LLAMA_CPP_SOURCE=$(abspath $(SERVING))/llama_cpp_python-0.3.36/vendor/llama.cpp \
 		$(BIN)/python -m pytest -s -m slow tests/test_serving_llamacpp.py
+
+# A server that speaks S3, over the first environment: its client wants an older python-dateutil than constraints.txt has.
+$(S3)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(S3)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(S3)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(S3)/bin/python -m pip install $(EDITABLE) -e '.[s3-server]'
+	touch $@
+
+test-s3: $(S3)/.installed ## Run the tests of registries in an object store against an S3 server on this machine.
+	OMP_NUM_THREADS=1 $(S3)/bin/python -m pytest -n $(WORKERS) -k "bucket or object" tests/test_registry.py tests/test_registry_hubs.py \
+		tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py
 
 test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
 	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_publishing_load.py
