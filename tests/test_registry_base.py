@@ -603,3 +603,17 @@ def test_peft_still_overwrites_the_base_by_itself(folder: Path, tmp_path: Path) 
     planted = plain(folder, tmp_path / "a", lambda t: t.update({name: torch.full((32,), 3.0)}))
     loaded = PeftModel.from_pretrained(tiny.llama(), planted)
     assert float(loaded.get_base_model().model.norm.weight[0]) == 3.0
+
+
+@pytest.mark.parametrize("known_by", ["folder", "configuration"])
+def test_a_head_with_a_fixed_number_of_labels_is_checked(known_by: str, tmp_path: Path) -> None:
+    """DistilBERT's class for answers in a text cannot be built with three labels."""
+    config = transformers.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=64, n_layers=2, n_heads=2)
+    base = transformers.DistilBertForQuestionAnswering(config)
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_lin"], task_type="QUESTION_ANS")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    known = tmp_path / "base" if known_by == "folder" else transformers.AutoConfig.from_pretrained(tmp_path / "base")
+    assert check_contract(tmp_path / "adapter", known).tensors == 6
+    with pytest.raises(BaseMismatch, match=r"no place|another shape"):
+        check_contract(tmp_path / "adapter", transformers.DistilBertConfig(**{**config.to_dict(), "dim": 64}))

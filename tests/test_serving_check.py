@@ -166,7 +166,10 @@ print("ANSWERS" + json.dumps(answers))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("VLLM_LIBRARY"), reason="VLLM_LIBRARY must name a folder with vLLM, installed by pip with --no-deps --target")
+@pytest.mark.skipif(
+    not os.environ.get("VLLM_LIBRARY"),
+    reason="VLLM_LIBRARY must name a folder with vLLM, installed by pip with --no-deps --target",
+)
 def test_vllms_own_helper_gives_the_same_verdicts(tmp_path: Path) -> None:
     """`PEFTHelper` reads the configuration only; what its loader refuses by the tensors' names is left out here."""
     cases = [(lora, servers) for lora, servers in BREAKING if "trainable_token_indices" not in lora]
