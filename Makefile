@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
-	test-serving test-s3 test-oldest test-newest \
+	test-serving test-object-store test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -106,7 +106,7 @@ $(S3)/.installed: $(INSTALLED)
 	$(S3)/bin/python -m pip install $(EDITABLE) -e '.[s3-server]'
 	touch $@
 
-test-s3: $(S3)/.installed ## Run the tests of registries in an object store against an S3 server on this machine.
+test-object-store: $(S3)/.installed ## Run the tests of registries in an object store against an S3 server on this machine.
 	OMP_NUM_THREADS=1 $(S3)/bin/python -m pytest -n $(WORKERS) -k "bucket or object" tests/test_registry.py tests/test_registry_hubs.py \
 		tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py
 
