@@ -370,7 +370,7 @@ def test_the_converting_process_has_no_token(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(subprocess, "run", record)
-    (tmp_path / "x.bin").write_bytes(b"x")
+    (tmp_path / "x.bin").write_bytes(b"\x80x")  # as a pickle begins
     with pytest.raises(UnsafeFile, match=r"cannot be converted: .*no") as caught:
         pickles.convert(tmp_path / "x.bin", tmp_path / "y", "x.bin")
     assert str(caught.value).isprintable()
