@@ -82,7 +82,7 @@ def test_every_hook_is_documented_with_its_signature() -> None:
     reference = tool("hook_reference")
     page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
 
-    kinds = ("architectures", "quantizers", "formats", "commands", "checks")
+    kinds = ("architectures", "quantizers", "formats", "commands", "checks", "servers")
     assert reference.hooks() == [f"register_{kind}" for kind in kinds]
     headings = re.findall(r"^## `(.+)` \{ #(\w+) \}$", page, re.MULTILINE)
     assert headings == [(reference.signature(name), name) for name in reference.hooks()]
