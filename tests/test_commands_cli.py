@@ -145,6 +145,9 @@ def test_listing_as_json_is_complete(run: Callable[..., subprocess.CompletedProc
             }
         },
         "commands": ["say-hello"],
+        "checks": [],
+        "formats": [],
+        "servers": [],
         "disabled": None,
         "notes": [],
     }
@@ -169,7 +172,7 @@ def test_listing_says_which_packages_are_missing_and_how_to_get_them(
 
 
 def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with pytest.raises(SystemExit) as end:
