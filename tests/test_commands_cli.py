@@ -172,7 +172,7 @@ def test_listing_says_which_packages_are_missing_and_how_to_get_them(
 
 
 def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with pytest.raises(SystemExit) as end:
@@ -181,8 +181,9 @@ def test_listing_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], mo
     assert end.value.code == 0
     table = capsys.readouterr().out
     assert "┃ plugin" in table
-    assert "3 quantization backends" in table
-    assert f"bitsandbytes {version('bitsandbytes')}" in table
+    text = " ".join(table.replace("│", " ").split())
+    assert "3 quantization backends" in text
+    assert f"bitsandbytes {version('bitsandbytes')}" in text
 
 
 def test_a_misspelt_block_is_reported(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
