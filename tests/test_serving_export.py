@@ -197,7 +197,7 @@ def test_a_grown_vocabulary_is_refused(tmp_path: Path) -> None:
     base = served.make_base("llama")
     base.save_pretrained(tmp_path / "base")
     base.resize_token_embeddings(served.WORDS + 4, mean_resizing=False)
-    model = served.make_adapter("llama", base, target_modules=["q_proj"], trainable_token_indices=[97, 98])
+    model = served.make_adapter("llama", base, target_modules=["q_proj"], trainable_token_indices=[96, 97, 98, 99])
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UnsupportedExport, match="trainable_token_indices"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
