@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from versions import needs
 
 from lora_plugins import dequantize_model, prepare_model
+from lora_plugins.adapters.files import MismatchedBase
 from lora_plugins.commands.cli import program
 from lora_plugins.errors import AdapterMismatch, MergeError
 from lora_plugins.merging import probe, weights
@@ -195,7 +196,7 @@ def test_added_tokens_whose_embedding_was_not_saved_along(tmp_path: Path) -> Non
     assert result.notes == ()
 
 
-def test_added_rows_that_nothing_holds_get_the_mean_and_are_named(tmp_path: Path) -> None:
+def test_added_rows_that_nothing_holds_are_refused(tmp_path: Path) -> None:
     """One of four added tokens was trained; the rows of the others, and of the untied head, are in no file."""
     tiny.llama().save_pretrained(tmp_path / "base")
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -203,14 +204,9 @@ def test_added_rows_that_nothing_holds_get_the_mean_and_are_named(tmp_path: Path
     config = LoraConfig(target_modules=ATTENTION, trainable_token_indices=[99], **SMALL)
     trained = train(tmp_path, base, config, store=False)
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    result = merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
-    assert "3 rows that training added to model.embed_tokens are in no file" in " ".join(result.notes)
-    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    batch = {"input_ids": torch.tensor([[3, 99, 4, 99]])}
-    known = slice(0, 96)
-    torch.testing.assert_close(outputs(merged, batch)[..., known], outputs(trained, batch)[..., known])
-    rows = merged.get_input_embeddings().weight
-    torch.testing.assert_close(rows[96:99], rows[:96].mean(0).expand(3, -1))
+    with pytest.raises(MismatchedBase, match="its file does not hold their rows"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_experts_as_one_stack(tmp_path: Path) -> None:

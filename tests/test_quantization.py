@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lora_plugins import Quantizer, prepare_model, quantization_config
@@ -23,7 +25,6 @@ from lora_plugins.errors import (
     UnknownQuantizer,
     UnsupportedInitialization,
 )
-from lora_plugins.planning.step import LiveBytes
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.marks import tag_quantized
 from lora_plugins.quantization.request import parse_quantization
@@ -144,6 +145,39 @@ def test_model_without_linears_and_model_without_weights() -> None:
         quantize_in_place(model, parse_quantization("int8"))  # type: ignore[arg-type]
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts live tensor storages as they come and go, those of ``model`` from the start."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.track(tensor)
+
+    def track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known or tensor.is_meta:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for item in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(item, torch.Tensor):
+                self.track(item)
+        return output
+
+
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_live_tensors_peak_at_the_model_plus_one_layer(name: str, dtype: torch.dtype) -> None:
@@ -153,7 +187,7 @@ def test_live_tensors_peak_at_the_model_plus_one_layer(name: str, dtype: torch.d
     assert parsed is not None
     check_usable(parsed, CPU, dtype)
     gc.collect()
-    tracker = LiveBytes(*model.parameters(), *model.buffers())
+    tracker = LiveBytes(model)
     start = tracker.live
     with tracker:
         quantize_in_place(model, parsed)

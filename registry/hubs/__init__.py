@@ -19,7 +19,7 @@ __all__ = ["VARIABLE", "open_hub"]
 #: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
 #: ``.hidden`` and ``~somebody`` are more likely mistyped than meant.
-_NAME = re.compile(r"[.~][^./\\]")
+_NAME = re.compile(r"(?:\.(?!\.?$)|~.)[^/\\]*$")
 
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
