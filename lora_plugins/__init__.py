@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lora_plugins.merging.merge import merge_and_save as merge_and_save
     from lora_plugins.planning.planner import plan as plan
     from lora_plugins.plugins.host import plugin_checks as plugin_checks
+    from lora_plugins.plugins.traits import check_servers as check_servers
+    from lora_plugins.plugins.traits import judge_adapter as judge_adapter
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
@@ -40,8 +42,10 @@ _LAZY = {
     "attach": "lora_plugins.trainer.attaching",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
+    "check_servers": "lora_plugins.plugins.traits",
     "check_serving": "lora_plugins.serving.check",
     "export_adapter": "lora_plugins.serving.export",
+    "judge_adapter": "lora_plugins.plugins.traits",
     "loading_dtype": "lora_plugins.quantization.precision",
     "merge_and_save": "lora_plugins.merging.merge",
     "pack": "lora_plugins.recipe.packing",
@@ -67,11 +71,13 @@ __all__ = [
     "ServerRule",
     "ServingVerdict",
     "attach",
+    "check_servers",
     "check_serving",
     "dequantize_model",
     "detach",
     "export_adapter",
     "hookimpl",
+    "judge_adapter",
     "loading_dtype",
     "merge_and_save",
     "missing_package",

@@ -24,6 +24,7 @@
     │   ├── RepositoryConflict
     │   ├── UnknownBase (ValueError)
     │   ├── InvalidAdapter (ValueError)
+    │   ├── UnservedAdapter (ValueError)
     │   └── TooLarge (ValueError)
     ├── UnsafeFile (ValueError)
     ├── InvalidManifest (ValueError)
@@ -154,6 +155,10 @@ class UnknownBase(PublishError, ValueError):
 
 class InvalidAdapter(PublishError, ValueError):
     """An adapter is unusable: empty, all zero, not finite, wrongly shaped, or with foreign keys."""
+
+
+class UnservedAdapter(PublishError, ValueError):
+    """A server that an adapter is for would not take it."""
 
 
 class TooLarge(PublishError, ValueError):

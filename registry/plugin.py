@@ -5,18 +5,21 @@ The only module here that imports that package.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_plugins import hookimpl, plugin_checks
+from lora_plugins import check_servers, hookimpl, judge_adapter, plugin_checks
+from registry.checks.configuration import changes_base
 from registry.checks.record import Check, Finding
 
 if TYPE_CHECKING:
     import typer
 
     from registry.checks.adapter_files import AdapterFiles
+    from registry.checks.serving import Verdict
 
-__all__ = ["find_checks", "register_commands"]
+__all__ = ["check_servers", "find_checks", "judge_serving", "register_commands"]
 
 
 @hookimpl
@@ -32,6 +35,17 @@ def register_commands(app: typer.Typer) -> None:
 def find_checks() -> list[Check]:
     """Return the checks that plugins add, named after their plugin; one that fails is a finding that says so."""
     return [_guard(check, info.name) for info, check in plugin_checks() if isinstance(check, Check)]
+
+
+def judge_serving(
+    fields: Mapping[str, Any],
+    names: Iterable[str],
+    base: Mapping[str, Any] | None,
+    servers: Collection[str] | None,
+) -> Sequence[Verdict]:
+    """Return each server's verdict on an adapter; see `registry.checks.serving`."""
+    changed = changes_base(fields.get("init_lora_weights"))
+    return judge_adapter(fields, names, base, servers, changes_base=changed)
 
 
 def _guard(check: Check, origin: str) -> Check:

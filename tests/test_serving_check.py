@@ -16,10 +16,11 @@ from adapters import adapted
 from transformers import AutoConfig
 
 from lora_plugins import AdapterTraits, LoraCallback, Server, ServerRule, check_serving, export_adapter
-from lora_plugins.adapters.traits import judge, traits_of
+from lora_plugins.adapters.traits import traits_of
 from lora_plugins.commands.cli import main
 from lora_plugins.errors import ServingWarning, UnknownServer, UnsupportedExport
 from lora_plugins.plugins.host import PluginHost, plugin_host
+from lora_plugins.plugins.traits import judge
 from lora_plugins.serving.gguf_families import FAMILIES
 
 #: What the adapter is made with, and the servers that do not take it. All the others do.
@@ -141,7 +142,7 @@ def test_a_plugin_adds_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = ServerRule("rank", "mine/lora.py", lambda traits: "too high" if traits.rank > 4 else None)
     server = Server("mine", "1.0", (rule,))
     assert not server.judge(AdapterTraits(rank=8)).served
-    assert str(server.judge(AdapterTraits(rank=4))) == "mine (1.0) serves it"
+    assert str(server.judge(AdapterTraits("llama", rank=4))) == "mine (1.0) serves it"
     for wrong in ({"name": ""}, {"version": 1}, {"rules": rule}):
         with pytest.raises(TypeError, match="must be"):
             Server(**{"name": "mine", "version": "1.0", "rules": (rule,), **wrong})

@@ -51,6 +51,10 @@ def plan(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(help="Server that the adapter is for; several times.", show_default="all that are known"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart of the memory to this PNG file.")] = None,
 ) -> None:
@@ -83,6 +87,7 @@ def plan(
             trust_remote_code=trust_remote_code,
             experts=experts,
             adapter=adapter,
+            serve=serve or None,
             **{**({} if r is None else {"r": r}), **_read_targets(target_modules), **_read_fields(lora or [])},
         )
         if chart is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from lora_plugins.planning.sharing import per_device
 from lora_plugins.planning.source import find_base, meta_model, read_config, read_stored
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.plugins.host import plugin_host
+from lora_plugins.plugins.traits import check_servers, judge
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.formats import check_format
 from lora_plugins.quantization.request import Quantization
@@ -67,6 +68,7 @@ def plan(
     experts: str = "default",
     strict: bool = True,
     chunked_loss: bool = True,
+    serve: str | Iterable[str] | None = None,
     **lora: Any,
 ) -> Plan:
     """Say what a LoRA run would train and how much memory it would take, without loading or creating weights.
@@ -105,6 +107,7 @@ def plan(
         experts: As in `prepare_model`.
         strict: As in `prepare_model`.
         chunked_loss: As in `LoraCallback`; with ``"fsdp"`` and ZeRO the loss is not computed in chunks.
+        serve: Servers that the adapter is for, such as ``"vllm"``, which the plan asks; by default all that are known.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
@@ -115,7 +118,9 @@ def plan(
         AdapterMismatch: The adapter was trained on another base, or does not fit this one.
         TargetError: Targets match nothing, or cover the blocks unevenly.
         QuantizationError: The backend is unknown.
+        UnknownServer: ``serve`` has a name that is not that of a server.
     """
+    servers = None if serve is None else check_servers(serve)
     automatic = isinstance(quantization, str) and quantization == AUTO
     settings = LoraSettings.from_arguments(
         quantization=None if automatic else quantization,
@@ -141,7 +146,7 @@ def plan(
         wanted = bench.settings.quantization
         name = wanted.name if wanted is not None else ""
         chosen = Scenario(name, batch_size, length, gradient_checkpointing, optim, strategy, devices)
-        return _Planner(bench, chosen, limit, automatic=automatic and not name).run()
+        return _Planner(bench, chosen, limit, automatic=automatic and not name, servers=servers).run()
 
 
 @contextlib.contextmanager
@@ -206,8 +211,17 @@ def _make_workbench(
 class _Planner:
     """Builds one plan."""
 
-    def __init__(self, bench: Workbench, chosen: Scenario, limit: int | None, *, automatic: bool = False) -> None:
+    def __init__(
+        self,
+        bench: Workbench,
+        chosen: Scenario,
+        limit: int | None,
+        *,
+        automatic: bool = False,
+        servers: tuple[str, ...] | None = None,
+    ) -> None:
         self.bench = bench
+        self.servers = servers
         self.chosen = chosen
         self.limit = limit
         self.automatic = automatic
@@ -224,6 +238,7 @@ class _Planner:
         if asked is None:
             raise PlanError("This model has no gradient checkpointing; leave gradient_checkpointing out.")
         count = bench.count()
+        verdicts = judge(bench.traits(), self.servers)
         targets = bench.targets
         base: Any = base_of(bench.base)
         return Plan(
@@ -253,9 +268,11 @@ class _Planner:
                 *(targets.notes if targets else []),
                 *self._write_precision_notes(),
                 *self._write_expert_notes(),
+                *(str(one) for one in verdicts if self.servers is not None and not one.served),
                 *dict.fromkeys(self.notes),
             ],
             float_experts=self._find_float_experts(),
+            serves_on=[f"{one.server} {one.version}" for one in verdicts if one.served],
         )
 
     def _choose(self, rows: list[Row]) -> None:

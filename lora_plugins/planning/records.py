@@ -65,6 +65,8 @@ class PlanFigures:
         rows: Every backend, with and without checkpointing.
         advice: The nearest change that makes the run fit; empty when it fits or the memory is unknown.
         notes: Further remarks.
+        serves_on: Servers that take such an adapter by their rules, of those that were asked, each with the release
+            whose rules they are.
     """
 
     model: str
@@ -90,6 +92,7 @@ class PlanFigures:
     advice: str = ""
     notes: list[str] = field(default_factory=list)
     float_experts: dict[str, str] = field(default_factory=dict)
+    serves_on: list[str] = field(default_factory=list)
 
     @property
     def percent(self) -> float:

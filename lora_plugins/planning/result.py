@@ -116,6 +116,7 @@ def _make_summary(plan: PlanFigures) -> Table:
         rows.append(("in stacked experts", f"{plan.expert_share:.1%} of the weights"))
         rows.append(("left in float by", ", ".join(plan.float_experts) or "no backend"))
     rows += [(f"blocks of {kind}", f"{hit} of {total} adapted") for kind, (hit, total) in plan.coverage.items()]
+    rows.append(("serves on", ", ".join(plan.serves_on) or "none of the servers that were asked"))
     if plan.heads:
         rows.append(("trained heads", ", ".join(plan.heads)))
     for label, value in rows:

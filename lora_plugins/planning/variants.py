@@ -18,6 +18,7 @@ from lora_plugins.adapters.inject import build_config, set_fields
 from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, run_steps
+from lora_plugins.adapters.traits import traits_of
 from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.planning.amounts import Memory
@@ -28,6 +29,7 @@ from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import copy_without_data
 from lora_plugins.planning.stacks import list_planned, make_planned_stack, stack_bytes
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
+from lora_plugins.plugins.servers import AdapterTraits
 from lora_plugins.quantization.counting import ParameterCount, TensorBytes, count_parameters, tensor_bytes
 from lora_plugins.quantization.precision import activation_dtype, resolve_compute_dtype
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, with_compute_dtype
@@ -91,6 +93,7 @@ class Workbench:
             set_fields(config, targets)
         elif targets is not None:
             self._config = build_config(settings, targets)
+        self._init = None if self._config is None else self._config.init_lora_weights
         if self._config is not None:
             # Initialization does not change sizes, and some methods need the weights' values.
             self._config.init_lora_weights = True
@@ -237,6 +240,10 @@ class Workbench:
     def file_bytes(self) -> int:
         """Return the size of the adapter file."""
         return file_bytes(self.whole(None), self._find_adapter_name())
+
+    def traits(self) -> AdapterTraits:
+        """Return what servers will ask of the adapter."""
+        return traits_of(self.whole(None), self._find_adapter_name(), init=self._init)
 
     # -- simulating ----------------------------------------------------------------------------
 

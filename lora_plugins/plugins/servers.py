@@ -127,7 +127,16 @@ class Server:
             raise TypeError(f"Server.rules must be a tuple of ServerRule, not {self.rules!r:.80}")
 
     def judge(self, traits: AdapterTraits) -> ServingVerdict:
-        """Apply every rule to an adapter."""
-        found = [(rule, rule.check(traits)) for rule in self.rules]
-        reasons = tuple(f"{reason} [{rule.source}]" for rule, reason in found if reason)
-        return ServingVerdict(self.name, self.version, reasons, self.not_known)
+        """Apply every rule to an adapter. A rule that raises leaves its question open."""
+        reasons, not_known = [], list(self.not_known)
+        for rule in self.rules:
+            try:
+                reason = rule.check(traits)
+            except Exception as error:
+                not_known.append(f"the rule {rule.name!r}, which raised {type(error).__name__}: {error}")
+                continue
+            if reason:
+                reasons.append(f"{reason} [{rule.source}]")
+        if traits.model_type is None:
+            not_known.append("the type of the base")
+        return ServingVerdict(self.name, self.version, tuple(reasons), tuple(not_known))

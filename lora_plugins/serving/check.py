@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from lora_plugins.adapters.traits import judge, read_traits
+from lora_plugins.adapters.traits import read_live_traits
 from lora_plugins.errors import UnsupportedExport
 from lora_plugins.plugins.servers import ServingVerdict
+from lora_plugins.plugins.traits import judge
 from lora_plugins.serving.source import MERGED, Source, read_source
 
 __all__ = ["check_export", "check_serving"]
@@ -35,7 +36,7 @@ def check_serving(
     """
     source = read_source(adapter, base, revision)
     names = [servers] if isinstance(servers, str) else servers
-    return judge(read_traits(source.job.config, source.job.shapes, source.base_config), names)
+    return judge(read_live_traits(source.job.config, source.job.shapes, source.base_config), names)
 
 
 def check_export(source: Source, server: str) -> None:
@@ -44,6 +45,6 @@ def check_export(source: Source, server: str) -> None:
     Raises:
         UnsupportedExport: The server does not take it; the message says why.
     """
-    (verdict,) = judge(read_traits(source.job.config, source.job.shapes, source.base_config), [server])
+    (verdict,) = judge(read_live_traits(source.job.config, source.job.shapes, source.base_config), [server])
     if not verdict.served:
         raise UnsupportedExport(f"{source.title}: {verdict}. {MERGED}")

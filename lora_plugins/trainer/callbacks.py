@@ -25,7 +25,7 @@ from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, 
 from lora_plugins.adapters.report import ParameterReport, make_report
 from lora_plugins.adapters.saving import allow_unsaved, check_everything_is_saved
 from lora_plugins.adapters.settings import LoraSettings
-from lora_plugins.adapters.traits import read_servers, warn_unserved
+from lora_plugins.adapters.traits import warn_unserved
 from lora_plugins.errors import (
     AdapterNotMoving,
     AttachError,
@@ -37,6 +37,7 @@ from lora_plugins.errors import (
 from lora_plugins.logs import get_logger, is_shown
 from lora_plugins.models.tokens import find_new_tokens
 from lora_plugins.models.wrapping import base_of
+from lora_plugins.plugins.traits import check_servers
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.request import detect_quantization
 from lora_plugins.targets.resolution import check_names, check_trained, set_new_tokens
@@ -335,7 +336,7 @@ class LoraCallback(_PreparingCallback):
         **lora: Any,
     ) -> None:
         super().__init__(chunked_loss, skip_checks)
-        self.serve = read_servers(serve)
+        self.serve = check_servers(serve)
         self.settings = LoraSettings.from_arguments(
             quantization=quantization,
             peft_config=peft_config,

@@ -15,7 +15,7 @@ from registry.checks.record import Check, Part, Stage
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.weights import Header
 
-__all__ = ["CHECKS", "PARTS", "CheckedWeights", "check_weights", "enforce", "load_checks"]
+__all__ = ["CHECKS", "PARTS", "CheckedWeights", "check_weights", "enforce", "load_checks", "load_plugin"]
 
 #: The checks that come with the registry, in the order in which they are enforced.
 CHECKS: tuple[Check, ...] = (*folder.CHECKS, *configuration.CHECKS, *names.CHECKS, *tensors.CHECKS)
@@ -28,15 +28,15 @@ _GROUP, _PLUGIN = "lora_plugins", "registry"
 def load_checks() -> tuple[Check, ...]:
     """Return all checks: the registry's own, then those that plugins add with ``register_checks``."""
     found: list[Check] = []
-    plugin = _load_plugin()
+    plugin = load_plugin()
     if plugin is not None:
         found += plugin.find_checks()
     return (*CHECKS, *found)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_plugin() -> Any:
-    """Return the module by which the registry is a plugin; ``None`` if the package is not installed."""
+def load_plugin() -> Any:
+    """Return the module by which the registry is a plugin, `registry.plugin`; ``None`` if it is not installed."""
     for entry in importlib.metadata.entry_points(group=_GROUP, name=_PLUGIN):
         return entry.load()
     return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from registry.commands.terminal import HubOption, Json, print_json, print_rows, say, visible, waiting
+
+if TYPE_CHECKING:
+    from registry.health.doctor import Diagnosis
 
 __all__ = ["COMMANDS", "doctor"]
 
@@ -51,11 +54,21 @@ def doctor(
         print_rows(("severity", "check", "finding", "cure"), rows)
     else:
         say(f"{found.title}: nothing found")
+    _say_servers(found)
     for part, reason in found.not_read.items():
         say(f"not read: {part} ({visible(reason)})")
     if found.cured is not None:
         say(f"cured copy: {visible(found.cured)}")
     raise typer.Exit(found.exit_code)
+
+
+def _say_servers(found: Diagnosis) -> None:
+    taking = [f"{one.server} {one.version}" for one in found.servers if one.served]
+    if found.servers:
+        say(f"serves on: {visible(', '.join(taking) or 'none of the servers whose rules are known')}")
+    for verdict in found.servers:
+        if not verdict.served:
+            say(f"not on {visible(f'{verdict.server} {verdict.version}: ' + '; '.join(verdict.reasons))}")
 
 
 def _describe_cure(cure: str, curable: bool) -> str:

@@ -65,6 +65,10 @@ def push(
     language: Annotated[
         list[str] | None, typer.Option(help="For the card: code of a language, such as en; can be given again.")
     ] = None,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(help="Server that must take it, such as vllm; can be given again. Refused if it does not."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Publish an adapter as a version that never changes again.
@@ -74,6 +78,7 @@ def push(
       lora-plugins push ./adapter org/name
       lora-plugins push run/checkpoint-500 org/name --version minor --metric f1=0.9
       lora-plugins push ./adapter org/name --hub ./registry --dry-run
+      lora-plugins push ./adapter org/name --serve vllm
     """
     from registry.publishing.push import push_adapter
 
@@ -96,6 +101,7 @@ def push(
             license=license_,
             datasets=dataset or (),
             language=language,
+            serve=serve or (),
         )
     if as_json:
         fields = {"name": done.name, "version": done.version, "commit": done.commit, "created": done.created}

@@ -11,6 +11,7 @@ from typing import Any
 
 from registry.checks.adapter_files import AdapterFiles
 from registry.checks.record import SEVERITIES, Changes, Check, Finding, Part, Severity
+from registry.checks.serving import Verdict, describe_base, judge_serving
 from registry.checks.table import load_checks
 from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, InvalidManifest, UnknownBase, UnsafeFile
@@ -18,7 +19,7 @@ from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
 from registry.health.base_checks import CHECKS as BASE_CHECKS
 from registry.health.curing import join_changes, write_cured
-from registry.health.source import open_files
+from registry.health.source import open_files, read_base_config
 
 __all__ = ["Diagnosis", "Symptom", "diagnose"]
 
@@ -54,12 +55,15 @@ class Diagnosis:
         symptoms: What was found, the worst first.
         not_read: Parts of the adapter that were not read, with the reason.
         cured: Folder of the cured copy, if one was written.
+        servers: Each server's verdict on the adapter as it is: ``lora_plugins.ServingVerdict``. Empty if configuration
+            or header cannot be read.
     """
 
     title: str
     symptoms: tuple[Symptom, ...]
     not_read: Mapping[str, str] = field(default_factory=dict)
     cured: str | None = None
+    servers: tuple[Verdict, ...] = ()
 
     @property
     def severity(self) -> Severity | None:
@@ -220,4 +224,13 @@ class _Examination:
     def report(self, cured: str | None) -> Diagnosis:
         """Return what was found."""
         worst_first = sorted(self.symptoms, key=lambda symptom: -SEVERITIES.index(symptom.severity))
-        return Diagnosis(self.files.title, tuple(worst_first), self.not_read, cured)
+        return Diagnosis(self.files.title, tuple(worst_first), self.not_read, cured, self._judge())
+
+    def _judge(self) -> tuple[Verdict, ...]:
+        """Ask the rules of all servers, of the base what the manifest, or the base that was given, says."""
+        if not {"configuration", "header"} <= self.parts:
+            return ()
+        manifest = self.files.manifest if "manifest" in self.parts else None
+        known = None if manifest is None else describe_base(manifest.architecture, manifest.base)
+        base = read_base_config(self.files.base) or known
+        return tuple(judge_serving(self.files.config.fields, self.files.tensors, base))

@@ -11,19 +11,22 @@ from typing import Any
 from registry.catalog.index import Manifests, index_of
 from registry.catalog.state import read_state
 from registry.checks.adapter_files import AdapterFiles
+from registry.disk.files import read_small
 from registry.disk.machine import temporary_folder
 from registry.errors import InvalidReference, VersionNotFound
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, max_size
-from registry.formats.references import Reference
+from registry.formats.references import Reference, is_path
+from registry.formats.strict_json import JsonRefused, parse
 from registry.formats.tokenizer_files import TOKENIZER_CONFIG
 from registry.formats.weights import read_header
 from registry.hubs import open_hub
 from registry.hubs.protocol import MAIN, Hub
 
-__all__ = ["SMALL", "open_files"]
+__all__ = ["SMALL", "open_files", "read_base_config"]
 
 #: Bytes of weights whose values are read without being asked to.
 SMALL = 64 * 1024 * 1024
+_CONFIG, _MAX_CONFIG = "config.json", 4 * 1024 * 1024
 _FEW = (ADAPTER_CONFIG, MANIFEST_FILE, TOKENIZER_CONFIG)
 
 
@@ -64,6 +67,21 @@ def open_files(
         if ADAPTER_WEIGHTS in files and not (wanted or whole):
             given["header"] = _read_header(place, reference.name, commit, files[ADAPTER_WEIGHTS])
         yield AdapterFiles(folder, f"The adapter {reference}", given=given), wanted
+
+
+def read_base_config(base: Any) -> Mapping[str, Any] | None:
+    """Return the configuration of a base that is a model, a configuration or a folder; ``None`` for others."""
+    config = getattr(base, "config", base)
+    if hasattr(config, "to_dict"):
+        found: Mapping[str, Any] = config.to_dict()
+        return found
+    if not is_path(base):
+        return None
+    try:
+        values = parse(read_small(Path(os.fspath(base)).expanduser() / _CONFIG, _MAX_CONFIG + 1), _MAX_CONFIG)
+    except (OSError, JsonRefused):
+        return None
+    return values if isinstance(values, Mapping) else None
 
 
 def _parse(source: str) -> Reference:

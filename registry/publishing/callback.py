@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 #: Folder below the output folder for an adapter that could not be published.
 UNPUBLISHED = "unpublished-adapter"
 #: Options of `push_adapter` that can be checked before training.
-_CHECKED = ("adapter_name", "allow", "base_aliases", "base_model", "token")
+_CHECKED = ("adapter_name", "allow", "base_aliases", "base_model", "serve", "token")
 
 
 class PushToRegistryCallback(TrainerCallback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from registry.checks.serving import Verdict
 from registry.formats.readme import write_readme
 from registry.text import visible
 
@@ -93,6 +94,7 @@ def model_card(
     task_type: str | None = None,
     class_name: str | None = None,
     fields: CardFields | None = None,
+    servers: Sequence[Verdict] = (),
 ) -> str:
     """Return the card as a README: front matter, and Markdown between the markers of `registry.formats.readme`.
 
@@ -108,11 +110,13 @@ def model_card(
         task_type: PEFT's task type, such as ``CAUSAL_LM``.
         class_name: transformers class of the base, if known.
         fields: The publisher's information for the front matter.
+        servers: Each server's verdict on the adapter.
     """
     facts = list(_flatten(training))
     sections = [
         f"# {_escape_text(name)} {_escape_text(version)}" if name and version else "# LoRA adapter",
         _write_about(base, base_commit, published=name is not None),
+        _write_servers(servers),
         _write_table(
             ("module", "tensors", "parameters"), [(kind, f"{n:,}", f"{size:,}") for kind, n, size in parameters]
         ),
@@ -210,6 +214,17 @@ def _write_about(base: str | None, commit: str | None, *, published: bool) -> st
         return "A LoRA adapter. Its base model is known by its fingerprint only; `adapter_manifest.json` has it."
     pinned = f" at commit `{_escape_code(commit)}`" if commit else ""
     return f"A LoRA adapter for `{_escape_code(base)}`{pinned}."
+
+
+def _write_servers(servers: Sequence[Verdict]) -> str:
+    taking, others = (
+        ", ".join(_escape_text(f"{one.server} {one.version}") for one in servers if one.served is served)
+        for served in (True, False)
+    )
+    if not taking and not others:
+        return ""
+    less = f" Not on {others}; `lora-plugins servers` says why." if others else ""
+    return f"Serves on {taking or 'none of the servers whose rules are known'}, by the rules of these releases.{less}"
 
 
 def _write_usage(name: str, version: str, base: str | None, task_type: str | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from registry.checks.serving import describe_base, judge_serving
 from registry.formats.manifest import Manifest
 from registry.formats.paths import CARD
 from registry.formats.records import FileRecord
@@ -78,4 +79,7 @@ def _make_card(collected: Collected, name: str, version: str, fields: CardFields
         task_type=collected.config.task_type,
         class_name=collected.architecture.class_name,
         fields=fields,
+        servers=judge_serving(
+            collected.config.fields, collected.tensors, describe_base(collected.architecture, collected.base)
+        ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ from packaging.version import Version
 
 from registry.base.record import base_of_model, require_known, with_aliases, with_given
 from registry.checks.adapter_files import AdapterFiles
+from registry.checks.configuration import changes_base
+from registry.checks.serving import check_serving, describe_base, require_servers
 from registry.checks.table import enforce
+from registry.formats.adapter_config import AdapterConfig
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
 from registry.formats.tensors import other_tensors
 from registry.hubs import open_hub
@@ -53,6 +56,7 @@ def push_adapter(
     datasets: Sequence[str] = (),
     language: str | Sequence[str] | None = None,
     pipeline_tag: str | None = None,
+    serve: str | Iterable[str] = (),
 ) -> Published:
     """Publish an adapter as an immutable version.
 
@@ -90,9 +94,12 @@ def push_adapter(
         datasets: For the model card: ids of the training datasets.
         language: For the model card: code of the language, such as ``"en"``, or several.
         pipeline_tag: For the model card: the Hub's task; by default derived from the base's class.
+        serve: Servers that the adapter is for, such as ``"vllm"``: refuses an adapter that one of them does not take.
 
     Raises:
         InvalidReference: The name or the version is malformed.
+        UnservedAdapter: A server of ``serve`` does not take it.
+        lora_plugins.errors.UnknownServer: ``serve`` has a name that is not that of a server.
         RepositoryConflict: The repository holds a base model, or foreign files with the names of a release's files.
         UnknownBase: The base model is not identified well enough to be found again, or an alias is not an id.
         VersionExists: Other content has been published under this version.
@@ -104,6 +111,7 @@ def push_adapter(
     check_name(name)
     fields = CardFields(license, datasets, language, pipeline_tag)
     wanted = version if version in BUMPS else parse_version(version)
+    servers = require_servers(serve)
     place, signer = open_hub(hub, token), Signer.of(name, sign)
     bases = _open_bases(place, base_hub, token if base_token is None else base_token)
     token = base_token = None
@@ -118,6 +126,8 @@ def push_adapter(
         training=training,
         allow=allow,
     ) as collected:
+        described = describe_base(collected.architecture, collected.base)
+        check_serving("The adapter", collected.config.fields, collected.tensors, described, servers)
 
         def draft(chosen: Version, before: Version | None) -> Draft:
             parent = None if before is None else version_text(before)
@@ -149,6 +159,7 @@ def check_push(
     base_aliases: str | Sequence[str] = (),
     adapter_name: str | None = None,
     allow: Sequence[str] = (),
+    serve: str | Iterable[str] = (),
 ) -> None:
     """Check before training what `push_adapter` checks after it, without asking a hub.
 
@@ -164,9 +175,12 @@ def check_push(
         base_aliases: See `push_adapter`.
         adapter_name: See `push_adapter`.
         allow: See `push_adapter`.
+        serve: See `push_adapter`.
 
     Raises:
         InvalidReference: The name, the version or the registry is malformed.
+        UnservedAdapter: A server of ``serve`` will not take it.
+        lora_plugins.errors.UnknownServer: ``serve`` has a name that is not that of a server.
         UnknownBase: The base model is not identified well enough to be found again.
         UnsafeFile: The configuration cannot be published, for example because of an expression that may take forever.
         InvalidAdapter: With this configuration the adapter would have no effect.
@@ -175,17 +189,27 @@ def check_push(
     check_name(name)
     if version not in BUMPS:
         parse_version(version)
-    place = open_hub(hub, token)
+    servers, place = require_servers(serve), open_hub(hub, token)
     adapter = adapter_name or find_adapter_name(model)
     state = read_state(model, adapter)
     config = read_config(model, adapter)
     enforce(AdapterFiles(Path(), given={"config": config}), "push", ("configuration",))
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in state.items()}
     check_size({key: sizes[key] for key in other_tensors(sizes)}, allow, sum(sizes.values()))
-    base, _ = base_of_model(model.get_base_model(), config)
+    base, kind = base_of_model(model.get_base_model(), config)
+    check_serving("The adapter", _describe_saved(config), sizes, describe_base(kind, base), servers)
     if base_model is not None:
         base = with_given(base, base_model.partition("@")[0], None)
     with_aliases(require_known(base, on_hub=not place.local), base_aliases)
+
+
+def _describe_saved(config: AdapterConfig) -> Mapping[str, Any]:
+    """Return the fields that a push will publish: it makes a plain LoRA of an initialization that changed the base."""
+    fields = config.fields
+    if not changes_base(fields.get("init_lora_weights")):
+        return fields
+    ranks = {name: 2 * rank for name, rank in (fields.get("rank_pattern") or {}).items()}
+    return {**fields, "init_lora_weights": True, "r": 2 * config.rank, "rank_pattern": ranks}
 
 
 def _open_bases(place: Hub, given: Hub | str | os.PathLike[str] | None, token: str | bool | None) -> Hub | None:
