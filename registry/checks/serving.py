@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from registry.checks.table import load_plugin
+from registry.checks.plugins import load_plugin
 from registry.errors import UnservedAdapter
 from registry.formats.records import BaseKind, BaseRecord
 

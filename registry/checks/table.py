@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from registry.checks import configuration, folder, names, tensors
 from registry.checks.adapter_files import AdapterFiles
+from registry.checks.plugins import load_plugin
 from registry.checks.record import Check, Part, Stage
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.weights import Header
 
-__all__ = ["CHECKS", "PARTS", "CheckedWeights", "check_weights", "enforce", "load_checks", "load_plugin"]
+__all__ = ["CHECKS", "PARTS", "CheckedWeights", "check_weights", "enforce", "load_checks"]
 
 #: The checks that come with the registry, in the order in which they are enforced.
 CHECKS: tuple[Check, ...] = (*folder.CHECKS, *configuration.CHECKS, *names.CHECKS, *tensors.CHECKS)
 #: The parts that can be read without a base model.
 PARTS: tuple[Part, ...] = ("files", "configuration", "manifest", "header", "values")
-#: The group of entry points in which the registry is a plugin, named so; its module hands on the checks of the others.
-_GROUP, _PLUGIN = "lora_plugins", "registry"
 
 
 def load_checks() -> tuple[Check, ...]:
@@ -32,14 +28,6 @@ def load_checks() -> tuple[Check, ...]:
     if plugin is not None:
         found += plugin.find_checks()
     return (*CHECKS, *found)
-
-
-@functools.lru_cache(maxsize=1)
-def load_plugin() -> Any:
-    """Return the module by which the registry is a plugin, `registry.plugin`; ``None`` if it is not installed."""
-    for entry in importlib.metadata.entry_points(group=_GROUP, name=_PLUGIN):
-        return entry.load()
-    return None
 
 
 def enforce(
