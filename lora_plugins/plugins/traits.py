@@ -1,4 +1,4 @@
-"""Read what servers ask of an adapter, and let each server's rules judge it."""
+"""Read what servers ask of an adapter, and let their rules judge it."""
 
 from __future__ import annotations
 
