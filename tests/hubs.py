@@ -10,13 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from registry.hubs.folder import FolderHub
 from registry.hubs.huggingface import HuggingFaceHub
 from registry.hubs.objects import ObjectHub
 from registry.hubs.protocol import Hub
 from registry.testing import LoopbackHub
 
-KINDS = ("folder", "loopback", "bucket")
+KINDS = ("folder", "loopback")
+#: With a bucket, which needs an S3 server; without one, its tests are skipped.
+EVERY_KIND = (*KINDS, "bucket")
 
 
 class Place:
@@ -133,3 +137,19 @@ class BucketPlace(Place):
             self.store.put(f"{name}/files/{digest}", io.BytesIO(content))
             listing[path] = [len(content), digest]
         self.store.put(key, io.BytesIO(json.dumps(listing).encode()))
+
+
+def make_place(request: pytest.FixtureRequest, tmp_path: Path, **options: Any) -> Place:
+    """Make a hub of the kind that is asked for.
+
+    Args:
+        request: Its parameter is the kind.
+        tmp_path: Where a folder is made.
+        **options: For `LoopbackPlace`.
+    """
+    if request.param == "folder":
+        return FolderPlace(tmp_path / "registry")
+    if request.param == "bucket":
+        return BucketPlace(request.getfixturevalue("bucket"))
+    assert request.param == "loopback"
+    return LoopbackPlace(request.getfixturevalue("loopback_hub"), **options)

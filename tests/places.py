@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
-from hubs import FolderPlace, LoopbackPlace, Place
+from hubs import Place
 from releases import MODULE, NAME, draft
 from safetensors.numpy import save
 
@@ -23,7 +23,7 @@ from registry.pulling.fetch import Fetched
 from registry.pulling.lockfile import Lock
 from registry.pulling.pull import fetch_adapter
 
-__all__ = ["fetch", "make_place", "pair", "publish_weights", "snapshot", "use_own_folders"]
+__all__ = ["fetch", "pair", "publish_weights", "snapshot", "use_own_folders"]
 
 _DTYPES = {
     "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8", "int32": "I32", "int64": "I64", "bool": "BOOL",
@@ -37,13 +37,6 @@ def use_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("registry.publishing.publish.PATIENCE", 0.2)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-def make_place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """Make a hub of the kind that is asked for."""
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"), timeout=2)
 
 
 def fetch(place: Place, reference: str = NAME, **options: Any) -> Fetched:

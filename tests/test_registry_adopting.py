@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from adapters import adapted
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from peft import PeftModel
 from plain import put, put_request
 from safetensors.torch import load, load_file, save
@@ -97,9 +97,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 def take(source: Any, place: Place, name: str = NAME, **options: Any) -> Adopted:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace
+from hubs import KINDS, make_place
 
 from registry.errors import AdapterWarning, PlainTokenWarning
 from registry.pulling.cache import VARIABLE
@@ -39,11 +39,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("registry.publishing.source._defaults", dict)
     # Waiting for the disk is for power failures, which these tests don't have.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    if request.param == "folder":
-        yield Scene(FolderPlace(tmp_path / "registry"), tmp_path, monkeypatch)
-    else:
-        loopback = request.getfixturevalue("loopback_hub")
-        yield Scene(LoopbackPlace(loopback, timeout=2), tmp_path, monkeypatch)
+    yield Scene(make_place(request, tmp_path, timeout=2), tmp_path, monkeypatch)
     tempfile.tempdir = None
 
 

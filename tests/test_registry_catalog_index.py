@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from releases import NAME, release
 
 from registry import aliases, foreign_tags, mirror, pull_adapter, set_alias, show, verify, versions, yank
@@ -21,9 +21,7 @@ TAGS = ["v2.0.0", "v1.5.0", "v0.1.0", "v3.0.0rc1"]
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 @pytest.fixture(autouse=True)

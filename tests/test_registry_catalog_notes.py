@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, Place, make_place
 from releases import NAME, draft, release
 
 from lora_plugins.commands.cli import program
@@ -25,9 +25,7 @@ from registry.publishing.publish import publish
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 def measured(place: Place, version: str, name: str = NAME, **metrics: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from plain import put, put_request
 from releases import CONFIG, contents, draft, release
 
@@ -55,9 +55,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 def inside(folder: str, seed: int = 0) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hubs import KINDS, BucketPlace, FolderPlace, LoopbackPlace, Place
+from hubs import EVERY_KIND, LoopbackPlace, Place, make_place
 
 from registry.disk import mutex as folder_lock
 from registry.errors import (
@@ -35,13 +35,9 @@ NAME = "org/adapter"
 WEIGHTS = os.urandom(300_000)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EVERY_KIND)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    if request.param == "bucket":
-        return BucketPlace(request.getfixturevalue("bucket"))
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from packaging.version import Version
 from releases import CONFIG, NAME, contents, draft, release
 
@@ -50,9 +50,7 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "adapter_manifest
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"))
+    return make_place(request, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,12 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pushers
 import pytest
-from hubs import KINDS, BucketPlace, FolderPlace, LoopbackPlace, Place
+from hubs import EVERY_KIND, BucketPlace, FolderPlace, LoopbackPlace, Place, make_place
 from pushers import context, finished
 from releases import CREATED, NAME, draft, folder_of, release
 
@@ -44,14 +43,9 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.fixture(params=KINDS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    if request.param == "folder":
-        yield FolderPlace(tmp_path / "registry")
-    elif request.param == "bucket":
-        yield BucketPlace(request.getfixturevalue("bucket"))
-    else:
-        yield LoopbackPlace(request.getfixturevalue("loopback_hub"), timeout=10)
+@pytest.fixture(params=EVERY_KIND)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return make_place(request, tmp_path, timeout=10)
 
 
 def arguments(place: Place, version: str, seed: int, created: str = CREATED) -> tuple[Any, ...]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
-from places import fetch, make_place, pair, publish_weights, snapshot, use_own_folders
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
+from places import fetch, pair, publish_weights, snapshot, use_own_folders
 from releases import MODULE, NAME, draft, release
 from safetensors.numpy import save
 
@@ -51,7 +51,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return make_place(request, tmp_path)
+    return make_place(request, tmp_path, timeout=2)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from releases import MODULE, NAME, contents, draft, folder_of, release
 from safetensors.numpy import save
 
@@ -73,9 +73,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"), timeout=2)
+    return make_place(request, tmp_path, timeout=2)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import KINDS, FolderPlace, LoopbackPlace, Place
+from hubs import KINDS, FolderPlace, LoopbackPlace, Place, make_place
 from releases import CONFIG, NAME, draft
 
 pytest.importorskip("model_signing", reason="comes with the extra: pip install 'lora-plugins[signing]'")
@@ -103,9 +103,7 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return FolderPlace(tmp_path / "registry")
-    return LoopbackPlace(request.getfixturevalue("loopback_hub"), timeout=2)
+    return make_place(request, tmp_path, timeout=2)
 
 
 def adapter(tmp_path: Path, seed: int = 0) -> Path:
