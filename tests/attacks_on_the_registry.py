@@ -759,7 +759,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(19, "tampered bytes of the same size", (IntegrityError,), _tampered),
     Attack(20, "exchanged bodies under the same tag", (IntegrityError, HostileAnswer), _exchanged),
     Attack(21, "moved tags and rewritten branches", (ReleaseMoved, IntegrityError, NotAdapter), _moved_tags),
-    Attack(22, "a tree that is not the manifest's", (IntegrityError, NotAdapter), _other_tree),
+    Attack(22, "a tree that is not the manifest's", (IntegrityError,), _other_tree),
     Attack(23, "rollback, from the second pull on", (IntegrityError,), _rollback),
     Attack(24, "a namespace registered anew", (RepositoryReplaced, LockMismatch, ReleaseMoved), _registered_anew),
     Attack(25, "similar names and local shadows", (RepositoryNotFound, InvalidReference), _confused),

@@ -81,15 +81,14 @@ def train_and_reload(case: Case, folder: Path) -> None:
     assert record is not None
     assert record.plan is not None
     assert "registered" in record.plan.source, record.plan.source
+    modes = {name: module.training for name, module in model.named_modules()}
     assert dead(model, batch, "lora_B", record.plan.unreached) == []
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    # With the statistics that norms begin with, one block of the small hgnet_v2 passes nothing on.
-    assert dead(model, batch, "lora_A", record.plan.unreached) == [] or case.model_type == "hgnet_v2"
+    # A step of the same size for every model, however steep its loss is.
+    torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    assert dead(model, batch, "lora_A", record.plan.unreached) == []
     model.save_pretrained(folder)
     # Trainable as the first one: torch multiplies by a frozen matrix in another order.
     again: Any = PeftModel.from_pretrained(fresh(case), folder, is_trainable=True)
-    # After a pass: frozen norms use their statistics from the first one on.
-    modes = {name: module.training for name, module in model.named_modules()}
     for name, module in again.named_modules():
         module.training = modes.get(name, module.training)
     with torch.no_grad():

@@ -346,7 +346,7 @@ def test_hostile_names_in_a_manifest(place: Place, path: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("spoil", "error"),
     [
-        (lambda document: document.update(version="1.0.1"), NotAdapter),
+        (lambda document: document.update(version="1.0.1"), IntegrityError),
         (lambda document: document["files"]["README.md"].update(size=5), HostileAnswer),
         (lambda document: document["files"]["README.md"].update(size=10**15), InvalidManifest),
         (lambda document: document["files"].update({"vocab.txt": {"size": 1, "sha256": "0" * 64}}), IntegrityError),

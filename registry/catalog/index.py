@@ -186,10 +186,18 @@ class Index:
             return self._find_by_version(version)
         if reference.folder:
             raise self._explain_plain(reference) or self._explain_none(reference)
-        version = self.newest_of(v for v in self._list_offered() if is_in(reference.range, v))
+        wanted = [version for version in self._list_offered() if is_in(reference.range, version)]
+        version = self.newest_of(wanted) or self._find_spoilt(wanted)
         if version is None:
             raise self._explain_none(reference)
         return self.release(version)
+
+    def _find_spoilt(self, versions: Iterable[Version]) -> Version | None:
+        """Return the newest version whose commit has another version's manifest; fetching it raises an error.
+
+        Where no release is left, such a tag is not passed over: it would read as a repository without releases.
+        """
+        return next((v for v in sorted(versions, reverse=True) if self._read_manifest_at(self.versions[v])), None)
 
     def _list_offered(self) -> list[Version]:
         if not self.state.yanked:
