@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from registry.errors import BaseMismatch as BaseMismatch
     from registry.errors import InvalidAdapter as InvalidAdapter
     from registry.formats.manifest import Manifest as Manifest
+    from registry.formats.paths import TOKENIZER_FILES as TOKENIZER_FILES
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
     from registry.formats.references import is_path as is_path
@@ -78,6 +79,7 @@ _LAZY = {
     "HuggingFaceHub": "registry.hubs.huggingface",
     "InvalidAdapter": "registry.errors",
     "Manifest": "registry.formats.manifest",
+    "TOKENIZER_FILES": "registry.formats.paths",
     "Published": "registry.publishing.publish",
     "PushToRegistryCallback": "registry.publishing.callback",
     "Reference": "registry.formats.references",

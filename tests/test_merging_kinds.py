@@ -196,6 +196,24 @@ def test_added_tokens_whose_embedding_was_not_saved_along(tmp_path: Path) -> Non
     assert result.notes == ()
 
 
+def test_added_rows_of_the_head_that_nothing_holds_get_the_mean_and_are_named(tmp_path: Path) -> None:
+    """The added tokens were trained; their rows of the untied head are in no file."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100)
+    config = LoraConfig(target_modules=ATTENTION, trainable_token_indices=[96, 97, 98, 99], **SMALL)
+    trained = train(tmp_path, base, config, store=False)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    result = merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
+    assert "4 rows that training added to lm_head are in no file" in " ".join(result.notes)
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    batch = {"input_ids": torch.tensor([[3, 99, 4, 96]])}
+    known = slice(0, 96)
+    torch.testing.assert_close(outputs(merged, batch)[..., known], outputs(trained, batch)[..., known])
+    rows = merged.get_output_embeddings().weight
+    torch.testing.assert_close(rows[96:], rows[:96].mean(0).expand(4, -1))
+
+
 def test_added_rows_that_nothing_holds_are_refused(tmp_path: Path) -> None:
     """One of four added tokens was trained; the rows of the others, and of the untied head, are in no file."""
     tiny.llama().save_pretrained(tmp_path / "base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import sys
 import tempfile
@@ -17,7 +16,6 @@ import torch
 import transformers
 from adapters import pulled
 from peft import LoraConfig, get_peft_model
-from peft.tuners import tuners_utils
 from versions import needs
 
 from registry import check_contract
@@ -218,8 +216,6 @@ def test_a_configuration_of_another_trainer_is_refused_by_name(tmp_path: Path) -
 @pytest.mark.parametrize("number", REFUSED_BY_PEFT)
 @needs("peft", "0.21", "it refuses other configurations")
 def test_what_peft_cannot_make_is_refused_with_its_reason(number: int, tmp_path: Path) -> None:
-    if number == 44 and "nemotron_h" not in inspect.getsource(tuners_utils):
-        pytest.skip("PEFT 0.19 still makes it")
     architecture, config = CONFIGS[number]["architecture"], CONFIGS[number]["config"]
     target = "q_proj" if architecture == "vit" else "up_proj"
     model = trained(architecture, {**config, "target_modules": [target]})

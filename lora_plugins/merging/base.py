@@ -308,11 +308,15 @@ def _resize(job: Job, model: Any, rows: int) -> Iterator[str]:
     before = int(_find_ends(model)[0].weight.shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
     known = set(trained_tokens(job))
-    left = [row for row in range(before, rows) if row not in known]
     names = {id(module): name for name, module in model.named_modules()}
     stored = {base_name(name) for name in job.shapes}
     saved = [end.weight for end in _find_ends(model) if f"{names[id(end)]}.weight" in stored]
+    trained = {place_of(name) for name in job.shapes if "trainable_tokens" in name}
+    with_tokens = [end.weight for end in _find_ends(model) if names[id(end)] in trained]
     for end in _find_ends(model):
+        # An untied head has no rows of tokens that were trained in the embedding alone.
+        held = known if any(end.weight is weight for weight in with_tokens) else set()
+        left = [row for row in range(before, rows) if row not in held]
         if not left or any(end.weight is weight for weight in saved):
             continue
         with torch.no_grad():

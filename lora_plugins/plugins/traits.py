@@ -11,10 +11,10 @@ from lora_plugins.errors import ServerConflict
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.servers import AdapterTraits, Server, ServingVerdict
 
-__all__ = ["check_servers", "judge", "judge_adapter", "read_traits"]
+__all__ = ["VARIANTS", "check_servers", "judge", "judge_adapter", "read_traits"]
 
 #: Fields of PEFT's configuration that change the computation and that no rule has a trait of its own for.
-_VARIANTS = (
+VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -110,7 +110,7 @@ def read_traits(
         replicated=bool(fields.get("layer_replication")),
         some_layers=_skips_layers(paths, text),
         listed=not isinstance(targets, str) or targets == "all-linear",
-        variants=tuple(name for name in _VARIANTS if fields.get(name)),
+        variants=tuple(name for name in VARIANTS if fields.get(name)),
     )
 
 

@@ -11,7 +11,7 @@ from lora_plugins.errors import PreparationError
 from lora_plugins.models.sharding import is_part
 from lora_plugins.models.wrapping import adapter_modules
 from lora_plugins.quantization.casting import return_input_dtype
-from lora_plugins.quantization.request import owner_of
+from lora_plugins.quantization.request import FLOATS, owner_of
 from lora_plugins.quantization.stacks import QuantizedStack, find_stacks
 from lora_plugins.text import dtype_name
 
@@ -31,8 +31,6 @@ __all__ = [
 
 Upcast = Literal["none", "norms", "all"]
 
-#: A float of 8 bits means nothing without the scale beside it.
-_CASTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -97,7 +95,7 @@ def resolve_compute_dtype(
     if isinstance(wanted, torch.dtype):
         wanted = dtype_name(wanted)
     if wanted == "auto":
-        parameters = [p for p in model.parameters() if p.dtype in _CASTABLE]
+        parameters = [p for p in model.parameters() if p.dtype in FLOATS]
         if not quantized or autocast or not parameters or any(is_part(p) for p in parameters):
             return None
         device = device or parameters[0].device
@@ -170,7 +168,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, QuantizedStack):
                 continue
-            if parameter.dtype in _CASTABLE and not parameter.requires_grad and parameter.dtype != dtype:
+            if parameter.dtype in FLOATS and not parameter.requires_grad and parameter.dtype != dtype:
                 _refuse_partitioned(parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
 

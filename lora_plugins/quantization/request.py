@@ -18,6 +18,7 @@ from lora_plugins.text import did_you_mean
 
 __all__ = [
     "CORE_OPTIONS",
+    "FLOATS",
     "Quantization",
     "QuantizedLayers",
     "count_logical",
@@ -41,7 +42,7 @@ CORE_OPTIONS = ("name", "skip_modules")
 
 
 #: Dtypes of weights that compute as they are; a float of 8 bits needs the scale beside it.
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 #: Attribute of a quantized layer that holds its backend and options.
@@ -221,7 +222,7 @@ def _is_packed(module: Any) -> bool:
     if size is not None and tensors:
         return not any(_could_be_weight(tensor, size) for tensor in tensors)
     own = (one for one in module._parameters.values() if one is not None and not hasattr(one, "quantization"))
-    return any(one.dtype not in _FLOATS and not one.is_complex() for one in own)
+    return any(one.dtype not in FLOATS and not one.is_complex() for one in own)
 
 
 def _read_size(module: Any) -> int | None:
@@ -250,7 +251,7 @@ def is_float(model: nn.Module, host: PluginHost | None = None) -> bool:
 
 
 def _could_be_weight(tensor: Any, size: int) -> bool:
-    if tensor.dtype not in _FLOATS or getattr(tensor, "ds_numel", tensor.numel()) < size:
+    if tensor.dtype not in FLOATS or getattr(tensor, "ds_numel", tensor.numel()) < size:
         return False
     # A subclass that wraps packed tensors reports a float dtype; a sharded tensor does not wrap packed ones.
     return not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local")

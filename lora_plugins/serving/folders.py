@@ -8,23 +8,9 @@ from pathlib import Path
 
 from lora_plugins.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_plugins.serving.source import Source
+from registry import TOKENIZER_FILES
 
 __all__ = ["write_folder"]
-
-#: Data files of tokenizers; a release has them if the adapter changed the vocabulary.
-_TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 def write_folder(source: Source, target: Path) -> int:
@@ -42,7 +28,8 @@ def write_folder(source: Source, target: Path) -> int:
         config["revision"] = source.job.revision
     (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(source.job.file, target / ADAPTER_FILE)
-    for name in _TOKENIZER:
+    # A release has them if the adapter changed the vocabulary.
+    for name in sorted(TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     return len(source.job.shapes)

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from lora_plugins import missing_package
 from lora_plugins.errors import ExportError, UnsupportedExport
 from lora_plugins.models.wrapping import base_of, plain_path
+from lora_plugins.plugins.traits import VARIANTS
 from lora_plugins.serving.gguf_families import FAMILIES, Family
 from lora_plugins.serving.source import MERGED, Source, is_base_copy
 
@@ -91,15 +92,13 @@ def _check_config(source: Source) -> None:
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "layer_replication": config.layer_replication,
-        "alora_invocation_tokens": config.alora_invocation_tokens,
     }
     for name, value in asked.items():
         if value:
             raise _refuse(
                 source, f"{name}={value!r}", "a LoRA file for llama.cpp holds the factors of LoRA and no more"
             )
-    variants = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
-    for name in variants:
+    for name in VARIANTS:
         if getattr(config, name, None):
             raise _refuse(source, name, "llama.cpp computes plain LoRA only")
 

@@ -8,22 +8,23 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from registry.checks.names import (
+    PREFIX,
+    add_prefix,
+    collapse_prefix,
+    remove_adapter_name,
+    spell_down_up,
+    spell_parameter,
+)
 from registry.errors import InvalidAdapter
 from registry.formats.weights import read_file_header
 
 __all__ = ["Layout", "Renames", "find_renames", "rewrite"]
 
-_PREFIX = "base_model.model."
 #: The base was wrapped for several processes before it got adapters.
-_INNER = f"{_PREFIX}module."
+_INNER = f"{PREFIX}module."
 _CHUNK = 4 * 1024 * 1024
-#: ``lora_A.default.weight``: a state dict that was saved without PEFT has the adapter's name in it.
-_NAMED = re.compile(r"(\.lora_\w+)\.(?!weight$|bias$)([A-Za-z_]\w*)(\.(?:weight|bias))?$")
 _SAVED = re.compile(r"\.modules_to_save\.(?:(?!weight$|bias$)[A-Za-z_]\w*\.)?")
-#: loralib's parameters of the layer itself.
-_PARAMETER = re.compile(r"\.lora_([AB])$")
-#: Names of diffusers and kohya.
-_DOWN_UP = re.compile(r"\.lora[._](down|up)\.weight$")
 #: The base's own copy of a module that an adapter replaces.
 _ORIGINAL = re.compile(r"\.original_module\.")
 
@@ -45,32 +46,18 @@ def _remove(part: str) -> Callable[[str], str]:
     return lambda name: name.replace(part, "")
 
 
-def _add_prefix(name: str) -> str:
-    return name if name.startswith(_PREFIX) else _PREFIX + name.removeprefix("base_model.")
-
-
-def _collapse_prefix(name: str) -> str:
-    while name.startswith(_PREFIX * 2):
-        name = name[len(_PREFIX) :]
-    return name
-
-
-def _name_down_up(found: re.Match[str]) -> str:
-    return f".lora_{'A' if found[1] == 'down' else 'B'}.weight"
-
-
 #: In the order in which they are applied: wrappers first, since they hide what is behind them.
 LAYOUTS = (
     Layout("saved from a compiled model", _remove("_orig_mod.")),
     Layout("saved from an FSDP wrapper", _remove("_fsdp_wrapped_module.")),
     Layout("saved under activation checkpointing", _remove("_checkpoint_wrapped_module.")),
     Layout("saved from a DistributedDataParallel wrapper", lambda name: name.removeprefix("module.")),
-    Layout("with the adapter's name in it", lambda name: _NAMED.sub(lambda m: m[1] + (m[3] or ""), name)),
-    Layout("as loralib names them", lambda name: _PARAMETER.sub(r".lora_\1.weight", name)),
-    Layout("with down and up for A and B", lambda name: _DOWN_UP.sub(_name_down_up, name)),
+    Layout("with the adapter's name in it", remove_adapter_name),
+    Layout("as loralib names them", spell_parameter),
+    Layout("with down and up for A and B", spell_down_up),
     Layout("with PEFT's wrapper of saved modules in it", lambda name: _SAVED.sub(".", name)),
-    Layout("with the prefix twice", _collapse_prefix),
-    Layout(f"without the prefix {_PREFIX}", _add_prefix),
+    Layout("with the prefix twice", collapse_prefix),
+    Layout(f"without the prefix {PREFIX}", add_prefix),
 )
 
 
@@ -102,7 +89,7 @@ def find_renames(names: Collection[str]) -> Renames:
     kept = [name for name in names if not _ORIGINAL.search(name)]
     now = {name: _write_as_peft(name, reasons) for name in kept}
     if now and all(new.startswith(_INNER) for new in now.values()):
-        now = {name: _PREFIX + new.removeprefix(_INNER) for name, new in now.items()}
+        now = {name: PREFIX + new.removeprefix(_INNER) for name, new in now.items()}
         reasons["saved from a wrapper for several processes, inside the adapter"] = None
     taken: dict[str, str] = {}
     for name, new in now.items():

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from packaging.version import InvalidVersion, Version
-
 from registry.checks.adapter_files import AdapterFiles
 from registry.checks.table import enforce
 from registry.errors import IntegrityError, InvalidAdapter, InvalidReference, NotAdapter, TooLarge, UnsafeFile
@@ -207,7 +205,7 @@ def make_manifest(hub: Hub, adapter: PlainAdapter) -> Manifest:
         files=_read_records(hub, adapter, names),
         tensors=header.tensors,
         created=_NO_TIME,
-        peft_version=_read_version(config.peft_version),
+        peft_version=config.peft_release,
     )
     return Manifest.parse(made.to_bytes())
 
@@ -235,13 +233,6 @@ def _read_base(config: AdapterConfig) -> BaseRecord:
     known = name is not None and BASE_ID.fullmatch(name) is not None
     pinned = isinstance(revision, str) and COMMIT.fullmatch(revision) is not None
     return BaseRecord(name if known else None, revision if known and pinned else None)
-
-
-def _read_version(text: str | None) -> str | None:
-    try:
-        return text if text is not None and str(Version(text)) == text else None
-    except InvalidVersion:
-        return None
 
 
 def _read_records(hub: Hub, adapter: PlainAdapter, names: Sequence[str]) -> dict[str, FileRecord]:

@@ -10,9 +10,17 @@ from registry.checks.record import Changes, Check, Finding
 from registry.errors import InvalidAdapter
 from registry.formats.tensors import lora_modules
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "PREFIX",
+    "add_prefix",
+    "collapse_prefix",
+    "remove_adapter_name",
+    "spell_down_up",
+    "spell_parameter",
+]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 #: What FSDP and activation checkpointing insert into names.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: LoRA's A and B as diffusers and kohya named them, and as loralib did: a parameter of the layer itself.
@@ -38,8 +46,8 @@ def _find_compiled(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _find_foreign(files: AdapterFiles) -> Iterator[Finding]:
-    strange = [name for name in files.tensors if not name.startswith(_PREFIX)]
-    renames = {name: _add_prefix(name) for name in strange}
+    strange = [name for name in files.tensors if not name.startswith(PREFIX)]
+    renames = {name: add_prefix(name) for name in strange}
     if strange and _has_lora(files, renames):
         before, after = strange[0], renames[strange[0]]
         old, new = (
@@ -47,7 +55,7 @@ def _find_foreign(files: AdapterFiles) -> Iterator[Finding]:
             after[: len(after) - len(_end_of(before, after))],
         )
         yield Finding(
-            f"{len(strange)} tensors have names that do not begin with {_PREFIX}, first {strange[0]}: this is not what "
+            f"{len(strange)} tensors have names that do not begin with {PREFIX}, first {strange[0]}: this is not what "
             "PEFT's save_pretrained writes. Save it with that.",
             _describe_rename(old, new),
             Changes(renames),
@@ -60,12 +68,12 @@ def _describe_rename(old: str, new: str) -> str:
     return f"Rename {old!r} to {new!r} at the beginning of the names" if old else f"Put {new!r} before the names"
 
 
-def _add_prefix(name: str) -> str:
+def add_prefix(name: str) -> str:
     """Return a name with PEFT's prefix: after a wrapper's own, which goes, or before all."""
-    place = name.find(_PREFIX)
-    if place > 0:
+    place = name.find(PREFIX)
+    if place >= 0:
         return name[place:]
-    return _PREFIX + name.removeprefix("module.").removeprefix("base_model.")
+    return PREFIX + name.removeprefix("module.").removeprefix("base_model.")
 
 
 def _end_of(one: str, other: str) -> str:
@@ -104,20 +112,34 @@ def _make_finder(
     return find
 
 
-def _collapse(name: str) -> str:
-    while name.startswith(2 * _PREFIX):
-        name = name.removeprefix(_PREFIX)
+def collapse_prefix(name: str) -> str:
+    """Return a name with PEFT's prefix once: a PeftModel that was wrapped again has it twice."""
+    while name.startswith(2 * PREFIX):
+        name = name.removeprefix(PREFIX)
     return name
 
 
+def remove_adapter_name(name: str) -> str:
+    """Return the name of a LoRA tensor without the adapter's name."""
+    return _NAMED.sub(lambda found: f".{found[1]}{found[3] or ''}", name)
+
+
 def _leave_name_out(name: str) -> str:
-    name = _NAMED.sub(lambda found: f".{found[1]}{found[3] or ''}", name)
-    return _SAVED.sub(".", name)
+    return _SAVED.sub(".", remove_adapter_name(name))
+
+
+def spell_down_up(name: str) -> str:
+    """Return a name with A and B instead of down and up."""
+    return _DOWN_UP.sub(lambda found: f".lora_{'A' if found[1] == 'down' else 'B'}.weight", name)
+
+
+def spell_parameter(name: str) -> str:
+    """Return loralib's name of a parameter as that of a layer's weight."""
+    return f"{name}.weight" if _PARAMETER.search(name) else name
 
 
 def _spell_as_peft(name: str) -> str:
-    name = _DOWN_UP.sub(lambda found: f".lora_{'A' if found[1] == 'down' else 'B'}.weight", name)
-    return f"{name}.weight" if _PARAMETER.search(name) else name
+    return spell_parameter(spell_down_up(name))
 
 
 #: In the order in which a copy is cured; each sees the names that the ones before it have cured.
@@ -141,16 +163,16 @@ CHECKS = (
     Check(
         "doubled-prefix", "error", ("header",),
         _make_finder(
-            _collapse, f"have names that begin with {_PREFIX} twice: a PeftModel was wrapped again",
-            f"Rename {2 * _PREFIX!r} to {_PREFIX!r} at the beginning of the names",
+            collapse_prefix, f"have names that begin with {PREFIX} twice: a PeftModel was wrapped again",
+            f"Rename {2 * PREFIX!r} to {PREFIX!r} at the beginning of the names",
         ),
     ),
     Check(
         "inner-wrapper", "error", ("header",),
         _make_finder(
-            lambda name: name.replace(f"{_PREFIX}module.", _PREFIX, 1),
+            lambda name: name.replace(f"{PREFIX}module.", PREFIX, 1),
             "have names with module. after PEFT's prefix: the base was wrapped for several processes",
-            f"Rename '{_PREFIX}module.' to {_PREFIX!r} at the beginning of the names", every=True,
+            f"Rename '{PREFIX}module.' to {PREFIX!r} at the beginning of the names", every=True,
         ),
     ),
     Check(

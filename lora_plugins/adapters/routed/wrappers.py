@@ -165,7 +165,7 @@ def _read_adapter(wrapper: Any, name: str) -> ExpertAdapter:
     dropout = wrapper.lora_dropout[name]
     rate = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    # PEFT takes the axes of a stack for in and out, and exchanges them for some modules: 0.19 for other ones than 0.21.
+    # PEFT takes the axes of a stack for in and out, and exchanges them for some modules: which, differs by release.
     swapped = is_transposed(wrapper.get_base_layer()) == bool(wrapper._did_swap_in_out_features)
     return ExpertAdapter(a, b, wrapper.scaling[name], rate, swapped)
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import random
 import re
@@ -21,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_plugins.text import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,10 +110,7 @@ def read_examples(cache: Path) -> list[Example]:
         examples = collect_examples(root)
     # What cannot be kept is read again next time.
     with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-        partial.write_text(json.dumps([dataclasses.asdict(example) for example in examples]), encoding="utf-8")
-        partial.replace(kept)
+        write_json(kept, [dataclasses.asdict(example) for example in examples])
     return examples
 
 
