@@ -55,6 +55,7 @@ def one_thread() -> Iterator[None]:
 def fresh(case: Case) -> Any:
     """A small model with the same random weights each time, whose normalisation has no memory of batches."""
     model = small_models.build(case, "cpu", small_only=True)
+    small_models.measure_statistics(model)
     small_models.settle(model, case.model_type)
     return model
 

@@ -77,13 +77,16 @@ def new_heads() -> Iterator[Any]:
 def trained(case: Case, folder: Path, *, headless: bool = False) -> tuple[Any, Path, Path]:
     """A model whose adapters, at their default, have values as after training; the folders of its base and adapter."""
     whole: Any = small_models.build(case, "cpu", small_only=True)
+    small_models.measure_statistics(whole)
     (whole.base_model if headless else whole).save_pretrained(folder / "base")
     torch.manual_seed(2)
     model = prepare_model(read(case, folder / "base"), r=2, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(1)
+    # Frozen statistics do not follow a change: over many norms it grows until it overflows.
+    size = 0.002 if small_models.has_statistics(whole) else 0.1
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder / "adapter")
     return settle(case, model), folder / "base", folder / "adapter"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -759,25 +759,35 @@ def objective(output: Any) -> torch.Tensor:
 def settle(model: nn.Module, model_type: str) -> None:
     """Put a model into the mode in which it gives the same output each time and passes gradients on."""
     model.eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # A model that was saved and loaded has its statistics.
-    if any(int(norm.num_batches_tracked) == 0 for norm in norms if norm.num_batches_tracked is not None):
-        _measure_statistics(model, norms)
     if model_type in ("rwkv", "reformer"):
         # In evaluation the one keeps a state, which it changes in place; the other refuses to go backward.
         model.train()
 
 
-def _measure_statistics(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
-    """Give norms the statistics of some batches: with those that they begin with, a random model's signal dies out."""
+def measure_statistics(model: nn.Module) -> None:
+    """Give batch norms the statistics of some batches, as a trained model has them.
+
+    With those that they begin with, the signal of a random convolutional model dies out.
+    """
+    if not (norms := list(_batch_norms(model))):
+        return
+    model.eval()
     for norm in norms:
         norm.momentum = None  # the mean of all batches
         norm.train()
     with torch.no_grad():
         for seed in range(4):
             model(**inputs(model, seed))
-    for norm in norms:
-        norm.eval()
+    model.eval()
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether a model has norms that keep statistics of batches."""
+    return next(_batch_norms(model), None) is not None
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 def quiet() -> None:
