@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from registry.formats.paths import TOKENIZER_FILES as TOKENIZER_FILES
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
+    from registry.formats.references import expand_path as expand_path
     from registry.formats.references import is_path as is_path
     from registry.health.doctor import Diagnosis as Diagnosis
     from registry.health.doctor import diagnose as diagnose
@@ -97,6 +98,7 @@ _LAZY = {
     "diagnose": "registry.health.doctor",
     "foreign_tags": "registry.catalog.listing",
     "is_cheap": "registry.formats.patterns",
+    "expand_path": "registry.formats.references",
     "is_path": "registry.formats.references",
     "list_adapters": "registry.catalog.listing",
     "lock_adapters": "registry.pulling.pull",

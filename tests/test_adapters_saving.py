@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pwd
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,13 @@ from lora_plugins import Int8PreparationCallback, LoraCallback, attach, detach, 
 from lora_plugins.adapters.files import adapter_folder
 from lora_plugins.adapters.saving import find_unsaved, is_local_path
 from lora_plugins.errors import BrokenCheckpoint, UnsavedTensors
+from lora_plugins.merging.merge import merge_and_save
 from lora_plugins.planning.source import find_base, read_config
 from lora_plugins.recipe.data import load_splits
-from registry import FolderHub, is_path, open_hub
+from lora_plugins.serving.export import export_adapter
+from registry import FolderHub, diagnose, is_path, open_hub, pull_adapter, push_adapter
 from registry.base.choice import describe_base
-from registry.errors import InvalidReference
+from registry.errors import InvalidReference, MachineError
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 BEST: dict[str, Any] = {
@@ -367,7 +370,10 @@ def refusal(ask: Callable[[Any], object], value: Any) -> str:
 
 
 @pytest.mark.parametrize("value", [*PATHS, Path("nowhere/x")], ids=str)
-def test_what_is_visibly_a_path_is_one_in_every_place(value: Any) -> None:
+def test_what_is_visibly_a_path_is_one_in_every_place(
+    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert is_path(value)
     assert isinstance(open_hub(value), FolderHub)
     assert "does not exist" in refusal(lambda given: describe_base(given, None, None, None), value)  # type: ignore[arg-type]
@@ -382,6 +388,36 @@ def test_names_and_references_are_not_paths(value: str) -> None:
     assert not is_path(value)
     with pytest.raises(InvalidReference, match="is not a registry"):
         open_hub(value)
+
+
+PLACES = {
+    "hub": open_hub,
+    "cache": lambda value: pull_adapter("org/a", hub="/nowhere", cache_dir=value),
+    "base": lambda value: describe_base(value, None, None, None),  # type: ignore[arg-type]
+    "adapter": adapter_folder,
+    "data": load_splits,
+    "merge": lambda value: merge_and_save(value, "/nowhere/merged"),
+    "export": lambda value: export_adapter(value, "/nowhere/exported", to="peft"),
+    "merged model": lambda value: merge_and_save("./nowhere", value),
+    "exported adapter": lambda value: export_adapter("./nowhere", value, to="peft"),
+    "push": lambda value: push_adapter(Path(value), "org/a", version="1.0.0", hub="/nowhere"),
+    "doctor": diagnose,
+}
+
+
+@pytest.mark.parametrize("value", ["~/nowhere", "~nobody-here/x"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_home_that_is_not_known_is_an_error_that_says_so(
+    place: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # a container whose user is not in /etc/passwd
+    with pytest.raises(MachineError, match=f"'{value}' cannot be found: the home folder is not known.*or set HOME"):
+        PLACES[place](value)
 
 
 def test_a_home_folder_is_found_for_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from registry.disk import files, machine, mutex, owners
+from registry.disk import files, mutex, owners
 from registry.disk.files import PlantedLink
-from registry.disk.machine import CheckedSink, find_home, lacks_something, temporary_folder
+from registry.disk.machine import CheckedSink, lacks_something, temporary_folder
 from registry.disk.mutex import LockTimeout, clear, folder_lock
 from registry.errors import CacheError, InvalidAdapter, MachineError
 
@@ -101,17 +101,6 @@ def test_a_temporary_folder_is_gone_whatever_happens_in_it(
     with pytest.raises(expected, match=says):
         use()
     assert os.listdir(tmp_path) == []
-
-
-def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_home("/srv/x", "V") == Path("/srv/x")
-
-    def unknown(self: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(machine.Path, "expanduser", unknown)
-    with pytest.raises(MachineError, match="Set V to a folder"):
-        find_home("~/x", "V")
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

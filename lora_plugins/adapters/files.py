@@ -18,7 +18,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.randomness import seeded
 from lora_plugins.models.sharding import gather_state, is_sharded
-from registry import BaseMismatch, CheckResult, check_contract, is_path, pull_adapter, put_back
+from registry import BaseMismatch, CheckResult, check_contract, expand_path, is_path, pull_adapter, put_back
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -68,7 +68,7 @@ def adapter_folder(adapter: str | os.PathLike[str]) -> Path:
     """
     if isinstance(adapter, str) and not is_path(adapter):
         return Path(os.fspath(pull_adapter(adapter)))
-    folder = Path(os.path.expanduser(adapter))
+    folder = expand_path(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         nested = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" It has adapters in the subfolders {', '.join(nested)}: name one of them." if nested else ""

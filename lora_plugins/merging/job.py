@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import MergeError, QuantizationError
 from lora_plugins.quantization.request import Quantization, parse_quantization
-from registry import is_path
+from registry import expand_path, is_path
 
 __all__ = ["AS_TRAINED", "RECIPE_FILE", "Job", "MergeDtype", "read_job"]
 
@@ -98,7 +98,7 @@ def read_job(
     if not named:
         raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base= (--base).")
     if is_path(named):
-        named = str(Path(os.path.expanduser(named)))
+        named = str(expand_path(named))
     if revision is not None and Path(named).exists():
         raise MergeError(f"revision={revision!r} was given, and the base model {named} is a folder, which has none.")
     file = adapters.find_adapter_file(folder, "default")

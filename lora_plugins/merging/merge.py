@@ -34,6 +34,7 @@ from lora_plugins.merging.weights import Wrapped, adapter_layers, choose_values,
 from lora_plugins.models.wrapping import plain_path
 from lora_plugins.quantization.request import owner_of
 from lora_plugins.text import dtype_name
+from registry import expand_path
 
 __all__ = ["MergeResult", "merge_and_save"]
 
@@ -135,8 +136,8 @@ def merge_and_save(
     """
     if dtype not in get_args(MergeDtype):
         raise MergeError(f"dtype must be {', '.join(map(repr, get_args(MergeDtype)))}, not {dtype!r}")
+    target = expand_path(output)
     job = read_job(adapter, base, revision, quantization)
-    target = Path(output)
     check_output(target, overwrite=overwrite)
     return _Merge(job, target, dtype, probe).run(max_shard_size)
 

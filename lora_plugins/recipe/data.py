@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from lora_plugins.recipe.arguments import RecipeArguments, held_out_share
 from lora_plugins.recipe.files import check_regular
 from lora_plugins.recipe.scanning import check_rows
 from lora_plugins.text import one_line
-from registry import is_path
+from registry import expand_path, is_path
 
 __all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
 
@@ -75,7 +74,7 @@ def load_splits(source: str) -> dict[str, Dataset]:
     Raises:
         DataError: It is missing or unreadable.
     """
-    path = Path(os.path.expanduser(source))
+    path = expand_path(source)
     here = is_path(source) or path.suffix in LOADERS or path.exists()
     return _load_path(path) if here else _load_hub(source)
 

@@ -17,6 +17,7 @@ from lora_plugins.serving.folders import write_folder
 from lora_plugins.serving.gguf_file import GgufDtype, write_gguf
 from lora_plugins.serving.launching import make_launch_line, make_modelfile
 from lora_plugins.serving.source import Source, read_source
+from registry import expand_path
 
 __all__ = ["ExportFormat", "ExportResult", "export_adapter"]
 
@@ -102,7 +103,7 @@ def export_adapter(
         MismatchedBase: The adapter was trained on another base, or does not fit this one.
     """
     _check_request(to, dtype, model, merged=merged)
-    target = Path(output)
+    target = expand_path(output)
     _check_free(target, to, overwrite=overwrite)
     source = read_source(adapter, base, revision)
     if to in ("ollama", "sglang", "vllm") and not merged:
@@ -179,7 +180,7 @@ def _fill(source: Source, folder: Path, to: str, model: str | None, dtype: GgufD
         return write_folder(source, folder)
     assert model is not None, "checked before"  # noqa: S101
     count = write_gguf(source, folder / "adapter.gguf", dtype)
-    found = Path(os.path.expanduser(model))
+    found = expand_path(model)
     # Ollama looks for relative paths beside the Modelfile.
     base = str(found.resolve()) if found.is_file() else model
     (folder / "Modelfile").write_text(make_modelfile(base, "./adapter.gguf"), encoding="utf-8")

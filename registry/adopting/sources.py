@@ -15,7 +15,7 @@ from registry.catalog.plain import PICKLES, PlainAdapter, download_file, find_ad
 from registry.disk.machine import CheckedSink
 from registry.errors import InvalidAdapter, InvalidReference, NotAdapter, RegistryError
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, max_size
-from registry.formats.references import Reference, check_folder, is_path
+from registry.formats.references import Reference, check_folder, expand_path, is_path
 from registry.hubs.protocol import MAIN, Hub
 from registry.publishing.snapshot import copy_file
 
@@ -81,7 +81,7 @@ def find_sources(source: str | os.PathLike[str], hub: Hub | None, *, every: bool
         InvalidAdapter: There is none in a folder.
     """
     if hub is None:
-        return _find_in_folder(Path(os.fspath(source)).expanduser(), every=every)
+        return _find_in_folder(expand_path(source), every=every)
     return _find_in_repository(Reference.parse(os.fspath(source)), hub, every=every)
 
 

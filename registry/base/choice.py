@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from registry.base.target import Base, Candidate, open_base_hub
 from registry.errors import CommitNotFound, UnknownBase
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
-from registry.formats.references import is_path
+from registry.formats.references import expand_path, is_path
 from registry.formats.tensors import other_tensors
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def describe_base(base: Any, adapter: StoredAdapter, hub: Hub | str | None, toke
     if isinstance(base, nn.Module):
         return _describe_live(base)
     if is_path(base):
-        folder = Path(os.fspath(base)).expanduser()
+        folder = expand_path(base)
         if not folder.is_dir():
             raise UnknownBase(f"The folder {folder} does not exist")
         name, commit = _find_snapshot(folder)

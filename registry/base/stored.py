@@ -17,6 +17,7 @@ from registry.formats.fields import COMMIT
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseRecord, TensorRecord
+from registry.formats.references import expand_path
 from registry.formats.tensors import vocabulary_of
 from registry.formats.weights import read_file_header
 
@@ -56,7 +57,7 @@ class StoredAdapter:
             InvalidManifest: The folder has a malformed manifest.
             IntegrityError: The folder has a manifest of another adapter.
         """
-        folder = Path(os.fspath(source)).expanduser()
+        folder = expand_path(source)
         config = AdapterConfig.parse(_read_regular(folder / ADAPTER_CONFIG, MAX_CONFIG), own=True)
         manifest: Manifest | None = getattr(source, "manifest", None)
         if manifest is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from registry.disk.owners import delete, new_name, sweep
 from registry.errors import CacheError, MachineError, RegistryError
 
-__all__ = ["READ_ONLY", "CheckedSink", "find_home", "lacks_something", "temporary_folder"]
+__all__ = ["READ_ONLY", "CheckedSink", "lacks_something", "temporary_folder"]
 
 #: Error numbers of writing to a read-only folder.
 READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -122,18 +122,3 @@ class CheckedSink:
 
     def _error(self, error: OSError) -> CacheError:
         return CacheError(f"{self._path} cannot be written: {error.strerror or error}")
-
-
-def find_home(path: str | os.PathLike[str], variable: str) -> Path:
-    """Return an absolute path with ``~`` replaced by the user's home folder.
-
-    Raises:
-        MachineError: The home folder is unknown: the user is not in the user database, and ``HOME`` is not set.
-    """
-    try:
-        return Path(path).expanduser().absolute()
-    except (RuntimeError, OSError) as error:
-        raise MachineError(
-            f"{os.fspath(path)!r} cannot be found: this user has no home folder ({error}). Set {variable} to a folder "
-            "that can be written, or set HOME"
-        ) from None

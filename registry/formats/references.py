@@ -11,11 +11,12 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from registry.errors import InvalidReference
+from registry.errors import InvalidReference, MachineError
 
 __all__ = [
     "BUMPS",
@@ -24,6 +25,7 @@ __all__ = [
     "check_alias",
     "check_folder",
     "check_name",
+    "expand_path",
     "is_in",
     "is_path",
     "newest_in",
@@ -74,6 +76,26 @@ def is_path(value: object) -> bool:
     if isinstance(value, str):
         return value.startswith(("/", ".", "~")) or "\\" in value or os.path.isabs(value)
     return isinstance(value, os.PathLike)
+
+
+def expand_path(path: str | os.PathLike[str], variable: str | None = None) -> Path:
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder.
+
+    Args:
+        path: A path.
+        variable: The environment variable that it may come from, for the error.
+
+    Raises:
+        MachineError: The home folder is not known: ``HOME`` is not set and the user is not in the user database, as
+            in some containers. A folder that is called ``~`` is never meant.
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, OSError) as error:
+        cure = "Write the whole path" if variable is None else f"Set {variable} to a folder that can be written"
+        raise MachineError(
+            f"{os.fspath(path)!r} cannot be found: the home folder is not known ({error}). {cure}, or set HOME"
+        ) from None
 
 
 @dataclass(frozen=True)

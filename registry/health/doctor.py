@@ -17,6 +17,7 @@ from registry.disk.machine import temporary_folder
 from registry.errors import InvalidAdapter, InvalidManifest, UnknownBase, UnsafeFile
 from registry.formats.fields import COMMIT
 from registry.formats.manifest import BASE_ID
+from registry.formats.references import expand_path
 from registry.health.base_checks import CHECKS as BASE_CHECKS
 from registry.health.curing import join_changes, write_cured
 from registry.health.source import open_files, read_base_config
@@ -117,7 +118,7 @@ def diagnose(
         if base is not None:
             found.compare(base)
         if fix is not None:
-            found.cure(Path(fix).expanduser())
+            found.cure(expand_path(fix))
         return found.report(None if fix is None else str(fix))
 
 

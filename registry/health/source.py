@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from registry.disk.files import read_small
 from registry.disk.machine import temporary_folder
 from registry.errors import InvalidReference, VersionNotFound
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, max_size
-from registry.formats.references import Reference, is_path
+from registry.formats.references import Reference, expand_path, is_path
 from registry.formats.strict_json import JsonRefused, parse
 from registry.formats.tokenizer_files import TOKENIZER_CONFIG
 from registry.formats.weights import read_header
@@ -49,8 +48,8 @@ def open_files(
         VersionNotFound: There is no such release, nor an adapter on the branch ``main``.
         HubError: The hub cannot be asked.
     """
-    if hub is None and (not isinstance(source, str) or Path(source).expanduser().is_dir()):
-        folder = Path(os.fspath(source)).expanduser()
+    if hub is None and (not isinstance(source, str) or expand_path(source).is_dir()):
+        folder = expand_path(source)
         weights = folder / ADAPTER_WEIGHTS
         small = weights.is_file() and weights.stat().st_size <= SMALL
         here = AdapterFiles(folder, f"The adapter in {folder}", given={"empty": True})

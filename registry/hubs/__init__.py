@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.errors import InvalidReference
-from registry.formats.references import is_path
+from registry.formats.references import expand_path, is_path
 from registry.hubs.objects import ObjectHub
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ __all__ = ["VARIABLE", "open_hub"]
 #: Environment variable that names the registry for calls without ``hub=``.
 VARIABLE = "LORA_REGISTRY"
 #: ``.hidden`` and ``~somebody`` are more likely mistyped than meant.
-_NAME = re.compile(r"(?:\.(?!\.?$)|~.)[^/\\]*$")
+_NAME = re.compile(r"(?:\.(?!\.?$)|~[^/\\])[^/\\]*$")
 
 
 def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool | None = None) -> Hub:
@@ -37,13 +36,12 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
     Raises:
         InvalidReference: ``hub`` is none of these.
+        MachineError: The home folder in it is not known.
         ObjectStoreNotInstalled: The package for object stores is not installed.
     """
     meant = os.environ.get(VARIABLE) or None if hub is None else hub
     if isinstance(meant, str) and is_path(meant) and _NAME.match(meant) is None:
-        expanded = os.path.expanduser(meant)
-        # The home folder of a user that this machine does not know stays as it is, and is refused below.
-        meant = meant if expanded.startswith("~") else Path(expanded)
+        meant = expand_path(meant)
     if isinstance(meant, os.PathLike) or (isinstance(meant, str) and meant.startswith("file:")):
         from registry.hubs.folder import FolderHub
 

@@ -39,7 +39,7 @@ from registry.errors import (
     RegistryError,
     RepositoryNotFound,
 )
-from registry.formats.references import check_name
+from registry.formats.references import check_name, expand_path
 from registry.formats.strict_json import JsonRefused, parse
 from registry.hubs.layout import (
     REFS_LIMIT,
@@ -357,7 +357,7 @@ class FolderHub:
 
 def _parse_root(root: str | os.PathLike[str]) -> Path:
     if not isinstance(root, str):
-        return Path(root).expanduser().absolute()
+        return expand_path(root).absolute()
     parts = urlsplit(root)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
         raise InvalidReference(f"{root[:200]!r} is not a folder of this machine: give it as file:///srv/adapters")

@@ -21,6 +21,7 @@ from registry.errors import IdentityWarning, InvalidAdapter
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import BaseKind, BaseRecord
+from registry.formats.references import expand_path
 from registry.formats.tensors import holds_vocabulary, labels_of
 from registry.formats.tokenizers import hash_of_file, hash_of_tokenizer
 from registry.publishing import training_facts
@@ -155,7 +156,7 @@ def _copy_source(source: Any, folder: Path, adapter_name: str | None) -> _Found:
 
 def _collect_folder(source: Path, folder: Path) -> _Found:
     # The folder itself may be reached through links ("latest"), but its files must not be links.
-    source = source.expanduser().resolve()
+    source = expand_path(source).resolve()
     copy_adapter(source, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes())
     enforce(AdapterFiles(source, f"The adapter in {source}", given={"config": config}), "folder", ("configuration",))

@@ -12,7 +12,7 @@ from registry.errors import BaseMismatch, UnknownBase
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.manifest import Manifest
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from registry.formats.references import Reference, is_path
+from registry.formats.references import Reference, expand_path, is_path
 from registry.text import html_table
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Adapter(os.PathLike[str]):
             return recorded.id, recorded.commit or self._find_revision()
         text = os.fspath(base)
         if is_path(base):
-            return str(Path(text).expanduser()), None
+            return str(expand_path(text)), None
         name, _, revision = text.partition("@")
         return name, revision or (recorded.commit if name == recorded.id else None)
 

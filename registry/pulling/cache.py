@@ -20,13 +20,14 @@ from typing import BinaryIO, cast
 
 from registry.catalog.memory import MAX_RECORD, Seen, parse_record, write_record
 from registry.disk import files as folder_files
-from registry.disk.machine import READ_ONLY, CheckedSink, find_home
+from registry.disk.machine import READ_ONLY, CheckedSink
 from registry.disk.mutex import LockTimeout, exclude, folder_lock
 from registry.disk.owners import delete, find_leftovers, is_old, new_name, sweep
 from registry.errors import CacheError, HostileAnswer, IntegrityError, InvalidManifest, RegistryError
 from registry.formats.fields import SHA256, Fields
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.records import FileRecord
+from registry.formats.references import expand_path
 from registry.formats.strict_json import JsonRefused, canonical, parse
 
 __all__ = ["VARIABLE", "Cache", "check_file", "check_files"]
@@ -52,7 +53,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = find_home(folder or os.environ.get(VARIABLE) or _find_default(), VARIABLE)
+        self.folder = expand_path(folder or os.environ.get(VARIABLE) or _find_default(), VARIABLE).absolute()
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r})"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_plugins.errors import DemoError
+from registry import expand_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,9 +77,9 @@ def cache_folder() -> Path:
     """Return where converted models are kept: ``LORA_PLUGINS_CACHE``, else beside the Hub's cache."""
     own = os.environ.get(CACHE_VARIABLE)
     if own:
-        return Path(own).expanduser()
+        return expand_path(own, CACHE_VARIABLE)
     home = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "lora-plugins"
+    return expand_path(home, CACHE_VARIABLE) / "lora-plugins"
 
 
 def _hash_file(file: Path) -> str:
