@@ -77,7 +77,7 @@ def read_base_config(base: Any) -> Mapping[str, Any] | None:
     if not is_path(base):
         return None
     try:
-        values = parse(read_small(Path(os.fspath(base)).expanduser() / _CONFIG, _MAX_CONFIG + 1), _MAX_CONFIG)
+        values = parse(read_small(expand_path(base) / _CONFIG, _MAX_CONFIG + 1), _MAX_CONFIG)
     except (OSError, JsonRefused):
         return None
     return values if isinstance(values, Mapping) else None
