@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lora_plugins.quantization.dequantization import dequantize_model as dequantize_model
     from lora_plugins.quantization.precision import loading_dtype as loading_dtype
     from lora_plugins.quantization.request import quantization_config as quantization_config
+    from lora_plugins.recipe.best_fit.batches import best_fit_collator as best_fit_collator
+    from lora_plugins.recipe.best_fit.bins import pack_best_fit as pack_best_fit
     from lora_plugins.recipe.packing import pack as pack
     from lora_plugins.serving.check import check_serving as check_serving
     from lora_plugins.serving.export import export_adapter as export_adapter
@@ -40,6 +42,7 @@ _LAZY = {
     "LoraCallback": "lora_plugins.trainer.callbacks",
     "ParameterReportCallback": "lora_plugins.trainer.callbacks",
     "attach": "lora_plugins.trainer.attaching",
+    "best_fit_collator": "lora_plugins.recipe.best_fit.batches",
     "dequantize_model": "lora_plugins.quantization.dequantization",
     "detach": "lora_plugins.trainer.attaching",
     "check_servers": "lora_plugins.plugins.traits",
@@ -49,6 +52,7 @@ _LAZY = {
     "loading_dtype": "lora_plugins.quantization.precision",
     "merge_and_save": "lora_plugins.merging.merge",
     "pack": "lora_plugins.recipe.packing",
+    "pack_best_fit": "lora_plugins.recipe.best_fit.bins",
     "plan": "lora_plugins.planning.planner",
     "plugin_checks": "lora_plugins.plugins.host",
     "prepare_model": "lora_plugins.adapters.prepare",
@@ -71,6 +75,7 @@ __all__ = [
     "ServerRule",
     "ServingVerdict",
     "attach",
+    "best_fit_collator",
     "check_servers",
     "check_serving",
     "dequantize_model",
@@ -82,6 +87,7 @@ __all__ = [
     "merge_and_save",
     "missing_package",
     "pack",
+    "pack_best_fit",
     "plan",
     "plugin_checks",
     "prepare_model",

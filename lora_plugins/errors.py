@@ -26,6 +26,7 @@
     ├── PreparationError
     │   ├── UnknownArgument (TypeError)
     │   ├── UnknownCheck (ValueError)
+    │   ├── UnsupportedPacking
     │   ├── UnsupportedTraining
     │   ├── UnloadableAdapter
     │   └── AdapterMismatch (ValueError)
@@ -126,6 +127,7 @@ __all__ = [
     "UnsavedTensors",
     "UnsupportedExport",
     "UnsupportedInitialization",
+    "UnsupportedPacking",
     "UnsupportedTraining",
     "UntrainableFormat",
 ]
@@ -228,6 +230,10 @@ class UnknownArgument(PreparationError, TypeError):
 
 class UnknownCheck(PreparationError, ValueError):
     """``skip_checks`` names a check that does not exist."""
+
+
+class UnsupportedPacking(PreparationError):
+    """A model cannot keep the examples of one row apart."""
 
 
 class UnsupportedTraining(PreparationError):

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 
 from lora_plugins.errors import ArgumentsError, LoraPluginsError
 from lora_plugins.recipe.arguments import RecipeArguments
+from lora_plugins.recipe.output import run_record
 from lora_plugins.recipe.parser import FORMER_NAMES, flag_names, make_parser, parse
-from lora_plugins.recipe.prepare import check_lora, completion_only, lora_arguments, packs
+from lora_plugins.recipe.prepare import check_lora, completion_only, lora_arguments, packing_of
 from lora_plugins.recipe.publishing import Publication
 
 NEEDED = ["--model", "m", "--dataset", "d"]
@@ -199,16 +200,42 @@ def test_targets_are_names_a_scope_or_a_pattern(words: list[str], targets: Any) 
 
 
 def test_loss_and_packing_follow_each_other_until_told() -> None:
-    def decided(*words: str) -> tuple[bool, bool]:
+    def decided(*words: str) -> tuple[bool, str]:
         recipe = ours(*words)
-        return completion_only(recipe), packs(recipe)
+        return completion_only(recipe), packing_of(recipe)
 
-    assert decided() == (False, True)
-    assert decided("--loss_on", "completion") == (True, False)
-    assert decided("--template", "chat") == (True, False)
-    assert decided("--template", "chat", "--loss_on", "all") == (False, True)
-    assert decided("--loss_on", "completion", "--packing", "true") == (True, True)
-    assert decided("--packing", "false") == (False, False)
+    assert decided() == (False, "wrapped")
+    assert decided("--loss_on", "completion") == (True, "none")
+    assert decided("--template", "chat") == (True, "none")
+    assert decided("--template", "chat", "--loss_on", "all") == (False, "wrapped")
+    assert decided("--loss_on", "completion", "--packing", "true") == (True, "wrapped")
+    assert decided("--packing", "false") == (False, "none")
+    assert decided("--packing", "best-fit") == (False, "best-fit")
+    assert decided("--packing", "none") == decided("--packing", "False") == (False, "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--packing", "best-fitt"], "--packing cannot be 'best-fitt'. Did you mean 'best-fit'?"),
+        (["--over_long", "cut"], "--over_long cut belongs to --packing best-fit"),
+        (["--packing", "wrapped", "--over_long", "drop"], "belongs to --packing best-fit"),
+    ],
+)
+def test_packing_that_does_not_exist_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ArgumentsError) as caught:
+        ours(*words)
+    assert message in str(caught.value)
+
+
+def test_runs_of_earlier_releases_are_resumed_with_their_packing(tmp_path: Path) -> None:
+    """They have written true, false or null."""
+    before = {("--packing", "true"): True, ("--packing", "false"): False, (): None}
+    for words, value in before.items():
+        record = run_record(*parse([*NEEDED, "--output_dir", str(tmp_path), *words]))
+        assert record["packing"] is value
+        assert record["over_long"] is None
+    assert run_record(*parse([*NEEDED, "--packing", "best-fit"]))["packing"] == "best-fit"
 
 
 def test_quantization_is_a_name_none_or_a_name_with_options() -> None:

@@ -310,7 +310,7 @@ def test_padded_batches_train_on_the_summaries_only(tmp_path: Path, tokenizer: A
     recipe, training = parse(["--model", "m", *words])
     said: list[str] = []
     data = prepare_data(recipe, training, tokenizer, said.append)
-    batch = collator(recipe, tokenizer)([data.train[index] for index in range(6)])
+    batch = collator(recipe, tokenizer, None)([data.train[index] for index in range(6)])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].min() == 0, "the rows differ in length"
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -340,4 +340,4 @@ def test_padding_without_a_token_for_it_is_refused(tokenizer: Any) -> None:
     bare.pad_token = bare.eos_token = None
     recipe = parse(["--model", "m", "--dataset", "d", "--packing", "false"])[0]
     with pytest.raises(ArgumentsError, match="neither a padding nor an end token"):
-        collator(recipe, bare)
+        collator(recipe, bare, None)

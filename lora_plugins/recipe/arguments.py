@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_plugins.errors import ArgumentsError
+from lora_plugins.text import did_you_mean
 
 __all__ = [
     "CHAT",
@@ -18,6 +19,7 @@ __all__ = [
     "extra_lora_fields",
     "held_out_share",
     "json_object",
+    "read_packing",
 ]
 
 
@@ -80,14 +82,19 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Which tokens count in the loss; by default all, with --template chat the assistant's."},
     )
-    packing: bool | None = field(
+    packing: str | None = field(
         default=None,
         metadata={
             "help": (
-                "Whether examples are joined and cut into chunks, or padded; by default joined where the loss is on "
-                "all."
+                "wrapped (or true) joins examples and cuts them into chunks; best-fit puts whole examples into chunks, "
+                "in which none sees another; none (or false) pads them. By default wrapped where the loss is on all, "
+                "else none."
             )
         },
+    )
+    over_long: Literal["drop", "cut"] | None = field(
+        default=None,
+        metadata={"help": "With --packing best-fit, what becomes of examples longer than a chunk [default: drop]."},
     )
     chunk_length: int = field(
         default=1536, metadata={"help": "Tokens in a chunk; without packing, tokens that an example may have."}
@@ -162,6 +169,15 @@ class RecipeArguments:
     )
 
 
+#: Value of ``--packing`` -> the words for it.
+_PACKINGS = MappingProxyType(
+    {
+        "wrapped": ("wrapped", "true", "yes", "t", "y", "1"),
+        "best-fit": ("best-fit", "best_fit"),
+        "none": ("none", "false", "no", "f", "n", "0"),
+    }
+)
+
 #: Name in the recipe's script or in earlier releases of transformers -> today's flag.
 FORMER_NAMES = MappingProxyType(
     {
@@ -180,6 +196,23 @@ FORMER_NAMES = MappingProxyType(
         "overwrite_output_dir": "--resume, or another --output_dir",
     }
 )
+
+
+def read_packing(value: str | bool | None) -> str | None:
+    """Return the value of ``--packing`` by its name; version 0.1 had true and false.
+
+    Raises:
+        ArgumentsError: It is not a way of packing.
+    """
+    if value is None:
+        return None
+    word = str(value).lower()
+    found = next((name for name, words in _PACKINGS.items() if word in words), None)
+    if found is None:
+        raise ArgumentsError(
+            f"--packing cannot be {value!r}.{did_you_mean(word, _PACKINGS)} Known: {', '.join(_PACKINGS)}."
+        )
+    return found
 
 
 def extra_lora_fields(recipe: RecipeArguments) -> dict[str, Any]:

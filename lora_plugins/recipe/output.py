@@ -119,6 +119,8 @@ class Folders:
 def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
     """Return the arguments that affect the weights of a run, as plain data."""
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
+    # As version 0.1 wrote it, whose runs can be resumed.
+    ours["packing"] = {"wrapped": True, "none": False}.get(recipe.packing or "", recipe.packing)
     theirs = {name: _make_plain(getattr(training, name, None)) for name in _DECISIVE}
     return {**ours, **theirs}
 

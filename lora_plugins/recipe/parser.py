@@ -17,6 +17,7 @@ from lora_plugins.recipe.arguments import (
     RecipeArguments,
     extra_lora_fields,
     held_out_share,
+    read_packing,
 )
 from lora_plugins.recipe.config_file import read_flags
 from lora_plugins.text import ELSEWHERE, did_you_mean, suggest_arguments
@@ -224,7 +225,10 @@ def _make_hint(name: str, names: Sequence[str]) -> str:
 
 
 def _check(recipe: RecipeArguments) -> None:
-    """Reject values that would otherwise fail only later in the run."""
+    """Reject values that would otherwise fail only later in the run, and call each packing by its name."""
+    recipe.packing = read_packing(recipe.packing)
+    if recipe.over_long is not None and recipe.packing != "best-fit":
+        raise ArgumentsError(f"--over_long {recipe.over_long} belongs to --packing best-fit. Give both, or neither.")
     if recipe.chunk_length < 1:
         raise ArgumentsError(f"--chunk_length must be at least 1, not {recipe.chunk_length}")
     if recipe.r < 1:

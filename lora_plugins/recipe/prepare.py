@@ -22,7 +22,9 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.planning.advice import AUTO
 from lora_plugins.planning.planner import plan
-from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fields, json_object
+from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fields, json_object, read_packing
+from lora_plugins.recipe.best_fit.batches import best_fit_collator
+from lora_plugins.recipe.best_fit.bins import BestFitCounts, pack_best_fit
 from lora_plugins.recipe.data import load_examples
 from lora_plugins.recipe.packing import PackingCounts, PaddedCounts, keep_apart, pack, token_offsets
 from lora_plugins.recipe.templates import encode, make_template
@@ -39,13 +41,14 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "lora_arguments",
-    "packs",
+    "packing_of",
     "prepare_data",
     "quantization_of",
 ]
 
 
 Say = Callable[[str], None]
+Counts = PackingCounts | BestFitCounts | PaddedCounts
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Prepared:
 
     train: Dataset
     held_out: Dataset | None
-    counts: dict[str, PackingCounts | PaddedCounts]
+    counts: dict[str, Counts]
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
@@ -111,7 +114,7 @@ def prepare_data(
     with training.main_process_first(desc="preparing the data"):
         rows, held_out_rows = load_examples(recipe, training.seed)
         train, counts = _make_examples(recipe, rows, tokenizer, "train", say)
-        found: dict[str, PackingCounts | PaddedCounts] = {"train": counts}
+        found: dict[str, Counts] = {"train": counts}
         held_out = None
         if held_out_rows is not None:
             held_out, found["held_out"] = _make_examples(recipe, held_out_rows, tokenizer, "held out", say)
@@ -120,15 +123,20 @@ def prepare_data(
 
 def _make_examples(
     recipe: RecipeArguments, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, say: Say
-) -> tuple[Dataset, PackingCounts | PaddedCounts]:
+) -> tuple[Dataset, Counts]:
     template = make_template(recipe.template, rows.features, tokenizer)
     encoded, unusable = encode(
         rows, template, tokenizer, completion_only=completion_only(recipe), num_proc=recipe.num_proc
     )
     if unusable:
         say(f"Data ({name}): {unusable:,} examples left out, a column of the template is empty in them")
-    made: tuple[Dataset, PackingCounts | PaddedCounts]
-    if packs(recipe):
+    made: tuple[Dataset, Counts]
+    kind = packing_of(recipe)
+    if kind == "best-fit":
+        made = pack_best_fit(
+            encoded, recipe.chunk_length, over_long=recipe.over_long or "drop", num_proc=recipe.num_proc
+        )
+    elif kind == "wrapped":
         length = recipe.chunk_length
         if name != "train":
             # A small held-out set is better measured in shorter chunks than not at all.
@@ -145,18 +153,27 @@ def completion_only(recipe: RecipeArguments) -> bool:
     return (recipe.loss_on or ("completion" if recipe.template == CHAT else "all")) == "completion"
 
 
-def packs(recipe: RecipeArguments) -> bool:
-    """Whether examples are joined and cut into chunks."""
-    return not completion_only(recipe) if recipe.packing is None else recipe.packing
+def packing_of(recipe: RecipeArguments) -> str:
+    """Return how examples become rows: ``"wrapped"``, ``"best-fit"`` or ``"none"``."""
+    return read_packing(recipe.packing) or ("none" if completion_only(recipe) else "wrapped")
 
 
-def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the data collator: it stacks chunks, and pads examples to the longest."""
-    if packs(recipe):
+def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+    """Return the data collator: it stacks chunks, keeps packed examples apart, or pads examples to the longest.
+
+    Raises:
+        UnsupportedPacking: The model cannot keep packed examples apart.
+        ArgumentsError: The tokenizer has nothing to pad with.
+    """
+    kind = packing_of(recipe)
+    if kind == "wrapped":
         return default_data_collator
+    if kind == "best-fit":
+        return best_fit_collator(model)
     if tokenizer.pad_token is None:
         raise ArgumentsError(
-            f"The tokenizer of {recipe.model} has neither a padding nor an end token to pad with. Use --packing true."
+            f"The tokenizer of {recipe.model} has neither a padding nor an end token to pad with. Use --packing "
+            "wrapped."
         )
     return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
 

@@ -176,7 +176,7 @@ class TrainingRun:
                 args=self.training,
                 train_dataset=self.data.train,
                 eval_dataset=self.data.held_out,
-                data_collator=prepare.collator(self.recipe, self.tokenizer),
+                data_collator=prepare.collator(self.recipe, self.tokenizer, model),
                 callbacks=[*callbacks, interruption],
             )
         except LoraPluginsError:

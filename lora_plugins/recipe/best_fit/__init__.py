@@ -1,0 +1,1 @@
+"""Pack whole examples into rows, and keep them apart in the model."""
