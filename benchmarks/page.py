@@ -29,6 +29,8 @@ NAMES = {
     "ours-float": "lora-plugins, float",
 }
 
+PACKINGS = {"padded": "padded", "best-fit": "packed, best fit", "wrapped": "joined and cut"}
+
 HEAD = """\
 # Benchmarks
 
@@ -182,6 +184,35 @@ def scaling_section(section: dict[str, Any]) -> list[str]:
     return [*lines, *_table(head, rows), "", *[f"- {sentence}" for sentence in section["findings"]]]
 
 
+def packing_table(section: dict[str, Any]) -> list[str]:
+    """The table of `packing.py` as lines of Markdown."""
+    padded = section["contenders"]["padded"]["real_per_cpu_second"]
+    rows = []
+    for name, row in section["contenders"].items():
+        rounds = [one / other for one, other in zip(row["real_per_cpu_second"], padded, strict=True)]
+        rows.append(
+            [
+                PACKINGS[name],
+                f"{geometric_mean(row['real_per_second']):.0f}",
+                f"{geometric_mean(row['real_per_cpu_second']):.0f}",
+                f"{geometric_mean(rounds):.2f} ({', '.join(f'{ratio:.2f}' for ratio in rounds)})",
+                f"{100 * row['real_share']:.1f} %",
+                f"{row['peak_mib']:.0f}",
+            ]
+        )
+    head = ["", "real tokens/s", "a CPU second", "× padded (rounds)", "of all tokens real", "peak MiB"]
+    return _table(head, rows)
+
+
+def packing_section(section: dict[str, Any]) -> list[str]:
+    settings = section["settings"]
+    work = f"Functions of Python's standard library with their summaries, int8 base, about {settings['tokens']} real "
+    work += f"tokens a step, rows of up to {settings['length']}; {settings['rounds']} rounds of {settings['steps']} "
+    work += "steps after the first. Ratios are those of CPU seconds, which others on the machine disturb less. "
+    work += "[Packed examples](train.md#packed-or-padded) of the second row don't see each other."
+    return ["## Packed and padded", "", *_machine(section), "", work, "", *packing_table(section)]
+
+
 def gemm_section(section: dict[str, Any]) -> list[str]:
     rows = [
         ["×".join(map(str, shape["shape"])), *[f"{shape[kind]:,.1f}" for kind in ("float32", "bfloat16", "int8")]]
@@ -196,7 +227,13 @@ def startup_section(section: dict[str, Any]) -> list[str]:
     return ["## Start", "", *_machine(section), "", *_table(["", "seconds, best of several"], rows)]
 
 
-_SECTIONS = {"training": training_section, "scaling": scaling_section, "gemm": gemm_section, "startup": startup_section}
+_SECTIONS = {
+    "training": training_section,
+    "packing": packing_section,
+    "scaling": scaling_section,
+    "gemm": gemm_section,
+    "startup": startup_section,
+}
 
 
 _PLAN_BASES = {

@@ -153,7 +153,7 @@ def _time_callback(trainer: Any) -> list[float]:
         if isinstance(callback, LoraCallback):
             for event in ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"):
                 setattr(callback, event, timed(getattr(callback, event)))
-            callback._loss.add = timed(callback._loss.add)
+            callback.losses.add = timed(callback.losses.add)
     return seconds
 
 

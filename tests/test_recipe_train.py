@@ -493,3 +493,12 @@ def test_misspelt_flag_is_a_message_and_an_exit_code(
     assert "--lerning_rate is not a flag. Did you mean --learning_rate" in said
     assert "Traceback" not in said
     assert not (place.folder / "none").exists()
+
+
+def test_packed_examples_do_not_see_each_other_in_a_whole_run(place: Place, inside: Callable[..., int]) -> None:
+    """BLOOM gets a mask, under int8 and with gradient checkpointing."""
+    words = ["--packing", "best-fit", "--max_steps", "4", "--eval_steps", "4", "--merge", "none"]
+    assert inside("best-fit", *words) == 0
+    counts = place.metrics("best-fit")["data"]["train"]
+    assert counts["kept"] + counts["too_long"] == counts["examples"] == 120
+    assert json.loads((place.folder / "best-fit" / "run.json").read_text())["packing"] == "best-fit"
