@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pluggy
+
 from lora_plugins.errors import (
     ArchitectureConflict,
     BrokenBuiltin,
@@ -23,7 +25,9 @@ from lora_plugins.errors import (
     UnknownQuantizer,
     UnknownServer,
 )
+from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.formats import Format
+from lora_plugins.plugins.hookspecs import PROJECT
 from lora_plugins.plugins.loading import (
     DISTRIBUTION,
     Loaded,
@@ -236,10 +240,7 @@ class PluginHost:
         Raises:
             BrokenBuiltin: A plugin that lora-plugins ships fails here.
         """
-        # Loads the command line's libraries, which a training run does not need.
-        from lora_plugins.plugins.programs import build_program
-
-        return build_program(app, self._loaded, self._disable)
+        return _build_program(app, self._loaded, self._disable)
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class PluginHost:
             self._add(info, functools.partial(importlib.import_module, module_name))
 
     def _load_entry_points(self) -> None:
-        found = [(describe_plugin(entry), entry) for entry in find_entry_points()]
+        found = [(describe_plugin(entry), entry) for entry in find_entry_points(PROJECT)]
         for info, entry in sorted(found, key=lambda pair: (normalize(pair[0].distribution), pair[0].name)):
             self._add(info, entry.load)
 
@@ -298,7 +299,15 @@ class PluginHost:
         twin = next((other.info for other in self._loaded if other.plugin is plugin), None)
         if twin is not None:
             raise Rejected(f"its entry point names the same object as {twin}")
-        return load_plugin(info, plugin, trace=self._trace)
+        return load_plugin(info, plugin, self._make_manager())
+
+    def _make_manager(self) -> pluggy.PluginManager:
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        if self._trace:
+            manager.trace.root.setwriter(lambda text: sys.stderr.write(text))
+            manager.enable_tracing()
+        return manager
 
     def _disable(self, info: PluginInfo, reason: str, error: BaseException) -> None:
         if info.builtin:
@@ -316,6 +325,67 @@ def _read_kind(loaded: Loaded, kind: _Kind) -> list[Any]:
         check_quantizers(records)
     check_unique(kind.noun, [getattr(record, kind.key) for record in records])
     return records
+
+
+def _build_program(
+    app: typer.Typer, plugins: Iterable[Loaded], disable: Callable[[PluginInfo, str, BaseException], None]
+) -> Any:
+    """Return the click group made from ``app`` and the commands of plugins."""
+    import typer
+
+    table: Table[Any] = Table("command", PluginError)
+    for loaded in plugins:
+        if not loaded.implementations("register_commands"):
+            continue
+        try:
+            commands = _collect_commands(loaded, app.rich_markup_mode)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            disable(loaded.info, f"register_commands: {explain(error)}", error)
+            continue
+        loaded.info.commands = sorted(commands)
+        for name, command in commands.items():
+            table.add(name, loaded.info, command)
+    table.annotate()
+    program = typer.main.get_command(app)
+    for name in table.names():
+        try:
+            command = table.get(name)
+        except PluginError as error:
+            command = _make_conflict_command(error)
+        program.add_command(command, name)  # type: ignore[attr-defined]
+    return program
+
+
+def _collect_commands(loaded: Loaded, markup: Any) -> dict[str, Any]:
+    """Build one plugin's commands in an empty program, which contains its mistakes."""
+    import typer
+
+    scratch = typer.Typer(add_completion=False, rich_markup_mode=markup)
+    # Without a callback, Typer turns a program with a single command into that command.
+    scratch.callback()(_accept_no_options)
+    loaded.call("register_commands", app=scratch)
+    if scratch.registered_callback is None or scratch.registered_callback.callback is not _accept_no_options:
+        raise Rejected("it sets a callback on `app`, which would replace the program's own options")
+    return dict(typer.main.get_command(scratch).commands)  # type: ignore[attr-defined]
+
+
+def _accept_no_options() -> None:
+    """Stand in for the program's options while a plugin's commands are built."""
+
+
+def _make_conflict_command(error: PluginError) -> Any:
+    import typer
+
+    app = typer.Typer(add_completion=False)
+
+    @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def conflict() -> None:
+        """(Claimed by two plugins; call it to see which.)"""
+        raise error
+
+    return typer.main.get_command(app)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import pluggy
 
 from lora_plugins.errors import PluginWarning
-from lora_plugins.plugins import hookspecs
-from lora_plugins.plugins.hookspecs import PROJECT
 from lora_plugins.plugins.table import PluginInfo
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.text import did_you_mean, one_line
@@ -66,19 +64,14 @@ class Rejected(Exception):
     """A plugin breaks one of the host's rules; the message is the full reason."""
 
 
-def load_plugin(info: PluginInfo, plugin: object, *, trace: bool) -> Loaded:
-    """Register a plugin's object with a manager of its own.
+def load_plugin(info: PluginInfo, plugin: object, manager: pluggy.PluginManager) -> Loaded:
+    """Register a plugin's object with a manager of its own, which knows the hooks.
 
     Raises:
         Rejected: It has no hooks, or implements one that does not exist.
     """
     if plugin is None or isinstance(plugin, (str, bytes, int, float)):
         raise Rejected(f"its entry point names {plugin!r}, which is neither a module nor an object with hooks")
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hookspecs)
-    if trace:
-        manager.trace.root.setwriter(lambda text: sys.stderr.write(text))
-        manager.enable_tracing()
     loaded = Loaded(info, plugin, manager)
     loaded.hooks.register(plugin, f"{info.distribution}:{info.name}")
     _check_hooks(loaded)
@@ -161,24 +154,24 @@ def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def find_entry_points() -> Iterable[importlib.metadata.EntryPoint]:
-    """Return all entry points of our group, even if an installed package has unreadable metadata."""
+def find_entry_points(group: str) -> Iterable[importlib.metadata.EntryPoint]:
+    """Return all entry points of a group, even if an installed package has unreadable metadata."""
     try:
-        return importlib.metadata.entry_points(group=PROJECT)
+        return importlib.metadata.entry_points(group=group)
     except Exception as error:
         warnings.warn(
             f"An installed package has metadata that cannot be read ({explain(error)}); it is left out.",
             PluginWarning,
             stacklevel=2,
         )
-        return _find_readable_entry_points()
+        return _find_readable_entry_points(group)
 
 
-def _find_readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+def _find_readable_entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         try:
-            entries = distribution.entry_points.select(group=PROJECT)
+            entries = distribution.entry_points.select(group=group)
             # As on import, the first of several copies on the path counts.
             name = normalize(distribution.metadata["Name"])
         except Exception:  # noqa: S112 - a distribution that cannot be read is no plugin
