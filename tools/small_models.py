@@ -105,6 +105,8 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 128,
     "image_size": 32,
     "patch_size": 8,
+    # The scan of state spaces needs memory for the square of a chunk in older releases.
+    "mamba_chunk_size": 8,
 }
 
 #: Ids of special tokens must lie inside the small vocabulary.
@@ -232,7 +234,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12, "input_size": 32},
     "lilt": {"hidden_size": 96},
     "longformer": {"attention_window": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mamba2": {"chunk_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1},
     "mistral4": {"head_dim": 32},
     "molmo2_adapter": {"vision_feature_layer": [3, 1], "hidden_size": 64, "head_dim": 16},
     "muse_spark_audio": {"out_hidden_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
@@ -240,6 +242,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
+        "chunk_size": 8,
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
         "n_groups": 2,
@@ -274,7 +277,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": _STAGES,
     "swinv2": _STAGES,
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2},
+    "zamba2": {"chunk_size": 8, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2},
     "levit": {"image_size": 224, "patch_size": 16},
     "mobilevit": {"image_size": 128, "patch_size": 2},
     "pi0": {"vlm_config": {"projection_dim": 64}, "chunk_size": 4},
