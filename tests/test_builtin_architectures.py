@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from versions import needs
 
 from lora_plugins import prepare_model
 from lora_plugins.adapters.prepare import preparation_of
@@ -38,6 +39,9 @@ switch_transformers nllb-moe encoder-decoder llava qwen2_vl gemma3 paligemma vis
 reformer poolformer regnet hgnet_v2 whisper speecht5
 """.split()
 
+
+#: Types that older releases of transformers cannot compute.
+NEWER = {"zamba2": needs("transformers", "5.23", "it chooses the wrong one of a shared block's adapters")}
 
 CASES = small_models.first_cases()
 REST = [name for name in CASES if name not in SPREAD and name not in NOT_TRAINED]
@@ -104,7 +108,7 @@ def train_and_reload(case: Case, folder: Path) -> None:
     assert not torch.equal(trained, plain), "the adapter changes nothing"
 
 
-@pytest.mark.parametrize("model_type", SPREAD)
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=NEWER.get(name, ())) for name in SPREAD])
 def test_default_trains_and_reloads(model_type: str, tmp_path: Path) -> None:
     train_and_reload(CASES[model_type], tmp_path)
 
