@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -44,10 +45,14 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Releases of the libraries that are compared."""
-    from importlib.metadata import version
+    """Releases of the libraries that are compared, of those that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl")}
+    found = {}
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def resident() -> int:

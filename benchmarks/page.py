@@ -29,6 +29,14 @@ NAMES = {
     "ours-float": "lora-plugins, float",
 }
 
+GPU_NAMES = {
+    "recipe-int8": "the recipe, int8",
+    "peft-bf16": "PEFT, bfloat16",
+    "ours-int8": "lora-plugins, int8",
+    "ours-nf4": "lora-plugins, nf4",
+    "ours-bf16": "lora-plugins, bfloat16",
+}
+
 PACKINGS = {"padded": "padded", "best-fit": "packed, best fit", "wrapped": "joined and cut"}
 
 HEAD = """\
@@ -50,14 +58,18 @@ bfloat16 speed differs, other ratios.
 - **float** is bfloat16 on a CPU that multiplies it natively, and float32 on others.
 """
 
+NO_GPU = """\
+- GPUs. There was none. The loss in pieces and the fused LoRA branch run there too and are tested only on a CPU;
+  bitsandbytes' int8 kernels for CUDA are used as they are. The program for one card is there (`benchmarks/gpu.py`), and
+  its parts are tested on a CPU with tiny shapes.
+"""
+
 NOT_MEASURED = """\
 ## What was not measured
 
-- GPUs. There was none. The loss in pieces and the fused LoRA branch run there too and are tested only on a CPU;
-  bitsandbytes' int8 kernels for CUDA are used as they are.
 - Kinds of CPU other than the one that each table names. PyTorch draws dropout masks faster on Intel's. Where a CPU
   multiplies bfloat16 natively (AVX512-BF16, AMX), activations are bfloat16 and the ratios are others.
-- Several processes, longer sequences than the tables have, and larger models.
+{no_gpu}- Several processes, longer sequences than the tables have, and larger models.
 """
 
 
@@ -184,6 +196,79 @@ def scaling_section(section: dict[str, Any]) -> list[str]:
     return [*lines, *_table(head, rows), "", *[f"- {sentence}" for sentence in section["findings"]]]
 
 
+def gpu_tables(section: dict[str, Any]) -> list[str]:
+    """The tables of `gpu.py` as lines of Markdown."""
+    lines: list[str] = []
+    for shape, result in section["shapes"].items():
+        lines += ["", f"### {shape}", ""]
+        for name, contender in result["speed"].items():
+            lines.append(f"- {GPU_NAMES[name]}: {contender['trainable']:,} of {contender['total']:,} weights trained")
+        lines += ["", *_gpu_speed(result)]
+        if result["right"]:
+            lines += ["", "Differences between ways that must agree, on two layers; the limit in brackets:", ""]
+            lines += _gpu_checks(result["right"])
+        lines += [f"- failed: {name}: {error}" for name, error in result["failed"].items()]
+    return [*lines, "", *[f"- left out, time was up: {label}" for label in section["left_out"]]]
+
+
+def _gpu_speed(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for setting in dict.fromkeys(name for one in result["speed"].values() for name in one["settings"]):
+        for name, contender in result["speed"].items():
+            found = contender["settings"].get(setting)
+            if found is not None:
+                planned = result["plan"].get(name, {}).get(setting)
+                recipe = result["speed"].get("recipe-int8", {}).get("settings", {}).get(setting)
+                rows.append([setting, GPU_NAMES[name], *_gpu_cells(setting, found, recipe, planned)])
+    head = [
+        "rows x tokens",
+        "",
+        "tokens/s",
+        "× recipe (rounds)",
+        "allocated GiB",
+        "reserved GiB",
+        "`plan` says GiB",
+        "",
+    ]
+    return _table(head, rows)
+
+
+def _gpu_cells(setting: str, found: dict[str, Any], recipe: dict[str, Any] | None, planned: int | None) -> list[str]:
+    if not found["round_seconds"]:
+        return [found.get("error", "not measured"), "", "", "", "", ""]
+    rows, length = map(int, setting.partition("+")[0].split("x"))
+    speed = rows * length / geometric_mean(found["round_seconds"])
+    ratios = []
+    if recipe is not None:
+        ratios = [a / b for a, b in zip(recipe["round_seconds"], found["round_seconds"], strict=False)]
+    shown = f"{geometric_mean(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})" if ratios else ""
+    sizes = [f"{found[key] / 2**30:.3f}" for key in ("allocated", "reserved")]
+    truth = [f"{planned / 2**30:.3f}", f"{100 * (planned / found['allocated'] - 1):+.1f} %"] if planned else ["", ""]
+    return [f"{speed:.0f}", shown, *sizes, *truth]
+
+
+def _gpu_checks(right: dict[str, list[dict[str, Any]]]) -> list[str]:
+    names = dict.fromkeys(check["name"] for checks in right.values() for check in checks)
+    rows = []
+    for name in names:
+        cells = []
+        for checks in right.values():
+            check = next((one for one in checks if one["name"] == name), None)
+            wrong = "" if check is None or check["holds"] else " **wrong**"
+            cells.append("" if check is None else f"{check['found']:.1e} ({check['limit']:.0e}){wrong}")
+        rows.append([name, *cells])
+    return _table(["", *right], rows)
+
+
+def gpu_section(section: dict[str, Any]) -> list[str]:
+    settings = section["settings"]
+    work = "Random weights of published shapes, made on the card; synthetic tokens; "
+    work += f"r={settings['r']}, lora_alpha={settings['lora_alpha']}; {settings['steps']} steps of each kind after the "
+    work += f"first, {settings['rounds']} rounds of the first model. Allocated and reserved are peaks of PyTorch's "
+    work += "allocator in training; the difference is between what `plan` says and what was allocated."
+    return ["## One GPU", "", *_machine(section), "", work, *gpu_tables(section)]
+
+
 def packing_table(section: dict[str, Any]) -> list[str]:
     """The table of `packing.py` as lines of Markdown."""
     padded = section["contenders"]["padded"]["real_per_cpu_second"]
@@ -229,6 +314,7 @@ def startup_section(section: dict[str, Any]) -> list[str]:
 
 _SECTIONS = {
     "training": training_section,
+    "gpu": gpu_section,
     "packing": packing_section,
     "scaling": scaling_section,
     "gemm": gemm_section,
@@ -323,7 +409,7 @@ def render(results: dict[str, Any]) -> str:
             parts.append("\n".join(section(results[name])) + "\n")
         else:
             parts.append(f"## Not measured yet: {name}\n\n`python benchmarks/{name}.py --write` puts it here.\n")
-    return "\n".join([*parts, NOT_MEASURED])
+    return "\n".join([*parts, NOT_MEASURED.format(no_gpu="" if "gpu" in results else NO_GPU)])
 
 
 def write() -> None:
