@@ -14,7 +14,6 @@ from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
-from trl import pack_dataset
 
 from lora_plugins import LoraCallback, best_fit_collator, pack_best_fit
 from lora_plugins.errors import DataError, UnsupportedPacking
@@ -46,6 +45,7 @@ def test_no_bin_is_overfull_and_none_could_be_spared_easily(lengths: list[int], 
 
 
 def test_rows_are_as_few_as_those_of_trl() -> None:
+    pack_dataset = pytest.importorskip("trl").pack_dataset
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(4.5, 0.8, 2000).astype(int) + 2, 512)
     rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})

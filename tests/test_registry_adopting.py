@@ -330,6 +330,8 @@ def saved_as(value: Any) -> bytes:
         (bomb(), "a compressed archive"),
         (b"not a pickle", "cannot be converted"),
     ],
+    # Bytes as ids hold the time at which they were made: two processes would collect different tests.
+    ids=["code", "bomb", "noise"],
 )
 def test_a_hostile_pickle_is_refused(tmp_path: Path, made: Made, content: bytes, says: str) -> None:
     place = FolderPlace(tmp_path / "registry")
