@@ -57,6 +57,7 @@
     │   ├── RefusedAdapter (ValueError)
     │   ├── UnknownServer (ValueError)
     │   └── UnsupportedExport (ValueError)
+    ├── TrialError
     ├── PlanError (ValueError)
     └── DemoError
 
@@ -119,6 +120,7 @@ __all__ = [
     "TemplateError",
     "TrainerNotFound",
     "TrainingError",
+    "TrialError",
     "UnevenCoverage",
     "UnknownArgument",
     "UnknownCheck",
@@ -363,6 +365,10 @@ class UnknownServer(ServingError, ValueError):
 
 class UnsupportedExport(ServingError, ValueError):
     """The format or its server has no place for something that the adapter has."""
+
+
+class TrialError(LoraPluginsError):
+    """An adapter cannot be tried: its base does not write text, or has no tokenizer."""
 
 
 class PlanError(LoraPluginsError, ValueError):

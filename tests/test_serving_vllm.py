@@ -150,12 +150,12 @@ def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(server.log.read_text(errors="replace")[-5000:])
 
 
-def write_greedily(base: Path, registry: Path, reference: str | None) -> str:
+def write_greedily(base: Path, registry: Path, reference: str | None, cache: Path) -> str:
     """What transformers writes after the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if reference is not None:
-        model = pull_adapter(reference, hub=registry).load(model)
+        model = pull_adapter(reference, hub=registry, cache_dir=cache).load(model)
     given = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
         made = model.eval().generate(**given, max_new_tokens=TOKENS, do_sample=False)
@@ -169,9 +169,12 @@ def read_answer(answered: tuple[int, dict[str, Any]]) -> tuple[str, str]:
     return body["model"], body["choices"][0]["text"]
 
 
-def test_versions_are_answered_by_name_as_transformers_answers(server: Server, base: Path, registry: Path) -> None:
-    expected = {name: write_greedily(base, registry, name) for name in ("org/poet@1.0.0", "org/poet@1.1.0")}
-    plain = write_greedily(base, registry, None)
+def test_versions_are_answered_by_name_as_transformers_answers(
+    server: Server, base: Path, registry: Path, tmp_path: Path
+) -> None:
+    names = ("org/poet@1.0.0", "org/poet@1.1.0")
+    expected = {name: write_greedily(base, registry, name, tmp_path) for name in names}
+    plain = write_greedily(base, registry, None, tmp_path)
     assert len({plain, *expected.values()}) == 3
     assert read_answer(server.ask(server.base))[1] == plain
     for name, text in expected.items():

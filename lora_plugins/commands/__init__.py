@@ -14,7 +14,7 @@ __all__ = ["register_commands"]
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, servers, train
+    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, servers, train, trial
     from lora_plugins.commands.demo import command as demo
 
     app.command()(demo.demo)
@@ -25,3 +25,4 @@ def register_commands(app: typer.Typer) -> None:
     app.command()(plugins.plugins)
     app.command()(servers.servers)
     app.command(context_settings=train.CONTEXT)(train.train)
+    app.command("try")(trial.try_)

@@ -1,0 +1,89 @@
+"""``lora-plugins try``: write with an adapter on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_plugins.commands.calm import quiet
+
+if TYPE_CHECKING:
+    from lora_plugins.serving.trial import Message, Trial, Writing
+
+__all__ = ["try_"]
+
+
+def try_(
+    adapter: Annotated[
+        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to answer; several times. Else standard input.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: a line is a message, an empty one ends.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show what the base answers without the adapter.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, also where there is a chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the same for base and adapter.")] = 0,
+    base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Backend to quantize the base with.")] = None,
+) -> None:
+    """Load an adapter on its base, and see what it writes, and what the base writes without it.
+
+    \b
+    Examples:
+      lora-plugins try org/name@1.2.0 --prompt "Summarize: …" --compare
+      lora-plugins try ./demo-output/adapter --chat
+      cat question.txt | lora-plugins try org/name
+    """
+    if chat and prompt:
+        raise typer.BadParameter("cannot be combined with --prompt: type the messages", param_hint="--chat")
+    if not chat and not prompt and sys.stdin.isatty():
+        raise typer.BadParameter("give --prompt, --chat, or a text on standard input", param_hint="--prompt")
+    quiet()
+    from lora_plugins.serving.trial import Writing, open_trial
+
+    trial = open_trial(adapter, base=base, revision=revision, quantization=quantization)
+    writing = Writing(max_new_tokens, temperature, seed, raw)
+    if chat:
+        _talk(trial, writing, compare=compare)
+        return
+    for text in prompt or [sys.stdin.read()]:
+        for with_adapter in (True, False) if compare else (True,):
+            _answer(trial, [{"role": "user", "content": text}], writing, with_adapter=with_adapter, named=compare)
+
+
+def _talk(trial: Trial, writing: Writing, *, compare: bool) -> None:
+    """Answer line after line. Base and adapter remember what they said themselves."""
+    said: dict[bool, list[Message]] = {with_adapter: [] for with_adapter in ((True, False) if compare else (True,))}
+    for line in _read_lines():
+        for with_adapter, messages in said.items():
+            messages.append({"role": "user", "content": line})
+            answer = _answer(trial, messages, writing, with_adapter=with_adapter, named=compare)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_lines() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _answer(trial: Trial, messages: list[Message], writing: Writing, *, with_adapter: bool, named: bool) -> str:
+    """Print an answer while it is written; ``named`` says first whose it is."""
+    if named:
+        typer.echo(typer.style(f"{trial.adapter}:" if with_adapter else f"{trial.base} alone:", bold=True))
+    answer = trial.answer(messages, writing, with_adapter=with_adapter, say=lambda piece: typer.echo(piece, nl=False))
+    typer.echo("\n" if named else "")
+    return answer
