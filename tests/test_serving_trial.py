@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_the_command_shows_both(folder: Path, trial: Trial, capsys: pytest.CaptureFixture[str]) -> None:
     words = (str(folder / "adapter"), "--prompt", USER[0]["content"], "--max-new-tokens", "12")
     assert run(capsys, *words) == trial.answer(USER, SHORT) + "\n"
+    found = json.loads(run(capsys, *words, "--compare", "--json"))
+    (answer,) = found["answers"]
+    assert (found["adapter"], answer["prompt"]) == ("adapter", USER[0]["content"])
+    assert answer["adapter"] == trial.answer(USER, SHORT)
+    assert answer["base"] == trial.answer(USER, SHORT, with_adapter=False)
     both = run(capsys, *words, "--compare")
     base = trial.answer(USER, SHORT, with_adapter=False)
     assert both == f"adapter:\n{trial.answer(USER, SHORT)}\n\n{folder / 'base'} alone:\n{base}\n\n"

@@ -134,7 +134,7 @@ def server(base: Path, registry: Path, tmp_path_factory: pytest.TempPathFactory)
         finally:
             process.terminate()
             process.wait(60)
-    print("\n".join(made.lines("lora_plugins")))
+    print("\n".join(made.lines("vllm_resolver")))
 
 
 def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:

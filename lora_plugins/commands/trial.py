@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +35,7 @@ def try_(
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     quantization: Annotated[str | None, typer.Option(help="Backend to quantize the base with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all answers as JSON, at the end.")] = False,
 ) -> None:
     """Load an adapter on its base, and see what it writes, and what the base writes without it.
 
@@ -41,10 +43,10 @@ def try_(
     Examples:
       lora-plugins try org/name@1.2.0 --prompt "Summarize: …" --compare
       lora-plugins try ./demo-output/adapter --chat
-      cat question.txt | lora-plugins try org/name
+      lora-plugins try org/name --prompt "Hello" --temperature 0.8
     """
-    if chat and prompt:
-        raise typer.BadParameter("cannot be combined with --prompt: type the messages", param_hint="--chat")
+    if chat and (prompt or as_json):
+        raise typer.BadParameter("cannot be combined with --prompt or --json: type the messages", param_hint="--chat")
     if not chat and not prompt and sys.stdin.isatty():
         raise typer.BadParameter("give --prompt, --chat, or a text on standard input", param_hint="--prompt")
     quiet()
@@ -55,9 +57,30 @@ def try_(
     if chat:
         _talk(trial, writing, compare=compare)
         return
-    for text in prompt or [sys.stdin.read()]:
+    texts = prompt or [sys.stdin.read()]
+    if as_json:
+        typer.echo(json.dumps(_collect(trial, texts, writing, compare=compare), indent=2))
+        return
+    for text in texts:
         for with_adapter in (True, False) if compare else (True,):
-            _answer(trial, [{"role": "user", "content": text}], writing, with_adapter=with_adapter, named=compare)
+            _answer(trial, _ask(text), writing, with_adapter=with_adapter, named=compare)
+
+
+def _ask(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def _collect(trial: Trial, texts: list[str], writing: Writing, *, compare: bool) -> dict[str, Any]:
+    """Return all answers as JSON values."""
+    answers = [
+        {
+            "prompt": text,
+            "adapter": trial.answer(_ask(text), writing),
+            **({"base": trial.answer(_ask(text), writing, with_adapter=False)} if compare else {}),
+        }
+        for text in texts
+    ]
+    return {"adapter": trial.adapter, "base": trial.base, "answers": answers}
 
 
 def _talk(trial: Trial, writing: Writing, *, compare: bool) -> None:
