@@ -19,11 +19,13 @@ from typing import Any
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from lora_plugins import LoraCallback, attach, detach, prepare_model
 from lora_plugins.adapters.inject import has_adapters
+from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import LoraPluginsError, PreparationWarning, ResumeConflict
 from lora_plugins.models.sharding import is_sharded
 from lora_plugins.quantization.counting import count_parameters
@@ -65,11 +67,41 @@ def arguments(folder: Path, **extra: Any) -> TrainingArguments:
     )
 
 
+class Gathered:
+    """Watches how many bytes FSDP2 has gathered at most: buffers and the parameters that are made of them."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._groups: set[FSDPParamGroup] = set()
+        self._wait = FSDPParamGroup.wait_for_unshard
+
+    def __enter__(self) -> Gathered:
+        watch = self
+
+        def wait(group: Any) -> None:
+            watch._groups.add(group)
+            result = group._all_gather_result
+            buffer = 0 if result is None else result.all_gather_output.untyped_storage().nbytes()
+            watch._wait(group)
+            watch.most = max(watch.most, buffer + watch._measure_parameters())
+
+        FSDPParamGroup.wait_for_unshard = wait  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        FSDPParamGroup.wait_for_unshard = self._wait  # type: ignore[method-assign]
+
+    def _measure_parameters(self) -> int:
+        parameters = [parameter for group in self._groups for parameter in group.fsdp_params]
+        return sum(output.untyped_storage().nbytes() for one in parameters for output in one.all_gather_outputs)
+
+
 class Holdings(TrainerCallback):
     """Measures what this rank holds when the optimizer takes its second step and has its state."""
 
-    def __init__(self) -> None:
+    def __init__(self, gathered: Gathered) -> None:
         self.held: dict[str, int] = {}
+        self._gathered = gathered
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         model, optimizer = others["model"], others["optimizer"]
@@ -78,16 +110,20 @@ class Holdings(TrainerCallback):
         optimizer.register_step_pre_hook(lambda *_: self._look(model, optimizer))
 
     def _look(self, model: Any, optimizer: Any) -> None:
-        if not optimizer.state:
+        if not optimizer.state or self.held:
             return
         seen: set[int] = set()
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
         quantized = [(module, owner) for module in model.modules() if (owner := owner_of(module)) is not None]
         extra = [tensor for module, owner in quantized for tensor in owner.extra_tensors(module)]
+        packed = [local(p) for module, _ in quantized for name, p in module.named_parameters() if name != "bias"]
         # LLM.int8() refers to its weight a second time, which ZeRO-3 does not know.
         extra += [m.state.CB for m, _ in quantized if getattr(getattr(m, "state", None), "CB", None) is not None]
         self.held = {
+            # An evaluation, which has not been yet, leaves the head gathered until the next backward pass.
+            "gathered": self._gathered.most,
+            "quantized": stored([*packed, *extra], set()),
             "weights": stored([*map(local, model.parameters()), *model.buffers(), *extra], seen),
             # DeepSpeed steps copies in float32, each rank its part of them.
             "copies": stored([local(p) for p in stepped], seen),
@@ -139,7 +175,7 @@ def make(folder: Path, case: Settings, settings: Settings) -> Trainer:
         args=args,
         train_dataset=tiny.rows(48),
         eval_dataset=tiny.rows(16, seed=2),
-        callbacks=None if case.get("attach") else [LoraCallback(**lora)],
+        callbacks=None if case.get("attach") else [LoraCallback() if case.get("load_4bit") else LoraCallback(**lora)],
     )
     if case.get("attach"):
         # The Trainer has seeded every rank alike when it was made.
@@ -159,6 +195,13 @@ def load(case: Settings) -> Any:
         from transformers.distributed import DistributedConfig
 
         extra["distributed_config"] = DistributedConfig(fsdp_size=RANKS)
+    if "load_4bit" in case:
+        # As people load a base for FSDP with QLoRA: packed weights in a float dtype.
+        kinds = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": case["load_4bit"]}
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kinds)
+        base = LlamaForCausalLM.from_pretrained(case["pretrained"], dtype=torch.float32, **extra)
+        torch.manual_seed(0)
+        return prepare_model(base, r=4, lora_dropout=0.0, compute_dtype="float32")
     return LlamaForCausalLM.from_pretrained(case["pretrained"], dtype=torch.float32, **extra)
 
 
@@ -177,6 +220,7 @@ def facts(trainer: Trainer) -> Settings:
         "local": sum(local(p).numel() for p in parameters),
         "adapter": sum(p.requires_grad for p in parameters),
         "counts": asdict(count_parameters(trainer.model)),
+        "reported": make_report(trainer.model).bytes_after,
         "sharded_adapter": sum(p.requires_grad and (hasattr(p, "to_local") or hasattr(p, "ds_id")) for p in parameters),
     }
 
@@ -216,10 +260,12 @@ def run(folder: Path, case: Settings, settings: Settings) -> Settings:
         warnings.simplefilter("always")
         trainer = make(folder, case, settings)
     start = live(trainer)
-    holdings = Holdings()
+    gathered = Gathered()
+    holdings = Holdings(gathered)
     trainer.add_callback(holdings)
     quantization = parse_quantization(case.get("quantization"))
-    trainer.train()
+    with gathered:
+        trainer.train()
     best = trainer.state.best_model_checkpoint
     result = facts(trainer) | {
         "warnings": [str(item.message) for item in caught if issubclass(item.category, PreparationWarning)],

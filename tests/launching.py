@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ def assert_detached(ranks: list[dict[str, Any]]) -> None:
         assert found["again"] == pytest.approx(rank["losses"], abs=2e-6)
 
 
-def assert_counts(ranks: list[dict[str, Any]], quantization: str | None = None, **lora: Any) -> None:
+def assert_counts(ranks: list[dict[str, Any]], quantization: Any = None, **lora: Any) -> None:
     """Every rank counts the weights of the whole model, whatever part of them it holds and however they are packed."""
     plain = prepare_model(tiny.llama(), r=4, compute_dtype="float32", quantization=quantization, **lora)
     in_float = count_parameters(prepare_model(tiny.llama(), r=4, compute_dtype="float32", **lora))
@@ -97,35 +98,53 @@ def assert_counts(ranks: list[dict[str, Any]], quantization: str | None = None, 
         assert rank["counts"] == asdict(expected)
 
 
-def assert_held(rank: dict[str, Any], strategy: str, quantization: str | None = None) -> None:
-    """A rank holds what the plan says, to the byte."""
-    memory = plan(
+def assert_held(rank: dict[str, Any], strategy: str, quantization: Any = None, **lora: Any) -> None:
+    """A rank holds what the plan says, to the byte, and the report on it says the same."""
+    memory = _make_plan(strategy, json.dumps(quantization), json.dumps(lora)).chosen.memory
+    held = rank["held"]
+    assert held["weights"] == memory.weights == rank["reported"]
+    assert held["gradients"] == memory.gradients
+    if strategy == "fsdp":
+        assert held["gathered"] == memory.communication
+    assert held["optimizer"] + held["copies"] == memory.optimizer
+
+
+@functools.cache
+def _make_plan(strategy: str, quantization: str, lora: str) -> Any:
+    return plan(
         tiny.llama(),
         r=4,
         compute_dtype="float32",
-        quantization=quantization,
+        quantization=json.loads(quantization),
         strategy=strategy,
         devices=2,
         batch_size=4,
         length=tiny.LENGTH,
-    ).chosen.memory
-    held = rank["held"]
-    assert held["weights"] == memory.weights
-    assert held["gradients"] == memory.gradients
-    assert held["optimizer"] + held["copies"] == memory.optimizer
+        **json.loads(lora),
+    )
 
 
-def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> None:
+def assert_divided(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """Each rank holds its part of the quantized layers, scales and tables included, and nobody was warned."""
+    for rank in ranks:
+        assert 0.5 <= rank["held"]["quantized"] / one["held"]["quantized"] <= 0.55
+        assert rank["warnings"] == []
+        assert rank["local"] == rank["elements"] // 2
+
+
+def assert_files(
+    folder: Path, rank: dict[str, Any], name: str = "default", best_checkpoint: str = "checkpoint-2"
+) -> None:
     """Checkpoints are whole, the best one is what the model holds, and PEFT loads it."""
     place = "" if name == "default" else name
-    assert rank["best"] == "checkpoint-2"
+    assert rank["best"] == best_checkpoint
     for part in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "saved"):
         stored = load_file(folder / part / place / "adapter_model.safetensors")
         assert len(stored) == 8
         for key, tensor in stored.items():
             out = 32 if "q_proj" in key else 16
             assert tuple(tensor.shape) == ((4, 32) if "lora_A" in key else (out, 4)), key
-    best = load_file(folder / "checkpoint-2" / place / "adapter_model.safetensors")
+    best = load_file(folder / best_checkpoint / place / "adapter_model.safetensors")
     live = {key.replace(f".{name}", ""): value for key, value in rank["best_adapter"].items()}
     assert {key: tensor.double().flatten().tolist() for key, tensor in best.items()} == live
     last = load_file(folder / "checkpoint-6" / place / "adapter_model.safetensors")
@@ -135,10 +154,10 @@ def assert_files(folder: Path, rank: dict[str, Any], name: str = "default") -> N
     assert all(values[key].equal(tensor) for key, tensor in best.items())
 
 
-def assert_conflict(ranks: list[dict[str, Any]]) -> None:
+def assert_conflict(ranks: list[dict[str, Any]], name: str = "default") -> None:
     """Every rank is told that a checkpoint is of another run, and by what."""
     assert len(ranks) == 2
     for rank in ranks:
         assert "is of another run" in rank["conflict"]
-        assert "default: lora_alpha was 32 and is 64" in rank["conflict"]
+        assert f"{name}: lora_alpha was 32 and is 64" in rank["conflict"]
         assert "seed was 7 and is 8" in rank["conflict"]

@@ -361,6 +361,19 @@ def test_shares_of_devices() -> None:
     assert all(per_device(parts, name, 1) == alone for name in ("ddp", "zero2", "zero3", "fsdp"))
 
 
+def test_layers_that_are_divided_whole_are_shared_by_bytes() -> None:
+    alone = Memory(weights=80 + 90 + 200, gradients=0, optimizer=0, activations=50)
+    parts = Parts(
+        alone, [((40,), 2)], [], block=20, outside=40, optim="sgd", flat=[96, 110], flat_block=110, unflat=200
+    )
+    # Padding makes the flat parameters larger than the tensors in them; 90 bytes are neither float nor flat.
+    assert per_device(parts, "fsdp", 4).weights == 20 + 90 + 24 + 28
+    assert per_device(parts, "fsdp", 4).communication == 2 * (20 + 110) + 40 - 14
+    assert per_device(parts, "zero3", 4).weights == 20 + 90 + 24 + 28
+    assert per_device(parts, "zero3", 4).communication == 80 + 206 + 4 * 500_000_000
+    assert per_device(parts, "zero2", 4).weights == per_device(parts, "ddp", 4).weights == alone.weights
+
+
 def test_gathered_weights_of_zero3_are_those_used_soon() -> None:
     weight = ((4096, 4096), 2)
     block, layers = 8 * 4096 * 4096 * 2, 100

@@ -18,6 +18,7 @@ from launching import (
     assert_conflict,
     assert_counts,
     assert_detached,
+    assert_divided,
     assert_files,
     assert_held,
     assert_same_run,
@@ -29,8 +30,11 @@ from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
 from lora_plugins.trainer import engines
 
 INT8 = {"quantization": "int8"}
-#: Backends whose layers FSDP2 would break as well: 4 bits with a state beside them, tensors of a class of their own.
-OTHERS = ["nf4", "int8-quanto", "int8-torchao"]
+#: Backends whose layers FSDP2 would break as well: tensors of a class of their own.
+OTHERS = ["int8-quanto", "int8-torchao"]
+#: Backends whose layers FSDP2 divides.
+DIVIDED: dict[str, Any] = {"nf4": "nf4", "fp4": "fp4", "double": {"name": "nf4", "double_quant": True}}
+DORA = {"quantization": "nf4", "lora": {"use_dora": True}}
 ATTACHED = {"attach": True, "resume": False}
 #: The head is trained as a copy; its frozen original is not a weight of the model.
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -44,10 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def load_four_bit(folder: Path) -> dict[str, Any]:
+    """A base that was loaded as FSDP with QLoRA usually has it: packed weights in a float dtype."""
+    return {"load_4bit": "bfloat16", "pretrained": str(folder / "base"), "resume": False}
+
+
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
     others = {name: {"quantization": name, "resume": False} for name in OTHERS}
-    return launch(folder / "alone", ALONE, {"cases": {"fp32": {}, "int8": INT8, **others}})
+    divided = {name: {"quantization": quantization, "resume": False} for name, quantization in DIVIDED.items()}
+    cases = {"fp32": {}, "int8": INT8, **others, **divided, "dora": {**DORA, "resume": False}}
+    return launch(folder / "alone", ALONE, {"cases": {**cases, "loaded_nf4": load_four_bit(folder)}})
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +84,13 @@ def fsdp(folder: Path) -> Results:
         "sharded": {**SHARDED, "conflict": True},
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
         **{name: {"quantization": name, "resume": False} for name in OTHERS},
+        "nf4": {"quantization": "nf4", "detach": True, "conflict": True},
+        "fp4": {"quantization": "fp4", "resume": False, "arguments": {"gradient_checkpointing": True}},
+        "double": {"quantization": DIVIDED["double"], "resume": False, "detach": True},
+        "sharded_nf4": {**SHARDED, "quantization": "nf4"},
+        "bf16_nf4": {"quantization": "nf4", "resume": False, "detach": True, "arguments": {"bf16": True}},
+        "loaded_nf4": load_four_bit(folder),
+        "dora": {**DORA, "resume": False},
         "head": {"lora": HEAD, "resume": False},
         "head_nf4": {"quantization": "nf4", "lora": HEAD, "resume": False},
         "hqq": {"quantization": "int8-hqq"},
@@ -188,6 +206,42 @@ def test_fsdp2_keeps_int8_weights_whole_and_says_so(folder: Path, fsdp: Results,
     assert_files(folder / "fsdp" / case, fsdp[case][0], "mine" if case == "sharded_int8" else "default")
 
 
+@pytest.mark.parametrize("case", [*DIVIDED, "sharded_nf4", "loaded_nf4"])
+def test_fsdp2_divides_four_bit_weights(folder: Path, fsdp: Results, alone: Results, case: str) -> None:
+    one = alone[case.removeprefix("sharded_")][0]
+    ranks = fsdp[case]
+    for rank in ranks:
+        assert rank["distributed_type"] == "DistributedType.FSDP"
+        assert rank["sharded_adapter"] == rank["adapter"] == 8
+        assert_held(rank, "fsdp", DIVIDED.get(case, "nf4"))
+    assert_divided(ranks, one)
+    assert_same_run(ranks, one, resumed=case in ("nf4", "sharded_nf4"))
+    if one["best"] != "checkpoint-6":
+        assert_files(folder / "fsdp" / case, ranks[0], best_checkpoint=one["best"])
+
+
+def test_mixed_precision_does_not_cast_packed_weights(fsdp: Results, alone: Results) -> None:
+    """FSDP2 casts float parameters to bfloat16 before it gathers them; packed bits in a float dtype would be lost."""
+    for rank in fsdp["bf16_nf4"]:
+        assert rank["losses"] == pytest.approx(alone["nf4"][0]["losses"], abs=0.05)
+        assert rank["detached"]["same_weights"]
+        assert rank["detached"]["difference"] == 0
+    assert_divided(fsdp["bf16_nf4"], alone["nf4"][0])
+
+
+def test_layers_whose_weight_dora_reads_stay_whole_and_are_said_to(fsdp: Results, alone: Results) -> None:
+    for rank in fsdp["dora"]:
+        assert_held(rank, "fsdp", "nf4", use_dora=True)
+        assert len(rank["warnings"]) == 1
+        assert "holds all 4 layers" in rank["warnings"][0]
+        assert rank["losses"] == pytest.approx(alone["dora"][0]["losses"], abs=2e-6)
+
+
+def test_every_rank_reports_its_own_bytes(fsdp: Results, alone: Results) -> None:
+    assert alone["nf4"][0]["reported"] == alone["nf4"][0]["held"]["weights"]
+    assert all(rank["reported"] < 0.55 * alone["nf4"][0]["reported"] for rank in fsdp["nf4"])
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 def test_fsdp2_with_other_backends(folder: Path, fsdp: Results, alone: Results, backend: str) -> None:
     for rank in fsdp[backend]:
@@ -210,7 +264,7 @@ def test_a_sharded_checkpoint_is_there_beside_the_adapter(folder: Path, fsdp: Re
 
 def test_another_run_is_not_resumed_under_ddp_and_fsdp2(ddp: Results, fsdp: Results) -> None:
     assert_conflict(ddp["fp32"])
-    for case in ("fp32", "int8", "sharded"):
+    for case in ("fp32", "int8", "sharded", "nf4"):
         assert_conflict(fsdp[case])
 
 
@@ -236,7 +290,7 @@ def test_ranks_that_have_drawn_different_numbers_get_the_same_adapter(
 
 def test_detaching_gives_the_whole_base_back(ddp: Results, fsdp: Results) -> None:
     """FSDP2 has exchanged the classes of the model and its blocks, and their parameters for parts."""
-    for ranks in (ddp["fp32"], fsdp["fp32"], fsdp["int8"]):
+    for ranks in (ddp["fp32"], fsdp["fp32"], fsdp["int8"], fsdp["nf4"], fsdp["double"]):
         assert_detached(ranks)
 
 

@@ -15,8 +15,10 @@ from launching import (
     ELEMENTS,
     TORCHRUN,
     Results,
+    assert_conflict,
     assert_counts,
     assert_detached,
+    assert_divided,
     assert_files,
     assert_held,
     assert_same_run,
@@ -28,6 +30,9 @@ pytestmark = [
     # The first run compiles how processes of one machine talk to each other.
     pytest.mark.timeout(900),
 ]
+
+#: Backends whose layers ZeRO-3 divides.
+DIVIDED: dict[str, Any] = {"nf4": "nf4", "fp4": "fp4", "double": {"name": "nf4", "double_quant": True}}
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 
@@ -52,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
-    cases = {name: {"quantization": name if name != "fp32" else None} for name in ("fp32", "int8", "nf4")}
+    cases: dict[str, Any] = {"fp32": {}, "int8": {"quantization": "int8"}, "nf4": {"quantization": "nf4"}}
+    cases |= {name: {"quantization": DIVIDED[name], "resume": False} for name in ("fp4", "double")}
     return launch(folder / "alone", ALONE, {"cases": cases})
 
 
@@ -62,18 +68,27 @@ def zero(folder: Path) -> Results:
     # The model is made before the arguments, or after them, when DeepSpeed partitions it while it is loaded.
     late = {"arguments_first": True, "pretrained": str(folder / "base")}
     loaded = {**three, **late}
+    checkpointed = {**three["arguments"], "gradient_checkpointing": True}
     again = {"quantization": "int8", "model_init": True, "resume": False}
     cases = {
         "zero2_quanto": {**two, "quantization": "int8-quanto"},
-        "zero2_fp32": {**two, "detach": True},
+        "zero2_fp32": {**two, "detach": True, "conflict": True},
         "zero2_int8": {**two, "quantization": "int8"},
         "zero2_loaded_fp32": {**two, **late},
         "zero2_loaded_int8": {**two, **late, "quantization": "int8"},
         "zero2_model_init": {**two, **again},
         "zero3_fp32": {**three, "detach": True},
-        "zero3_int8": {**three, "quantization": "int8", "detach": True},
+        "zero3_int8": {**three, "quantization": "int8", "detach": True, "conflict": True},
         "zero3_model_init": {**three, **again},
-        "zero3_nf4": {**three, "quantization": "nf4", "lora": {"adapter_name": "mine"}},
+        "zero3_nf4": {
+            **three,
+            "quantization": "nf4",
+            "lora": {"adapter_name": "mine"},
+            "detach": True,
+            "conflict": True,
+        },
+        "zero3_fp4": {**three, "quantization": "fp4", "resume": False, "arguments": checkpointed},
+        "zero3_double": {**three, **late, "quantization": DIVIDED["double"], "resume": False, "detach": True},
         "zero3_loaded_fp32": loaded,
         "zero3_loaded_int8": {**loaded, "quantization": "int8", "detach": True},
         "zero3_loaded_cast": {**loaded, "lora": {"compute_dtype": "bfloat16"}},
@@ -154,23 +169,38 @@ def test_every_model_of_model_init_is_prepared(folder: Path, zero: Results, alon
     assert_files(folder / "zero" / case, zero[case][0])
 
 
-@pytest.mark.parametrize("case", ["zero2_fp32", "zero3_fp32", "zero3_int8", "zero3_loaded_int8"])
+@pytest.mark.parametrize(
+    "case", ["zero2_fp32", "zero3_fp32", "zero3_int8", "zero3_loaded_int8", "zero3_nf4", "zero3_double"]
+)
 def test_detaching_gives_the_whole_base_back(zero: Results, case: str) -> None:
     assert_detached(zero[case])
 
 
-def test_zero3_with_four_bits_and_another_name(folder: Path, zero: Results, alone: Results) -> None:
-    packed = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) // 2
-    assert_zero3(zero["zero3_nf4"], ELEMENTS - packed)
-    assert_same_run(zero["zero3_nf4"], alone["nf4"][0])
-    assert_files(folder / "zero" / "zero3_nf4", zero["zero3_nf4"][0], "mine")
+@pytest.mark.parametrize("case", ["zero2_fp32", "zero3_int8", "zero3_nf4"])
+def test_another_run_is_not_resumed(zero: Results, case: str) -> None:
+    assert_conflict(zero[case], "mine" if case == "zero3_nf4" else "default")
 
 
-@pytest.mark.parametrize("case", ["zero2_fp32", "zero2_int8", "zero3_fp32", "zero3_int8", "zero3_nf4"])
+@pytest.mark.parametrize("backend", DIVIDED)
+def test_zero3_divides_four_bit_weights(folder: Path, zero: Results, alone: Results, backend: str) -> None:
+    ranks, one = zero[f"zero3_{backend}"], alone[backend][0]
+    # Quantized layers hold bytes: packed weights, scales and tables.
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert_zero3(ranks, ELEMENTS - weights + 2 * ranks[0]["held"]["quantized"])
+    assert_divided(ranks, one)
+    assert_same_run(ranks, one, resumed=backend == "nf4")
+    # Under another name of the adapter.
+    assert_files(folder / "zero" / f"zero3_{backend}", ranks[0], "mine" if backend == "nf4" else "default", one["best"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["zero2_fp32", "zero2_int8", "zero3_fp32", "zero3_int8", "zero3_nf4", "zero3_fp4", "zero3_double"],
+)
 def test_ranks_hold_what_the_plan_says(zero: Results, case: str) -> None:
     stage, backend = case.split("_")
     for rank in zero[case]:
-        assert_held(rank, stage, None if backend == "fp32" else backend)
+        assert_held(rank, stage, DIVIDED.get(backend, None if backend == "fp32" else backend))
 
 
 @pytest.mark.parametrize("case", ["zero2_fp32", "zero3_fp32", "zero3_int8", "zero3_nf4", "zero3_loaded_int8"])

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.logs import get_logger
+from lora_plugins.models.sharding import is_sharded
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.request import Quantization, detect_quantization, unknown_layers
@@ -58,7 +59,7 @@ class ParameterReport:
         bytes_quantization_state: Bytes of scales and tables of quantized layers.
         bytes_trainable: Bytes of the trained tensors.
         bytes_before: Bytes before the preparation, ``None`` if the model was prepared elsewhere.
-        bytes_after: Bytes now.
+        bytes_after: Bytes now; of a model that is divided among processes, those that this process holds.
         targets: The requested names and what they matched.
         bare: Linear layers without an adapter: name pattern and number.
         coverage: Number of adapted blocks and of all blocks, by block kind.
@@ -246,6 +247,8 @@ def _collect_notes(model: nn.Module, record: Preparation | None) -> list[str]:
         "their sizes, and register_quantizers is the hook for them"
         for kind, count in Counter(unknown_layers(base_of(model)).values()).items()
     ]
+    if is_sharded(model):
+        notes.append("the model is divided among processes: bytes are those that this process holds")
     quantization = _find_quantization(model, record)
     if quantization is not None and quantization.quantizer.loss_note:
         notes.append(quantization.quantizer.loss_note)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["gather", "gather_state", "is_adapter_tensor", "is_part", "is_sharded", "write_adapters"]
+__all__ = ["gather", "gather_state", "is_adapter_tensor", "is_part", "is_sharded", "read_part", "write_adapters"]
 
 
 #: Substrings that mark the name of an adapter's parameter in PEFT.
@@ -30,6 +30,15 @@ def is_sharded(model: nn.Module) -> bool:
 def is_part(parameter: Any) -> bool:
     """Whether a parameter is sharded over processes, so that this one holds only a part of it."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "to_local")
+
+
+def read_part(tensor: Any) -> torch.Tensor:
+    """Return what this process holds of a tensor: its part of a sharded one, else the tensor itself."""
+    if hasattr(tensor, "ds_tensor"):
+        part: torch.Tensor = tensor.ds_tensor
+        return part
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 @contextlib.contextmanager

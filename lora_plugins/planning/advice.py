@@ -102,6 +102,8 @@ def _list_groups(now: Scenario, backends: Sequence[str]) -> Iterator[list[Change
     if now.strategy in ("single", "ddp"):
         counts = [n for n in (2, 4, 8) if n > now.devices] or [now.devices]
         yield [_shard(n) for n in counts]
+    elif now.strategy == "fsdp" and now.devices < 8:
+        yield [_shard(n) for n in (2, 4, 8) if n > now.devices]
     if now.length >= 512:
         yield [_change_length(now.length // 2**n) for n in (1, 2, 3) if now.length // 2**n >= 256]
 

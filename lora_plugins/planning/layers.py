@@ -17,6 +17,7 @@ from lora_plugins.quantization.walk import as_linear
 
 __all__ = [
     "PlannedLinear",
+    "flat_bytes",
     "keeps_input",
     "make_stand_in",
     "make_stand_in_of",
@@ -44,6 +45,7 @@ class PlannedLinear(nn.Linear):
         stored_bytes: Bytes of weight, scales and bias of a layer that is quantized already, else ``None``.
         parameter_bytes: Of those, the bytes that are parameters.
         is_copied: Whether that layer holds its weight a second time.
+        flat_bytes: Bytes of the parameter that an engine divides, of a layer that is quantized already and can be.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PlannedLinear(nn.Linear):
         stored_bytes: int | None = None,
         parameter_bytes: int = 0,
         is_copied: bool = False,
+        flat_bytes: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = nn.Parameter(
@@ -66,6 +69,7 @@ class PlannedLinear(nn.Linear):
         self.stored_bytes = stored_bytes
         self.parameter_bytes = parameter_bytes
         self.is_copied = is_copied
+        self.flat_bytes = flat_bytes
         # In a tuple, so that it is not registered: casts of the float layers must not reach it.
         self.held_bias = (bias,)
 
@@ -112,15 +116,23 @@ def keeps_input(quantizer: Quantizer, device: torch.device) -> bool:
     return quantizer.keeps_input and device.type != "cpu"
 
 
-def make_stand_in_of(module: Any, owner: Quantizer) -> PlannedLinear:
-    """Return the stand-in of a layer that is quantized already, with that layer's bytes."""
+def make_stand_in_of(module: Any, owner: Quantizer, options: Mapping[str, Any]) -> PlannedLinear:
+    """Return the stand-in of a layer that is quantized already, with that layer's bytes.
+
+    Args:
+        module: The layer.
+        owner: Its backend.
+        options: With which it was quantized, as far as they are known.
+    """
     device = next(module.parameters()).device
     bias = module.bias.detach().to("meta") if getattr(module, "bias", None) is not None else None
     size = tensor_bytes(module).total
     dtype = bias.dtype if bias is not None else torch.bfloat16
     held = keeps_input(owner, device)
     own, again = _count_packed_bytes(module), owner.copies_weight
-    return PlannedLinear(module.in_features, module.out_features, bias, held, dtype, size, own, again)
+    sizes = module.in_features, module.out_features
+    flat = owner.divided_bytes(*sizes, options)
+    return PlannedLinear(*sizes, bias, held, dtype, size, own, again, flat)
 
 
 def stored_bytes(layer: PlannedLinear, quantization: Quantization | None) -> int:
@@ -161,6 +173,21 @@ def parameter_bytes(layer: PlannedLinear, quantization: Quantization | None) -> 
     if sample is None:
         return 0, False
     return _extrapolate([one.parameters for one in sample], layer.out_features), sample[0].is_copied
+
+
+def flat_bytes(layer: PlannedLinear, quantization: Quantization | None) -> tuple[int, int] | None:
+    """Return the bytes of the parameter in which FSDP and ZeRO-3 divide a layer, and what the layer takes undivided.
+
+    ``None`` if its backend does not divide layers. The bias is not among them.
+    """
+    if layer.stored_bytes is not None:
+        bias = layer.held_bias[0]
+        own = layer.stored_bytes - (bias.numel() * bias.element_size() if bias is not None else 0)
+        return None if layer.flat_bytes is None else (layer.flat_bytes, own)
+    assert quantization is not None, "only a layer that arrived quantized needs no backend"  # noqa: S101 - narrows a type
+    sizes = layer.in_features, layer.out_features
+    flat = quantization.quantizer.divided_bytes(*sizes, quantization.options)
+    return None if flat is None else (flat, weight_bytes(quantization, *sizes, layer.float_dtype))
 
 
 def _extrapolate(sizes: list[int], rows: int) -> int:

@@ -374,7 +374,7 @@ class _Planner:
         weights = self.bench.weight_bytes(quantization)
         optimizer = optimizer_bytes(scenario.optim, self.bench.trained)
         alone = Memory(weights, self.gradients, optimizer, activations)
-        parts = self.bench.parts(quantization, alone, scenario.optim, packed=scenario.strategy == "zero3")
+        parts = self.bench.parts(quantization, alone, scenario.optim, scenario.strategy)
         return per_device(parts, scenario.strategy, scenario.devices)
 
     # -- advice --------------------------------------------------------------------------------

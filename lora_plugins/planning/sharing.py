@@ -33,10 +33,14 @@ class Parts:
         trained: The float parameters that get gradients.
         block: Float weights of the largest block.
         outside: Float weights outside of blocks: embeddings, heads.
+        units: Of those, the weights of the input embedding and of the output head; one entry if they are tied.
         optim: Name of the optimizer.
         packed: Quantized weights that are parameters; ZeRO-3 divides them, FSDP does not.
         packed_block: Quantized parameters of the largest block.
         copied: Quantized weights that layers hold a second time, outside their parameters.
+        flat: The parameters of layers that FSDP and ZeRO-3 divide with their scales, one for each layer.
+        flat_block: Of those, the ones in the largest block.
+        unflat: What the layers of ``flat`` take on one device alone.
     """
 
     memory: Memory
@@ -48,6 +52,10 @@ class Parts:
     packed: int = 0
     packed_block: int = 0
     copied: int = 0
+    flat: Sequence[int] = ()
+    flat_block: int = 0
+    unflat: int = 0
+    units: Sequence[int] = ()
 
 
 def _count_bytes(tensors: Iterable[Sizes]) -> int:
@@ -65,10 +73,11 @@ def _replicate(parts: Parts, devices: int) -> Memory:
 
 
 def _shard(parts: Parts, devices: int) -> Memory:
-    """Return a device's share under FSDP: float parameters divided by rows, two blocks and the rest gathered.
+    """Return a device's share under FSDP: float parameters divided by rows, quantized ones by bytes if a backend can.
 
-    Gathered are the block at work, the next one, and everything outside blocks. If rows cannot be divided evenly, this
-    is the first device, which has the most.
+    Blocks, the input embedding and the output head are gathered one at a time (accelerate 1.15), each into a buffer and
+    from there into parameters; what is outside of them stays gathered. If rows cannot be divided evenly, this is the
+    first device, which has the most.
     """
     m = parts.memory
 
@@ -78,9 +87,15 @@ def _shard(parts: Parts, devices: int) -> Memory:
 
     trained = [shard(tensor) for tensor in parts.trained]
     whole = _count_bytes(parts.floats)
-    weights = m.weights - whole + _count_bytes(map(shard, parts.floats))
-    gathered = min(whole, 2 * parts.block + parts.outside)
+    weights = m.weights - whole + _count_bytes(map(shard, parts.floats)) - parts.unflat + _share_flat(parts, devices)
+    largest = max(parts.block + parts.flat_block, *parts.units, 0)
+    gathered = min(whole + sum(parts.flat), 2 * largest + parts.outside - sum(parts.units))
     return Memory(weights, _count_bytes(trained), state_bytes(parts.optim, trained), m.activations, gathered)
+
+
+def _share_flat(parts: Parts, devices: int) -> int:
+    """Return a device's share of the layers that are divided by bytes."""
+    return sum(-(-size // devices) for size in parts.flat)
 
 
 def _partition(parts: Parts, values: int) -> tuple[int, int, int]:
@@ -109,14 +124,18 @@ def _share_zero3(parts: Parts, devices: int) -> Memory:
     needed again soon: between forward and backward pass, the last ones. Small weights stay gathered.
     """
     m = parts.memory
-    whole = _count_bytes(parts.floats) + parts.packed
-    divided = sum(-(-prod(shape) // devices) * item for shape, item in parts.floats) + -(-parts.packed // devices)
+    whole = _count_bytes(parts.floats) + parts.packed + parts.unflat
+    divided = sum(-(-prod(shape) // devices) * item for shape, item in parts.floats)
+    divided += -(-parts.packed // devices) + _share_flat(parts, devices)
     gradients, optimizer, bucket = _partition(parts, sum(-(-prod(shape) // devices) for shape, _ in parts.trained))
     item = max((item for _, item in parts.floats), default=2)
     small = _count_bytes((shape, item) for shape, item in parts.floats if prod(shape) <= PERSISTENT)
-    at_work = max(2 * (parts.block + parts.packed_block), parts.outside, REUSE_DISTANCE // 2 * item)
+    small += sum(size for size in parts.flat if size <= PERSISTENT)
+    block = parts.block + parts.packed_block + parts.flat_block
+    at_work = max(2 * block, parts.outside, REUSE_DISTANCE // 2 * item)
     weights = m.weights - whole + divided + parts.copied
-    return Memory(weights, gradients, optimizer, m.activations, min(whole, at_work + small) + bucket)
+    gathered = min(whole - parts.unflat + sum(parts.flat), at_work + small)
+    return Memory(weights, gradients, optimizer, m.activations, gathered + bucket)
 
 
 #: Strategy -> function that returns what each device holds.

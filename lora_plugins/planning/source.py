@@ -26,7 +26,7 @@ from lora_plugins.planning.stacks import make_planned_stack_of
 from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.formats import check_config
-from lora_plugins.quantization.request import Quantization, owner_of
+from lora_plugins.quantization.request import Quantization, detect_quantization, owner_of
 from lora_plugins.quantization.stacks import QuantizedStack
 from lora_plugins.text import did_you_mean, one_line
 
@@ -221,10 +221,12 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 def copy_without_data(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device; stand-ins of the same size replace quantized layers."""
     memo: dict[int, Any] = {}
+    arrived = detect_quantization(model)
+    options = arrived.options if arrived is not None else {}
     for module in model.modules():
         owner = owner_of(module)
         if owner is not None:
-            memo[id(module)] = make_stand_in_of(module, owner)
+            memo[id(module)] = make_stand_in_of(module, owner, options)
     for parameter in model.parameters():
         if isinstance(parameter, QuantizedStack):
             memo[id(parameter)] = make_planned_stack_of(parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,14 @@ from lora_plugins.models.structure import Structure
 from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.planning.amounts import Memory
 from lora_plugins.planning.inputs import make_batch
-from lora_plugins.planning.layers import PlannedLinear, keeps_input, make_stand_in, parameter_bytes, stored_bytes
+from lora_plugins.planning.layers import (
+    PlannedLinear,
+    flat_bytes,
+    keeps_input,
+    make_stand_in,
+    parameter_bytes,
+    stored_bytes,
+)
 from lora_plugins.planning.optimizer import file_bytes
 from lora_plugins.planning.sharing import Parts, Sizes
 from lora_plugins.planning.source import copy_without_data
@@ -31,6 +38,7 @@ from lora_plugins.planning.stacks import list_planned, make_planned_stack, stack
 from lora_plugins.planning.step import Block, activation_bytes, removable_blocks, shorten
 from lora_plugins.plugins.servers import AdapterTraits
 from lora_plugins.quantization.counting import ParameterCount, TensorBytes, count_parameters, tensor_bytes
+from lora_plugins.quantization.division import find_read_layers
 from lora_plugins.quantization.precision import activation_dtype, resolve_compute_dtype
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, with_compute_dtype
 from lora_plugins.quantization.stacks import QuantizedStack
@@ -101,7 +109,7 @@ class Workbench:
         self._whole: dict[frozenset[str] | None, nn.Module] = {}
         self._divided: dict[frozenset[str] | None, tuple[list[PlannedLinear], int]] = {}
         self._weights: dict[str, int] = {}
-        self._floats: dict[frozenset[str] | None, tuple[list[Sizes], int, int]] = {}
+        self._floats: dict[frozenset[str] | None, tuple[list[Sizes], int, int, list[int]]] = {}
         self._steps: dict[Any, tuple[nn.Module, list[Block]]] = {}
         self._estimates: dict[Any, Estimate] = {}
 
@@ -177,21 +185,32 @@ class Workbench:
         arrived += sum(stack.numel() * form.float_dtype.itemsize for stack, form in stored)
         return replaced / (self._base_bytes + arrived or 1)
 
-    def parts(self, quantization: Quantization | None, alone: Memory, optim: str, *, packed: bool) -> Parts:
+    def parts(self, quantization: Quantization | None, alone: Memory, optim: str, strategy: str) -> Parts:
         """Return the parts of memory that several devices can divide.
 
         Args:
             quantization: The backend.
             alone: What one device alone would hold.
             optim: Name of the optimizer.
-            packed: Whether devices divide the parameters of quantized layers too.
+            strategy: How devices share the work.
         """
-        floats, block, outside = self._list_float_weights(quantization)
-        total, largest, copied = self._count_packed_weights(quantization) if packed else (0, 0, 0)
-        return Parts(alone, floats, _read_sizes(self.trained), block, outside, optim, total, largest, copied)
+        floats, block, outside, units = self._list_float_weights(quantization)
+        parts = Parts(alone, floats, _read_sizes(self.trained), block, outside, optim, units=units)
+        if strategy not in ("fsdp", "zero3"):
+            return parts
+        flat, flat_block, unflat = self._list_flat_weights(quantization)
+        parts = replace(parts, flat=flat, flat_block=flat_block, unflat=unflat)
+        if strategy == "fsdp":
+            return parts
+        # ZeRO-3 divides the parameters of other quantized layers too.
+        total, largest, copied = self._count_packed_weights(quantization)
+        return replace(parts, packed=total, packed_block=largest, copied=copied)
 
-    def _list_float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int]:
-        """Return the sizes of float parameters, and the bytes of those in the largest block and outside blocks."""
+    def _list_float_weights(self, quantization: Quantization | None) -> tuple[list[Sizes], int, int, list[int]]:
+        """Return the sizes of float parameters, and the bytes of those in the largest block and outside blocks.
+
+        Last come the bytes of the embedding and the head, which are outside blocks.
+        """
         key = self._find_quantized_layers(quantization)
         known = self._floats.get(key)
         if known is not None:
@@ -211,17 +230,40 @@ class Workbench:
                 outside += size
             else:
                 inside[block.path] = inside.get(block.path, 0) + size
-        found = _read_sizes(floats.values()), max(inside.values(), default=0), outside
+        units = _measure_units(model)
+        found = _read_sizes(floats.values()), max(inside.values(), default=0), outside, units
         self._floats[key] = found
         return found
 
+    def _list_flat_weights(self, quantization: Quantization | None) -> tuple[list[int], int, int]:
+        """Return the bytes of quantized layers that are divided whole, of those in the largest block, and undivided."""
+        flat, unflat = [], 0
+        blocks: dict[str, int] = {}
+        for path, _, found in self._list_stand_ins(quantization):
+            if found is not None:
+                flat.append(found[0])
+                unflat += found[1]
+                self._add_to_block(blocks, path, found[0])
+        return flat, max(blocks.values(), default=0), unflat
+
+    def _list_stand_ins(
+        self, quantization: Quantization | None
+    ) -> Iterator[tuple[str, PlannedLinear, tuple[int, int] | None]]:
+        """Yield the path of each stand-in, the stand-in, and its `flat_bytes` if engines divide it."""
+        told = self._add_compute_dtype(quantization)
+        model = base_of(self.whole(quantization))
+        read = find_read_layers(model)
+        for path, module in model.named_modules():
+            if isinstance(module, PlannedLinear):
+                yield path, module, None if id(module) in read else flat_bytes(module, told)
+
     def _count_packed_weights(self, quantization: Quantization | None) -> tuple[int, int, int]:
-        """Return the bytes of all quantized parameters, of those in the largest block, and of those held twice."""
+        """Return the bytes of other quantized parameters, of those in the largest block, and of those held twice."""
         told = self._add_compute_dtype(quantization)
         total = copied = 0
         blocks: dict[str, int] = {}
-        for path, layer in base_of(self.whole(quantization)).named_modules():
-            if isinstance(layer, PlannedLinear):
+        for path, layer, flat in self._list_stand_ins(quantization):
+            if flat is None:
                 size, again = parameter_bytes(layer, told)
                 total += size
                 copied += size if again else 0
@@ -378,6 +420,21 @@ class Workbench:
 
 def _read_sizes(tensors: Iterable[torch.Tensor]) -> list[Sizes]:
     return [(tuple(tensor.shape), tensor.element_size()) for tensor in tensors]
+
+
+def _measure_units(model: Any) -> list[int]:
+    """Return the bytes of the input embedding and of the output head; of one that holds both, if they are tied."""
+    seen: set[int] = set()
+    units = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        module = None
+        # Models without such a part raise, or have no method.
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            module = getattr(model, name)()
+        new = [p for p in module.parameters() if id(p) not in seen] if isinstance(module, nn.Module) else []
+        seen.update(id(p) for p in new)
+        units.append(sum(p.numel() * p.element_size() for p in new if p.is_floating_point()))
+    return [size for size in units if size]
 
 
 def _find_stand_ins(model: nn.Module) -> list[PlannedLinear]:

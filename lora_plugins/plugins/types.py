@@ -323,6 +323,29 @@ class Quantizer(ABC):
         """Return the tensors that a module stores outside its parameters and buffers, for counting bytes."""
         return ()
 
+    def divide(self, module: nn.Module) -> bool:
+        """Put all that a module stores into one flat, frozen parameter, in place; return whether that was done.
+
+        FSDP2 and ZeRO-3 divide parameters among processes and gather them for a module's forward and backward pass. A
+        module that is not divided stays whole under FSDP2, and what it holds beside parameters under ZeRO-3 too. The
+        parameter must hold integers: mixed precision casts float ones. Called on a module that is divided already, this
+        changes nothing.
+        """
+        return False
+
+    def undivide(self, module: nn.Module) -> None:  # noqa: B027 - optional
+        """Undo `divide`, in place, for a module whose parameter an engine has made whole again."""
+
+    def divided_bytes(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> int | None:
+        """Return the bytes of the parameter that `divide` makes, ``None`` if layers are not divided; for `plan`.
+
+        Args:
+            in_features: Columns of the weight.
+            out_features: Rows of the weight.
+            options: Options the user gave.
+        """
+        return None
+
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
     ) -> int | None:

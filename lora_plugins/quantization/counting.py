@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plugins.models.sharding import read_part
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.quantization.request import count_logical, is_unknown_layer, owner_of
 from lora_plugins.quantization.stacks import QuantizedStack, list_parts
@@ -105,7 +106,8 @@ def _list_logical_modules(model: nn.Module) -> Iterator[Any]:
 def tensor_bytes(model: nn.Module, host: PluginHost | None = None) -> TensorBytes:
     """Measure the tensors that a model holds; storages shared by several tensors count once.
 
-    On the meta device this is what the tensors would take.
+    Of a model that FSDP2 or ZeRO-3 divides, these are the parts that this process holds. On the meta device this is
+    what the tensors would take.
     """
     host = host or plugin_host()
     seen: set[Any] = set()
@@ -130,7 +132,7 @@ def _measure_new(tensor: torch.Tensor, seen: set[Any]) -> int:
     if tensor.is_meta:
         key, size = id(tensor), tensor.numel() * tensor.element_size()
     else:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = read_part(tensor)
         storage = local.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
         if key == 0:

@@ -148,7 +148,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         if not self.checks.run(UnsavedTensors):
             allow_unsaved(prepared)
         keep_generation_config(trainer, prepared)
-        engines.keep_quantized_whole(trainer, prepared)
+        engines.prepare_quantized(trainer, prepared)
         return prepared
 
     def _prepare(self, trainer: Trainer, model: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.sharding import is_sharded, write_adapters
 from lora_plugins.plugins.host import plugin_host
+from lora_plugins.quantization.division import divide_layers
 from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.quantization.stacks import list_quantized_stacks
 
@@ -31,9 +32,9 @@ __all__ = [
     "MEETING_TIME",
     "check_engine",
     "hides_gradients",
-    "keep_quantized_whole",
     "meet",
     "meet_to_save",
+    "prepare_quantized",
     "raise_together",
     "read_gradient_norm",
     "write_whole_adapters",
@@ -110,12 +111,13 @@ def _check_device_map(trainer: Trainer) -> None:
         )
 
 
-def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
-    """Exclude quantized layers from FSDP2's sharding, and warn of weights that an engine does not divide.
+def prepare_quantized(trainer: Trainer, model: nn.Module) -> None:
+    """Let an engine divide quantized layers, exclude those that it cannot, and warn of weights that stay whole.
 
-    FSDP2 replaces each parameter by a shard, and a quantized weight is more than its parameter. The scales that a
-    backend keeps beside the parameters must stay out of the engine's checkpoints too: FSDP2 (torch 2.13) looks up
-    every name among the parameters, and a backend may refuse to load a scale that it has moved.
+    FSDP2 replaces each parameter by a shard, and a quantized weight is more than its parameter: a backend puts all of
+    it into one (`Quantizer.divide`), or its layers are left out. The scales that a backend keeps beside the parameters
+    must stay out of the engine's checkpoints too: FSDP2 (torch 2.13) looks up every name among the parameters, and a
+    backend may refuse to load a scale that it has moved.
 
     Args:
         trainer: The Trainer.
@@ -133,10 +135,12 @@ def keep_quantized_whole(trainer: Trainer, model: nn.Module) -> None:
     module: Any
     for module in quantized:
         module.register_state_dict_post_hook(_keep_plain_state)
-    if plugin is not None:
-        plugin.ignored_modules = [*_find_ignored(plugin.ignored_modules, model), *quantized]
-    if plugin is not None or _read_zero_stage(trainer) == 3:
-        _warn_of_undivided(trainer, [module for module in quantized if plugin is not None or _keeps_copy(module)])
+    if plugin is None and _read_zero_stage(trainer) != 3:
+        return
+    whole = divide_layers(model)
+    if plugin is not None and whole:
+        plugin.ignored_modules = [*_find_ignored(plugin.ignored_modules, model), *whole]
+    _warn_of_undivided(trainer, [module for module in whole if plugin is not None or _keeps_copy(module)])
 
 
 def _refuse_stacks(trainer: Trainer, model: nn.Module, *, sharded: bool) -> None:
@@ -155,7 +159,7 @@ def _warn_of_undivided(trainer: Trainer, layers: list[nn.Module]) -> None:
     size = sum(p.numel() * p.element_size() for module in layers for p in module.parameters())
     warnings.warn(
         f"{_name_engine(trainer)} does not divide these quantized weights: each of the {trainer.args.world_size} "
-        f"processes holds all {len(layers)} layers ({size:,} bytes). Only what stays in float is sharded.",
+        f"processes holds all {len(layers)} layers ({size:,} bytes). Everything else is sharded.",
         PreparationWarning,
         stacklevel=5,
     )

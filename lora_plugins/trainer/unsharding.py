@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from lora_plugins.models.sharding import gather, is_part
+from lora_plugins.quantization.division import undivide_layers
 
 __all__ = ["leave_engine"]
 
@@ -31,6 +32,8 @@ def leave_engine(trainer: Trainer) -> None:
         _leave_zero(trainer.model)
     elif trainer.is_fsdp_enabled:
         _leave_fsdp(trainer.model)
+    # Layers are prepared for an engine when adapters are attached, whether it has trained or not.
+    undivide_layers(trainer.model)
 
 
 def _leave_zero(model: nn.Module) -> None:

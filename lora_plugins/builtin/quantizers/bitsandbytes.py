@@ -105,7 +105,9 @@ class Int8(Quantizer):
         return _read_loaded(config, threshold="llm_int8_threshold", skip_modules="llm_int8_skip_modules")
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
-        return [_find_int8_scale(module)]
+        # Under ZeRO-3 the second reference to the weight is a whole copy.
+        again = module.state.CB
+        return [_find_int8_scale(module), *([] if again is None else [again])]
 
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
@@ -181,11 +183,14 @@ class FourBit(Quantizer):
         return layer
 
     def owns(self, module: Any) -> bool:
-        return _is_layer(module, "Linear4bit") and module.weight.quant_type == self.kind
+        return _is_layer(module, "Linear4bit") and _find_kind(module) == self.kind
 
     def dequantize(self, module: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
+        if _is_divided(module):
+            weight: torch.Tensor = module.dequantize()
+            return weight
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
 
     def expert_format(self, options: Mapping[str, Any]) -> ExpertsAsLayers:
@@ -217,7 +222,25 @@ class FourBit(Quantizer):
             skip_modules="llm_int8_skip_modules",
         )
 
+    def divide(self, module: Any) -> bool:
+        from lora_plugins.builtin.quantizers.four_bit_layer import divide_layer
+
+        divide_layer(module)
+        return True
+
+    def undivide(self, module: Any) -> None:
+        from lora_plugins.builtin.quantizers.four_bit_layer import undivide_layer
+
+        undivide_layer(module)
+
+    def divided_bytes(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> int | None:
+        from lora_plugins.builtin.quantizers.four_bit_layer import count_flat_bytes
+
+        return count_flat_bytes(self._list_sizes(in_features, out_features, options))
+
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
+        if _is_divided(module):
+            return []
         state = module.weight.quant_state
         parts = [state.absmax, state.code]
         if state.nested:
@@ -227,19 +250,33 @@ class FourBit(Quantizer):
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
     ) -> int | None:
+        return sum(self._list_sizes(in_features, out_features, options))
+
+    def _list_sizes(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> list[int]:
+        """Return the bytes of each tensor of a layer: packed weight, table, scales."""
         size = in_features * out_features
         blocks = -(-size // 64)
         packed, table = -(-size // 2), 4 * 16
         if not options.get("double_quant", False):
-            return packed + table + 4 * blocks
+            return [packed, table, 4 * blocks]
         # A byte for each scale; a scale, a table and an offset for those.
-        return packed + table + blocks + 4 * -(-blocks // 256) + 4 * 256 + 4
+        return [packed, table, blocks, 4 * -(-blocks // 256), 4 * 256, 4]
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
         model.is_loaded_in_4bit = True
         for module in model.modules():
             if _is_layer(module, "Linear4bit"):
                 _keep_trainable(module)
+
+
+def _is_divided(module: Any) -> bool:
+    return hasattr(module, "undivided")
+
+
+def _find_kind(module: Any) -> str:
+    # The parameter of a divided layer holds bytes alone.
+    state = module.quant_state if _is_divided(module) else module.weight
+    return str(state.quant_type)
 
 
 class Nf4(FourBit):
