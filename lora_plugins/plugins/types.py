@@ -258,7 +258,8 @@ class Quantizer(ABC):
     def dequantize(self, module: nn.Module) -> torch.Tensor:
         """Return the float weight of a module of this backend, shape ``[out_features, in_features]``.
 
-        It must leave the module unchanged: some libraries drop their quantization state when they dequantize.
+        It must leave the module unchanged: some libraries drop their quantization state when they dequantize. Of a
+        module that FSDP2 divides, every process calls this, and it gathers what it needs.
         """
 
     def load_config(self, options: Mapping[str, Any]) -> Any | None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_plugins.errors import QuantizationError
+from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import base_of, module_places
 from lora_plugins.quantization.facts import FACTS_ATTRIBUTE, RECORD_ATTRIBUTE, record_facts
 from lora_plugins.quantization.lora_layer import QuantizedLoraLinear
@@ -43,7 +44,8 @@ def dequantize_model(model: nn.Module, dtype: str | torch.dtype | None = None) -
         quantization = quantization_of(module)
         if quantization is None:
             continue
-        layer = _make_float_layer(module, quantization.quantizer.dequantize(module).detach().to(wanted))
+        with gather(module.parameters()):
+            layer = _make_float_layer(module, quantization.quantizer.dequantize(module).detach().to(wanted))
         layer.train(module.training)
         for parent, attribute in places[id(module)]:
             setattr(parent, attribute, layer)

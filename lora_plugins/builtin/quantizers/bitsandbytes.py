@@ -17,6 +17,8 @@ __all__ = ["FourBit", "Fp4", "Int8", "Nf4", "register_quantizers"]
 
 _REQUIRES = ("bitsandbytes>=0.50",)
 _LOGGERS = ("bitsandbytes",)
+#: Bytes at whose multiples a part of a divided layer begins: kernels read packed weights in words of this size.
+_ALIGNMENT = 16
 
 
 def _is_layer(module: Any, layer: str) -> bool:
@@ -225,18 +227,16 @@ class FourBit(Quantizer):
     def divide(self, module: Any) -> bool:
         from lora_plugins.builtin.quantizers.four_bit_layer import divide_layer
 
-        divide_layer(module)
+        divide_layer(module, _ALIGNMENT)
         return True
 
     def undivide(self, module: Any) -> None:
-        from lora_plugins.builtin.quantizers.four_bit_layer import undivide_layer
-
-        undivide_layer(module)
+        if _is_divided(module):
+            module.undivide()
 
     def divided_bytes(self, in_features: int, out_features: int, options: Mapping[str, Any]) -> int | None:
-        from lora_plugins.builtin.quantizers.four_bit_layer import count_flat_bytes
-
-        return count_flat_bytes(self._list_sizes(in_features, out_features, options))
+        sizes = self._list_sizes(in_features, out_features, options)
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
     def extra_tensors(self, module: Any) -> Iterable[torch.Tensor]:
         if _is_divided(module):

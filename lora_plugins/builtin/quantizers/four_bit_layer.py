@@ -10,11 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-__all__ = ["DividedLinear4bit", "count_flat_bytes", "divide_layer", "undivide_layer"]
-
-
-#: Bytes at whose multiples a part begins: kernels read packed weights in words of this size.
-_ALIGNMENT = 16
+__all__ = ["DividedLinear4bit", "divide_layer"]
 
 
 class _Part(NamedTuple):
@@ -72,15 +68,14 @@ class DividedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         return found["packed"], state
 
     def dequantize(self) -> torch.Tensor:
-        """Return the float weight, shape ``[out, in]``; of a divided parameter, every process must call it."""
+        """Return the float weight, shape ``[out, in]``; under FSDP2 every process must call it."""
         weight: Any = self.weight
-        if hasattr(weight, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([weight]):
-                return bnb.functional.dequantize_4bit(*self.read())
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         return bnb.functional.dequantize_4bit(*self.read(whole.detach()))
+
+    def undivide(self) -> None:
+        """Turn the layer, whose parameter must be whole, back into what it was, in place."""
+        _undivide(self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -106,8 +101,13 @@ class _Product(torch.autograd.Function):
         return of_input, of_bias, None
 
 
-def divide_layer(layer: Any) -> None:
-    """Turn a ``Linear4bit`` into a `DividedLinear4bit`, in place."""
+def divide_layer(layer: Any, alignment: int) -> None:
+    """Turn a ``Linear4bit`` into a `DividedLinear4bit`, in place.
+
+    Args:
+        layer: The layer.
+        alignment: Bytes at whose multiples a part begins.
+    """
     if isinstance(layer, DividedLinear4bit):
         return
     state = layer.weight.quant_state
@@ -118,7 +118,7 @@ def divide_layer(layer: Any) -> None:
     parts, end = {}, 0
     for name, tensor in tensors.items():
         parts[name] = _Part(tensor.dtype, tuple(tensor.shape), end)
-        end = _align(end + parts[name].size)
+        end += -(-parts[name].size // alignment) * alignment
     flat = torch.zeros(end, dtype=torch.uint8, device=layer.weight.device)
     for name, part in parts.items():
         if part.size:
@@ -129,10 +129,8 @@ def divide_layer(layer: Any) -> None:
     layer.__class__ = DividedLinear4bit
 
 
-def undivide_layer(layer: Any) -> None:
-    """Turn a `DividedLinear4bit` whose parameter is whole back into what it was, in place."""
-    if not isinstance(layer, DividedLinear4bit):
-        return
+def _undivide(layer: Any) -> None:
+    """Turn a layer whose parameter is whole back into what it was, in place."""
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     packed, state = layer.read()
     layer.__class__ = layer.undivided
@@ -149,15 +147,6 @@ def undivide_layer(layer: Any) -> None:
     )
     layer.quant_state = layer.weight.quant_state
     del layer.parts, layer.undivided
-
-
-def count_flat_bytes(sizes: list[int]) -> int:
-    """Return the bytes of the flat parameter that holds parts of these sizes in bytes."""
-    return sum(_align(size) for size in sizes)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _view(flat: torch.Tensor, part: _Part) -> torch.Tensor:
