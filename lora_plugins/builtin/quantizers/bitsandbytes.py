@@ -21,6 +21,12 @@ _LOGGERS = ("bitsandbytes",)
 _ALIGNMENT = 16
 
 
+def _import_library() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes
+
+
 def _is_layer(module: Any, layer: str) -> bool:
     # A model can only hold bitsandbytes layers once somebody has imported bitsandbytes.
     loaded = sys.modules.get("bitsandbytes")
@@ -56,7 +62,7 @@ class Int8(Quantizer):
         return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = _import_library()
 
         from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, quantize_rows
 
@@ -84,7 +90,7 @@ class Int8(Quantizer):
         return _is_layer(module, "Linear8bitLt")
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        import bitsandbytes as bnb
+        bnb = _import_library()
 
         return bnb.functional.int8_vectorwise_dequant(module.weight.data, _find_int8_scale(module))
 
@@ -159,7 +165,7 @@ class FourBit(Quantizer):
         return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = _import_library()
 
         device = linear.weight.device
         layer = bnb.nn.Linear4bit(
@@ -188,7 +194,7 @@ class FourBit(Quantizer):
         return _is_layer(module, "Linear4bit") and _find_kind(module) == self.kind
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        import bitsandbytes as bnb
+        bnb = _import_library()
 
         if _is_divided(module):
             weight: torch.Tensor = module.dequantize()
