@@ -4,8 +4,9 @@ Models of random weights are made on the device from published shapes; tokens ar
 
 * right? For int8, nf4 and float: the fused branch against PEFT's, the loss in pieces against the whole, gradients, one
   checkpoint saved, resumed and reloaded, liveness, and the published count of BLOOMZ-7B1 through a Trainer;
-* fast and small? The recipe, PEFT in bfloat16 and ours in int8, nf4 and bfloat16, each in a process of its own, in
-  turns: tokens a second and peak memory at 4 x 512 and 1 x 2048 tokens, with and without gradient checkpointing;
+* fast and small? The recipe, PEFT in bfloat16 and ours in int8 (by bitsandbytes' products in int8, and by dequantized
+  ones), nf4 and bfloat16, each in a process of its own, in turns: tokens a second and peak memory at 4 x 512 and
+  1 x 2048 tokens, with and without gradient checkpointing;
 * true? What `plan` says about memory against what was measured.
 
 Beside torch, transformers, peft and accelerate it needs wheels only: ``pip download bitsandbytes datasets pluggy …``.

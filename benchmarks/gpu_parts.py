@@ -71,10 +71,11 @@ CONTENDERS = {
     "recipe-int8": "bitsandbytes int8, prepare_model_for_kbit_training, get_peft_model, Trainer",
     "peft-bf16": "get_peft_model and Trainer",
     "ours-int8": 'LoraCallback(quantization="int8")',
+    "ours-int8-lean": 'LoraCallback(quantization={"name": "int8", "lean": True})',
     "ours-nf4": 'LoraCallback(quantization="nf4")',
     "ours-bf16": "LoraCallback()",
 }
-BACKENDS = {"int8": "int8", "nf4": "nf4", "float": None}
+BACKENDS = {"int8": "int8", "int8-lean": {"name": "int8", "lean": True}, "nf4": "nf4", "float": None}
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def check_backend(shape: str, backend: str, *, tiny: bool) -> dict[str, Any]:
 class _Checker:
     """Short runs on the same random base that differ in one thing."""
 
-    def __init__(self, config: Any, quantization: str | None, folder: str) -> None:
+    def __init__(self, config: Any, quantization: Any, folder: str) -> None:
         self.config = config
         self.quantization = quantization
         self.folder = folder
@@ -421,7 +422,7 @@ def _build_peft(model: Any, device: torch.device) -> tuple[Any, Callable[[], lis
     return get_peft_model(model, _lora_config(model)), list
 
 
-def _build_ours(quantization: str | None) -> Callable[[Any, torch.device], tuple[Any, Callable[[], list[Any]]]]:
+def _build_ours(quantization: Any) -> Callable[[Any, torch.device], tuple[Any, Callable[[], list[Any]]]]:
     from lora_plugins import LoraCallback, prepare_model
 
     def build(model: Any, device: torch.device) -> tuple[Any, Callable[[], list[Any]]]:
@@ -435,6 +436,7 @@ _BUILDERS: dict[str, Callable[[Any, torch.device], tuple[Any, Callable[[], list[
     "recipe-int8": _build_recipe,
     "peft-bf16": _build_peft,
     "ours-int8": _build_ours("int8"),
+    "ours-int8-lean": _build_ours({"name": "int8", "lean": True}),
     "ours-nf4": _build_ours("nf4"),
     "ours-bf16": _build_ours(None),
 }

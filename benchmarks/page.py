@@ -33,6 +33,7 @@ GPU_NAMES = {
     "recipe-int8": "the recipe, int8",
     "peft-bf16": "PEFT, bfloat16",
     "ours-int8": "lora-plugins, int8",
+    "ours-int8-lean": "lora-plugins, int8, dequantized products",
     "ours-nf4": "lora-plugins, nf4",
     "ours-bf16": "lora-plugins, bfloat16",
 }

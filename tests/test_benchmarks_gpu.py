@@ -46,7 +46,9 @@ def test_a_branch_that_computes_something_else_is_found(parts: Any, monkeypatch:
     assert not next(check for check in checks if check["name"] == "fused branch against PEFT's: gradients")["holds"]
 
 
-@pytest.mark.parametrize("contender", ["recipe-int8", "peft-bf16", "ours-int8", "ours-nf4", "ours-bf16"])
+@pytest.mark.parametrize(
+    "contender", ["recipe-int8", "peft-bf16", "ours-int8", "ours-int8-lean", "ours-nf4", "ours-bf16"]
+)
 def test_every_contender_is_measured_in_every_setting(contender: str, parts: Any) -> None:
     found = parts.measure_contender("bloomz-7b1", contender, tiny=True, steps=2)
     # Two layers of width 64: 8 x (64 + 192) weights each.
@@ -135,7 +137,7 @@ def test_time_that_is_up_leaves_out_the_rest(parts: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     done, left = gpu.run_jobs(gpu._parse(["--minutes", "8"]))
     assert 60 * len(done) <= 480
-    assert len(done) + len(left) == 5 + 3 + 1 + 5 + 2 * (5 + 1 + 3)
+    assert len(done) + len(left) == 6 + 4 + 1 + 6 + 2 * (6 + 1 + 4)
 
 
 def test_without_a_gpu_the_program_says_so(parts: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -157,5 +159,5 @@ def test_the_whole_program_runs_in_tiny(tmp_path: Path) -> None:
     results = json.loads(file.read_text(encoding="utf-8"))
     found = results["shapes"]["bloomz-7b1"]
     assert set(found["plan"]) == {"ours-int8", "ours-nf4", "ours-bf16"}
-    assert len(found["speed"]) == 5
+    assert len(found["speed"]) == 6
     assert results["left_out"] == []

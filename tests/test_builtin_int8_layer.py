@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_plugins.builtin.quantizers import int8_layer
 from lora_plugins.builtin.quantizers.bitsandbytes import Int8
-from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, dequantize_rows, quantize_rows
+from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, _Int8Product, dequantize_rows, quantize_rows
 
 
 def layers(dtype: torch.dtype, *, bias: bool = True) -> tuple[Any, Any]:
@@ -150,3 +152,78 @@ def test_quantized_values_are_those_of_bitsandbytes(
     values, scale = quantize_rows(weight)
     assert torch.equal(values, expected.data)
     assert torch.equal(scale, expected.SCB)
+
+
+# -- on other devices ----------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """bitsandbytes' own pass was taken."""
+
+
+def refuse_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise Refused
+
+    monkeypatch.setattr(bnb.nn.Linear8bitLt, "forward", refuse)
+
+
+def move(layer: Any, device: str) -> None:
+    """Put a layer's tensors on a device, without values."""
+    layer.weight = nn.Parameter(torch.empty(40, 24, dtype=torch.int8, device=device), requires_grad=False)
+    layer.weight.CB, layer.weight.SCB = None, None
+    layer.state.SCB = torch.empty(40, device=device)
+    layer.bias = nn.Parameter(torch.empty(40, device=device), requires_grad=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "meta"])
+@pytest.mark.parametrize("lean", [None, True, False])
+def test_the_lean_pass_is_taken_on_a_cpu_or_as_asked(
+    device: str, lean: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No default of another device changes. Tensors are fake, since there is no such device."""
+    refuse_bitsandbytes(monkeypatch)
+    layer: Any = Int8().quantize_linear(nn.Linear(24, 40), {} if lean is None else {"lean": lean})
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        move(layer, device)
+        x = torch.empty(2, 7, 24, device=device)
+        if not (device == "cpu" if lean is None else lean):
+            with pytest.raises(Refused):
+                layer(x)
+            return
+        output = layer(x)
+        # torch without CUDA cannot run its engine for such tensors: the backward pass is called itself.
+        context = SimpleNamespace(
+            saved_tensors=(), kept=(layer.weight.data, layer.state.SCB), needs_input_grad=(True, False, False, True)
+        )
+        of_input, _, _, of_bias, _ = _Int8Product.backward(context, output)
+    assert (output.device.type, output.shape) == (device, (2, 7, 40))
+    assert of_input is not None
+    assert of_bias is not None
+    assert (of_input.device.type, of_input.shape) == (device, x.shape)
+    assert (of_bias.device.type, of_bias.shape) == (device, (40,))
+
+
+def test_the_whole_lean_pass_runs_where_the_weight_is() -> None:
+    layer: Any = Int8().quantize_linear(nn.Linear(24, 40), {"lean": True})
+    move(layer, "meta")
+    x = torch.empty(2, 7, 24, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.device.type == "meta"
+
+
+def test_bitsandbytes_own_pass_can_be_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_bitsandbytes(monkeypatch)
+    layer = Int8().quantize_linear(nn.Linear(24, 40), {"lean": False})
+    with pytest.raises(Refused):
+        layer(torch.randn(2, 24))
+
+
+def test_a_layer_that_was_loaded_quantized_takes_the_pass_as_asked() -> None:
+    """transformers makes bitsandbytes' own class."""
+    layer: Any = layers(torch.float32)[1]
+    model = nn.Sequential(layer)
+    Int8().after_quantize(model, {"lean": True})
+    assert type(model[0]) is Int8Linear
+    assert model[0].lean is True

@@ -40,13 +40,14 @@ class Int8(Quantizer):
     activations are quantized too, with columns above ``threshold`` left in float. The two losses differ
     slightly, and the second depends on the batch. Source: https://arxiv.org/abs/2208.07339
 
-    Options: ``threshold`` (default 6.0), the activation magnitude from which a column counts as outlier.
+    Options: ``threshold`` (default 6.0), the activation magnitude from which a column counts as outlier; ``lean``,
+    whether training multiplies by the dequantized weight and keeps no input, by default on a CPU only.
     """
 
     name = "int8"
     bits = 8
     requires = _REQUIRES
-    options = ("threshold",)
+    options = ("threshold", "lean")
     loss_note = (
         "training loss comes from dequantized weights, evaluation loss from LLM.int8()'s activation quantization: "
         "they differ slightly, and the second depends on the batch"
@@ -75,6 +76,7 @@ class Int8(Quantizer):
             threshold=options.get("threshold", 6.0),
             device="meta",
         )
+        layer.lean = options.get("lean")
         if device.type == "cpu":
             values, scale = quantize_rows(linear.weight.data)
             layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
@@ -130,6 +132,7 @@ class Int8(Quantizer):
             # Not a class derived from it, such as this one.
             if _is_layer(module, "Linear8bitLt") and type(module).__name__ == "Linear8bitLt":
                 module.__class__ = Int8Linear
+                module.lean = options.get("lean")
 
 
 def _read_loaded(config: Any, **names: str) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
-"""bitsandbytes' int8 layer with a lean training pass on a CPU."""
+"""bitsandbytes' int8 layer with a lean training pass."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,15 +17,21 @@ _BLOCK = 1 << 20
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """``Linear8bitLt`` that keeps its scale and trains on a CPU without waste.
+    """``Linear8bitLt`` that keeps its scale and trains without waste.
 
     PEFT 0.21.2 reads the weight of a layer on the CPU (DoRA does in every forward pass) and puts it back with
     ``weight.to("cpu")``. In bitsandbytes 0.50 that makes a parameter with a fresh ``CB`` and without scale, and the
     next forward pass fails on the missing scale (``tests/test_canaries.py`` says when that ends).
 
-    In training mode on a CPU the products are those of bitsandbytes, with the same rounding; nothing but the int8
-    weight is kept for the backward pass, where bitsandbytes keeps the input of every layer.
+    The lean pass multiplies by the dequantized weight, on whichever device that is, and keeps nothing but the int8
+    weight for the backward pass, where bitsandbytes keeps the input of every layer. On a CPU the products are those of
+    bitsandbytes, with the same rounding. On a GPU bitsandbytes quantizes the input and multiplies in int8 instead.
+
+    Attributes:
+        lean: Whether training takes the lean pass; ``None``: on a CPU it does, elsewhere bitsandbytes' own is taken.
     """
+
+    lean: bool | None = None
 
     def init_8bit_state(self) -> None:
         if self.weight.SCB is None and self.state.SCB is not None:
@@ -32,7 +39,9 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         super().init_8bit_state()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+        device = x.device.type
+        lean = device == "cpu" if self.lean is None else self.lean
+        if not self.training or not lean or torch.compiler.is_compiling():
             if x.dim() <= 3:
                 return super().forward(x)
             # On a CPU bitsandbytes 0.50 fails on inputs of more dimensions
@@ -43,10 +52,11 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         weight, scale = self.weight.data, self.state.SCB
         if weight.dtype != torch.int8 or scale is None or self.weight.requires_grad:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         product: Any = _Int8Product.apply
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             # DeepSpeed gathers a partitioned weight for each pass; kept, it would be held from one to the other.
             return product(x.to(dtype), weight, scale, bias, not hasattr(self.weight, "ds_id"))
 
@@ -88,7 +98,9 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
         dtype: Dtype of the result.
     """
     factors = scale.unsqueeze(1).mul(1.0 / 127.0)
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if weight.device.type != "cpu":
+        return weight.float().mul_(factors).to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
     for block in _split_rows(weight, _BLOCK):
         # int8 to float32 and the product are vectorized; int8 times float32 in one go is not.
         if dtype == torch.float32:
