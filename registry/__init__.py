@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from registry.catalog.withdrawal import unyank as unyank
     from registry.catalog.withdrawal import yank as yank
     from registry.checks.configuration import changes_base as changes_base
+    from registry.checks.lineage import LINEAGE_FILE as LINEAGE_FILE
+    from registry.checks.lineage import clean_lineage as clean_lineage
+    from registry.checks.lineage import list_lineage as list_lineage
+    from registry.checks.lineage import read_lineage as read_lineage
     from registry.checks.record import Check as Check
     from registry.checks.record import Finding as Finding
     from registry.errors import BaseMismatch as BaseMismatch
@@ -86,6 +90,7 @@ _LAZY = {
     "HuggingFaceHub": "registry.hubs.huggingface",
     "InvalidAdapter": "registry.errors",
     "InvalidReference": "registry.errors",
+    "LINEAGE_FILE": "registry.checks.lineage",
     "Manifest": "registry.formats.manifest",
     "TOKENIZER_FILES": "registry.formats.paths",
     "Published": "registry.publishing.publish",
@@ -103,6 +108,7 @@ _LAZY = {
     "changes_base": "registry.checks.configuration",
     "check_contract": "registry.base.contract",
     "check_push": "registry.publishing.push",
+    "clean_lineage": "registry.checks.lineage",
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",
     "diagnose": "registry.health.doctor",
@@ -111,6 +117,7 @@ _LAZY = {
     "expand_path": "registry.formats.references",
     "is_path": "registry.formats.references",
     "list_adapters": "registry.catalog.listing",
+    "list_lineage": "registry.checks.lineage",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",
     "make_plain": "registry.publishing.initialization",
@@ -121,6 +128,7 @@ _LAZY = {
     "pull_adapter": "registry.pulling.pull",
     "push_adapter": "registry.publishing.push",
     "remove_alias": "registry.catalog.aliases",
+    "read_lineage": "registry.checks.lineage",
     "set_alias": "registry.catalog.aliases",
     "shorten_tables": "registry.base.places",
     "show": "registry.catalog.listing",

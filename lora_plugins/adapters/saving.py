@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lora_plugins.adapters.lineage.recording import write_lineage
 from lora_plugins.errors import UnsavedTensors
 from lora_plugins.models.sharding import is_adapter_tensor, is_sharded
 from lora_plugins.models.wrapping import base_of
@@ -107,6 +108,7 @@ def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs:
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
     if kwargs.get("path_initial_model_for_weight_conversion") is None and kwargs.get("is_main_process", True):
         _make_files_plain(model, Path(save_directory), kwargs.get("selected_adapters") or list(model.peft_config))
+        write_lineage(model, Path(save_directory))
     if kwargs.get("selected_adapters") is None:
         check_everything_is_saved(model)
 

@@ -16,7 +16,7 @@ from lora_plugins.recipe.scanning import check_rows
 from lora_plugins.text import one_line
 from registry import expand_path, is_path
 
-__all__ = ["LOADERS", "choose_split", "load_examples", "load_splits"]
+__all__ = ["LOADERS", "choose_split", "is_local", "load_examples", "load_splits"]
 
 
 #: File extension -> loader of ``datasets``.
@@ -68,15 +68,20 @@ def load_splits(source: str) -> dict[str, Dataset]:
     if no name has one.
 
     Args:
-        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id. Whatever is
-            visibly a path (`registry.is_path`), has a known extension or exists here is not looked up on the Hub.
+        source: A file, a folder of files, a folder that ``save_to_disk`` wrote, or a Hub id, with ``@revision`` for one
+            of its revisions. Whatever is visibly a path (`registry.is_path`), has a known extension or exists here is
+            not looked up on the Hub.
 
     Raises:
         DataError: It is missing or unreadable.
     """
+    return _load_path(expand_path(source)) if is_local(source) else _load_hub(source)
+
+
+def is_local(source: str) -> bool:
+    """Whether a data set is read from this machine and not looked up on the Hub."""
     path = expand_path(source)
-    here = is_path(source) or path.suffix in LOADERS or path.exists()
-    return _load_path(path) if here else _load_hub(source)
+    return is_path(source) or path.suffix in LOADERS or path.exists()
 
 
 def choose_split(splits: dict[str, Dataset], name: str | None, source: str, flag: str) -> Dataset:
@@ -163,7 +168,8 @@ def _sort_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 def _load_hub(name: str) -> dict[str, Dataset]:
     def load() -> Any:
-        return load_dataset(name)
+        plain, _, revision = name.partition("@")
+        return load_dataset(plain, revision=revision or None)
 
     return dict(_read_naming(name, load))
 

@@ -15,7 +15,7 @@ from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.files import read_json
 from lora_plugins.recipe.resume import checkpoint_folders
 
-__all__ = ["RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
+__all__ = ["DECISIVE", "RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
 
 
 #: File in the output folder with the arguments of the run.
@@ -37,7 +37,7 @@ _FREE = frozenset(
 )
 
 #: Flags of ``TrainingArguments`` that affect the weights.
-_DECISIVE = (
+DECISIVE = (
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -121,7 +121,7 @@ def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
     # As version 0.1 wrote it, whose runs can be resumed.
     ours["packing"] = {"wrapped": True, "none": False}.get(recipe.packing or "", recipe.packing)
-    theirs = {name: _make_plain(getattr(training, name, None)) for name in _DECISIVE}
+    theirs = {name: _make_plain(getattr(training, name, None)) for name in DECISIVE}
     return {**ours, **theirs}
 
 

@@ -59,11 +59,13 @@ class Prepared:
         train: Rows of ``input_ids`` and ``labels`` to train on.
         held_out: Rows to evaluate on, or ``None``.
         counts: Counts of the examples, by ``"train"`` and ``"held_out"``.
+        rows: The rows before that, as they were read, by ``"train"`` and ``"eval"``.
     """
 
     train: Dataset
     held_out: Dataset | None
     counts: dict[str, Counts]
+    rows: dict[str, Dataset]
 
 
 def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
@@ -118,7 +120,8 @@ def prepare_data(
         held_out = None
         if held_out_rows is not None:
             held_out, found["held_out"] = _make_examples(recipe, held_out_rows, tokenizer, "held out", say)
-    return Prepared(train, held_out, found)
+    read = {"train": rows} if held_out_rows is None else {"train": rows, "eval": held_out_rows}
+    return Prepared(train, held_out, found, read)
 
 
 def _make_examples(

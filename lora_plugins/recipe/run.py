@@ -13,6 +13,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from lora_plugins import LoraCallback, ParameterReportCallback
+from lora_plugins.adapters.lineage.recording import continue_lineage, declare_lineage
 from lora_plugins.errors import ArgumentsError, LoraPluginsError, ResumeError
 from lora_plugins.merging.job import RECIPE_FILE
 from lora_plugins.merging.merge import merge_and_save
@@ -31,6 +32,7 @@ from lora_plugins.recipe.output import (
 )
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.publishing import Publication
+from lora_plugins.recipe.reproduction.flags import describe_run
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.text import write_json
 from lora_plugins.trainer.checkpoints import restore_best
@@ -170,6 +172,7 @@ class TrainingRun:
         if self.recipe.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(self.recipe.early_stopping_patience))
         model = prepare.load_base(self.recipe)
+        commit = getattr(model.config, "_commit_hash", None)
         try:
             trainer = Trainer(
                 model=model,
@@ -184,6 +187,8 @@ class TrainingRun:
         except (ValueError, ImportError) as error:
             # The Trainer is the first to check some arguments, such as --report_to.
             raise ArgumentsError(f"The Trainer refuses these arguments: {error}") from error
+        if self.is_main:
+            declare_lineage(trainer.model, describe_run(self.recipe, self.training, self.data.rows, commit))
         return trainer, interruption
 
     def _train(self, trainer: Trainer, checkpoint: str | None) -> None:
@@ -198,6 +203,7 @@ class TrainingRun:
             return
         self.say(f"All {state.global_step} steps were done already")
         trainer.state = state
+        continue_lineage(trainer.model, Path(checkpoint), finished=True)
         best = state.best_model_checkpoint if self.training.load_best_model_at_end else None
         restore_best(trainer.model, Path(best or checkpoint))
 

@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from lora_plugins.adapters.lineage.recording import begin_lineage, update_lineage
 from lora_plugins.adapters.prepare import Preparation, preparation_of, prepare, prepare_plain
 from lora_plugins.adapters.report import ParameterReport, make_report
 from lora_plugins.adapters.saving import allow_unsaved, check_everything_is_saved
@@ -189,6 +190,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         for check in checks:
             with self.checks.report():
                 check()
+        begin_lineage(trainer, self.settings.adapter)
         self._forget_run()
         if self.checks.run(AdapterNotMoving):
             unreached = record.plan.unreached if record is not None and record.plan is not None else ()
@@ -256,6 +258,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        update_lineage(self.trainer)
         with self.checks.report():
             self.movement.at_end()
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.lineage.recording import continue_lineage
 from lora_plugins.adapters.prepare import preparation_of
 from lora_plugins.errors import AdapterMismatch, BrokenCheckpoint, LivenessWarning, ResumeConflict
 from lora_plugins.plugins.packages import installed_versions
@@ -86,6 +87,7 @@ def has_optimizer(folder: Path) -> bool:
 
 def compare_runs(trainer: Trainer, folder: Path) -> None:
     """Raise `ResumeConflict` if settings that determine the run differ; warn if package versions do."""
+    continue_lineage(trainer.model, folder)
     differences = list(_compare_adapters(trainer.model, folder)) if isinstance(trainer.model, PeftModel) else []
     file = folder / RUN_FILE
     if file.is_file():

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
 from lora_plugins.adapters import files as adapters
+from lora_plugins.adapters.lineage.recording import update_lineage, write_lineage
 from lora_plugins.errors import BrokenCheckpoint, TrainerNotFound
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.trainer import checkpoints, chunked_loss, engines, losses, optimizer, resuming
@@ -140,9 +141,12 @@ def _around_save_model(
         ProcessMissing: The model is sharded over processes and not all of them call this.
     """
     engines.meet_to_save(trainer)
+    update_lineage(trainer)
     save(output_dir, *args, **kwargs)
     folder = Path(output_dir or trainer.args.output_dir)
     engines.write_whole_adapters(trainer, folder)
+    if trainer.args.should_save:
+        write_lineage(trainer.model, folder)
     with callback.checks.report(), engines.raise_together(trainer):
         checkpoints.check_checkpoint(trainer.model, folder, read=trainer.args.should_save)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from registry.checks.lineage import list_lineage
 from registry.commands.terminal import (
     CacheDir,
     HubOption,
@@ -150,6 +151,8 @@ def _list_facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         for key, value in _flatten(values):
             yield title, f"{key} = {value}"
             title = ""
+    for key, text in list_lineage(manifest.lineage):
+        yield "lineage" if key == "lineage" else f"lineage: {key}", text
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

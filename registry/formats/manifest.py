@@ -67,6 +67,8 @@ class Manifest:
         tokenizer_hash: sha256 of the tokenizer, if one was available.
         training: Facts about the training: steps, tokens, arguments, quantization, versions of libraries.
         metrics: Results by name.
+        lineage: What it was trained from: data set, recipe, code, seed, hardware, libraries; and what of it was not
+            recorded, with the reason. Empty in a release from before it was recorded.
     """
 
     version: str
@@ -81,6 +83,7 @@ class Manifest:
     tokenizer_hash: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     def list_facts(self) -> list[tuple[str, object]]:
         """Return what a person wants to see of it first: base, quantization, metrics, size, time; label and value."""
@@ -126,6 +129,7 @@ class Manifest:
             tokenizer_hash=fields.optional("tokenizer_hash", lambda key: fields.text(key, SHA256, "a sha256")),
             training=fields.json_table("training"),
             metrics=fields.number_table("metrics"),
+            lineage=fields.json_table("lineage"),
         )
 
     def to_bytes(self) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from registry.checks.lineage import list_lineage
 from registry.checks.serving import Verdict
 from registry.formats.readme import write_readme
 from registry.text import visible
@@ -91,6 +92,7 @@ def model_card(
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
     picture: bool,
+    lineage: Mapping[str, Any] | None = None,
     task_type: str | None = None,
     class_name: str | None = None,
     fields: CardFields | None = None,
@@ -107,6 +109,7 @@ def model_card(
         training: Facts about the training, by name; nested ones are flattened.
         metrics: Results by name.
         picture: Whether there is a loss curve.
+        lineage: What the adapter was trained from; ``None`` leaves the section out.
         task_type: PEFT's task type, such as ``CAUSAL_LM``.
         class_name: transformers class of the base, if known.
         fields: The publisher's information for the front matter.
@@ -122,6 +125,7 @@ def model_card(
         ),
         "## Results\n\n" + _write_table(("metric", "value"), list(metrics.items())) if metrics else "",
         "## Training\n\n" + _write_table(("setting", "value"), facts) if facts else "",
+        _write_lineage(lineage) if lineage is not None else "",
         f"![Training loss by step]({LOSS_CURVE})" if picture else "",
         _write_usage(name, version, base, task_type) if name and version else _write_plain_usage(base, task_type),
     ]
@@ -225,6 +229,10 @@ def _write_servers(servers: Sequence[Verdict]) -> str:
         return ""
     less = f" Not on {others}; `lora-plugins servers` says why." if others else ""
     return f"Serves on {taking or 'none of the servers whose rules are known'}, by the rules of these releases.{less}"
+
+
+def _write_lineage(lineage: Mapping[str, Any]) -> str:
+    return "## Lineage\n\n" + _write_table(("trained from", ""), list_lineage(lineage))
 
 
 def _write_usage(name: str, version: str, base: str | None, task_type: str | None) -> str:

@@ -20,6 +20,7 @@ class Training:
         facts: Facts for the manifest, JSON values by name.
         log: The Trainer's log history, for the loss curve.
         metrics: Metrics of the last evaluation.
+        lineage: What it was trained from, cleaned.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class Training:
         facts: Mapping[str, Any] | None = None,
         log: Sequence[Mapping[str, Any]] = (),
         metrics: Mapping[str, float] | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> None:
         self.facts = dict(facts or {})
         self.log = [dict(entry) for entry in log if isinstance(entry, Mapping)]
         self.metrics = dict(metrics or {})
+        self.lineage = dict(lineage or {})
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def make_release(
         tokenizer_hash=collected.tokenizer_hash,
         training=collected.training.facts,
         metrics=collected.metrics,
+        lineage=collected.training.lineage,
     )
     # Parse it again, because the parser checks more than this code does: what is published must be readable.
     return Manifest.parse(manifest.to_bytes()), files
@@ -74,6 +75,7 @@ def _make_card(collected: Collected, name: str, version: str, fields: CardFields
         base_commit=collected.base.commit,
         parameters=list(counted(collected.tensors)),
         training=collected.training.facts,
+        lineage=collected.training.lineage,
         metrics=collected.metrics,
         picture=picture,
         task_type=collected.config.task_type,

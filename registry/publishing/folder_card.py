@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from registry.base.files import is_hub_id
+from registry.checks.lineage import read_lineage
 from registry.disk.files import read_small
 from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
 from registry.formats.fields import COMMIT
@@ -65,6 +66,7 @@ def _describe(folder: Path) -> str:
         base_commit=revision if pinned else None,
         parameters=list(counted(read_file_header(folder / ADAPTER_WEIGHTS).tensors)),
         training=facts,
+        lineage=read_lineage(folder),
         metrics=training_facts.last_evaluation(log),
         picture=False,
         task_type=config.task_type,

@@ -15,6 +15,7 @@ from registry.base.files import find_cached_snapshots, is_hub_id
 from registry.base.record import base_at_hand, base_of_folder, base_of_model, require_known, with_aliases, with_given
 from registry.base.stored import StoredAdapter
 from registry.checks.adapter_files import AdapterFiles
+from registry.checks.lineage import clean_lineage, read_lineage
 from registry.checks.table import enforce
 from registry.disk.machine import temporary_folder
 from registry.errors import IdentityWarning, InvalidAdapter
@@ -166,7 +167,7 @@ def _collect_folder(source: Path, folder: Path) -> _Found:
     stored = StoredAdapter.read(folder)
     base, architecture = base_of_folder(stored)
     facts, log = training_facts.of_checkpoint(source)
-    training = Training(facts, log, training_facts.last_evaluation(log))
+    training = Training(facts, log, training_facts.last_evaluation(log), read_lineage(source))
     warn_of_rest(source)
     files = copy_tokenizer(source, folder)
     hashed = hash_of_file(folder / "tokenizer.json") if "tokenizer.json" in files else None
@@ -199,7 +200,8 @@ def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found
     facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
     stored = training_facts.read_base_format(model)
     facts |= {"base_format": stored} if stored else {}
-    return _Found(base, architecture, Training(facts), at_hand=model.get_base_model())
+    lineage = clean_lineage(getattr(model, training_facts.LINEAGE, None), "the model was trained without LoraCallback")
+    return _Found(base, architecture, Training(facts, lineage=lineage), at_hand=model.get_base_model())
 
 
 def _collect_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:
@@ -216,7 +218,8 @@ def _collect_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _F
 def _collect_run(run: Run, folder: Path, adapter_name: str | None) -> _Found:
     found = _collect_model(run.model, folder, adapter_name)
     facts, log = training_facts.of_run(run.args, run.state)
-    found.training = Training({**facts, **found.training.facts}, log, training_facts.last_evaluation(log))
+    told, metrics = found.training, training_facts.last_evaluation(log)
+    found.training = Training({**facts, **told.facts}, log, metrics, told.lineage)
     tokenizer = run.processing_class
     if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
         with temporary_folder() as saved:

@@ -12,6 +12,7 @@ from typing import Any
 from registry.formats.fields import is_finite
 
 __all__ = [
+    "LINEAGE",
     "UNKNOWN",
     "last_evaluation",
     "libraries",
@@ -31,6 +32,8 @@ _ARGUMENTS = (
 _LIBRARIES = ("lora-plugins", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 #: Attribute of a prepared model that says how its base is stored.
 _FACTS = "lora_plugins_facts"
+#: Attribute of a model in training that says what it is trained from.
+LINEAGE = "lora_plugins_lineage"
 #: Recorded for a model that was not prepared by lora-plugins.
 UNKNOWN = "not known"
 _MAX_STATE = 64 * 1024 * 1024

@@ -1,0 +1,1 @@
+"""Record a run of ``lora-plugins train``, and run it again."""
