@@ -49,7 +49,8 @@
     │   ├── ArgumentsError (ValueError)
     │   ├── DataError (ValueError)
     │   ├── TemplateError (ValueError)
-    │   └── ResumeError
+    │   ├── ResumeError
+    │   └── ReproductionError
     ├── MergeError
     ├── ServingError
     │   ├── ExportError
@@ -337,6 +338,10 @@ class TemplateError(TrainingError, ValueError):
 
 class ResumeError(TrainingError):
     """The run in the output folder cannot be continued as asked."""
+
+
+class ReproductionError(TrainingError):
+    """A run cannot be had again: it is not recorded, or something that it needs is not here."""
 
 
 class MergeError(LoraPluginsError):

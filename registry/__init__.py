@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from registry.upkeep.cleanup import Garbage as Garbage
     from registry.upkeep.cleanup import collect_garbage as collect_garbage
     from registry.upkeep.diff import compare_adapters as compare_adapters
+    from registry.upkeep.diff import compare_layers as compare_layers
     from registry.upkeep.mirroring import mirror as mirror
     from registry.upkeep.verification import Verification as Verification
     from registry.upkeep.verification import verify as verify
@@ -111,6 +112,7 @@ _LAZY = {
     "clean_lineage": "registry.checks.lineage",
     "collect_garbage": "registry.upkeep.cleanup",
     "compare_adapters": "registry.upkeep.diff",
+    "compare_layers": "registry.upkeep.diff",
     "diagnose": "registry.health.doctor",
     "foreign_tags": "registry.catalog.listing",
     "is_cheap": "registry.formats.patterns",

@@ -103,6 +103,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(call: Any, monkeypatch: pytes
     monkeypatch.setattr(host, "build_program", build_interrupted)
     given = {"new-plugin": 1, "plan": 1, "merge": 2, "push": 2, "yank": 1, "alias": 1, "mirror": 2, "pull": 1}
     given |= {"doctor": 1, "note": 1, "servers": 1, "try": 1, "verify": 1, "versions": 1, "show": 1, "diff": 2}
+    given |= {"report": 1, "reproduce": 1}
     options = {"export": ["x", "x", "--to", "gguf"], "adopt": ["x", "x", "--version", "1"]}
     code, out, err = call(name, *options.get(name, ["x"] * given.get(name, 0)))
     assert code in (1, 130)

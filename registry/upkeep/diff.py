@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from registry.pulling.adapter import Adapter
 
-__all__ = ["Difference", "LayerChange", "compare_adapters"]
+__all__ = ["Difference", "LayerChange", "compare_adapters", "compare_layers"]
 
 _PREFIX = "base_model.model."
 
@@ -79,6 +79,16 @@ def compare_adapters(before: Adapter, after: Adapter) -> Difference:
         {key: pair for key, pair in bases.items() if pair[0] != pair[1]},
         _compare_layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
     )
+
+
+def compare_layers(before: Path, after: Path) -> tuple[LayerChange, ...]:
+    """Compare the layers of two adapter folders; the same folder twice gives the norm of what it adds to each layer.
+
+    Raises:
+        UnsafeFile: A file is malformed, or an expression in a configuration takes too long to match.
+    """
+    one = _Weights(before)
+    return _compare_layers(one, one if before == after else _Weights(after))
 
 
 def _compare_fields(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

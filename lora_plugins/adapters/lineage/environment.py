@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from lora_plugins.plugins.packages import installed_version
 
-__all__ = ["describe_code", "describe_hardware", "describe_libraries"]
+__all__ = ["describe_code", "describe_hardware", "describe_libraries", "find_version"]
 
 #: Libraries whose versions can change what a run computes.
 _LIBRARIES = (
@@ -33,9 +33,14 @@ _GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "
 def describe_libraries() -> dict[str, str]:
     """Return the versions of Python, CUDA and the libraries that compute."""
     names = [*_LIBRARIES, *(name for name, module in _IMPORTED.items() if module in sys.modules)]
-    found = {name: version for name in names if (version := installed_version(name)) is not None}
-    cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda is not None else {}
-    return {"python": platform.python_version(), **found, **cuda}
+    return {name: version for name in ("python", *names, "cuda") if (version := find_version(name)) is not None}
+
+
+def find_version(name: str) -> str | None:
+    """Return the version of a distribution, of ``python`` or of torch's ``cuda``; ``None`` without one."""
+    if name == "python":
+        return platform.python_version()
+    return torch.version.cuda if name == "cuda" else installed_version(name)
 
 
 def describe_hardware(args: TrainingArguments) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def _make_plain(value: Any) -> Any:
     value = getattr(value, "value", value)
     if hasattr(value, "to_dict"):
         # A configuration that nobody gave is one with its defaults.
-        value = {} if value.to_dict() == type(value)().to_dict() else value.to_dict()
+        usual = type(value)().to_dict()
+        value = {key: item for key, item in value.to_dict().items() if item not in (None, usual.get(key))}
     if isinstance(value, Mapping):
         return {str(key): _make_plain(item) for key, item in value.items()}
     return [_make_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,55 @@
+"""``lora-plugins reproduce``: train a recorded run again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from lora_plugins.commands.calm import calm
+
+__all__ = ["CONTEXT", "reproduce"]
+
+#: Other flags are those of ``train``.
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def reproduce(
+    context: typer.Context,
+    reference: Annotated[
+        str, typer.Argument(help="Adapter: org/name@version, its folder as /… or ./…, or a run's output folder.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is missing or other here than it was; train nothing.")
+    ] = False,
+    hub: Annotated[str | None, typer.Option(help="Registry; default is LORA_REGISTRY.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
+) -> None:
+    """Train an adapter again as it was recorded, and say whether it is the same.
+
+    Flags of `lora-plugins train` after the adapter replace recorded ones, or give what was not recorded, such as
+    --dataset and --model for local files. Exit code 0: the same; 1: another one, or with --check something that is
+    missing or other here.
+
+    \b
+    Examples:
+      lora-plugins reproduce org/name@1.2.0 --check
+      lora-plugins reproduce org/name@1.2.0 --dataset train.jsonl
+      lora-plugins reproduce ./lora-output --model ./base --dataset train.jsonl --json
+    """
+    calm()
+    from lora_plugins.recipe.reproduction import reproduce as again
+
+    result: again.Readiness | again.Reproduction
+    # What the repeated run says is not the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        if check:
+            result = again.check_reproduction(reference, context.args, hub=hub)
+        else:
+            result = again.reproduce(reference, context.args, hub=hub)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else "\n".join(result.lines()))
+    if not (result.ready if isinstance(result, again.Readiness) else result.same):
+        raise typer.Exit(1)
