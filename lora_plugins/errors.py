@@ -60,6 +60,7 @@
     │   └── UnsupportedExport (ValueError)
     ├── TrialError
     ├── PlanError (ValueError)
+    ├── ReportError
     └── DemoError
 
     LoraPluginsWarning (UserWarning)
@@ -378,6 +379,10 @@ class TrialError(LoraPluginsError):
 
 class PlanError(LoraPluginsError, ValueError):
     """What a run would take cannot be worked out: the model is unknown, or an argument has no meaning."""
+
+
+class ReportError(LoraPluginsError):
+    """There is no run or adapter to write a report page of, or it cannot be written."""
 
 
 class DemoError(LoraPluginsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import json
 import math
@@ -325,14 +326,19 @@ def test_the_demo_learns_and_reloads(result: dict[str, Any]) -> None:
 
 
 def test_what_the_demo_writes(result: dict[str, Any]) -> None:
-    adapter, picture, report, registry = map(Path, result["files"])
+    adapter, picture, report, registry, page = map(Path, result["files"])
     assert [path.name for path in sorted(registry.parent.iterdir())] == [
-        "adapter", "loss.png", "parameter_report.json", "registry", "registry-cache",
+        "adapter", "loss.png", "parameter_report.json", "registry", "registry-cache", "report.html",
     ]  # fmt: skip
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert json.loads(report.read_text())["trainable"] == result["trainable"]
     assert json.loads(report.read_text())["quantization"] == "int8"
+    figures = dict(re.findall(r'data-figure="(loss_\w+)" data-value="([^"]+)"', page.read_text()))
+    assert {name: float(value) for name, value in figures.items()} == {
+        name: result[name] for name in ("loss_float", "loss_before", "loss_after")
+    }
+    assert html.escape(result["samples"][0]["after"][:20], quote=False) in page.read_text()
 
 
 def test_two_runs_print_the_same_numbers(result: dict[str, Any], base: Path, tmp_path: Path) -> None:

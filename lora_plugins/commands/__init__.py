@@ -14,7 +14,7 @@ __all__ = ["register_commands"]
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, reproduce, servers, train, trial
+    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, report, reproduce, servers, train, trial
     from lora_plugins.commands.demo import command as demo
 
     app.command()(demo.demo)
@@ -23,6 +23,7 @@ def register_commands(app: typer.Typer) -> None:
     app.command("new-plugin")(new_plugin.new_plugin)
     app.command()(plan.plan)
     app.command()(plugins.plugins)
+    app.command()(report.report)
     app.command(context_settings=reproduce.CONTEXT)(reproduce.reproduce)
     app.command()(servers.servers)
     app.command(context_settings=train.CONTEXT)(train.train)

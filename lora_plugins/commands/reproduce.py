@@ -40,6 +40,8 @@ def reproduce(
       lora-plugins reproduce org/name@1.2.0 --dataset train.jsonl
       lora-plugins reproduce ./lora-output --model ./base --dataset train.jsonl --json
     """
+    if reference.startswith("-"):
+        raise typer.BadParameter(f"{reference} stands where the adapter is expected; flags of train come after it")
     calm()
     from lora_plugins.recipe.reproduction import reproduce as again
 

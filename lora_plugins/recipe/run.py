@@ -32,10 +32,13 @@ from lora_plugins.recipe.output import (
 )
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.publishing import Publication
+from lora_plugins.recipe.report.collect import collect_run
+from lora_plugins.recipe.report.page import REPORT_PAGE, write_page
 from lora_plugins.recipe.reproduction.flags import describe_run
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.text import write_json
 from lora_plugins.trainer.checkpoints import restore_best
+from registry import RegistryError
 
 __all__ = ["TrainingRun", "run"]
 
@@ -232,8 +235,17 @@ class TrainingRun:
         written = self.folders.output / "parameter_report.json"
         if written.is_file() and written.parent != report:
             (report / written.name).write_bytes(written.read_bytes())
+        self._write_page()
         self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
         return figures
+
+    def _write_page(self) -> None:
+        """Write the report page; a run that has succeeded does not fail for it."""
+        report = self.folders.report
+        try:
+            write_page(collect_run(report, self.folders.adapter), report / REPORT_PAGE)
+        except (LoraPluginsError, RegistryError, OSError) as error:
+            self.say(f"No report page: {error}")
 
     def _make_recipe_record(self, model: Any) -> dict[str, Any]:
         """Return the facts that are needed to use or merge the adapter as it was trained."""

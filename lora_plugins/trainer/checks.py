@@ -89,6 +89,11 @@ class Checks:
         """Whether the check that raises an error is switched on."""
         return check_name(error) not in self.skipped
 
+    def describe(self) -> dict[str, list[str]]:
+        """Return the names of the checks that run, and of those that are switched off."""
+        names = [check.name for check in CHECKS]
+        return {"ran": [name for name in names if name not in self.skipped], "switched off": sorted(self.skipped)}
+
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:
         """Suppress the error of a check that is switched off; add to any other how to switch it off.

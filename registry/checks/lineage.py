@@ -39,7 +39,7 @@ FIELDS: Mapping[str, str] = {
     "losses": "losses",
 }
 #: Fields that are shown only where they are recorded.
-_EXTRA = ("inputs", "resumed")
+_EXTRA = ("inputs", "checks", "resumed")
 _MAX_BYTES = 512 * 1024
 _MAX_TEXT = 20_000
 _MAX_REASONS = 64
@@ -194,7 +194,7 @@ def list_lineage(lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not any(name in known for name in FIELDS) and len({*reasons.values()}) == 1:
         return [("lineage", f"not recorded: {next(iter(reasons.values()))}")]
     rows: list[tuple[str, str]] = []
-    for name, title in {**FIELDS, "inputs": "tokenized"}.items():
+    for name, title in {**FIELDS, "inputs": "tokenized", "checks": "checks"}.items():
         if name in known:
             rows += [(title if not part else f"{title}: {part}", text) for part, text in _describe(name, known[name])]
         elif name in FIELDS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import registry
 from registry.checks.lineage import list_lineage
 from registry.commands.terminal import (
     CacheDir,
@@ -176,12 +177,11 @@ def diff(
     Examples:
       lora-plugins diff org/name@1.1.0 org/name@1.2.0
     """
-    from registry.pulling.pull import pull_adapter
-    from registry.upkeep.diff import compare_adapters
-
     with progress() as advance:
-        one, two = (pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after))
-    found = compare_adapters(one, two)
+        one, two = (
+            registry.pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after)
+        )
+    found = registry.compare_adapters(one, two)
     if as_json:
         print_json(found)
     else:

@@ -64,12 +64,13 @@ def continue_lineage(model: Any, folder: Path, *, finished: bool = False) -> Non
         setattr(model, _ATTRIBUTE if finished else _BEFORE, read_lineage(folder))
 
 
-def begin_lineage(trainer: Trainer, adapter: Any = None) -> None:
+def begin_lineage(trainer: Trainer, adapter: Any = None, checks: Mapping[str, Any] | None = None) -> None:
     """Record on the Trainer's model what the run is trained from; on the main process only.
 
     Args:
         trainer: The Trainer, at the beginning of its training.
         adapter: The adapter that the run continues from: a folder or a reference.
+        checks: Names of the checks that run, and of those that are switched off.
     """
     if not trainer.is_world_process_zero():
         return
@@ -83,6 +84,7 @@ def begin_lineage(trainer: Trainer, adapter: Any = None) -> None:
     found["tracker"] = describe_trackers(trainer)
     found["hardware"], found["libraries"] = describe_hardware(trainer.args), describe_libraries()
     found["parent"] = _describe_parent(adapter)
+    found |= {"checks": dict(checks)} if checks is not None else {}
     reasons["losses"] = "nothing was logged yet"
     reasons |= declared.get("not_recorded", {})
     found |= {name: value for name, value in declared.items() if name not in ("not_recorded", "code")}

@@ -6,10 +6,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import registry
 from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
@@ -38,6 +39,7 @@ BATCH_SIZE = 8
 MAX_TOKENS = 128
 HELD_OUT = 40
 SHOWN = 3
+REPORT_PAGE = "report.html"
 #: Name of the adapter in the demo's registry.
 ADAPTER = "demo/summaries"
 
@@ -234,15 +236,27 @@ class Demo:
         output = self.options.output
         trainer.save_model(str(output / "adapter"))
         draw_losses(self.result, output / "loss.png")
+        self._write_page()
         self.result.files = [
-            str(output / name) for name in ("adapter", "loss.png", "parameter_report.json", "registry")
+            str(output / name) for name in ("adapter", "loss.png", "parameter_report.json", "registry", REPORT_PAGE)
         ]
 
-    def _publish(self, trainer: Trainer) -> None:
-        from registry import push_adapter
+    def _write_page(self) -> None:
+        from lora_plugins.recipe.report import collect, page
 
+        output, result = self.options.output, self.result
+        samples = [
+            {"title": one.module, "prompt": one.source, "before": one.before, "after": one.after}
+            for one in result.samples
+        ]
+        facts = collect.collect_run(output, output / "adapter", samples)
+        losses = {name: getattr(result, name) for name in ("loss_float", "loss_before", "loss_after")}
+        title = f"lora-plugins demo, seed {self.options.seed}"
+        page.write_page(replace(facts, title=title, metrics={**facts.metrics, **losses}), output / REPORT_PAGE)
+
+    def _publish(self, trainer: Trainer) -> None:
         self.say("Publishing the adapter in a folder …")
-        done = push_adapter(
+        done = registry.push_adapter(
             trainer,
             ADAPTER,
             version="minor",

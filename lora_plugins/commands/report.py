@@ -1,0 +1,37 @@
+"""``lora-plugins report``: a page of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_plugins.commands.calm import calm
+
+__all__ = ["report"]
+
+
+def report(
+    source: Annotated[
+        str, typer.Argument(help="A run's output folder or an adapter's folder, as /… or ./…, or org/name@version.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    hub: Annotated[str | None, typer.Option(help="Registry; default is LORA_REGISTRY.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON.")] = False,
+) -> None:
+    """Write a page of a run: curves, parameters, targets, what each layer learned, lineage.
+
+    One HTML file without scripts, which needs no network.
+
+    \b
+    Examples:
+      lora-plugins report ./lora-output
+      lora-plugins report org/name@1.2.0 --output page.html
+    """
+    calm()
+    from lora_plugins.recipe.report import collect, page
+
+    written = page.write_page(collect.collect_facts(source, hub), output)
+    typer.echo(json.dumps({"report": str(written)}) if as_json else f"Report in {written}")

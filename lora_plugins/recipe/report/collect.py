@@ -1,0 +1,175 @@
+"""Collect what the report page shows, from a run's folder or a release."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_plugins.errors import ReportError
+from lora_plugins.recipe.files import read_json
+from registry import compare_layers, is_path, list_lineage, pull_adapter, read_lineage
+
+__all__ = ["RunFacts", "collect_facts", "collect_run"]
+
+_WEIGHTS = "adapter_model.safetensors"
+#: Fields of a parameter report that the page shows, and their types.
+_OF_REPORT: Mapping[str, Any] = {
+    "model": str, "trainable": int, "total": int, "percent": (int, float), "quantized_share": (int, float),
+    "bytes_by_dtype": dict, "bytes_quantization_state": int, "bytes_after": int, "targets": list, "bare": dict,
+    "coverage": dict, "notes": list, "source": str,
+}  # fmt: skip
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything that the page shows; what is empty is said not to be recorded.
+
+    Attributes:
+        title: Name of the run or release.
+        facts: What it is, as label and value.
+        log: The Trainer's log.
+        metrics: Results by name.
+        report: The parameter report, as ``ParameterReport.to_dict()``.
+        layers: Layers and the norm of what the adapter adds to each.
+        lineage: Rows of the lineage.
+        checks: Names of the checks that ran, and of those that were switched off; empty if it is not recorded.
+        samples: Prompt, and text before and after, where the run has generated any.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+    log: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+    layers: Sequence[tuple[str, float]] = ()
+    lineage: Sequence[tuple[str, str]] = ()
+    checks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, str]] = ()
+
+
+def collect_facts(source: str, hub: str | None = None) -> RunFacts:
+    """Read a release, an adapter's folder, or the output folder of a run.
+
+    Raises:
+        ReportError: The folder holds neither an adapter nor a run.
+        RegistryError: The release cannot be pulled, or a file of the adapter is malformed.
+    """
+    return collect_run(Path(os.path.expanduser(source))) if is_path(source) else _collect_release(source, hub)
+
+
+def _collect_release(reference: str, hub: str | None) -> RunFacts:
+    adapter = pull_adapter(reference, hub=hub)
+    manifest = adapter.manifest
+    lineage: Mapping[str, Any] = manifest.lineage
+    facts = [(label, str(value)) for label, value in manifest.list_facts() if value and label not in manifest.metrics]
+    return RunFacts(
+        title=str(adapter),
+        facts=[*facts, ("manifest", manifest.digest)],
+        log=_make_log(lineage),
+        metrics=manifest.metrics,
+        layers=_measure(Path(adapter.path)),
+        lineage=list_lineage(lineage),
+        checks=_read_checks(lineage),
+    )
+
+
+def collect_run(folder: Path, adapter: Path | None = None, samples: Sequence[Mapping[str, str]] = ()) -> RunFacts:
+    """Read the output folder of a run, or an adapter's folder.
+
+    Args:
+        folder: The folder.
+        adapter: Folder of the adapter, if it is not in ``folder``.
+        samples: Text that the run has generated, if any.
+
+    Raises:
+        ReportError: It holds neither an adapter nor a run.
+    """
+    place = adapter or _find_adapter(folder)
+    if place is None:
+        raise ReportError(
+            f"{folder} holds no {_WEIGHTS}, neither itself nor in adapter/ or a checkpoint: give the output folder of "
+            "a run, an adapter's folder, or org/name@version in the registry."
+        )
+    lineage = read_lineage(place)
+    figures = _read(folder / "metrics.json")
+    log = figures.get("log") or _read(place / "trainer_state.json").get("log_history") or _make_log(lineage)
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    return RunFacts(
+        title=folder.resolve().name,
+        facts=_list_data(figures.get("data")),
+        log=entries,
+        metrics=_find_metrics(entries, figures),
+        report=_read_report(folder / "parameter_report.json"),
+        layers=_measure(place),
+        lineage=list_lineage(lineage),
+        checks=_read_checks(lineage),
+        samples=samples,
+    )
+
+
+def _find_adapter(folder: Path) -> Path | None:
+    """Return the folder of a run's adapter: its own, ``adapter/``, or its last checkpoint."""
+    matches = ((path, _CHECKPOINT.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
+    checkpoints = {int(match[1]): path for path, match in matches if match}
+    places = [folder, folder / "adapter", *(checkpoints[step] for step in sorted(checkpoints, reverse=True))]
+    return next((place for place in places if (place / _WEIGHTS).is_file()), None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return a JSON object; empty if there is none or it cannot be read."""
+    try:
+        return read_json(file, ValueError)
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_report(file: Path) -> dict[str, Any]:
+    """Return the parameter report in a file; empty if it is none."""
+    found = _read(file)
+    whole = all(isinstance(found.get(name), kinds) for name, kinds in _OF_REPORT.items())
+    rows = found.get("targets") if whole else ()
+    pairs = found["coverage"].values() if whole else ()
+    parts = all(isinstance(row, dict) and {"name", "modules", "shapes"} <= row.keys() for row in rows or ())
+    return found if whole and parts and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs) else {}
+
+
+def _measure(folder: Path) -> list[tuple[str, float]]:
+    return [(change.name, change.before) for change in compare_layers(folder, folder)]
+
+
+def _make_log(lineage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the losses in a lineage as a log."""
+    losses = lineage.get("losses")
+    steps = losses.get("step") if isinstance(losses, Mapping) else None
+    values = losses.get("loss") if isinstance(losses, Mapping) else None
+    if not isinstance(steps, list) or not isinstance(values, list):
+        return []
+    return [{"step": step, "loss": loss} for step, loss in zip(steps, values, strict=False)]
+
+
+def _read_checks(lineage: Mapping[str, Any]) -> dict[str, list[str]]:
+    found = lineage.get("checks")
+    items = found.items() if isinstance(found, Mapping) else ()
+    return {str(key): list(map(str, names)) for key, names in items if isinstance(names, list)}
+
+
+def _list_data(data: Any) -> list[tuple[str, str]]:
+    rows = []
+    for part, counts in data.items() if isinstance(data, Mapping) else ():
+        items = counts.items() if isinstance(counts, Mapping) else ()
+        text = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in items if isinstance(number, int))
+        rows.append((f"data ({str(part).replace('_', ' ')})", text))
+    return rows
+
+
+def _find_metrics(log: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the last losses, and those of the first evaluation, which is the one before training if there was one."""
+    found = {key: figures[key] for key in ("loss", "eval_loss", "train_loss", "train_runtime") if key in figures}
+    for entry in log:
+        found.update({key: value for key, value in entry.items() if key in ("loss", "eval_loss", "train_loss")})
+    return {key: float(value) for key, value in found.items() if isinstance(value, (int, float))}

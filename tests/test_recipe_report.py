@@ -1,0 +1,304 @@
+"""The report page: the printed figures, everything foreign as text, nothing asked of a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from adapters import saved
+from browser import open_browser
+
+from lora_plugins import LoraCallback, ParameterReportCallback
+from lora_plugins.commands.cli import main
+from lora_plugins.errors import ReportError
+from lora_plugins.recipe.report.charts import make_bar, make_heat_map, make_line_chart
+from lora_plugins.recipe.report.collect import RunFacts, collect_facts, collect_run
+from lora_plugins.recipe.report.page import render_page, write_page
+from registry import compare_layers, push_adapter
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</style><script>alert(1)</script>",
+    "{{ 7 * 7 }} {% raw %}",
+    "javascript:alert(1)",
+    "<a href='https://evil.invalid'>x</a>",
+    "<meta http-equiv=refresh content='0;url=https://evil.invalid'>",
+    "a\u202eb\u200bc\x1b[2J\x00",
+    "<!-- --> ]]> &lt;b&gt;",
+    "1;background:url(https://evil.invalid/x.png)",
+]
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags, attributes, texts by the figure that they show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: dict[str, tuple[float, str]] = {}
+        self.layers: dict[str, float] = {}
+        self.text = ""
+        self._figure = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        self._figure = given.get("data-figure") or ""
+        if self._figure:
+            self.figures[self._figure] = (float(given["data-value"] or "nan"), "")
+        if given.get("data-layer") is not None:
+            self.layers[str(given["data-layer"])] = float(given["data-value"] or "nan")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._figure and data.strip():
+            self.figures[self._figure] = (self.figures[self._figure][0], data.strip())
+            self._figure = ""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Trainer made by hand that has trained, evaluated before and after, and saved."""
+    folder = tmp_path_factory.mktemp("report")
+    tiny.llama().save_pretrained(folder / "base")
+    trainer = tiny.trainer(
+        folder / "run",
+        tiny.LlamaForCausalLM.from_pretrained(folder / "base"),
+        callbacks=[LoraCallback(r=4, quantization="int8"), ParameterReportCallback()],
+        data=tiny.rows(),
+        trainer_arguments={"eval_dataset": tiny.rows(8, seed=5)},
+        eval_strategy="steps",
+        eval_steps=4,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_the_figures_are_the_printed_ones_and_those_of_the_log(ran: Any, tmp_path: Path) -> None:
+    folder = Path(ran.args.output_dir)
+    page = Page(write_page(collect_facts(str(folder)), tmp_path / "page.html").read_text())
+    (report,) = (c.report for c in ran.callback_handler.callbacks if isinstance(c, ParameterReportCallback))
+    printed = re.fullmatch(r"trainable params: (.+) \|\| all params: (.+) \|\| trainable%: (\S+).*", report.line())
+    assert printed is not None
+    shown = [page.figures[name][1] for name in ("trainable", "total", "percent")]
+    assert shown == list(printed.groups())
+    assert page.figures["bytes_after"] == (report.bytes_after, f"{report.bytes_after:,}")
+    losses = [entry["loss"] for entry in ran.state.log_history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in ran.state.log_history if "eval_loss" in entry]
+    assert page.figures["loss"][0] == losses[-1]
+    assert page.figures["eval_loss_first"][0] == held_out[0]
+    assert page.figures["eval_loss"][0] == held_out[-1]
+    for loss in losses:
+        assert f"{loss:.6g}" in page.text
+    place = folder / "checkpoint-4"
+    assert page.layers == {change.name: change.before for change in compare_layers(place, place)}
+    assert len(page.layers) == 4
+    assert "before training" in page.text
+    for name in ("model-replaced", "non-finite-loss", "broken-checkpoint"):
+        assert name in page.text
+
+
+def test_a_release_has_a_page_too(ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_REGISTRY", (tmp_path / "registry").as_uri())
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    done = push_adapter(ran, "org/name", version="1.0.0")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "org/name@1.0.0", "--output", "page.html"])
+    assert not ended.value.code
+    page = Page(Path("page.html").read_text())
+    assert page.figures["eval_loss"][0] == done.manifest.metrics["eval_loss"]
+    assert done.manifest.digest in page.text
+    assert "not recorded: there is no parameter report" in page.text
+    assert "32 rows; columns input_ids, labels" in page.text
+
+
+def test_the_page_asks_no_network_and_has_no_script(ran: Any) -> None:
+    text = render_page(collect_run(Path(ran.args.output_dir)))
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "img", "form", "base", "audio"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("href", "src", "action", "srcset", "xlink:href"):
+            assert attributes.get(name, "data:,") == "data:,"
+    assert "url(" not in text
+    assert "@import" not in text
+    (policy,) = (a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def hostile_facts() -> RunFacts:
+    """Every text that can come from others is an attack."""
+    nasty = HOSTILE
+    pairs = [(text, text) for text in nasty]
+    return RunFacts(
+        title=nasty[0],
+        facts=pairs,
+        log=[{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}],
+        metrics=dict.fromkeys(nasty, 1.0),
+        report={
+            "model": nasty[1], "trainable": 1, "total": 10, "percent": 10.0, "quantization": nasty[4],
+            "quantized_share": 0.5, "bytes_by_dtype": dict.fromkeys(nasty, 5), "bytes_quantization_state": 3,
+            "bytes_before": None, "bytes_after": 8, "source": nasty[2], "notes": nasty,
+            "targets": [{"name": text, "modules": 1, "shapes": [text]} for text in nasty],
+            "bare": dict.fromkeys(nasty, 1), "coverage": {text: [1, 2] for text in nasty},
+        },
+        layers=[*((f"h.{i}.{text}", 1.0 + i) for i, text in enumerate(nasty)), ("h.99.x", math.inf)],
+        lineage=pairs,
+        checks={"ran": nasty, "switched off": nasty},
+        samples=[{"title": text, "prompt": text, "before": text, "after": text} for text in nasty],
+    )  # fmt: skip
+
+
+def test_what_others_wrote_is_shown_as_text() -> None:
+    plain = Page(render_page(collect_nothing()))
+    page = Page(render_page(hostile_facts()))
+    allowed = {tag for tag, _ in plain.tags} | {
+        "a", "svg", "title", "desc", "line", "text", "polyline", "circle", "figure", "figcaption", "table", "caption",
+        "thead", "tbody", "tr", "th", "td", "details", "summary", "ul", "li", "h3", "pre", "span", "div", "dl", "dt",
+        "dd",
+    }  # fmt: skip
+    assert {tag for tag, _ in page.tags} <= allowed - {"a"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert "href" not in attributes or attributes["href"] == "data:,"
+        assert "url(" not in str(attributes.get("style"))
+    for text in HOSTILE:
+        shown = (
+            text.replace("\u202e", "\ufffd")
+            .replace("\u200b", "\ufffd")
+            .replace("\x1b", "\ufffd")
+            .replace("\x00", "\ufffd")
+        )
+        assert shown in page.text
+    assert not re.search("[\u202e\u200b\x1b\x00]", render_page(hostile_facts()))
+
+
+def collect_nothing() -> RunFacts:
+    return RunFacts(title="empty")
+
+
+def test_a_page_of_nothing_says_what_is_not_recorded() -> None:
+    text = Page(render_page(collect_nothing())).text
+    assert text.count("not recorded") >= 6
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "parameter_report.json").write_text("[1]"),
+        lambda folder: (folder / "parameter_report.json").write_text("{"),
+        lambda folder: (folder / "parameter_report.json").write_text('{"trainable": "x", "targets": []}'),
+        lambda folder: (folder / "metrics.json").write_text('{"log": [1, {"step": "x", "loss": "y"}], "data": [1]}'),
+        lambda folder: (folder / "checkpoint-4" / "trainer_state.json").unlink(),
+        lambda folder: (folder / "checkpoint-4" / "lineage.json").write_text('{"losses": {"step": 1}, "checks": 3}'),
+        lambda folder: shutil.rmtree(folder / "checkpoint-4"),
+    ],
+    ids=["a list", "cut off", "wrong types", "wrong log", "no state", "wrong lineage", "an earlier checkpoint"],
+)
+def test_a_run_with_broken_files_still_has_a_page(ran: Any, tmp_path: Path, damage: Any) -> None:
+    shutil.copytree(ran.args.output_dir, tmp_path / "run")
+    damage(tmp_path / "run")
+    assert "<h1>run</h1>" in render_page(collect_facts(str(tmp_path / "run")))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"holds no adapter_model\.safetensors"):
+        collect_facts(str(tmp_path))
+    with pytest.raises(ReportError, match="cannot be written"):
+        write_page(collect_nothing(), Path(os.devnull) / "page.html")
+
+
+def test_an_adapter_of_others_has_a_page(tmp_path: Path) -> None:
+    """Saved by PEFT alone: its layers are measured, the rest is said not to be recorded."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    saved(tiny.LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    page = Page(render_page(collect_facts(str(tmp_path / "adapter"))))
+    assert page.layers
+    assert "the folder holds no lineage.json" in page.text
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def test_charts_leave_out_what_is_not_finite_and_thin_what_is_long() -> None:
+    assert make_line_chart("x", {"a": [(1, math.nan)], "b": []}) is None
+    chart = make_line_chart("x", {"a": [(float(i), 1 / (i + 1)) for i in range(50_000)]})
+    assert chart is not None
+    assert len(chart.curves[0].points.split()) <= 801
+    assert "50,000" in chart.description or "49,999" in chart.description
+    numbers = [float(n) for pair in chart.curves[0].points.split() for n in pair.split(",")]
+    assert all(0 <= number <= 480 for number in numbers)
+    for values in ([(1, 5.0)], [(1, 0.0), (2, 0.0)], [(1, -3e9), (2, 4e-9)], [(0, 1e-30), (1, 2e-30)]):
+        assert make_line_chart("x", {"a": values}) is not None
+
+
+def test_bars_and_heat_maps_of_nothing_are_not_drawn() -> None:
+    assert make_bar("x", {"a": 0}, "bytes") is None
+    assert make_heat_map([]) is None
+    assert make_heat_map([("a.0.b", 0.0)]) is None
+    heat = make_heat_map([("h.0.q", 1.0), ("h.1.q", 2.0), ("h.1.v", math.nan), ("score", 0.5)])
+    assert heat is not None
+    assert heat.columns == ("q", "v", "score")
+    assert [name for name, _ in heat.rows] == ["h.0", "h.1", "-"]
+    assert heat.rows[1][1][:2] == (("2", 100.0, "l d"), None)
+    many = make_heat_map([(f"h.{i}.q", 1.0) for i in range(1000)])
+    assert many is not None
+    assert (len(many.rows), many.left_out) == (200, 800)
+
+
+# -- in a browser ------------------------------------------------------------------------------
+
+AXE = os.environ.get("AXE_CORE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "hostile", "empty"])
+def test_the_page_in_a_browser(ran: Any, tmp_path: Path, kind: str) -> None:
+    """Wide and at phone width, light and dark: it fits, asks nothing, says nothing on the console, runs nothing."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    made = {"run": lambda: collect_run(Path(ran.args.output_dir)), "hostile": hostile_facts, "empty": collect_nothing}
+    page = write_page(made[kind](), tmp_path / "page.html")
+    with open_browser() as browser:
+        for width in (1280, 390):
+            for dark in (False, True):
+                browser.open(page, width=width, dark=dark)
+                browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+                browser.take_picture(folder / f"{kind}-{'dark' if dark else 'light'}-{width}.png")
+                assert browser.run("document.documentElement.scrollWidth") <= width
+                assert browser.run("document.querySelectorAll('script, img, a, iframe').length") == 0
+                background = browser.run("getComputedStyle(document.body).backgroundColor")
+                assert background == ("rgb(15, 18, 22)" if dark else "rgb(246, 247, 249)")
+                if AXE:
+                    browser.run(Path(AXE).read_text() + "; 0")
+                    found = browser.run("axe.run().then(r => JSON.stringify(r.violations))")
+                    violations = {
+                        one["id"]: (one["impact"], one["nodes"][0]["html"][:300]) for one in json.loads(found)
+                    }
+                    assert violations == {}
+        asked = {url for url in browser.requests if not url.startswith(("data:", "about:"))}
+        assert asked == {page.as_uri()}
+        assert browser.console == []
+
+
+@pytest.mark.slow
+def test_axe_has_looked_at_the_page() -> None:
+    if not AXE:
+        pytest.skip("NO AXE: npm install axe-core, and set AXE_CORE to its axe.min.js; accessibility was not checked")
+    assert Path(AXE).is_file()
