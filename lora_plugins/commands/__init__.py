@@ -14,8 +14,9 @@ __all__ = ["register_commands"]
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, report, reproduce, servers, train, trial
+    from lora_plugins.commands import export, merge, new_plugin, plan, plugins, servers, train, trial
     from lora_plugins.commands.demo import command as demo
+    from lora_plugins.commands.runs import report, reproduce
 
     app.command()(demo.demo)
     app.command()(export.export)

@@ -1,0 +1,1 @@
+"""The commands about a run that has ended: ``report`` and ``reproduce``."""
