@@ -49,18 +49,16 @@ def merge(
       lora-plugins merge org/name@1.2.0 ./merged --dtype bf16
     """
     calm()
-    from lora_plugins.merging.inputs import PROBE_TEXT
-    from lora_plugins.merging.job import AS_TRAINED
-    from lora_plugins.merging.merge import merge_and_save
+    from lora_plugins.merging import inputs, job, merge
 
-    result = merge_and_save(
+    result = merge.merge_and_save(
         adapter,
         output,
         dtype.value,
         base=base,
         revision=revision,
-        quantization=_read_quantization(quantization, AS_TRAINED),
-        probe=PROBE_TEXT if probe else None,
+        quantization=_read_quantization(quantization, job.AS_TRAINED),
+        probe=inputs.PROBE_TEXT if probe else None,
         overwrite=overwrite,
     )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.line())
