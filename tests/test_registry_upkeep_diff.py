@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from registry import push_adapter
+from registry.checks.lineage import compare_lineage
+from registry.commands.inspecting import diff
 from registry.pulling.adapter import Adapter
 from registry.upkeep.diff import compare_adapters
 
@@ -98,3 +102,64 @@ def test_heads_and_other_tensors_are_compared_as_they_are(tmp_path: Path) -> Non
         norm = float(moved.norm())
     [head] = [change for change in compare_adapters(before, after).layers if change.name == "classifier.weight"]
     assert (head.before, head.after, head.change) == (pytest.approx(norm), pytest.approx(norm), 0.0)
+
+
+# -- what they were trained from ---------------------------------------------------------------
+
+SEED = {"seed": 1, "recipe": {"r": 8, "lora_alpha": 32}, "libraries": {"torch": "2.1"}, "parent": "none"}
+
+
+def test_lineages_are_compared_side_by_side() -> None:
+    one = {**SEED, "losses": {"step": [1, 2], "loss": [2.0, 1.0]}, "dataset": {"train": {"rows": 5, "columns": ["a"]}}}
+    two = {
+        **SEED, "seed": 2, "recipe": {"r": 16, "lora_alpha": 32}, "libraries": {"torch": "2.1", "trl": "1"},
+        "losses": {"step": [1, 2], "loss": [2.0, 0.5]}, "dataset": {"train": {"rows": 6, "columns": ["a", "b"]}},
+    }  # fmt: skip
+    assert compare_lineage(one, one) == {}
+    assert compare_lineage(one, two) == {
+        "dataset.train.rows": (5, 6),
+        "dataset.train.columns": (["a"], ["a", "b"]),
+        "recipe.r": (8, 16),
+        "seed": (1, 2),
+        "libraries.trl": (None, "1"),
+        "losses": ("2 of steps 1 to 2, first 2, last 1", "2 of steps 1 to 2, first 2, last 0.5"),
+    }
+
+
+def test_what_one_side_did_not_record_is_said_with_the_reason() -> None:
+    script = {"seed": 1, "not_recorded": {"recipe": "a script made it", "dataset.train.id": "not from the Hub"}}
+    found = compare_lineage({}, script)
+    assert found == {"seed": ("not recorded: the release is older than this record", 1)}
+    two = {**SEED, "dataset": {"train": {"id": "org/data"}}}
+    found = compare_lineage(script, two)
+    assert found["recipe.r"] == ("not recorded: a script made it", 8)
+    assert found["dataset.train.id"] == ("not recorded: not from the Hub", "org/data")
+    assert found["parent"] == (None, "none")
+
+
+@pytest.mark.parametrize("odd", [{"dataset": "x"}, {"recipe": [1, {"a": 2}], "not_recorded": 3}, {"losses": 5}])
+def test_a_malformed_lineage_can_be_compared(odd: dict[str, Any]) -> None:
+    assert compare_lineage(odd, odd) == {}
+    assert compare_lineage(odd, SEED)
+    assert compare_lineage({}, {}) == {}
+
+
+def test_diff_prints_lineage_and_metrics_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted(tiny.llama(), seed=1)
+    hub = str(tmp_path / "registry")
+    for version, seed, loss in (("1.0.0", 1, 0.5), ("1.1.0", 2, 0.25)):
+        model.lora_plugins_lineage = {**SEED, "seed": seed, "recipe": {"template": f"\x1b[31m{seed}"}}
+        push_adapter(model, "org/name", version=version, hub=hub, base_model="org/base", metrics={"loss": loss})
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1.0)
+    names = ("org/name@1.0.0", "org/name@1.1.0")
+    diff(*names, hub=hub, cache_dir=str(tmp_path / "cache"))
+    out = capsys.readouterr().out
+    assert "metrics: loss 0.5 -> 0.25 (-0.25)" in out
+    assert "seed\t1\t2" in out
+    assert "recipe.template\t[31m1\t[31m2" in out
+    assert "\x1b" not in out
+    diff(*names, hub=hub, cache_dir=str(tmp_path / "cache"), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["lineage"]["seed"] == [1, 2]
+    assert found["metrics"] == {"loss": [0.5, 0.25]}

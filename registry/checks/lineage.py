@@ -22,7 +22,7 @@ from registry.formats.fields import is_finite
 from registry.formats.references import is_path
 from registry.formats.strict_json import JsonRefused, canonical, parse
 
-__all__ = ["FIELDS", "LINEAGE_FILE", "clean_lineage", "list_lineage", "read_lineage"]
+__all__ = ["FIELDS", "LINEAGE_FILE", "clean_lineage", "compare_lineage", "list_lineage", "read_lineage"]
 
 #: File beside an adapter's weights that holds its lineage.
 LINEAGE_FILE = "lineage.json"
@@ -180,6 +180,53 @@ def _is_private(host: str) -> bool:
         return not ipaddress.ip_address(host).is_global
     except ValueError:
         return "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost", ".home.arpa"))
+
+
+def compare_lineage(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two lineages: dotted field to the values of both, ``not recorded: why`` for none.
+
+    Args:
+        one: A manifest's ``lineage``; empty for a release from before it was recorded.
+        two: Another one.
+    """
+    flat = [_flatten_lineage(each) for each in (one, two)]
+    names = list(dict.fromkeys([*flat[0], *flat[1]]))
+    pairs = {name: (_find(one, flat[0], name), _find(two, flat[1], name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flatten_lineage(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values by dotted name; of the losses only their number, the first and the last."""
+    found: dict[str, Any] = {}
+    for name in (*FIELDS, *_EXTRA):
+        if name == "losses" and name in lineage:
+            found[name] = _describe_losses(lineage[name])
+        elif name in lineage:
+            _flatten_value(name, lineage[name], found)
+    return found
+
+
+def _flatten_value(name: str, value: Any, found: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten_value(f"{name}.{key}", item, found)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            _flatten_value(f"{name}.{index}", item, found)
+    else:
+        found[name] = value
+
+
+def _find(lineage: Mapping[str, Any], flat: Mapping[str, Any], name: str) -> Any:
+    """Return a value, or the reason why it, or a field that it is in, is missing."""
+    if name in flat:
+        return flat[name]
+    reasons = lineage.get("not_recorded")
+    if not lineage or not isinstance(reasons, Mapping):
+        return "not recorded: the release is older than this record" if not lineage else None
+    parts = name.split(".")
+    above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((f"not recorded: {reasons[field]}" for field in above if field in reasons), None)
 
 
 def list_lineage(lineage: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -171,7 +171,7 @@ def diff(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two releases: configuration, metrics, and how far each layer's weight moved.
+    """Compare two releases: configuration, metrics, lineage, and how far each layer's weight moved.
 
     \b
     Examples:
@@ -194,14 +194,24 @@ def _print_difference(found: Difference) -> None:
         for key, (old, new) in pairs.items():
             if key == "fingerprint":
                 old, new = "one", "another"
-            say(f"  {title}: {visible(key)} {visible(_show_value(old))} -> {visible(_show_value(new))}")
+            change = _show_change(old, new) if title == "metrics" else ""
+            say(f"  {title}: {visible(key)} {visible(_show_value(old))} -> {visible(_show_value(new))}{change}")
+    if found.lineage:
+        sides = ((key, _show_value(old), _show_value(new)) for key, (old, new) in found.lineage.items())
+        print_rows(("trained from", found.before, found.after), sides)
     norms = ("norm before", "norm after", "norm of change")
     rows = ((c.name, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.change:.4g}") for c in found.layers)
     print_rows(("layer", *norms), rows, figures=norms)
 
 
 def _show_value(value: object) -> object:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return "-" if value is None else value
+
+
+def _show_change(old: float | None, new: float | None) -> str:
+    return "" if old is None or new is None else f" ({new - old:+.4g})"
 
 
 #: Commands that this module adds to the program.

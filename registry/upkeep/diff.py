@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.checks.lineage import compare_lineage
 from registry.errors import UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -53,6 +54,7 @@ class Difference:
         metrics: Metrics of either release.
         base: Id, commit and fingerprint of the base model, where they differ.
         layers: Every layer that either release adapts.
+        lineage: What they were trained from, where it differs, by dotted field.
     """
 
     before: str
@@ -61,6 +63,7 @@ class Difference:
     metrics: Mapping[str, tuple[float | None, float | None]]
     base: Mapping[str, tuple[Any, Any]]
     layers: tuple[LayerChange, ...]
+    lineage: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def compare_adapters(before: Adapter, after: Adapter) -> Difference:
@@ -78,6 +81,7 @@ def compare_adapters(before: Adapter, after: Adapter) -> Difference:
         {key: (one.metrics.get(key), two.metrics.get(key)) for key in sorted({*one.metrics, *two.metrics})},
         {key: pair for key, pair in bases.items() if pair[0] != pair[1]},
         _compare_layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
+        compare_lineage(one.lineage, two.lineage),
     )
 
 
