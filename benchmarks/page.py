@@ -299,6 +299,38 @@ def packing_section(section: dict[str, Any]) -> list[str]:
     return ["## Packed and padded", "", *_machine(section), "", work, "", *packing_table(section)]
 
 
+def defaults_table(section: dict[str, Any]) -> list[str]:
+    """The table of `defaults.py` as lines of Markdown."""
+    rows = [
+        [
+            row["model"],
+            row["text"],
+            row["targets"],
+            str(row["rank"]),
+            f"{row['rate']:g}",
+            f"{row['trainable']:,}",
+            f"{row['first']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{row['step_cpu_seconds']:.2f}",
+            f"{row['peak'] / 2**20:.0f}",
+        ]
+        for row in section["rows"]
+    ]
+    head = ["model", "text", "targets", "rank", "rate", "trained", "loss before", "after", "CPU s a step", "peak MiB"]
+    return _table(head, rows)
+
+
+def defaults_section(section: dict[str, Any]) -> list[str]:
+    settings = section["settings"]
+    models = sorted({row["model"] for row in section["rows"]})
+    texts = sorted({row["text"] for row in section["rows"]})
+    work = f"Held-out loss in nats a token after {settings['steps']} steps of {settings['batch']} x "
+    work += f"{settings['length']} tokens, int8 base, constant learning rate. Default targets stay those of the "
+    work += "architecture's record: a default is changed by what wins at equal time on two texts and three models, and "
+    work += f"here are {len(texts)} text{'s' * (len(texts) > 1)} and {len(models)} model{'s' * (len(models) > 1)}."
+    return ["## Targets and ranks", "", *_machine(section), "", work, "", *defaults_table(section)]
+
+
 def gemm_section(section: dict[str, Any]) -> list[str]:
     rows = [
         ["×".join(map(str, shape["shape"])), *[f"{shape[kind]:,.1f}" for kind in ("float32", "bfloat16", "int8")]]
@@ -317,6 +349,7 @@ _SECTIONS = {
     "training": training_section,
     "gpu": gpu_section,
     "packing": packing_section,
+    "defaults": defaults_section,
     "scaling": scaling_section,
     "gemm": gemm_section,
     "startup": startup_section,

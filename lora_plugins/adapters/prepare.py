@@ -58,6 +58,7 @@ def prepare_model(
     frozen: Sequence[str] = (),
     allow_format: str | None = None,
     seed: int = 42,
+    recipe: str | None = None,
     **lora: Any,
 ) -> peft.PeftModel:
     """Quantize a base model if requested, freeze it, and add LoRA adapters to its target modules.
@@ -86,6 +87,8 @@ def prepare_model(
         allow_format: Storage format (``quant_method``) of a base that is trained although the table of formats refuses
             it. No gradient of such a base was ever checked.
         seed: Seed of the adapters' initial values; the caller's random state is unchanged.
+        recipe: Name of fields that are known together, such as ``"bloomz-2023"``: what the recipe of that year trains,
+            whatever the defaults are. Fields that are passed as well win.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
@@ -111,6 +114,7 @@ def prepare_model(
         fused=fused,
         frozen=frozen,
         allow_format=allow_format,
+        recipe=recipe,
         **lora,
     )
     return prepare(model, settings, seed=seed)

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 
 from lora_plugins.errors import PreparationError, UnknownArgument
+from lora_plugins.plugins.recipes import read_recipe
 from lora_plugins.quantization.request import Quantization, parse_quantization
 from lora_plugins.text import suggest_arguments
 
@@ -60,14 +61,21 @@ class LoraSettings:
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
         """Separate our keyword arguments from the fields of ``peft.LoraConfig``, and check them.
 
+        Args:
+            **arguments: Of both kinds, and ``recipe``, whose fields are taken where none is passed.
+
         Raises:
-            UnknownArgument: A keyword is neither; the message suggests similar names.
+            UnknownArgument: A keyword is neither; the message suggests similar names. Or the recipe is not known.
             PreparationError: Two sources for the adapter's configuration were given.
         """
+        recipe = arguments.pop("recipe", None)
+        if recipe is not None:
+            _check_recipe(recipe, arguments)
+            arguments = {**read_recipe(recipe), **arguments}
         ours = {item.name for item in fields(cls)} - {"lora"}
         own = {key: value for key, value in arguments.items() if key in ours}
         lora = {key: value for key, value in arguments.items() if key not in ours}
-        _check_fields(lora, ours)
+        _check_fields(lora, ours | {"recipe"})
         own["quantization"] = parse_quantization(own.get("quantization"))
         settings = cls(lora=lora, **own)
         settings._check_sources()
@@ -112,6 +120,14 @@ class LoraSettings:
             raise PreparationError(f"adapter_name must be a non-empty string without '.' and '/', not {name!r}")
         if name in "lora_":
             raise PreparationError(f"adapter_name {name!r} is part of PEFT's weight prefix 'lora_'; choose another")
+
+
+def _check_recipe(recipe: str, arguments: Mapping[str, Any]) -> None:
+    other = next((name for name in ("peft_config", "adapter") if arguments.get(name) is not None), None)
+    if other is not None:
+        raise PreparationError(
+            f"recipe={recipe!r} and {other} were given together and each configures the adapter; leave one out."
+        )
 
 
 def _join_names(lora: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.plugins.recipes import RECIPES
 
 __all__ = ["plan"]
 
@@ -29,6 +30,9 @@ def plan(
     lora: Annotated[
         list[str] | None,
         typer.Option("--lora", metavar="FIELD=VALUE", help="Another field of peft.LoraConfig; value as JSON or text."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"LoRA fields by one word: {', '.join(RECIPES)}. Options that are given win.")
     ] = None,
     quantization: Annotated[str, typer.Option(help="Backend of the frozen base, 'none', or 'auto'.")] = "none",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples on each device.")] = 1,
@@ -86,6 +90,7 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts,
+            recipe=recipe,
             adapter=adapter,
             serve=serve or None,
             **{**({} if r is None else {"r": r}), **_read_targets(target_modules), **_read_fields(lora or [])},

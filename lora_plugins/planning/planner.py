@@ -69,6 +69,7 @@ def plan(
     strict: bool = True,
     chunked_loss: bool = True,
     serve: str | Iterable[str] | None = None,
+    recipe: str | None = None,
     **lora: Any,
 ) -> Plan:
     """Say what a LoRA run would train and how much memory it would take, without loading or creating weights.
@@ -108,6 +109,8 @@ def plan(
         strict: As in `prepare_model`.
         chunked_loss: As in `LoraCallback`; with ``"fsdp"`` and ZeRO the loss is not computed in chunks.
         serve: Servers that the adapter is for, such as ``"vllm"``, which the plan asks; by default all that are known.
+        recipe: Name of fields that are known together, such as ``"bloomz-2023"``: what the recipe of that year trains,
+            whatever the defaults are. Fields that are passed as well win.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Returns:
@@ -130,6 +133,7 @@ def plan(
         upcast=upcast,
         experts=experts,
         strict=strict,
+        recipe=recipe,
         **lora,
     )
     if batch_size < 1 or length < 2:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_plugins.errors import ArgumentsError
+from lora_plugins.plugins.recipes import RECIPES
 from lora_plugins.text import did_you_mean
 
 __all__ = [
@@ -116,6 +117,14 @@ class RecipeArguments:
             "help": (
                 "Storage format (quant_method) of a base to train on although it is refused; nothing checks the "
                 "gradients of such a base."
+            )
+        },
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                f"LoRA flags by one word ({', '.join(RECIPES)}), whatever their defaults are; flags that are given win."
             )
         },
     )

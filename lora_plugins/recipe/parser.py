@@ -10,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_plugins.errors import ArgumentsError
+from lora_plugins.errors import ArgumentsError, UnknownArgument
+from lora_plugins.plugins.recipes import read_recipe
 from lora_plugins.recipe.arguments import (
     FORMER_NAMES,
     TRAINING_DEFAULTS,
@@ -69,6 +70,10 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
     config, flags = _take_config(list(arguments))
     tokens = [*(_read_tokens(config, parser) if config else []), *flags]
     values, unknown = parser.parse_known_args(tokens)
+    if values.recipe is not None:
+        # Its fields stand in for the defaults, so that flags which are given win.
+        parser.set_defaults(**_read_recipe(values.recipe))
+        values, unknown = parser.parse_known_args(tokens)
     if unknown:
         raise _describe_unknown(unknown, parser)
     given = {name: value for name, value in vars(values).items() if name not in ("help", "config")}
@@ -115,6 +120,13 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
     if everything:
         parser.set_defaults(**TRAINING_DEFAULTS, bf16=None)
     return parser
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    try:
+        return read_recipe(name)
+    except UnknownArgument as error:
+        raise ArgumentsError(f"--{error}") from error
 
 
 def _describe_choice(flag: str, value: Any, choices: list[str]) -> str:

@@ -309,6 +309,8 @@ class LoraCallback(_PreparingCallback):
             logits of a whole batch.
         skip_checks: Names of checks that are switched off, such as ``"dead-loss"``; docs/checks.md lists them.
         serve: Servers that the adapter is for, such as ``"vllm"``: warns before training if one will not take it.
+        recipe: Name of fields that are known together, such as ``"bloomz-2023"``: what the recipe of that year trains,
+            whatever the defaults are. Fields that are passed as well win.
         **lora: Any field of ``peft.LoraConfig``; defaults are ``r=8, lora_alpha=32, lora_dropout=0.05``.
 
     Raises:
@@ -336,6 +338,7 @@ class LoraCallback(_PreparingCallback):
         chunked_loss: bool = True,
         skip_checks: Iterable[str] = (),
         serve: str | Iterable[str] = (),
+        recipe: str | None = None,
         **lora: Any,
     ) -> None:
         super().__init__(chunked_loss, skip_checks)
@@ -353,6 +356,7 @@ class LoraCallback(_PreparingCallback):
             frozen=frozen,
             fused=fused,
             allow_format=allow_format,
+            recipe=recipe,
             **lora,
         )
 
