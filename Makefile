@@ -190,7 +190,7 @@ dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check 
 	$(BIN)/python -m twine check --strict dist/*
 
 # Tests of optional libraries, and of the documentation as it is made with the newest ones.
-OPTIONAL_TESTS := benchmarks builtin_quantizers builtin_quantizers_smollm2 docs plugins_examples project trainer_engines trainer_search trainer_trackers trainer_trl wheel
+OPTIONAL_TESTS := benchmarks benchmarks_gpu builtin_quantizers builtin_quantizers_smollm2 docs plugins_examples project trainer_engines trainer_search trainer_trackers trainer_trl wheel
 CORE_ONLY := $(OPTIONAL_TESTS:%=--ignore=tests/test_%.py)
 
 # What the ranges in pyproject.toml promise: the lowest releases, and the newest ones with the newest Python. Both take another
