@@ -186,6 +186,8 @@ def make(folder: Path, case: Settings, settings: Settings) -> Trainer:
 
 def load(case: Settings) -> Any:
     """The tiny model, made here or read from a folder, where the engine may shard it at once."""
+    if case.get("experts"):
+        return tiny.mixtral()
     if "pretrained" not in case:
         return tiny.llama()
     from transformers import LlamaForCausalLM

@@ -76,6 +76,17 @@ def with_tensors(folder: Path, target: Path, change: Any) -> Path:
     return copied
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "rng_state_1.pth"])
+def test_state_for_resuming_under_fsdp_is_not_taken_for_something_trained(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    place = copy_of(folder, tmp_path / "checkpoint-6")
+    (place / name).write_bytes(b"state")
+    _, files = collected(place)
+    assert name not in files
+
+
 def test_only_what_belongs_to_the_adapter_is_published(folder: Path) -> None:
     manifest, files = collected(folder)
     assert set(files) == {WEIGHTS, CONFIG, "README.md"} == set(manifest.files)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import torch
 from launching import (
     ACCELERATE,
     ALONE,
@@ -24,10 +25,12 @@ from launching import (
     assert_same_run,
     launch,
 )
+from transformers import LlamaForCausalLM
 
-from lora_plugins import attach
+from lora_plugins import attach, merge_and_save, prepare_model
 from lora_plugins.errors import BrokenCheckpoint, UnsupportedTraining
 from lora_plugins.trainer import engines
+from registry import push_adapter
 
 INT8 = {"quantization": "int8"}
 #: Backends whose layers FSDP2 would break as well: tensors of a class of their own.
@@ -55,10 +58,8 @@ def load_four_bit(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
-    others = {name: {"quantization": name, "resume": False} for name in OTHERS}
-    divided = {name: {"quantization": quantization, "resume": False} for name, quantization in DIVIDED.items()}
-    cases = {"fp32": {}, "int8": INT8, **others, **divided, "dora": {**DORA, "resume": False}}
-    return launch(folder / "alone", ALONE, {"cases": {**cases, "loaded_nf4": load_four_bit(folder)}})
+    others = {name: {"quantization": name, "resume": False} for name in (*OTHERS, "nf4")}
+    return launch(folder / "alone", ALONE, {"cases": {"fp32": {}, "int8": INT8, **others}})
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +84,7 @@ def fsdp(folder: Path) -> Results:
         "attached": ATTACHED,
         "sharded": {**SHARDED, "conflict": True},
         "sharded_int8": {**SHARDED, **INT8, "lora": {"adapter_name": "mine"}, "resume": False},
-        **{name: {"quantization": name, "resume": False} for name in OTHERS},
-        "nf4": {"quantization": "nf4", "detach": True, "conflict": True},
-        "fp4": {"quantization": "fp4", "resume": False, "arguments": {"gradient_checkpointing": True}},
-        "double": {"quantization": DIVIDED["double"], "resume": False, "detach": True},
-        "sharded_nf4": {**SHARDED, "quantization": "nf4"},
-        "bf16_nf4": {"quantization": "nf4", "resume": False, "detach": True, "arguments": {"bf16": True}},
-        "loaded_nf4": load_four_bit(folder),
-        "dora": {**DORA, "resume": False},
+        **{name: {"quantization": name, "resume": False} for name in (*OTHERS, "nf4")},
         "head": {"lora": HEAD, "resume": False},
         "head_nf4": {"quantization": "nf4", "lora": HEAD, "resume": False},
         "hqq": {"quantization": "int8-hqq"},
@@ -98,6 +92,45 @@ def fsdp(folder: Path) -> Results:
         "save_on_one": {"save_on_one": True, "resume": False},
     }
     return launch(folder / "fsdp", TORCHRUN, {"fsdp": True, "arguments": {"fsdp": True}, "cases": cases})
+
+
+@pytest.fixture(scope="module")
+def alone_in_four_bits(folder: Path) -> Results:
+    cases = {name: {"quantization": quantization, "resume": False} for name, quantization in DIVIDED.items()}
+    extra = {"dora": {**DORA, "resume": False}, "loaded_nf4": load_four_bit(folder)}
+    return launch(folder / "alone_in_four_bits", ALONE, {"cases": {**cases, **extra}})
+
+
+#: Adapters on attention and on the experts of a mixture, whose stacks are quantized.
+EXPERTS: dict[str, Any] = {
+    name: {"experts": True, "quantization": name, "lora": {"experts": "routed"}, "resume": name == "nf4"}
+    for name in ("int8", "nf4")
+}
+
+
+@pytest.fixture(scope="module")
+def experts_alone(folder: Path) -> Results:
+    cases = {name: {**case, "resume": False} for name, case in EXPERTS.items()}
+    return launch(folder / "experts_alone", ALONE, {"cases": cases})
+
+
+@pytest.fixture(scope="module")
+def experts_ddp(folder: Path) -> Results:
+    return launch(folder / "experts_ddp", TORCHRUN, {"cases": EXPERTS})
+
+
+@pytest.fixture(scope="module")
+def divided(folder: Path) -> Results:
+    cases = {
+        "nf4": {"quantization": "nf4", "detach": True, "conflict": True},
+        "fp4": {"quantization": "fp4", "resume": False, "arguments": {"gradient_checkpointing": True}},
+        "double": {"quantization": DIVIDED["double"], "resume": False, "detach": True},
+        "sharded_nf4": {**SHARDED, "quantization": "nf4"},
+        "bf16_nf4": {"quantization": "nf4", "resume": False, "detach": True, "arguments": {"bf16": True}},
+        "loaded_nf4": load_four_bit(folder),
+        "dora": {**DORA, "resume": False},
+    }
+    return launch(folder / "divided", TORCHRUN, {"fsdp": True, "arguments": {"fsdp": True}, "cases": cases})
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +206,18 @@ def test_a_head_that_is_trained_as_a_copy_counts_once_on_every_rank(fsdp: Result
     assert all(rank["counts"]["total"] < rank["elements"] or case == "head_nf4" for rank in fsdp[case])
 
 
+@pytest.mark.parametrize("backend", EXPERTS)
+def test_ddp_trains_adapters_on_quantized_experts(experts_ddp: Results, experts_alone: Results, backend: str) -> None:
+    ranks, one = experts_ddp[backend], experts_alone[backend][0]
+    for rank in ranks:
+        assert rank["wrapper"] == "DistributedDataParallel"
+        assert rank["counts"] == one["counts"]
+        # Of the stacks alone; attention's layers are quantized besides.
+        assert rank["counts"]["quantized"] > 2 * 4 * 3 * 32 * 64
+        assert rank["warnings"] == []
+    assert_same_run(ranks, one, resumed=backend == "nf4", trained=16)
+
+
 # -- FSDP2 -------------------------------------------------------------------------------------
 
 
@@ -207,9 +252,9 @@ def test_fsdp2_keeps_int8_weights_whole_and_says_so(folder: Path, fsdp: Results,
 
 
 @pytest.mark.parametrize("case", [*DIVIDED, "sharded_nf4", "loaded_nf4"])
-def test_fsdp2_divides_four_bit_weights(folder: Path, fsdp: Results, alone: Results, case: str) -> None:
-    one = alone[case.removeprefix("sharded_")][0]
-    ranks = fsdp[case]
+def test_fsdp2_divides_four_bit_weights(folder: Path, divided: Results, alone_in_four_bits: Results, case: str) -> None:
+    one = alone_in_four_bits[case.removeprefix("sharded_")][0]
+    ranks = divided[case]
     for rank in ranks:
         assert rank["distributed_type"] == "DistributedType.FSDP"
         assert rank["sharded_adapter"] == rank["adapter"] == 8
@@ -217,29 +262,61 @@ def test_fsdp2_divides_four_bit_weights(folder: Path, fsdp: Results, alone: Resu
     assert_divided(ranks, one)
     assert_same_run(ranks, one, resumed=case in ("nf4", "sharded_nf4"))
     if one["best"] != "checkpoint-6":
-        assert_files(folder / "fsdp" / case, ranks[0], best_checkpoint=one["best"])
+        assert_files(folder / "divided" / case, ranks[0], best_checkpoint=one["best"])
 
 
-def test_mixed_precision_does_not_cast_packed_weights(fsdp: Results, alone: Results) -> None:
+def test_mixed_precision_does_not_cast_packed_weights(divided: Results, alone_in_four_bits: Results) -> None:
     """FSDP2 casts float parameters to bfloat16 before it gathers them; packed bits in a float dtype would be lost."""
-    for rank in fsdp["bf16_nf4"]:
-        assert rank["losses"] == pytest.approx(alone["nf4"][0]["losses"], abs=0.05)
+    one = alone_in_four_bits["nf4"][0]
+    for rank in divided["bf16_nf4"]:
+        assert rank["losses"] == pytest.approx(one["losses"], abs=0.05)
         assert rank["detached"]["same_weights"]
         assert rank["detached"]["difference"] == 0
-    assert_divided(fsdp["bf16_nf4"], alone["nf4"][0])
+    assert_divided(divided["bf16_nf4"], one)
 
 
-def test_layers_whose_weight_dora_reads_stay_whole_and_are_said_to(fsdp: Results, alone: Results) -> None:
-    for rank in fsdp["dora"]:
+def test_layers_whose_weight_dora_reads_stay_whole_and_are_said_to(
+    divided: Results, alone_in_four_bits: Results
+) -> None:
+    for rank in divided["dora"]:
         assert_held(rank, "fsdp", "nf4", use_dora=True)
         assert len(rank["warnings"]) == 1
         assert "holds all 4 layers" in rank["warnings"][0]
-        assert rank["losses"] == pytest.approx(alone["dora"][0]["losses"], abs=2e-6)
+        assert rank["losses"] == pytest.approx(alone_in_four_bits["dora"][0]["losses"], abs=2e-6)
 
 
-def test_every_rank_reports_its_own_bytes(fsdp: Results, alone: Results) -> None:
-    assert alone["nf4"][0]["reported"] == alone["nf4"][0]["held"]["weights"]
-    assert all(rank["reported"] < 0.55 * alone["nf4"][0]["reported"] for rank in fsdp["nf4"])
+def test_every_rank_reports_its_own_bytes(divided: Results, alone_in_four_bits: Results) -> None:
+    one = alone_in_four_bits["nf4"][0]
+    assert one["reported"] == one["held"]["weights"]
+    assert all(rank["reported"] < 0.55 * one["reported"] for rank in divided["nf4"])
+
+
+def test_detaching_gives_four_bit_layers_back_as_bitsandbytes_made_them(divided: Results) -> None:
+    for case in ("nf4", "double"):
+        assert_detached(divided[case])
+
+
+@pytest.mark.filterwarnings("error::registry.errors.AdapterWarning")
+def test_a_checkpoint_over_divided_weights_is_published_and_merged(
+    folder: Path, divided: Results, tmp_path: Path
+) -> None:
+    assert divided["loaded_nf4"]
+    checkpoint = folder / "divided" / "loaded_nf4" / "checkpoint-6"
+    assert push_adapter(checkpoint, "org/name", version="1.0.0", hub=tmp_path / "registry").created
+    merge_and_save(checkpoint, tmp_path / "merged", "same", base=folder / "base", quantization="nf4", probe=None)
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    trained = prepare_model(base, adapter=str(checkpoint), quantization="nf4", compute_dtype="float32").eval()
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad(), trained.disable_adapter():
+        plain = trained(input_ids=ids).logits
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-5)
+        assert not torch.allclose(merged(input_ids=ids).logits, plain, atol=1e-3)
+
+
+def test_another_run_over_divided_weights_is_not_resumed(divided: Results) -> None:
+    assert_conflict(divided["nf4"])
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -264,7 +341,7 @@ def test_a_sharded_checkpoint_is_there_beside_the_adapter(folder: Path, fsdp: Re
 
 def test_another_run_is_not_resumed_under_ddp_and_fsdp2(ddp: Results, fsdp: Results) -> None:
     assert_conflict(ddp["fp32"])
-    for case in ("fp32", "int8", "sharded", "nf4"):
+    for case in ("fp32", "int8", "sharded"):
         assert_conflict(fsdp[case])
 
 
@@ -290,7 +367,7 @@ def test_ranks_that_have_drawn_different_numbers_get_the_same_adapter(
 
 def test_detaching_gives_the_whole_base_back(ddp: Results, fsdp: Results) -> None:
     """FSDP2 has exchanged the classes of the model and its blocks, and their parameters for parts."""
-    for ranks in (ddp["fp32"], fsdp["fp32"], fsdp["int8"], fsdp["nf4"], fsdp["double"]):
+    for ranks in (ddp["fp32"], fsdp["fp32"], fsdp["int8"]):
         assert_detached(ranks)
 
 

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -39,6 +41,24 @@ def llama(layers: int = 2, seed: int = 0, **config: Any) -> LlamaForCausalLM:
         "pad_token_id": 0,
     }
     return LlamaForCausalLM(LlamaConfig(**{**fields, **config}))
+
+
+def mixtral(seed: int = 0) -> MixtralForCausalLM:
+    """A Mixtral of 2 layers, whose 4 experts are stacks; a token reaches 2 of them."""
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    )
 
 
 def bloom(seed: int = 0) -> BloomForCausalLM:

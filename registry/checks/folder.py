@@ -17,8 +17,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 #: Suffixes of files that hold tensors; all but two are pickles.
 _TENSORS = frozenset({".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"})
 _DATA = (".npz", ".safetensors")
-#: Name prefixes of a Trainer's state for resuming, which is not part of the result.
-_TO_GO_ON = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")
+#: Name prefixes of a Trainer's state for resuming, which is not part of the result; FSDP's has the adapter again.
+_TO_GO_ON = ("optimizer", "pytorch_model_fsdp", "rng_state", "scaler", "scheduler", "training_args")
 
 
 def _find_pickle(files: AdapterFiles) -> Iterator[str]:
