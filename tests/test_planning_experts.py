@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from transformers import AutoConfig
 
 from lora_plugins import plan
@@ -35,6 +36,22 @@ def read_table() -> dict[str, list[str]]:
     section = PAGE.read_text(encoding="utf-8").partition("## Experts")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"strategy": "fsdp"}, True),
+        ({"strategy": "zero3"}, True),
+        ({"strategy": "ddp"}, False),
+        ({"strategy": "fsdp", "quantization": {"name": "nf4", "skip_modules": ["experts"]}}, False),
+    ],
+)
+def test_a_plan_over_quantized_experts_says_what_training_would_refuse(settings: dict[str, Any], said: bool) -> None:
+    made = plan(tiny.mixtral(), **{"quantization": "nf4", "devices": 2, "length": 8, **settings})
+    refusals = [note for note in made.notes if "cannot train over experts that are stored quantized" in note]
+    assert bool(refusals) == said
+    assert all("model.layers.0.mlp.experts" in note for note in refusals)
 
 
 @pytest.mark.slow

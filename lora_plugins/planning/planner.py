@@ -26,6 +26,7 @@ from lora_plugins.planning.records import Row
 from lora_plugins.planning.result import Plan
 from lora_plugins.planning.sharing import per_device
 from lora_plugins.planning.source import find_base, meta_model, read_config, read_stored
+from lora_plugins.planning.stacks import list_planned
 from lora_plugins.planning.variants import Workbench
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.plugins.traits import check_servers, judge
@@ -36,6 +37,9 @@ from lora_plugins.quantization.selftest import why_unavailable
 from lora_plugins.text import dtype_name, one_line
 
 __all__ = ["plan"]
+
+#: Strategies under which training refuses quantized stacks of experts, which they cannot divide.
+_REFUSE_EXPERTS = ("zero2", "zero3", "fsdp")
 
 #: Task of PEFT that adds a head to the base -> name of the task here.
 _TASKS = {
@@ -297,9 +301,16 @@ class _Planner:
         if not self.bench.structure.expert_parameters:
             return []
         asked = self._find_float_experts().get(self.chosen.quantization, "")
+        packed = list_planned(self.bench.whole(self.backends[self.chosen.quantization]))
+        refused = self.chosen.strategy if packed and self.chosen.strategy in _REFUSE_EXPERTS else ""
         return [
             "activations assume that a batch reaches every routed expert, each with equally many tokens",
             *([f"stacked experts stay in float: {asked}"] if asked else []),
+            *(
+                [f"{refused} cannot train over experts that are stored quantized, first {packed[0][0]}"]
+                if refused
+                else []
+            ),
         ]
 
     def _write_precision_notes(self) -> list[str]:
