@@ -74,7 +74,7 @@ def check_quantizer(
 ) -> None:
     """Assert that a backend runs on this machine's CPU, can be trained on, and states its sizes correctly.
 
-    If it has a format for stacked experts, that is checked as well.
+    If it has a format for stacked experts, or its layers can be divided among processes, that is checked as well.
 
     Args:
         quantizer: The backend.
@@ -100,8 +100,27 @@ def check_quantizer(
     found = tensor_bytes(layer).total
     assert said is None or said == found, f"layer_bytes() says {said} bytes and the layer has {found}"
     _check_dtypes(asked, dtype)
+    _check_division(asked, layer, weight)
     if quantizer.expert_format(asked.options) is not None:
         _check_experts(asked, dtype)
+
+
+def _check_division(quantization: Quantization, layer: nn.Module, weight: torch.Tensor) -> None:
+    """Assert that a layer that can be divided is one flat parameter then, of the size that the plan takes, and back."""
+    quantizer = quantization.quantizer
+    rows, columns = weight.shape
+    said = quantizer.divided_bytes(columns, rows, quantization.options)
+    if not quantizer.divide(layer):
+        assert said is None, f"divided_bytes() says {said} bytes and divide() does nothing"
+        return
+    flat = [parameter for name, parameter in layer.named_parameters() if name != "bias"]
+    assert len(flat) == 1, f"divide() leaves {len(flat)} parameters besides the bias, not one"
+    assert flat[0].dim() == 1, f"the divided parameter has the shape {tuple(flat[0].shape)}, not a flat one"
+    assert not flat[0].is_floating_point(), f"the divided parameter is in {flat[0].dtype}, which mixed precision casts"
+    assert said == flat[0].nbytes, f"divided_bytes() says {said} bytes and the parameter has {flat[0].nbytes}"
+    assert torch.equal(quantizer.dequantize(layer), weight), "a divided layer has another weight"
+    quantizer.undivide(layer)
+    assert torch.equal(quantizer.dequantize(layer), weight), "undivide() gives another weight back"
 
 
 def _check_experts(quantization: Quantization, dtype: torch.dtype) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from lora_plugins import plan, prepare_model
+from lora_plugins.builtin.quantizers.bitsandbytes import Nf4
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.division import divide_layers, undivide_layers
 from lora_plugins.quantization.request import owner_of, parse_quantization
+from lora_plugins.testing import check_quantizer
 
 DOUBLE = {"name": "nf4", "double_quant": True}
 KINDS = {"nf4": "nf4", "fp4": "fp4", "double": DOUBLE}
@@ -168,6 +170,32 @@ def test_plan_of_a_base_that_is_quantized_already_is_that_of_the_float_base(kind
     assert plan(live, **settings).chosen.memory.weights == planned.weights
     whole = plan(tiny.llama(), quantization=KINDS[kind], length=8).chosen.memory.weights
     assert planned.weights / whole == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kit_for_backends_checks_division(kind: str) -> None:
+    asked = parse_quantization(KINDS[kind])
+    assert asked is not None
+    check_quantizer(asked.quantizer, {"double_quant": kind == "double"})
+
+
+def test_the_kit_finds_a_backend_that_states_other_bytes_than_it_divides() -> None:
+    class Wrong(Nf4):
+        def divided_bytes(self, in_features: int, out_features: int, options: Any) -> int:
+            return in_features * out_features // 2
+
+    with pytest.raises(AssertionError, match=r"divided_bytes\(\) says 24576 bytes and the parameter has 27712"):
+        check_quantizer(Wrong())
+
+
+def test_the_kit_finds_a_backend_that_divides_a_float_parameter() -> None:
+    class Wrong(Nf4):
+        def divide(self, module: Any) -> bool:
+            module.weight = nn.Parameter(module.weight.data.flatten().view(torch.float32), requires_grad=False)
+            return True
+
+    with pytest.raises(AssertionError, match=r"in torch\.float32, which mixed precision casts"):
+        check_quantizer(Wrong())
 
 
 def test_other_backends_say_that_they_do_not_divide() -> None:
