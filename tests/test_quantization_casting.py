@@ -93,13 +93,13 @@ def test_what_is_trained_is_float32_over_a_16_bit_base(
 def test_what_is_trained_is_float32_over_a_base_that_was_loaded_in_float16() -> None:
     model = prepare_model(reward_model().half(), modules_to_save=["input_layernorm"])
     assert trained_dtypes(model) == {torch.float32}
-    check_step(model, input_ids=IDS, labels=torch.tensor([0.5]))
+    check_step(model, input_ids=IDS, labels=torch.tensor([0.5], dtype=torch.float16))
 
 
 def test_another_dtype_can_be_asked_for() -> None:
     model = prepare_model(reward_model(), compute_dtype="bfloat16", trainable_dtype="bfloat16")
     assert trained_dtypes(model) == {torch.bfloat16}
-    check_step(model, input_ids=IDS, labels=torch.tensor([0.5]))
+    check_step(model, input_ids=IDS, labels=torch.tensor([0.5], dtype=torch.bfloat16))
     left = prepare_model(reward_model().bfloat16(), trainable_dtype=None)
     assert trained_dtypes(left) == {torch.bfloat16, torch.float32}, "PEFT makes adapters in float32 and copies heads"
     with pytest.raises(PreparationError, match=r"trainable_dtype must be 'float32'.*not 'float8'"):
