@@ -46,7 +46,6 @@ def test_no_bin_is_overfull_and_none_could_be_spared_easily(lengths: list[int], 
 
 def test_rows_are_as_few_as_those_of_trl() -> None:
     pack_dataset = pytest.importorskip("trl").pack_dataset
-    pack_dataset = pytest.importorskip("trl").pack_dataset
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(4.5, 0.8, 2000).astype(int) + 2, 512)
     rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
