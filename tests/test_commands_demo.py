@@ -341,6 +341,21 @@ def test_what_the_demo_writes(result: dict[str, Any]) -> None:
     assert html.escape(result["samples"][0]["after"][:20], quote=False) in page.read_text()
 
 
+def test_the_demos_adapter_is_trained_again_bit_by_bit(result: dict[str, Any], base: Path) -> None:
+    adapter = result["files"][0]
+    command = [sys.executable, "-m", "lora_plugins", "reproduce", adapter, "--model", str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same adapter, bit by bit" in done.stdout
+    done = subprocess.run([*command, "--seed", "7", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same"] is False
+    assert ("recipe.seed", 42, 7) in [(one["field"], one["recorded"], one["here"]) for one in found["differences"]]
+    done = subprocess.run([*command, "--nosuch", "7"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+
+
 def test_two_runs_print_the_same_numbers(result: dict[str, Any], base: Path, tmp_path: Path) -> None:
     again = run_demo(base, tmp_path / "output", "--steps", "12")
     for changing in ("seconds", "files"):

@@ -6,13 +6,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from lora_plugins.plugins.packages import installed_version
+from lora_plugins.plugins.packages import installed_version, installed_versions
 
 __all__ = ["describe_code", "describe_hardware", "describe_libraries", "find_version"]
 
@@ -20,19 +21,20 @@ __all__ = ["describe_code", "describe_hardware", "describe_libraries", "find_ver
 _LIBRARIES = (
     "lora-plugins", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "tokenizers",
 )  # fmt: skip
-#: The same, where the run has imported them: distribution -> module.
-_IMPORTED = {
-    "bitsandbytes": "bitsandbytes", "hqq": "hqq", "optimum-quanto": "optimum.quanto", "torchao": "torchao",
-    "trl": "trl",
-}  # fmt: skip
+#: The same, where the run has imported it.
+_IMPORTED = "trl"
 _SECONDS = 10
 #: Settings of a repository may name programs; none is run.
 _GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-optional-locks")
 
 
-def describe_libraries() -> dict[str, str]:
-    """Return the versions of Python, CUDA and the libraries that compute."""
-    names = [*_LIBRARIES, *(name for name, module in _IMPORTED.items() if module in sys.modules)]
+def describe_libraries(requires: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions of Python, CUDA and the libraries that compute.
+
+    Args:
+        requires: What the quantization backend of the base needs, as ``Quantizer.requires`` has it.
+    """
+    names = [*_LIBRARIES, *([_IMPORTED] if _IMPORTED in sys.modules else []), *installed_versions(requires)]
     return {name: version for name in ("python", *names, "cuda") if (version := find_version(name)) is not None}
 
 

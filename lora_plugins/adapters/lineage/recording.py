@@ -16,6 +16,7 @@ from lora_plugins.adapters.files import ADAPTER_FILE, adapter_folder, find_adapt
 from lora_plugins.adapters.lineage.environment import describe_code, describe_hardware, describe_libraries
 from lora_plugins.adapters.lineage.rows import describe_rows
 from lora_plugins.adapters.lineage.trackers import describe_trackers
+from lora_plugins.quantization.request import detect_quantization
 from lora_plugins.text import write_json
 from registry import LINEAGE_FILE, clean_lineage, is_path, read_lineage
 
@@ -82,7 +83,7 @@ def begin_lineage(trainer: Trainer, adapter: Any = None, checks: Mapping[str, An
     reasons["recipe"] = _SCRIPT
     _add(found, reasons, "code", describe_code(None, "the script") if "code" not in declared else declared["code"])
     found["tracker"] = describe_trackers(trainer)
-    found["hardware"], found["libraries"] = describe_hardware(trainer.args), describe_libraries()
+    found["hardware"], found["libraries"] = describe_hardware(trainer.args), describe_libraries(_list_required(model))
     found["parent"] = _describe_parent(adapter)
     found |= {"checks": dict(checks)} if checks is not None else {}
     reasons["losses"] = "nothing was logged yet"
@@ -93,6 +94,12 @@ def begin_lineage(trainer: Trainer, adapter: Any = None, checks: Mapping[str, An
         found["resumed"] = [*before.get("resumed", []), _compare(before, found, trainer.state.global_step)]
         found |= {"parent": before["parent"]} if "parent" in before else {}
     setattr(model, _ATTRIBUTE, {**found, "not_recorded": reasons})
+
+
+def _list_required(model: Any) -> Sequence[str]:
+    """Return the distributions that the quantization backend of a model's base needs."""
+    quantization = detect_quantization(model)
+    return quantization.quantizer.requires if quantization is not None else ()
 
 
 def _add(found: dict[str, Any], reasons: dict[str, str], name: str, facts: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lora_plugins
 import registry
 from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
@@ -178,7 +179,7 @@ class Demo:
     def _make_trainer(self) -> Trainer:
         from transformers import Trainer, TrainingArguments
 
-        from lora_plugins import LoraCallback, ParameterReportCallback
+        from lora_plugins.adapters.lineage import recording
 
         model = load_base(self._base)
         self.say("Measuring the base as loaded …")
@@ -196,15 +197,22 @@ class Demo:
             use_cpu=model.device.type == "cpu",
             disable_tqdm=not sys.stderr.isatty(),
         )
-        lora = LoraCallback(r=8, lora_alpha=32, lora_dropout=0.05, quantization=self.options.quantization)
-        return Trainer(
+        lora = lora_plugins.LoraCallback(r=8, lora_alpha=32, lora_dropout=0.05, quantization=self.options.quantization)
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=self.train_data,
             data_collator=data.collator(self.tokenizer),
             processing_class=self.tokenizer,
-            callbacks=[lora, ParameterReportCallback()],
+            callbacks=[lora, lora_plugins.ParameterReportCallback()],
         )
+        recipe = {
+            "steps": self.options.steps,
+            "seed": self.options.seed,
+            "quantization": self.options.quantization or "none",
+        }
+        recording.declare_lineage(trainer.model, {"recipe": {"command": "demo", **recipe}})
+        return trainer
 
     def _measure_before(self, trainer: Trainer) -> list[str]:
         from lora_plugins.quantization.counting import count_parameters

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Annotated
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.demo.run import Demo, DemoOptions
 
 __all__ = ["CONTEXT", "reproduce"]
 
@@ -48,10 +52,29 @@ def reproduce(
     result: again.Readiness | again.Reproduction
     # What the repeated run says is not the result.
     with contextlib.redirect_stdout(sys.stderr):
-        if check:
+        original = again.read_original(reference, hub)
+        recipe = original.lineage.get("recipe")
+        if isinstance(recipe, dict) and recipe.get("command") == "demo":
+            result = (
+                again.compare_runs(original, None) if check else _repeat_demo(again, original, recipe, context.args)
+            )
+        elif check:
             result = again.check_reproduction(reference, context.args, hub=hub)
         else:
             result = again.reproduce(reference, context.args, hub=hub)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else "\n".join(result.lines()))
     if not (result.ready if isinstance(result, again.Readiness) else result.same):
         raise typer.Exit(1)
+
+
+def _repeat_demo(again: Any, original: Any, recipe: Mapping[str, Any], words: Sequence[str]) -> Any:
+    """Run the demo again; its flags replace recorded ones."""
+    flags = [word.removeprefix("--") for word in words[::2]]
+    if len(words) % 2 or not {*flags} <= {"model", "steps", "seed", "quantization"}:
+        raise typer.BadParameter("the adapter of a demo takes --model, --steps, --seed and --quantization after it")
+    given = {**recipe, **dict(zip(flags, words[1::2], strict=True))}
+    with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
+        quantization = None if given.get("quantization") == "none" else str(given.get("quantization"))
+        steps, seed = (int(given[name]) for name in ("steps", "seed"))
+        Demo(DemoOptions(given.get("model"), quantization, steps, Path(folder), seed)).run()
+        return again.compare_runs(original, Path(folder, "adapter"))

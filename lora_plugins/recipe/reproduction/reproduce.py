@@ -31,7 +31,7 @@ from lora_plugins.recipe.reproduction.source import Original, digest_adapter, re
 from lora_plugins.recipe.run import TrainingRun
 from registry import BaseMismatch, RegistryError, check_contract, compare_layers, read_lineage
 
-__all__ = ["Readiness", "Reproduction", "check_reproduction", "reproduce"]
+__all__ = ["Readiness", "Reproduction", "check_reproduction", "compare_runs", "read_original", "reproduce"]
 
 #: Flags that can be given instead of what is not recorded, and what they are in words.
 _GIVEN = {"model": "the base model", "dataset": "the data set", "eval_dataset": "the data set to evaluate on"}
@@ -173,6 +173,25 @@ def reproduce(reference: str, words: Sequence[str] = (), *, hub: str | None = No
             raise ReproductionError("The repeated run was interrupted; nothing was compared.")
         kept = "output_dir" in _list_flags(words)
         return _compare_after(original, before, run.folders.adapter, kept=kept)
+
+
+def compare_runs(original: Original, folder: Path | None = None) -> Reproduction | Readiness:
+    """Compare an adapter with one that another command has trained again from its recipe.
+
+    Args:
+        original: The adapter as it was trained first.
+        folder: The adapter that was trained again; ``None`` compares only what is known before.
+    """
+    found = Readiness(original.name)
+    found.differences.extend(compare_libraries(_get(original, "libraries")))
+    _compare_code(original, found)
+    if folder is None:
+        return found
+    lineage = read_lineage(folder)
+    for name in ("recipe", "hardware"):
+        found.differences.extend(compare_values(name, _get(original, name), lineage.get(name, {})))
+    found.differences.extend(compare_data("dataset", _get(original, "dataset"), lineage.get("dataset", {})))
+    return _compare_after(original, found, folder, kept=False)
 
 
 def _get(original: Original, name: str) -> dict[str, Any]:
