@@ -111,8 +111,9 @@ test-serving: test-vllm test-llamacpp ## Run base and adapters in vLLM (from a r
 
 test-vllm: $(VLLM)/.installed ## Let a real vLLM answer from a registry; the half hour is that of two busy cores.
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/test_serving_resolver.py
-	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python VLLM_LIBRARY=$(abspath $(VLLM))/lib \
-		$(BIN)/python -m pytest -s -m slow tests/test_serving_vllm.py
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python \
+		VLLM_LIBRARY="$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		$(BIN)/python -m pytest -s -m slow tests/test_serving_check.py tests/test_serving_vllm.py
 
 test-llamacpp: $(SERVING)/.installed ## Compare llama.cpp's logits with transformers'.
 	OMP_NUM_THREADS=1 LLAMA_CPP_LIBRARY=$(abspath $(SERVING))/llama/xllamacpp/xllamacpp.abi3.so \

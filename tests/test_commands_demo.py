@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lora_plugins.commands.cli import main
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo import model as demo_model
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
@@ -354,6 +355,17 @@ def test_the_demos_adapter_is_trained_again_bit_by_bit(result: dict[str, Any], b
     assert ("recipe.seed", 42, 7) in [(one["field"], one["recorded"], one["here"]) for one in found["differences"]]
     done = subprocess.run([*command, "--nosuch", "7"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
+
+
+def test_the_demos_adapter_can_be_tried(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline, by its folder: the base is the one that its configuration names."""
+    (adapter,) = (path for path in result["files"] if path.endswith("adapter"))
+    words = ["try", adapter, "--prompt", "def f(): return 1", "--compare", "--json", "--max-new-tokens", "8"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["adapter"] != answer["base"]
 
 
 def test_two_runs_print_the_same_numbers(result: dict[str, Any], base: Path, tmp_path: Path) -> None:

@@ -67,10 +67,11 @@ def _format_result(result: DemoResult) -> str:
 
 def _list_next(result: DemoResult) -> list[tuple[str, str]]:
     """Return commands that go on from here, each with what it is for."""
-    registry = next(path for path in result.files if path.endswith("registry"))
+    adapter, registry = (next(path for path in result.files if path.endswith(end)) for end in ("adapter", "registry"))
     name = result.release.partition("@")[0]
     return [
         (f"lora-plugins show {name} --hub {registry}", "the release and its figures"),
+        (f"lora-plugins try {adapter} --chat", "talk to it"),
         ("lora-plugins train --help", "the same with your data, without code"),
         ("lora-plugins plan MODEL", "whether another model fits on your machine"),
         ("lora-plugins merge --help", "base and adapter as one model"),
