@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ import twin
 from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from lora_plugins import LoraCallback, best_fit_collator, pack_best_fit
 from lora_plugins.errors import DataError, UnsupportedPacking
+from lora_plugins.recipe.best_fit.batches import BestFitCollator
 from lora_plugins.recipe.best_fit.bins import fit_lengths
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.prepare import collator, prepare_data
+from lora_plugins.recipe.run import TrainingRun
+from lora_plugins.trainer.engines import place_whole
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=80)
 
@@ -204,3 +208,86 @@ def test_train_refuses_models_that_cannot_keep_examples_apart(tmp_path: Path) ->
     model = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4))
     with pytest.raises(UnsupportedPacking, match="MambaForCausalLM"):
         collator(recipe, twin.make_tokenizer(), model)
+
+
+def _save_base(folder: Path) -> str:
+    tiny.llama().save_pretrained(folder)
+    twin.make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def _make_run(tmp_path: Path, *words: str) -> TrainingRun:
+    file = twin.write_jsonl(tmp_path / "data.jsonl", twin.dialogues(20, seed=3))
+    given = ["--model", _save_base(tmp_path / "base"), "--dataset", str(file), "--output_dir", str(tmp_path / "run")]
+    recipe, training = parse([*given, "--use_cpu", "--report_to", "none", *words])
+    run = TrainingRun(recipe, training)
+    run.tokenizer = twin.make_tokenizer()
+    run.data = prepare_data(recipe, training, run.tokenizer, run.say)
+    return run
+
+
+def test_train_tries_the_model_that_the_trainer_has_placed_and_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[bool, bool]] = []
+
+    def watch(model: Any) -> Any:
+        tried.append((model in placed, bool(tiny.adapter_tensors(model))))
+        return best_fit_collator(model)
+
+    placed: list[Any] = []
+    monkeypatch.setattr("lora_plugins.recipe.prepare.best_fit_collator", watch)
+    monkeypatch.setattr("lora_plugins.recipe.run.place_whole", lambda trainer: placed.append(trainer.model))
+    trainer, _ = _make_run(tmp_path, "--packing", "best-fit", "--chunk_length", "140")._make_trainer()
+    assert tried == [(True, True)]
+    assert isinstance(trainer.data_collator, BestFitCollator)
+
+
+@pytest.mark.parametrize("packing", ["none", "wrapped"])
+def test_other_packings_reach_the_trainer_and_move_no_model(
+    packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_plugins.recipe.run.place_whole", None)
+    run = _make_run(tmp_path, "--packing", packing, "--chunk_length", "140")
+    trainer, _ = run._make_trainer()
+    wanted = DataCollatorForSeq2Seq if packing == "none" else type(default_data_collator)
+    assert isinstance(trainer.data_collator, wanted)
+    assert trainer.data_collator([trainer.train_dataset[0]])["labels"].shape[0] == 1
+
+
+def _fake_trainer(**given: Any) -> Any:
+    """What `place_whole` reads of a Trainer."""
+    stage = given.pop("stage", 0)
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    return SimpleNamespace(
+        **{"is_fsdp_enabled": False, "is_deepspeed_enabled": stage > 0, **given},
+        accelerator=SimpleNamespace(state=state),
+        model=torch.nn.Linear(2, 2),
+        args=SimpleNamespace(device=torch.device("meta")),
+    )
+
+
+@pytest.mark.parametrize(("given", "engine"), [({"is_fsdp_enabled": True}, "FSDP2"), ({"stage": 3}, "ZeRO-3")])
+def test_best_fit_is_refused_by_name_where_no_process_holds_the_model(given: dict[str, Any], engine: str) -> None:
+    trainer = _fake_trainer(**given)
+    with pytest.raises(UnsupportedPacking, match=f"{engine} leaves no process .* --packing none or wrapped"):
+        place_whole(trainer)
+    assert trainer.model.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_model_that_each_process_holds_is_tried_on_the_device_it_is_trained_on(stage: int) -> None:
+    trainer = _fake_trainer(stage=stage)
+    place_whole(trainer)
+    assert trainer.model.weight.device.type == "meta"
+
+
+def test_counting_writes_nothing_but_the_counts(tmp_path: Path) -> None:
+    row = f'{{"input_ids": {list(range(500))}}}\n'
+    (tmp_path / "data.jsonl").write_text(row * 200)
+    rows = load_dataset("json", data_files=str(tmp_path / "data.jsonl"), split="train", cache_dir=str(tmp_path / "c"))
+    before = set(tmp_path.rglob("*.arrow"))
+    pack_best_fit(rows, 500)
+    sizes = sorted(file.stat().st_size for file in set(tmp_path.rglob("*.arrow")) - before)
+    assert len(sizes) == 2
+    assert sizes[0] < 200 * 500

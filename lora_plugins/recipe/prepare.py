@@ -164,6 +164,8 @@ def packing_of(recipe: RecipeArguments) -> str:
 def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
     """Return the data collator: it stacks chunks, keeps packed examples apart, or pads examples to the longest.
 
+    Best-fit packing runs the model, so it must be whole and on the device that it is trained on.
+
     Raises:
         UnsupportedPacking: The model cannot keep packed examples apart.
         ArgumentsError: The tokenizer has nothing to pad with.

@@ -38,6 +38,7 @@ from lora_plugins.recipe.reproduction.flags import describe_run
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.text import write_json
 from lora_plugins.trainer.checkpoints import restore_best
+from lora_plugins.trainer.engines import place_whole, raise_together
 from registry import RegistryError
 
 __all__ = ["TrainingRun", "run"]
@@ -182,7 +183,6 @@ class TrainingRun:
                 args=self.training,
                 train_dataset=self.data.train,
                 eval_dataset=self.data.held_out,
-                data_collator=prepare.collator(self.recipe, self.tokenizer, model),
                 callbacks=[*callbacks, interruption],
             )
         except LoraPluginsError:
@@ -190,6 +190,10 @@ class TrainingRun:
         except (ValueError, ImportError) as error:
             # The Trainer is the first to check some arguments, such as --report_to.
             raise ArgumentsError(f"The Trainer refuses these arguments: {error}") from error
+        with raise_together(trainer):
+            if prepare.packing_of(self.recipe) == "best-fit":
+                place_whole(trainer)
+            trainer.data_collator = prepare.collator(self.recipe, self.tokenizer, trainer.model)
         if self.is_main:
             declare_lineage(trainer.model, describe_run(self.recipe, self.training, self.data.rows, commit))
         return trainer, interruption

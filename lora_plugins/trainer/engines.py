@@ -20,6 +20,7 @@ from lora_plugins.errors import (
     LoraPluginsError,
     PreparationWarning,
     ProcessMissing,
+    UnsupportedPacking,
     UnsupportedTraining,
 )
 from lora_plugins.models.sharding import is_sharded, write_adapters
@@ -34,6 +35,7 @@ __all__ = [
     "hides_gradients",
     "meet",
     "meet_to_save",
+    "place_whole",
     "prepare_quantized",
     "raise_together",
     "read_gradient_norm",
@@ -278,6 +280,22 @@ def raise_together(trainer: Trainer) -> Iterator[None]:
             raise BrokenCheckpoint(f"On another process: {problems[0]}")
     if own is not None:
         raise own
+
+
+def place_whole(trainer: Trainer) -> None:
+    """Put the model on the device that it is trained on, so that packing can run it before the training.
+
+    Raises:
+        UnsupportedPacking: The engine divides the model, so that no process holds it whole on its device.
+    """
+    if trainer.is_fsdp_enabled or _read_zero_stage(trainer) == 3:
+        raise UnsupportedPacking(
+            "Best-fit packing runs the model before the training, to measure how it keeps examples apart, and "
+            f"{_name_engine(trainer)} leaves no process with the whole model on its device. Use --packing none or "
+            "wrapped, or train with DDP, ZeRO-1 or ZeRO-2."
+        )
+    # The Trainer (transformers 5.23) leaves it to DeepSpeed, which moves it when the training begins.
+    trainer.model.to(trainer.args.device)
 
 
 def hides_gradients(trainer: Trainer) -> bool:

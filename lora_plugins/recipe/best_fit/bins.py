@@ -209,7 +209,9 @@ def _count_in_loss(tokenised: Dataset, name: str, chunk_length: int, num_proc: i
         # The first label of a row predicts nothing: labels are shifted by one.
         return {"loss_tokens": [sum(label != IGNORED for label in row[1:chunk_length]) for row in batch[name]]}
 
-    counted = tokenised.map(count, batched=True, num_proc=num_proc, desc="Counting")
+    # Without its columns, or the whole data set would be written again.
+    columns = tokenised.column_names
+    counted = tokenised.map(count, batched=True, num_proc=num_proc, remove_columns=columns, desc="Counting")
     return np.asarray(counted.with_format("numpy")["loss_tokens"][:], dtype=np.int64)
 
 
