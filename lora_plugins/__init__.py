@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_plugins.recipe.packing import pack as pack
     from lora_plugins.serving.check import check_serving as check_serving
     from lora_plugins.serving.export import export_adapter as export_adapter
+    from lora_plugins.serving.trial import open_trial as open_trial
     from lora_plugins.targets.resolution import resolve_targets as resolve_targets
     from lora_plugins.trainer.attaching import attach as attach
     from lora_plugins.trainer.attaching import detach as detach
@@ -51,6 +52,7 @@ _LAZY = {
     "judge_adapter": "lora_plugins.plugins.traits",
     "loading_dtype": "lora_plugins.quantization.precision",
     "merge_and_save": "lora_plugins.merging.merge",
+    "open_trial": "lora_plugins.serving.trial",
     "pack": "lora_plugins.recipe.packing",
     "pack_best_fit": "lora_plugins.recipe.best_fit.bins",
     "plan": "lora_plugins.planning.planner",
@@ -86,6 +88,7 @@ __all__ = [
     "loading_dtype",
     "merge_and_save",
     "missing_package",
+    "open_trial",
     "pack",
     "pack_best_fit",
     "plan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from twin import CHAT_TEMPLATE, make_tokenizer
 
+import lora_plugins
 from lora_plugins.commands.cli import main
 from lora_plugins.errors import AdapterMismatch, TrialError
 from lora_plugins.serving.trial import Trial, Writing, open_trial
@@ -161,3 +163,61 @@ def test_a_command_without_a_text_says_what_to_give(folder: Path, capsys: pytest
         main(["try", str(folder / "adapter"), "--chat", "--prompt", "Hi"])
     assert ended.value.code == 2
     assert "cannot be combined with --prompt" in " ".join(capsys.readouterr().err.split())
+
+
+# -- adapters that added tokens, bases that need a package -----------------------------------------
+
+ADDED = ("<sum>", "<end_of_sum>")
+
+
+def save_grown(folder: Path, target: Path, **lora: Any) -> Path:
+    """Train nothing, but add two tokens as a training does: they are in the adapter's files alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens(list(ADDED))
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(322, mean_resizing=False)
+    made = adapted(model, r=8, lora_alpha=64, **lora)
+    # By default PEFT (0.21) also writes the copies that modules_to_save keeps, under names that it does not load.
+    made.save_pretrained(target, save_embedding_layers=False if "modules_to_save" in lora else "auto")
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [320, 321]}},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=["saved", "rows", "adapted"],
+)
+def test_an_adapter_that_added_tokens_answers(folder: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    found = open_trial(save_grown(folder, tmp_path / "grown", **lora))
+    assert found.model.get_input_embeddings().weight.shape[0] == 322
+    assert found.tokenizer.convert_tokens_to_ids(ADDED[1]) == 321
+    asked = [{"role": "user", "content": f"{ADDED[0]} Hi"}]
+    assert found.answer(asked, SHORT) == found.answer(asked, SHORT)
+
+
+def test_a_base_whose_format_needs_a_package_names_it(folder: Path, tmp_path: Path) -> None:
+    """An ImportError of transformers would be a traceback."""
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrialError, match=r"base cannot be loaded .*(?i:gptq|optimum)"):
+        open_trial(folder / "adapter", base=tmp_path / "base")
+
+
+def test_a_tokenizer_of_any_kind_that_the_adapter_brings_is_taken(folder: Path, tmp_path: Path) -> None:
+    """Each file that the registry publishes with a tokenizer marks one, not only those of the common kinds."""
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "spiece.model").write_bytes(b"not a model")
+    with pytest.raises(TrialError, match="adapter has no tokenizer that can be loaded"):
+        open_trial(tmp_path / "adapter")
+
+
+def test_open_trial_is_a_public_name() -> None:
+    assert lora_plugins.open_trial is open_trial

@@ -23,7 +23,16 @@ from lora_plugins.quantization.marks import forget_unpacking
 from lora_plugins.quantization.request import detect_quantization, is_float
 from lora_plugins.text import one_line
 
-__all__ = ["LoadedBase", "choose_class", "is_quantized", "load_base", "make_empty", "read_config", "trained_tokens"]
+__all__ = [
+    "LoadedBase",
+    "choose_class",
+    "fit_vocabulary",
+    "is_quantized",
+    "load_base",
+    "make_empty",
+    "read_config",
+    "trained_tokens",
+]
 
 
 #: Mapping of transformers with the classes for each task of PEFT. Other classes are found by the tensors' names.
@@ -111,9 +120,7 @@ def load_base(job: Job, dtype: torch.dtype | str, *, dequantize: bool = True) ->
         dequantize_model(model, wanted)
         if wanted is not None:
             model.to(wanted)
-    rows = _count_rows_needed(job, model)
-    if rows is not None:
-        notes += _resize(job, model, rows)
+    notes += fit_vocabulary(job, model)
     return LoadedBase(model, stored_quantized, tuple(notes), frozenset(fresh))
 
 
@@ -294,6 +301,16 @@ def _read_rows(name: str, shape: tuple[int, ...]) -> int | None:
     if "lora_B" in name and name.endswith("weight"):
         return shape[0]
     return shape[0] if "lora_" not in name and "trainable_tokens" not in name and len(shape) == 2 else None
+
+
+def fit_vocabulary(job: Job, model: Any) -> list[str]:
+    """Give the embeddings of a loaded base the rows that they had in training, for tokens that were added there.
+
+    Returns:
+        Sentences about rows that are in no file.
+    """
+    rows = _count_rows_needed(job, model)
+    return [] if rows is None else list(_resize(job, model, rows))
 
 
 def trained_tokens(job: Job) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 from lora_plugins.adapters.prepare import prepare_model
-from lora_plugins.errors import TrialError
+from lora_plugins.errors import PreparationWarning, TrialError
+from lora_plugins.merging.base import fit_vocabulary
 from lora_plugins.models.randomness import seeded
 from lora_plugins.quantization.precision import loading_dtype
 from lora_plugins.serving.source import Source, read_source
 from lora_plugins.text import one_line
+from registry import TOKENIZER_FILES
 
 __all__ = ["Message", "Trial", "Writing", "open_trial"]
 
 #: A message of a conversation: ``role`` and ``content``, as chat templates take it.
 Message = dict[str, str]
-#: The files by which a tokenizer is known.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def open_trial(
 ) -> Trial:
     """Load an adapter on its base, after the check that it belongs to it.
 
+    A base without the tokens that the adapter was trained with gets their rows; the adapter's file has the values.
+
     Args:
         adapter: Adapter folder (a path, or a string that begins with ``/``, ``.`` or ``~``), or a registry reference.
         base: Base model; default is the one that the adapter names.
@@ -134,7 +137,7 @@ def open_trial(
         quantization: Backend to quantize the base with; none by default.
 
     Raises:
-        TrialError: The base does not write text, or has no tokenizer.
+        TrialError: The base cannot be loaded, does not write text, or has no tokenizer.
         MergeError: The base is unknown or cannot be read.
         MismatchedBase: The adapter was trained on another base, or does not fit this one.
     """
@@ -144,12 +147,15 @@ def open_trial(
         loaded, report = AutoModelForCausalLM.from_pretrained(
             job.base, revision=job.revision, dtype=loading_dtype(), output_loading_info=True
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
+        # An ImportError: the base's own format needs a package that is missing.
         raise TrialError(f"{job.base} cannot be loaded as a model that writes text: {one_line(error)}") from error
     if report["missing_keys"]:
         # transformers gives an encoder a head of random values.
         first = min(report["missing_keys"])
         raise TrialError(f"{job.base} does not write text: it has no weights for {first}, which that needs")
+    for note in fit_vocabulary(job, loaded):
+        warnings.warn(f"{source.title}: {note}", PreparationWarning, stacklevel=2)
     if torch.accelerator.is_available():
         loaded = loaded.to(torch.accelerator.current_accelerator())
     model = prepare_model(loaded, adapter=job.folder, quantization=quantization)
@@ -159,7 +165,7 @@ def open_trial(
 def _load_tokenizer(source: Source) -> Any:
     """Return the tokenizer of the adapter if it brings one, else the base's."""
     folder = source.job.folder
-    own = any(Path(folder, name).is_file() for name in _TOKENIZERS)
+    own = any(Path(folder, name).is_file() for name in TOKENIZER_FILES)
     place = str(folder) if own else source.job.base
     try:
         return AutoTokenizer.from_pretrained(place, revision=None if own else source.job.revision)
