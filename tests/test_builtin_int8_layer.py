@@ -7,14 +7,17 @@ from typing import Any
 
 import bitsandbytes as bnb
 import pytest
+import tiny
 import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora_plugins import prepare_model
 from lora_plugins.builtin.quantizers import int8_layer
 from lora_plugins.builtin.quantizers.bitsandbytes import Int8
 from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, _Int8Product, dequantize_rows, quantize_rows
+from lora_plugins.quantization.counting import tensor_bytes
 
 
 def layers(dtype: torch.dtype, *, bias: bool = True) -> tuple[Any, Any]:
@@ -227,3 +230,22 @@ def test_a_layer_that_was_loaded_quantized_takes_the_pass_as_asked() -> None:
     Int8().after_quantize(model, {"lean": True})
     assert type(model[0]) is Int8Linear
     assert model[0].lean is True
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_a_moved_layer_holds_its_weight_once(passed: bool) -> None:
+    model: Any = prepare_model(tiny.llama(), quantization="int8")
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert layers
+    if passed:
+        model.train()(input_ids=torch.tensor([[1, 2]]))
+    expected = [layer.weight.data.clone() for layer in layers]
+    before = [layer.weight.data_ptr() for layer in layers]
+    size = tensor_bytes(model)
+    model.to("cpu:0")  # a device of another name: torch copies
+    assert all(layer.weight.data_ptr() != pointer for layer, pointer in zip(layers, before, strict=True))
+    for layer, weight in zip(layers, expected, strict=True):
+        assert torch.equal(layer.weight, weight)
+        again = layer.state.CB if passed else layer.weight.CB
+        assert again.data_ptr() == layer.weight.data_ptr()
+    assert tensor_bytes(model) == size

@@ -38,6 +38,19 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             self.weight.SCB = self.state.SCB
         super().init_8bit_state()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        super()._apply(fn, recurse)
+        # Moving a model replaces the weight, even from "cpu" to "cpu:0" as accelerate does, but not bitsandbytes'
+        # second reference to it (0.50): the layer would hold both, or compute with the one on the old device.
+        weight: Any = self.weight
+        if weight.device.type != "meta" and weight.dtype == torch.int8:
+            for holder in (weight, self.state):
+                if holder.CB is not None and holder.CB.shape == weight.shape:
+                    holder.CB = weight.data
+                if holder.SCB is not None:
+                    holder.SCB = holder.SCB.to(weight.device)
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
         lean = device == "cpu" if self.lean is None else self.lean
