@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import served
 import tiny
 from adapters import adapted, saved
+from safetensors.torch import load_file, save_file
 
 from lora_plugins import AdapterTraits, LoraCallback, Server, ServerRule, judge_adapter, plan
 from lora_plugins.adapters.traits import traits_of
@@ -19,7 +21,7 @@ from lora_plugins.commands.cli import main
 from lora_plugins.errors import UnknownServer
 from lora_plugins.plugins.traits import judge, read_traits
 from registry import PushToRegistryCallback, check_push, diagnose, push_adapter
-from registry.checks.serving import describe_base
+from registry.checks.serving import describe_base, judge_serving
 from registry.errors import UnservedAdapter
 from registry.formats.records import BaseKind, BaseRecord, Fingerprint
 
@@ -188,3 +190,52 @@ def test_rules_are_asked_without_torch(tmp_path: Path) -> None:
         "assert len(found.servers) == 6, found.servers; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def rename_tensors(folder: Path, change: Callable[[str], str]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"module.{name}",
+        lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.replace("self_attn", "_fsdp_wrapped_module.self_attn"),
+    ],
+    ids=["DDP", "kohya", "wrapped twice", "FSDP"],
+)
+def test_doctor_names_no_server_for_what_it_calls_broken(
+    base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[str], str]
+) -> None:
+    folder = saved(base, tmp_path / "adapter")
+    rename_tensors(folder, change)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", str(folder)])
+    assert ended.value.code == 4
+    out = capsys.readouterr().out
+    assert "serves on: not judged before the errors are cured" in out
+    assert "vllm" not in out
+    assert diagnose(folder, fix=tmp_path / "cured").servers == ()
+    assert any(one.served for one in diagnose(tmp_path / "cured").servers)
+
+
+def test_doctor_judges_the_names_that_are_in_the_file(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names with the adapter's name in them are a warning only: PEFT loads them."""
+    seen: list[str] = []
+
+    def watch(fields: Any, tensors: Any, known: Any) -> Any:
+        seen.extend(tensors)
+        return judge_serving(fields, tensors, known)
+
+    monkeypatch.setattr("registry.health.doctor.judge_serving", watch)
+    folder = saved(base, tmp_path / "adapter")
+    rename_tensors(folder, lambda name: name.replace(".weight", ".default.weight"))
+    found = diagnose(folder)
+    assert found.severity == "warning"
+    assert seen
+    assert all(".default." in name for name in seen)

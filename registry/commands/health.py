@@ -64,6 +64,8 @@ def doctor(
 
 def _say_servers(found: Diagnosis) -> None:
     taking = [f"{one.server} {one.version}" for one in found.servers if one.served]
+    if found.severity == "error":
+        say("serves on: not judged before the errors are cured")
     if found.servers:
         say(f"serves on: {visible(', '.join(taking) or 'none of the servers whose rules are known')}")
     for verdict in found.servers:

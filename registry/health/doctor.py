@@ -56,8 +56,8 @@ class Diagnosis:
         symptoms: What was found, the worst first.
         not_read: Parts of the adapter that were not read, with the reason.
         cured: Folder of the cured copy, if one was written.
-        servers: Each server's verdict on the adapter as it is: ``lora_plugins.ServingVerdict``. Empty if configuration
-            or header cannot be read.
+        servers: Each server's verdict on the adapter as it is: ``lora_plugins.ServingVerdict``. Empty after an error,
+            or if configuration or header cannot be read.
     """
 
     title: str
@@ -135,6 +135,8 @@ class _Examination:
     """The state of one examination: what was found so far, and the changes that cure it."""
 
     def __init__(self, files: AdapterFiles, named: Changes, not_read: dict[str, str]) -> None:
+        # Under the names that are in the file: servers read those.
+        self.original = files
         self.files = files
         self.named = named
         self.changes: list[Changes] = []
@@ -225,7 +227,10 @@ class _Examination:
     def report(self, cured: str | None) -> Diagnosis:
         """Return what was found."""
         worst_first = sorted(self.symptoms, key=lambda symptom: -SEVERITIES.index(symptom.severity))
-        return Diagnosis(self.files.title, tuple(worst_first), self.not_read, cured, self._judge())
+        # What is broken is served by nobody, whatever the servers' rules say about its configuration.
+        broken = any(symptom.severity == "error" for symptom in self.symptoms)
+        servers = () if broken else self._judge()
+        return Diagnosis(self.files.title, tuple(worst_first), self.not_read, cured, servers)
 
     def _judge(self) -> tuple[Verdict, ...]:
         """Ask the rules of all servers, of the base what the manifest, or the base that was given, says."""
@@ -234,4 +239,4 @@ class _Examination:
         manifest = self.files.manifest if "manifest" in self.parts else None
         known = None if manifest is None else describe_base(manifest.architecture, manifest.base)
         base = read_base_config(self.files.base) or known
-        return tuple(judge_serving(self.files.config.fields, self.files.tensors, base))
+        return tuple(judge_serving(self.files.config.fields, self.original.tensors, base))
