@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from registry.formats.references import is_path as is_path
     from registry.health.doctor import Diagnosis as Diagnosis
     from registry.health.doctor import diagnose as diagnose
+    from registry.health.source import read_base_config as read_base_config
     from registry.hubs import open_hub as open_hub
     from registry.hubs.folder import FolderHub as FolderHub
     from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
@@ -130,6 +131,7 @@ _LAZY = {
     "pull_adapter": "registry.pulling.pull",
     "push_adapter": "registry.publishing.push",
     "remove_alias": "registry.catalog.aliases",
+    "read_base_config": "registry.health.source",
     "read_lineage": "registry.checks.lineage",
     "set_alias": "registry.catalog.aliases",
     "shorten_tables": "registry.base.places",

@@ -15,7 +15,7 @@ import torch
 from adapters import adapted
 
 from lora_plugins.errors import InvalidServingSetting, RefusedAdapter
-from lora_plugins.serving.finder import FoundRelease, ReleaseFinder, ServedBase
+from lora_plugins.serving.finder import FoundRelease, ReleaseFinder, ServedBase, ServedNames, describe_base
 from lora_plugins.serving.resolver_settings import ResolverSettings
 from lora_plugins.serving.vllm_entry import register
 from registry import (
@@ -264,3 +264,51 @@ def test_the_plugin_does_nothing_until_a_registry_is_named(monkeypatch: pytest.M
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="lora_plugins")
     assert entry.load() is register
+
+
+def test_names_beyond_the_limit_take_the_place_of_missed_ones_and_of_the_oldest() -> None:
+    names = ServedNames(2)
+    assert names.keep("org/a", "org/a@1.0.0") is None
+    assert names.keep("org/b", "org/b@1.0.0") is None
+    assert names.keep("org/a", "org/a@1.1.0") is None
+    assert names.keep("org/c", "org/c@1.0.0") == "org/a"
+    names.miss("org/c")
+    assert names.keep("org/d", "org/d@1.0.0") == "org/c"
+    assert names.titles == {"org/b": "org/b@1.0.0", "org/d": "org/d@1.0.0"}
+
+
+def test_a_name_is_forgotten_when_the_server_lacks_it_twice_in_a_row() -> None:
+    names = ServedNames(9)
+    names.keep("org/a", "org/a@1.0.0")
+    names.miss("org/a")
+    names.keep("org/a", "org/a@1.0.0")
+    names.miss("org/a")
+    assert "org/a" in names.titles
+    names.miss("org/a")
+    assert names.titles == {}
+    names.miss("org/a")
+    names.forget("org/a")
+
+
+@pytest.mark.parametrize("written", ["{", "[]", '"text"', "{}{}", "\x00", None])
+def test_a_base_whose_configuration_is_broken_is_refused(registry: Path, base: Path, written: str | None) -> None:
+    if written is None:
+        (base / "config.json").unlink()
+    else:
+        (base / "config.json").write_text(written)
+    with pytest.raises((RefusedAdapter, RegistryError)):
+        finder(registry).find("org/name@1.0.0", ServedBase(str(base)))
+    with pytest.raises(RefusedAdapter, match=r"config\.json of the served base"):
+        describe_base(base)
+
+
+def test_a_base_in_the_home_folder_is_found(registry: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    assert finder(registry).find("org/name@1.0.0", ServedBase("~/base")).title == "org/name@1.0.0"
+    monkeypatch.setattr(Path, "expanduser", _fail)
+    with pytest.raises(RegistryError, match="the home folder is not known"):
+        ServedBase("~/base").find()
+
+
+def _fail(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")

@@ -201,6 +201,22 @@ def test_a_name_stays_where_its_next_version_is_refused(
     drive(base, ResolverSettings(str(registry), refresh=0.1), steps)
 
 
+def test_a_name_beyond_the_limit_takes_the_place_of_the_oldest(
+    registry: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_plugins.serving.vllm_resolver._MOST_NAMES", 2)
+
+    async def steps(models: OpenAIServingModels, engine: Engine) -> None:
+        names = ("org/name", "org/name>=1", "org/name>=1.0", "org/name")
+        for name in names:
+            assert (await models.resolve_lora(name)).lora_name == "org/name@1.1.0"
+        assert list(models.lora_requests) == ["org/name>=1.0", "org/name"]
+        push(base, registry, "1.2.0", 3)
+        await wait_until(lambda: models.lora_requests["org/name"].lora_name == "org/name@1.2.0")
+
+    drive(base, ResolverSettings(str(registry), refresh=0.1), steps)
+
+
 def test_a_name_that_moves_is_refused_where_it_cannot_be_followed(registry: Path, base: Path) -> None:
     async def ask() -> None:
         resolver = RegistryResolver(ResolverSettings(str(registry)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -13,9 +14,18 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from lora_plugins.errors import RefusedAdapter
 from lora_plugins.plugins.traits import judge_adapter
 from lora_plugins.serving.resolver_settings import ALLOW, ResolverSettings
-from registry import Adapter, Reference, changes_base, check_contract, open_hub, pull_adapter
+from registry import (
+    Adapter,
+    Reference,
+    changes_base,
+    check_contract,
+    expand_path,
+    open_hub,
+    pull_adapter,
+    read_base_config,
+)
 
-__all__ = ["FoundRelease", "ReleaseFinder", "ServedBase"]
+__all__ = ["FoundRelease", "ReleaseFinder", "ServedBase", "ServedNames", "describe_base"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class ServedBase:
 
     def find(self) -> Path | str:
         """Return the folder that holds it; else its id with the revision, for a look at the hub."""
-        folder = Path(self.name).expanduser()
+        folder = expand_path(self.name)
         if folder.is_dir():
             return folder
         try:
@@ -132,11 +142,63 @@ class ReleaseFinder:
                 f"trained on could not be verified: {result.details}"
             )
         fields = adapter.config.fields
-        described = json.loads(Path(place, "config.json").read_bytes()) if isinstance(place, Path) else None
+        described = describe_base(place)
         changed = changes_base(fields.get("init_lora_weights"))
         (verdict,) = judge_adapter(fields, adapter.manifest.tensors, described, [self.server], changes_base=changed)
         if not verdict.served:
             raise RefusedAdapter(f"{adapter}: {verdict}")
+
+
+class ServedNames:
+    """What each served name means, for a limited number of names: one release has endlessly many ranges that mean it.
+
+    Args:
+        most: Names that are kept at most.
+
+    Attributes:
+        titles: ``org/name@version`` by name, the oldest first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.titles: dict[str, str] = {}
+        self._missed: set[str] = set()
+
+    def keep(self, name: str, title: str) -> str | None:
+        """Note what a name means; return the name that had to go for it: one that was missed, else the oldest."""
+        self._missed.discard(name)
+        gone = None
+        if name not in self.titles and len(self.titles) >= self.most:
+            gone = next((one for one in self.titles if one in self._missed), next(iter(self.titles)))
+            self.forget(gone)
+        self.titles[name] = title
+        return gone
+
+    def miss(self, name: str) -> None:
+        """Forget a name that the server lacks at two looks in a row; at the first one it may still be loading."""
+        if name in self._missed:
+            self.forget(name)
+        else:
+            self._missed.add(name)
+
+    def forget(self, name: str) -> None:
+        """Forget a name, if it is known."""
+        self.titles.pop(name, None)
+        self._missed.discard(name)
+
+
+def describe_base(place: Path | str) -> Mapping[str, Any] | None:
+    """Return the configuration of a base in a folder, ``None`` for one on a hub.
+
+    Raises:
+        RefusedAdapter: The folder has none that can be read.
+    """
+    if not isinstance(place, Path):
+        return None
+    described = read_base_config(place)
+    if described is None:
+        raise RefusedAdapter(f"The config.json of the served base in {place} is missing or not a JSON object.")
+    return described
 
 
 def _list_messages(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:

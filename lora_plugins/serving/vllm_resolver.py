@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from lora_plugins.errors import LoraPluginsError, RefusedAdapter
-from lora_plugins.serving.finder import FoundRelease, ReleaseFinder, ServedBase
+from lora_plugins.serving.finder import FoundRelease, ReleaseFinder, ServedBase, ServedNames
 from lora_plugins.serving.resolver_settings import ResolverSettings
 from registry import (
     HubUnavailable,
@@ -29,7 +29,7 @@ __all__ = ["PinnedRequest", "RegistryResolver", "add_resolver"]
 # vLLM shows the lines of its own loggers only.
 _log = init_logger("vllm.lora_plugins")
 _NAME = "lora-plugins"
-#: Names that are served at most, and looked up again: one release has endlessly many ranges that mean it.
+#: Names that are served at most, and looked up again.
 _MOST_NAMES = 4096
 
 
@@ -72,7 +72,7 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         self.finder = ReleaseFinder(settings, "vllm")
         # One thread: what many requests want at once is pulled once.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora-plugins")
-        self._served: dict[str, str] = {}
+        self._served = ServedNames(_MOST_NAMES)
         self._told: set[str] = set()
         self._follower: asyncio.Task[None] | None = None
 
@@ -103,9 +103,10 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
             # Its answers would stay the first one's for ever.
             reason = RefusedAdapter("This release of vLLM keeps adapters elsewhere, so none can follow; give a version")
             raise self._refuse(lora_name, reason)
-        if lora_name not in self._served and len(self._served) >= _MOST_NAMES:
-            raise self._refuse(lora_name, RefusedAdapter(f"{_MOST_NAMES:,} names are served already"))
-        self._served[lora_name] = found.title
+        gone = self._served.keep(lora_name, found.title)
+        if gone is not None and owner is not None:
+            # vLLM asks again for it; its answer would not be followed any more.
+            owner.lora_requests.pop(gone, None)
         if self._follower is None and owner is not None:
             self._follower = asyncio.create_task(self._follow(owner, base))
         return self._make_request(lora_name, found)
@@ -144,25 +145,31 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         """Look all served names up again and again."""
         while True:
             await asyncio.sleep(self.finder.settings.refresh)
-            for name in list(self._served):
+            for name in list(self._served.titles):
                 try:
                     await self._renew(owner, name, base)
                 except Exception as error:
                     # Another name must not wait for this one's fault.
-                    self._warn(f"{name!r} stays {self._served.get(name)}: {type(error).__name__}: {error}")
+                    self._warn(f"{name!r} stays {self._served.titles.get(name)}: {type(error).__name__}: {error}")
 
     async def _renew(self, owner: Any, name: str, base: ServedBase) -> None:
         if name not in owner.lora_requests:
             # Not loaded yet, refused by the engine, or unloaded by vLLM's own endpoint.
+            self._served.miss(name)
             return
         try:
             found = await self._find(name, base)
         except VersionNotFound as error:
             owner.lora_requests.pop(name, None)
-            del self._served[name]
+            self._served.forget(name)
             _log.warning("%r is not served any more: %s", name, error)
             return
-        if found.title == self._served[name]:
+        known = self._served.titles.get(name)
+        if known is None:
+            # It went meanwhile, for a newer name.
+            return
+        self._served.keep(name, known)
+        if found.title == known:
             for message in found.warnings:
                 self._warn(f"{name!r}: {message}")
             return
@@ -170,7 +177,7 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         await owner.engine_client.add_lora(request)
         if name in owner.lora_requests:
             owner.lora_requests[name] = request
-        self._served[name] = found.title
+            self._served.keep(name, found.title)
 
 
 def _is_moving(name: str) -> bool:
