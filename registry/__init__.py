@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from registry.catalog.withdrawal import yank as yank
     from registry.checks.configuration import changes_base as changes_base
     from registry.checks.lineage import LINEAGE_FILE as LINEAGE_FILE
+    from registry.checks.lineage import LINEAGE_WEIGHTS as LINEAGE_WEIGHTS
     from registry.checks.lineage import clean_lineage as clean_lineage
     from registry.checks.lineage import list_lineage as list_lineage
     from registry.checks.lineage import read_lineage as read_lineage
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from registry.errors import RepositoryNotFound as RepositoryNotFound
     from registry.errors import VersionNotFound as VersionNotFound
     from registry.formats.manifest import Manifest as Manifest
+    from registry.formats.paths import MANIFEST_FILE as MANIFEST_FILE
     from registry.formats.paths import TOKENIZER_FILES as TOKENIZER_FILES
     from registry.formats.patterns import is_cheap as is_cheap
     from registry.formats.references import Reference as Reference
@@ -93,6 +95,8 @@ _LAZY = {
     "InvalidAdapter": "registry.errors",
     "InvalidReference": "registry.errors",
     "LINEAGE_FILE": "registry.checks.lineage",
+    "LINEAGE_WEIGHTS": "registry.checks.lineage",
+    "MANIFEST_FILE": "registry.formats.paths",
     "Manifest": "registry.formats.manifest",
     "TOKENIZER_FILES": "registry.formats.paths",
     "Published": "registry.publishing.publish",

@@ -18,6 +18,7 @@ from lora_plugins.adapters.inject import (
     has_adapters,
     set_fields,
 )
+from lora_plugins.adapters.lineage.parents import describe_parent
 from lora_plugins.adapters.records import Preparation, preparation_of
 from lora_plugins.adapters.saving import find_wrapper
 from lora_plugins.adapters.settings import LoraSettings
@@ -147,6 +148,7 @@ def prepare(
     if untagged:
         record.notes.append("the flags of a quantized model were taken off: its weights are float")
     record.notes += [f"adapter and base are {checked}"] if checked else []
+    record.parent = describe_parent(settings.adapter, stored) if settings.adapter is not None and stored else "none"
     job = Job(model, settings, record, seed=seed, autocast=autocast, progress=progress, stored=stored)
     job.is_quantized = arrived is not None
     if config is not None:
@@ -200,6 +202,7 @@ def _prepare_wrapped(
     arrived = _check_arrived(model, settings.quantization)
     plan = known.plan if known else None
     record = Preparation(name, plan, arrived or settings.quantization, None, tensor_bytes(model))
+    record.parent = known.parent if known else record.parent
     record.heads = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
     record.required = find_required(base_of(model), settings.frozen)
     record.notes += [*stored_notes, "the model came with its adapters; they were left as they are"]

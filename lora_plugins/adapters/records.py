@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ class Preparation:
         heads: Names of the modules that are trained and saved in full.
         required: The newly initialized parts of the base, which a run must train and save.
         notes: Sentences for the report.
+        parent: The adapter that was loaded into the model, ``"none"`` for a new one, or the reason why it is not known.
     """
 
     adapter_name: str | None
@@ -44,6 +46,7 @@ class Preparation:
     heads: tuple[str, ...] = ()
     required: Required = field(default_factory=Required)
     notes: list[str] = field(default_factory=list)
+    parent: dict[str, Any] | str = "the model came with an adapter that lora-plugins neither made nor loaded"
 
 
 def preparation_of(model: nn.Module) -> Preparation | None:

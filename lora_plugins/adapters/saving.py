@@ -107,8 +107,9 @@ def save_pretrained(model: PeftModel, save_directory: Any, *args: Any, **kwargs:
         kwargs["save_embedding_layers"] = saves_embeddings(model)
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
     if kwargs.get("path_initial_model_for_weight_conversion") is None and kwargs.get("is_main_process", True):
-        _make_files_plain(model, Path(save_directory), kwargs.get("selected_adapters") or list(model.peft_config))
-        write_lineage(model, Path(save_directory))
+        names = kwargs.get("selected_adapters") or list(model.peft_config)
+        _make_files_plain(model, Path(save_directory), names)
+        write_lineage(model, Path(save_directory), names)
     if kwargs.get("selected_adapters") is None:
         check_everything_is_saved(model)
 

@@ -195,7 +195,8 @@ class TrainingRun:
                 place_whole(trainer)
             trainer.data_collator = prepare.collator(self.recipe, self.tokenizer, trainer.model)
         if self.is_main:
-            declare_lineage(trainer.model, describe_run(self.recipe, self.training, self.data.rows, commit))
+            rows = self.data.rows
+            declare_lineage(trainer.model, lambda: describe_run(self.recipe, self.training, rows, commit))
         return trainer, interruption
 
     def _train(self, trainer: Trainer, checkpoint: str | None) -> None:

@@ -190,7 +190,7 @@ class _PreparingCallback(TrainerCallback):  # type: ignore[misc]
         for check in checks:
             with self.checks.report():
                 check()
-        begin_lineage(trainer, self.settings.adapter, self.checks.describe())
+        begin_lineage(trainer, self.checks.describe())
         self._forget_run()
         if self.checks.run(AdapterNotMoving):
             unreached = record.plan.unreached if record is not None and record.plan is not None else ()

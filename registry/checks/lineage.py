@@ -6,6 +6,7 @@ A lineage is plain data. Each of its fields (`FIELDS`) is recorded, or stands in
 from __future__ import annotations
 
 import getpass
+import hashlib
 import ipaddress
 import os
 import re
@@ -17,15 +18,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from registry.disk.files import read_small
+from registry.disk.files import open_regular, read_small
 from registry.formats.fields import is_finite
+from registry.formats.paths import ADAPTER_WEIGHTS
 from registry.formats.references import is_path
 from registry.formats.strict_json import JsonRefused, canonical, parse
 
-__all__ = ["FIELDS", "LINEAGE_FILE", "clean_lineage", "compare_lineage", "list_lineage", "read_lineage"]
+__all__ = [
+    "FIELDS",
+    "LINEAGE_FILE",
+    "LINEAGE_WEIGHTS",
+    "clean_lineage",
+    "compare_lineage",
+    "list_lineage",
+    "read_lineage",
+]
 
 #: File beside an adapter's weights that holds its lineage.
 LINEAGE_FILE = "lineage.json"
+#: Key in that file of the sha256 of the adapter's weights that it belongs to; older files have none.
+LINEAGE_WEIGHTS = "weights"
 #: The fields in the order in which they are shown, each with its title.
 FIELDS: Mapping[str, str] = {
     "dataset": "data set",
@@ -52,18 +64,34 @@ _DATA_FILE = re.compile(r"\.(?:jsonl?|csv|parquet|arrow|txt|gz|zip)$", re.IGNORE
 _PATH = re.compile(
     r"""(?:^|[\s"'`=(\[{,;:<>|])(?:~[\w-]*|/[\w.+@-]+)/[\w.+@-]|(?:^|\W)[A-Za-z]:[\\/]\w|\\\\\w+\\|\bfile:/""", re.ASCII
 )
+_PAGE = re.compile(r"/[\w/-]*", re.ASCII)
 _WITHHELD = "it names a place on the machine where it was trained"
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """Return the lineage that an adapter's folder holds, cleaned; every field not recorded if there is none."""
+    """Return the lineage that an adapter's folder holds, cleaned; every field not recorded if there is none.
+
+    A file that names other weights than those beside it belongs to another adapter, and counts as none.
+    """
     try:
         value = parse(read_small(folder / LINEAGE_FILE, _MAX_BYTES + 1), _MAX_BYTES)
     except FileNotFoundError:
         return clean_lineage(None, f"the folder holds no {LINEAGE_FILE}, which LoraCallback writes")
     except (OSError, JsonRefused):
         return clean_lineage(None, f"{LINEAGE_FILE} cannot be read")
+    digest = value.get(LINEAGE_WEIGHTS) if isinstance(value, dict) else None
+    if digest is not None and digest != _hash_weights(folder):
+        return clean_lineage(None, "it belongs to other weights")
     return clean_lineage(value)
+
+
+def _hash_weights(folder: Path) -> str | None:
+    try:
+        # The weights may be reached through a link, as in a cache.
+        with os.fdopen(open_regular((folder / ADAPTER_WEIGHTS).resolve()), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def clean_lineage(value: Any, reason: str = "nothing recorded it") -> dict[str, Any]:
@@ -99,8 +127,11 @@ def clean_lineage(value: Any, reason: str = "nothing recorded it") -> dict[str, 
 
 def _clean(value: Any, path: str, reasons: dict[str, str], depth: int) -> Any:
     """Return a value without what may not be told, and note the reason for each part that is left out."""
-    if depth > _DEPTH or (isinstance(value, float) and not is_finite(value)):
+    if depth > _DEPTH:
         reasons[path] = "it is not plain data"
+        return None
+    if isinstance(value, float) and not is_finite(value):
+        reasons[path] = "a value is not finite"
         return None
     if isinstance(value, (bool, int, float)):
         return value
@@ -108,10 +139,13 @@ def _clean(value: Any, path: str, reasons: dict[str, str], depth: int) -> Any:
         return _clean_text(value, path, reasons)
     if isinstance(value, Mapping):
         items = {str(k): _clean(v, f"{path}.{k}", reasons, depth + 1) for k, v in value.items() if v is not None}
-        return {key: item for key, item in items.items() if item is not None and not _find_machine().names(key)}
+        private = {key for key in items if _find_machine().names(key)}
+        reasons.update({f"{path}.a name": _WITHHELD for _ in private})
+        return {key: item for key, item in items.items() if item is not None and key not in private}
     if isinstance(value, (list, tuple)):
-        cleaned = (_clean(item, path, reasons, depth + 1) for item in value)
-        return [item for item in cleaned if item is not None]
+        cleaned = [_clean(item, path, reasons, depth + 1) for item in value]
+        # A number that is missing keeps its place, because lists of a lineage are read side by side.
+        return [new for new, old in zip(cleaned, value, strict=True) if new is not None or not isinstance(old, str)]
     return None
 
 
@@ -161,7 +195,7 @@ def _find_machine() -> _Machine:
 
 
 def _shorten_url(text: str) -> str | None:
-    """Return scheme, host and path of a public address; ``None`` for one of this machine or a private network."""
+    """Return the public part of an address; ``None`` for one of this machine or of a private network."""
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
@@ -170,9 +204,11 @@ def _shorten_url(text: str) -> str | None:
     machine = _find_machine()
     if parts.scheme not in ("http", "https") or host is None or machine.names(host) or _is_private(host):
         return None
-    if machine.user and machine.user in parts.path.split("/"):
+    # The pages of some trackers are behind the "#".
+    fragment = parts.fragment if _PAGE.fullmatch(parts.fragment) else ""
+    if machine.user and machine.user in (*parts.path.split("/"), *fragment.split("/")):
         return None
-    return urlunsplit((parts.scheme, host if port is None else f"{host}:{port}", parts.path, "", ""))
+    return urlunsplit((parts.scheme, host if port is None else f"{host}:{port}", parts.path, "", fragment))
 
 
 def _is_private(host: str) -> bool:
@@ -300,4 +336,4 @@ def _show(value: Any) -> str:
         return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_show, value))
-    return str(value)
+    return "none" if value is None else str(value)

@@ -200,8 +200,17 @@ def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found
     facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
     stored = training_facts.read_base_format(model)
     facts |= {"base_format": stored} if stored else {}
-    lineage = clean_lineage(getattr(model, training_facts.LINEAGE, None), "the model was trained without LoraCallback")
-    return _Found(base, architecture, Training(facts, lineage=lineage), at_hand=model.get_base_model())
+    return _Found(
+        base, architecture, Training(facts, lineage=_read_lineage(model, name)), at_hand=model.get_base_model()
+    )
+
+
+def _read_lineage(model: Any, name: str) -> dict[str, Any]:
+    """Return what an adapter in a model was trained from; of another adapter than the trained one nothing is known."""
+    found = getattr(model, training_facts.LINEAGE, None)
+    if isinstance(found, Mapping) and name not in found.get("adapters", (name,)):
+        return clean_lineage(None, f"the training that is recorded was of another adapter than {name}")
+    return clean_lineage(found, "the model was trained without LoraCallback")
 
 
 def _collect_trainer(trainer: Any, folder: Path, adapter_name: str | None) -> _Found:

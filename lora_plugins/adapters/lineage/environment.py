@@ -24,7 +24,7 @@ _LIBRARIES = (
 #: The same, where the run has imported it.
 _IMPORTED = "trl"
 _SECONDS = 10
-#: Settings of a repository may name programs; none is run.
+#: Settings of a repository may name programs: its file system monitor and its hooks are off.
 _GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-optional-locks")
 
 
@@ -100,8 +100,8 @@ def _run_git(folder: Path, *words: str) -> str | None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         done = subprocess.run(  # noqa: S603
-            [*_GIT, "-C", str(folder), *words], capture_output=True, text=True, timeout=_SECONDS, env=environment,
-            check=False, stdin=subprocess.DEVNULL,
+            [*_GIT, "-C", str(folder), *words], capture_output=True, timeout=_SECONDS, env=environment, check=False,
+            encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

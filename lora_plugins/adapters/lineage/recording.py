@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import Trainer
 
-from lora_plugins.adapters.files import ADAPTER_FILE, adapter_folder, find_adapter_file
+from lora_plugins.adapters.files import find_adapter_file
 from lora_plugins.adapters.lineage.environment import describe_code, describe_hardware, describe_libraries
+from lora_plugins.adapters.lineage.facts import Facts, NotKnown, explain
+from lora_plugins.adapters.lineage.parents import read_parent
 from lora_plugins.adapters.lineage.rows import describe_rows
 from lora_plugins.adapters.lineage.trackers import describe_trackers
 from lora_plugins.quantization.request import detect_quantization
 from lora_plugins.text import write_json
-from registry import LINEAGE_FILE, clean_lineage, is_path, read_lineage
+from registry import LINEAGE_FILE, LINEAGE_WEIGHTS, clean_lineage, read_lineage
 
 __all__ = [
     "begin_lineage",
@@ -36,6 +37,8 @@ _ATTRIBUTE = "lora_plugins_lineage"
 _DECLARED = "lora_plugins_lineage_declared"
 #: Attribute with the lineage of the checkpoint that the run goes on from.
 _BEFORE = "lora_plugins_lineage_before"
+#: Key of the names of the adapters that were trained; only on the model.
+_ADAPTERS = "adapters"
 #: Losses that are recorded; the log of a longer run is thinned, except for its first steps.
 _MOST_LOSSES, _FIRST_LOSSES = 400, 200
 #: What may differ in a part of a run that was resumed.
@@ -43,14 +46,19 @@ _COMPARED = ("libraries", "hardware", "code")
 _SCRIPT = "the Trainer was made by a script, not by lora-plugins train"
 
 
-def declare_lineage(model: Any, facts: Mapping[str, Any]) -> None:
+def declare_lineage(model: Any, facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> None:
     """Note before a training what its program knows better than the Trainer: fields of the lineage.
 
     Args:
         model: The model in the Trainer.
-        facts: Fields, such as ``recipe``; ``not_recorded`` has reasons.
+        facts: Fields, such as ``recipe``; ``not_recorded`` has reasons. Or what returns them: if it fails, the recipe
+            is not recorded.
     """
-    setattr(model, _DECLARED, dict(facts))
+    try:
+        declared = dict(facts() if callable(facts) else facts)
+    except Exception as error:
+        declared = {"not_recorded": {"recipe": explain(error)}}
+    setattr(model, _DECLARED, declared)
 
 
 def continue_lineage(model: Any, folder: Path, *, finished: bool = False) -> None:
@@ -61,39 +69,51 @@ def continue_lineage(model: Any, folder: Path, *, finished: bool = False) -> Non
         folder: The checkpoint.
         finished: Whether nothing is left to train, so that its lineage is that of the model.
     """
-    if (folder / LINEAGE_FILE).is_file():
-        setattr(model, _ATTRIBUTE if finished else _BEFORE, read_lineage(folder))
+    names = _list_adapters(model)
+    files = [file for name in names if (file := find_adapter_file(folder, name)) is not None]
+    place = next((file.parent for file in files if (file.parent / LINEAGE_FILE).is_file()), None)
+    if place is not None:
+        found = read_lineage(place)
+        setattr(model, _ATTRIBUTE if finished else _BEFORE, {**found, _ADAPTERS: names} if finished else found)
 
 
-def begin_lineage(trainer: Trainer, adapter: Any = None, checks: Mapping[str, Any] | None = None) -> None:
+def begin_lineage(trainer: Trainer, checks: Mapping[str, Any] | None = None) -> None:
     """Record on the Trainer's model what the run is trained from; on the main process only.
+
+    What cannot be read is not recorded, with the reason; the run goes on.
 
     Args:
         trainer: The Trainer, at the beginning of its training.
-        adapter: The adapter that the run continues from: a folder or a reference.
-        checks: Names of the checks that run, and of those that are switched off.
+        checks: Names of the checks that are on, and of those that are switched off.
     """
     if not trainer.is_world_process_zero():
         return
     model = trainer.model
     declared: Mapping[str, Any] = getattr(model, _DECLARED, {})
-    found: dict[str, Any] = {"seed": _describe_seed(trainer.args)}
-    reasons: dict[str, str] = {}
-    _add_data(found, reasons, trainer, "inputs" if "dataset" in declared else "dataset")
-    reasons["recipe"] = _SCRIPT
-    _add(found, reasons, "code", describe_code(None, "the script") if "code" not in declared else declared["code"])
-    found["tracker"] = describe_trackers(trainer)
-    found["hardware"], found["libraries"] = describe_hardware(trainer.args), describe_libraries(_list_required(model))
-    found["parent"] = _describe_parent(adapter)
-    found |= {"checks": dict(checks)} if checks is not None else {}
-    reasons["losses"] = "nothing was logged yet"
-    reasons |= declared.get("not_recorded", {})
-    found |= {name: value for name, value in declared.items() if name not in ("not_recorded", "code")}
+    facts = Facts(reasons={"recipe": _SCRIPT, "losses": "nothing was logged yet"})
+    facts.read("seed", lambda: _describe_seed(trainer.args))
+    _read_data(facts, trainer, "inputs" if "dataset" in declared else "dataset")
+    facts.read("code", lambda: _require(declared.get("code") or describe_code(None, "the script")))
+    facts.read("tracker", lambda: describe_trackers(trainer))
+    facts.read("hardware", lambda: describe_hardware(trainer.args))
+    facts.read("libraries", lambda: describe_libraries(_list_required(model)))
+    facts.read("parent", lambda: read_parent(model, trained=hasattr(model, _ATTRIBUTE)))
+    facts.found |= {"checks": dict(checks)} if checks is not None else {}
+    facts.reasons |= declared.get("not_recorded", {})
+    facts.found |= {name: value for name, value in declared.items() if name not in ("not_recorded", "code")}
     before = vars(model).pop(_BEFORE, None)
-    if before is not None and trainer.state.global_step:
-        found["resumed"] = [*before.get("resumed", []), _compare(before, found, trainer.state.global_step)]
-        found |= {"parent": before["parent"]} if "parent" in before else {}
-    setattr(model, _ATTRIBUTE, {**found, "not_recorded": reasons})
+    if trainer.state.global_step and before is None:
+        facts.take("parent", {"not_recorded": {"parent": "the checkpoint that the run goes on from has no lineage"}})
+    elif trainer.state.global_step:
+        change = _compare(before, facts.found, trainer.state.global_step)
+        facts.found["resumed"] = [*before.get("resumed", []), change]
+        facts.take("parent", before)
+    setattr(model, _ATTRIBUTE, {**facts.found, "not_recorded": facts.reasons, _ADAPTERS: _list_adapters(model)})
+
+
+def _list_adapters(model: Any) -> list[str]:
+    """Return the names of the adapters that a model trains."""
+    return list(model.active_adapters) if isinstance(model, PeftModel) else []
 
 
 def _list_required(model: Any) -> Sequence[str]:
@@ -102,40 +122,26 @@ def _list_required(model: Any) -> Sequence[str]:
     return quantization.quantizer.requires if quantization is not None else ()
 
 
-def _add(found: dict[str, Any], reasons: dict[str, str], name: str, facts: Any) -> None:
-    """Put facts under a name; a text is the reason why there are none."""
-    if isinstance(facts, str):
-        reasons[name] = facts
-    else:
-        found[name] = facts
+def _require(value: Any) -> Any:
+    """Return a value; raise `NotKnown` for a text, which is the reason why there is none."""
+    if isinstance(value, str):
+        raise NotKnown(value)
+    return value
 
 
-def _add_data(found: dict[str, Any], reasons: dict[str, str], trainer: Trainer, name: str) -> None:
-    found[name] = {}
-    for part, data in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-        if data is not None:
-            found[name][part], missing = describe_rows(data)
-            if name == "dataset":
-                reasons.update({f"{name}.{part}.{key}": why for key, why in missing.items()})
+def _read_data(facts: Facts, trainer: Trainer, name: str) -> None:
+    parts = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    described = Facts()
+    described.read(name, lambda: describe_rows({part: data for part, data in parts.items() if data is not None}))
+    facts.reasons |= described.reasons
+    if name in described.found:
+        facts.found[name], missing = described.found[name]
+        # What the program declared about its rows, it has declared about the tokenized ones as well.
+        facts.reasons |= {f"{name}.{key}": why for key, why in missing.items()} if name == "dataset" else {}
 
 
 def _describe_seed(args: Any) -> Any:
     return args.seed if args.data_seed is None else {"seed": args.seed, "data": args.data_seed}
-
-
-def _describe_parent(adapter: str | os.PathLike[str] | None) -> dict[str, Any] | str:
-    """Return which adapter the run continues from."""
-    if adapter is None:
-        return "none"
-    folder = adapter_folder(adapter)
-    with open(folder / ADAPTER_FILE, "rb") as file:
-        found: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    manifest = folder / "adapter_manifest.json"
-    if not manifest.is_file():
-        return found
-    content = manifest.read_bytes()
-    found |= {"version": json.loads(content).get("version"), "manifest": hashlib.sha256(content).hexdigest()}
-    return {"name": str(adapter).partition("@")[0], **found} if not is_path(adapter) else found
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -155,8 +161,7 @@ def describe_log(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     rest = entries[_FIRST_LOSSES:]
     stride = max(1, -(-len(rest) // (_MOST_LOSSES - _FIRST_LOSSES)))
     entries = entries[:_FIRST_LOSSES] + rest[stride - 1 :: stride]
-    names = {"step": "step", "loss": "loss", "grad_norm": "grad_norm"}
-    return {name: [entry.get(key) for entry in entries] for name, key in names.items() if entries}
+    return {name: [entry.get(name) for entry in entries] for name in ("step", "loss", "grad_norm") if entries}
 
 
 def update_lineage(trainer: Trainer) -> None:
@@ -170,19 +175,48 @@ def update_lineage(trainer: Trainer) -> None:
 def read_recorded(model: Any) -> dict[str, Any] | None:
     """Return the lineage on a model, without names of this machine; ``None`` if no training recorded one."""
     found = getattr(model, _ATTRIBUTE, None)
-    return None if found is None else clean_lineage(found)
+    if found is None:
+        return None
+    try:
+        return clean_lineage(found)
+    except Exception as error:
+        return clean_lineage(None, explain(error))
 
 
-def write_lineage(model: Any, folder: Path) -> None:
-    """Write the lineage of a model beside each trained adapter in a folder.
+def write_lineage(model: Any, folder: Path, names: Sequence[str] | None = None) -> None:
+    """Write the lineage of a model beside each trained adapter in a folder; remove those of other weights there.
+
+    Args:
+        model: The model.
+        folder: The folder that it was saved in.
+        names: Names of the adapters that were saved; all by default.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    found = read_recorded(model)
-    if found is None or not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel):
         return
-    for name in model.active_adapters:
+    found = read_recorded(model)
+    trained = getattr(model, _ATTRIBUTE, {}).get(_ADAPTERS, ())
+    for name in model.peft_config if names is None else names:
         file = find_adapter_file(folder, name)
-        if file is not None:
-            write_json(file.parent / LINEAGE_FILE, found)
+        if file is None or (name != "default" and file.parent == folder and "default" in model.peft_config):
+            continue
+        with open(file, "rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256").hexdigest()
+        if found is not None and name in trained:
+            write_json(file.parent / LINEAGE_FILE, {**found, LINEAGE_WEIGHTS: digest})
+        else:
+            _remove_other(file.parent / LINEAGE_FILE, digest)
+
+
+def _remove_other(file: Path, digest: str) -> None:
+    """Remove the lineage of other weights."""
+    try:
+        known = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or known.get(LINEAGE_WEIGHTS) != digest:
+        file.unlink(missing_ok=True)
