@@ -109,7 +109,7 @@ $(VLLM)/.installed: $(INSTALLED)
 
 test-serving: test-vllm test-llamacpp ## Run base and adapters in vLLM (from a registry) and in llama.cpp, and compare with transformers.
 
-test-vllm: $(VLLM)/.installed ## Let a real vLLM answer from a registry; the half hour is that of two busy cores.
+test-vllm: $(VLLM)/.installed ## Let a real vLLM answer from a registry; about half an hour on two cores.
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/test_serving_resolver.py
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python \
 		VLLM_LIBRARY="$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \

@@ -1,4 +1,4 @@
-"""One GPU: is it right, is it fast and small, is the plan true? At most eight minutes on a card of 24 GB, no network.
+"""One GPU: is it right, is it fast and small, is the plan true? No network.
 
 Models of random weights are made on the device from published shapes; tokens are synthetic. Three questions:
 
@@ -8,6 +8,8 @@ Models of random weights are made on the device from published shapes; tokens ar
   ones), nf4 and bfloat16, each in a process of its own, in turns: tokens a second and peak memory at 4 x 512 and
   1 x 2048 tokens, with and without gradient checkpointing;
 * true? What `plan` says about memory against what was measured.
+
+It begins no new part after eight minutes (``--minutes``).
 
 Beside torch, transformers, peft and accelerate it needs wheels only: ``pip download bitsandbytes datasets pluggy …``.
 

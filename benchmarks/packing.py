@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens that a packed row or an example may have")
     parser.add_argument("--steps", type=int, default=8, help="steps a process, besides the first")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each contender")
-    parser.add_argument("--every", type=int, default=4, help="take every so-manieth function")
+    parser.add_argument("--every", type=int, default=4, help="take every Nth function")
     parser.add_argument("--write", action="store_true", help="write the results and the docs page")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -14,10 +14,11 @@ from transformers import TrainingArguments
 
 from lora_plugins.errors import ArgumentsError, LoraPluginsError
 from lora_plugins.recipe.arguments import RecipeArguments
-from lora_plugins.recipe.output import run_record
+from lora_plugins.recipe.output import Folders, run_record
 from lora_plugins.recipe.parser import FORMER_NAMES, flag_names, make_parser, parse
 from lora_plugins.recipe.prepare import check_lora, completion_only, lora_arguments, packing_of
 from lora_plugins.recipe.publishing import Publication
+from registry import RegistryError
 
 NEEDED = ["--model", "m", "--dataset", "d"]
 
@@ -283,3 +284,43 @@ def test_help_loads_no_torch() -> None:
 
 def test_cpu_is_asked_for_where_there_is_nothing_else() -> None:
     assert parse(NEEDED)[1].use_cpu is not torch.accelerator.is_available()
+
+
+# -- the home folder -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["adapter", "model", "report", "output"])
+def test_output_folders_in_the_home_folder_are_not_called_tilde(name: str, home: Path) -> None:
+    """No shell expands what stands in a YAML file."""
+    flag = "output_dir" if name == "output" else f"{name}_folder"
+    (home / "run.yaml").write_text(f"model: m\ndataset: d\n{flag}: ~/runs/first\n")
+    folders = Folders.of(*parse(["--config", str(home / "run.yaml")]))
+    assert getattr(folders, name) == home / "runs" / "first"
+
+
+@pytest.mark.parametrize("flag", ["model", "resume_from_checkpoint"])
+def test_inputs_in_the_home_folder_are_found(flag: str, home: Path) -> None:
+    recipe, training = parse([*NEEDED, f"--{flag}=~/here"])
+    assert getattr(recipe if flag == "model" else training, flag) == str(home / "here")
+
+
+def test_a_configuration_in_the_home_folder_is_found(home: Path) -> None:
+    (home / "run.yaml").write_text("model: m\ndataset: d\nr: 5\n")
+    assert parse(["--config=~/run.yaml"])[0].r == 5
+
+
+def test_a_home_folder_that_is_not_known_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    # transformers leaves a path as it is where the home folder is not known.
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(RegistryError, match="'~/out' cannot be found: the home folder is not known"):
+        Folders.of(*parse([*NEEDED, "--output_dir", "~/out"]))

@@ -14,6 +14,7 @@ from lora_plugins.errors import ArgumentsError, ResumeError
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.files import read_json
 from lora_plugins.recipe.resume import checkpoint_folders
+from registry import expand_path
 
 __all__ = ["DECISIVE", "RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
 
@@ -83,13 +84,17 @@ class Folders:
 
     @classmethod
     def of(cls, recipe: RecipeArguments, training: TrainingArguments) -> Folders:
-        """Return the folders that the arguments ask for."""
-        output = Path(training.output_dir)
+        """Return the folders that the arguments ask for; ``~`` is the home folder.
+
+        Raises:
+            registry.errors.MachineError: The home folder is not known.
+        """
+        output = expand_path(training.output_dir)
         return cls(
             output,
-            Path(recipe.adapter_folder or output / "adapter"),
-            Path(recipe.model_folder or output / "model"),
-            Path(recipe.report_folder or output),
+            expand_path(recipe.adapter_folder or output / "adapter"),
+            expand_path(recipe.model_folder or output / "model"),
+            expand_path(recipe.report_folder or output),
         )
 
     def check_unused(self, *, merge: bool) -> None:

@@ -22,6 +22,7 @@ from lora_plugins.recipe.arguments import (
 )
 from lora_plugins.recipe.config_file import read_flags
 from lora_plugins.text import ELSEWHERE, did_you_mean, suggest_arguments
+from registry import expand_path
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -42,6 +43,9 @@ CONFIG_FLAG = "--config"
 
 #: Read by the command itself; here for the help.
 JSON_FLAG = "--json"
+
+#: Flags of ``TrainingArguments`` that may be paths to read.
+_INPUTS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")
 
 _DESCRIPTION = (
     "Fine-tune a causal language model with LoRA. The defaults are the recipe: int8 base, rank 8, chunks of 1536 "
@@ -79,6 +83,7 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
     given = {name: value for name, value in vars(values).items() if name not in ("help", "config")}
     _apply_hardware(given)
     recipe = RecipeArguments(**{item.name: given.pop(item.name) for item in fields(RecipeArguments)})
+    _expand_inputs(recipe, given)
     _check(recipe)
     _check_steps(given)
     _apply_evaluation(recipe, given)
@@ -185,7 +190,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
                 raise ArgumentsError(f"{CONFIG_FLAG} must be followed by the path of a YAML file.")
             value = arguments[position]
             position += 1
-        paths.append(Path(value))
+        paths.append(expand_path(value))
     if len(paths) > 1:
         raise ArgumentsError(f"{CONFIG_FLAG} was given {len(paths)} times: {', '.join(map(str, paths))}. Give one.")
     return (paths[0] if paths else None), rest
@@ -234,6 +239,18 @@ def _make_hint(name: str, names: Sequence[str]) -> str:
     if name not in ELSEWHERE:
         near += [known for known in names if len(name) > 3 and name in known and known not in near][: 3 - len(near)]
     return f" Did you mean {' or '.join('--' + other for other in near)}?" if near else ""
+
+
+def _expand_inputs(recipe: RecipeArguments, given: dict[str, Any]) -> None:
+    """Find inputs that begin with ``~`` in the home folder: no shell expands what stands in a YAML file.
+
+    Data sets are expanded where they are read, and output folders in `recipe.output.Folders`.
+    """
+    if recipe.model.startswith("~"):
+        recipe.model = str(expand_path(recipe.model))
+    for name in _INPUTS:
+        if isinstance(given[name], str) and given[name].startswith("~"):
+            given[name] = str(expand_path(given[name]))
 
 
 def _check(recipe: RecipeArguments) -> None:
