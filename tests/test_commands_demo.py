@@ -357,6 +357,26 @@ def test_the_demos_adapter_is_trained_again_bit_by_bit(result: dict[str, Any], b
     assert done.returncode == 2
 
 
+def test_another_base_of_the_demo_is_named_and_a_missing_one_asked_for(
+    result: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its release has the fingerprint of the base; the folder of the base is not recorded."""
+    (folder,) = (path for path in result["files"] if path.endswith("registry"))
+    other = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    for words, expected in (
+        (["--model", str(tmp_path / "other")], "differs: base was the one it was trained on"),
+        ([], "missing: model: the base model is not recorded"),
+        (["--steps", "7"], "missing: model: "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["reproduce", result["release"], "--hub", folder, "--check", *words])
+        assert ended.value.code == 1
+        assert expected in capsys.readouterr().out
+
+
 def test_the_demos_adapter_can_be_tried(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Offline, by its folder: the base is the one that its configuration names."""
     (adapter,) = (path for path in result["files"] if path.endswith("adapter"))

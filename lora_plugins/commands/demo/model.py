@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_plugins.errors import DemoError
-from registry import expand_path
+from registry import expand_path, is_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CACHE_VARIABLE", "INSTALL", "PACKAGE", "cache_folder", "demo_model", "gguf_file", "load_base"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "INSTALL",
+    "PACKAGE",
+    "cache_folder",
+    "demo_model",
+    "describe_model",
+    "gguf_file",
+    "load_base",
+]
 
 
 #: A package that ships the model's weights as a data file (98 MB, Apache-2.0).
@@ -52,6 +61,20 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
             say(f"  converting {weights.name} once into {folder} ...")
         _convert(weights, folder)
     return folder
+
+
+def describe_model(name: str | None, commit: str | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what a recording says of the demo's model, and why a part of it is missing.
+
+    Args:
+        name: Folder or id of a model; ``None`` for the packaged one, whose version is that of its package.
+        commit: Commit of a model of the Hub, if it is known.
+    """
+    if name is None:
+        return {"model": f"{PACKAGE}@{importlib.metadata.version(PACKAGE)}"}, {}
+    if is_path(name) or Path(name).exists():
+        return {}, {"model": "the base was read from a folder; its fingerprint is in the manifest of a release"}
+    return {"model": name, **({} if commit is None else {"revision": commit})}, {}
 
 
 def gguf_file() -> Path:

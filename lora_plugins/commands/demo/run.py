@@ -15,7 +15,7 @@ import registry
 from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
-from lora_plugins.commands.demo.model import cache_folder, demo_model, load_base
+from lora_plugins.commands.demo.model import cache_folder, demo_model, describe_model, load_base
 from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
 from lora_plugins.errors import DemoError
 
@@ -32,6 +32,7 @@ __all__ = [
     "DemoOptions",
     "DemoResult",
     "Sample",
+    "describe_options",
     "draw_losses",
 ]
 
@@ -62,6 +63,19 @@ class DemoOptions:
     steps: int
     output: Path
     seed: int
+
+
+def describe_options(options: DemoOptions, commit: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the recipe of a demo for its lineage, and why a part of it is missing.
+
+    Args:
+        options: Options of the demo.
+        commit: Commit of a model of the Hub, if it is known.
+    """
+    model, reasons = describe_model(options.model, commit)
+    quantization = options.quantization or "none"
+    recipe = {"command": "demo", **model, "steps": options.steps, "seed": options.seed, "quantization": quantization}
+    return recipe, {f"recipe.{name}": why for name, why in reasons.items()}
 
 
 @dataclass
@@ -206,12 +220,8 @@ class Demo:
             processing_class=self.tokenizer,
             callbacks=[lora, lora_plugins.ParameterReportCallback()],
         )
-        recipe = {
-            "steps": self.options.steps,
-            "seed": self.options.seed,
-            "quantization": self.options.quantization or "none",
-        }
-        recording.declare_lineage(trainer.model, {"recipe": {"command": "demo", **recipe}})
+        recipe, reasons = describe_options(self.options, getattr(trainer.model.config, "_commit_hash", None))
+        recording.declare_lineage(trainer.model, {"recipe": recipe, "not_recorded": reasons})
         return trainer
 
     def _measure_before(self, trainer: Trainer) -> list[str]:

@@ -18,9 +18,10 @@ from lora_plugins.recipe.output import DECISIVE
 from lora_plugins.recipe.parser import make_parser
 from registry import is_path
 
-__all__ = ["LOCAL_FLAGS", "describe_recipe", "describe_run"]
+__all__ = ["LOCAL_FLAGS", "UNRECORDED", "describe_recipe", "describe_run", "is_local_flag"]
 
-#: Flags that say where a run reads and writes, how much it says, and whom it tells; none affects the weights.
+#: Flags that say where a run reads and writes, how much it says, and whom it tells. They are never recorded, and never
+#: taken from a recording. All but `UNRECORDED` leave the weights as they are.
 LOCAL_FLAGS = frozenset(
     {
         "adapter_folder", "ddp_timeout", "deepspeed", "disable_tqdm", "eval_on_start", "fsdp_config", "hub_model_id",
@@ -30,6 +31,19 @@ LOCAL_FLAGS = frozenset(
         "skip_memory_metrics", "trackio_space_id", "world_size",
     }
 )  # fmt: skip
+#: How the names of such flags begin and end, for those that a later transformers adds.
+_LOCAL_STARTS = ("hub_", "push", "report_", "trackio_")
+_LOCAL_ENDS = ("_dir", "_folder", "_token")
+#: Local flags that affect the weights, and why they are not recorded.
+UNRECORDED = {
+    "deepspeed": "a configuration of DeepSpeed may name places on the machine",
+    "fsdp_config": "a configuration of FSDP may name places on the machine",
+}
+
+
+def is_local_flag(name: str) -> bool:
+    """Whether a flag is for the machine that a run is on to decide, so that no recording has it."""
+    return name in LOCAL_FLAGS or name.startswith(_LOCAL_STARTS) or name.endswith(_LOCAL_ENDS)
 
 
 def describe_run(
@@ -62,7 +76,7 @@ def describe_recipe(
         training: Arguments of the Trainer.
         commit: Commit of the base model, if it is known.
     """
-    ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in LOCAL_FLAGS}
+    ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if not is_local_flag(item.name)}
     found = {name: value for name, value in ours.items() if value is not None}
     reasons = {}
     if is_path(recipe.model) or Path(recipe.model).exists():
@@ -74,6 +88,9 @@ def describe_recipe(
         if name in found and is_local(found[name]):
             reasons[f"recipe.{name}"] = "the data were read from a path; their sha256 is recorded"
             del found[name]
+    # FSDP without one fills in its defaults.
+    used = [name for name in UNRECORDED if getattr(training, "fsdp" if name == "fsdp_config" else name)]
+    reasons |= {f"recipe.{name}": UNRECORDED[name] for name in used}
     for name, value in _list_changed(training).items():
         if isinstance(value, (str, int, float, bool, dict, list)):
             found[name] = value
@@ -94,7 +111,8 @@ def _list_changed(training: TrainingArguments) -> dict[str, Any]:
         usually = _make_plain(usual.get_default(name))
         if (
             item.init
-            and name not in (*LOCAL_FLAGS, *found, moved)
+            and name not in (*found, moved)
+            and not is_local_flag(name)
             and value not in (None, [], {})
             and (name in DECISIVE or value != usually)
         ):

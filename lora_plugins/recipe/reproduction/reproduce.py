@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,16 +27,29 @@ from lora_plugins.recipe.reproduction.differences import (
     find_first_step,
 )
 from lora_plugins.recipe.reproduction.flags import describe_recipe
+from lora_plugins.recipe.reproduction.recorded import (
+    Recorded,
+    check_lora_imports,
+    check_no_output,
+    list_flags,
+    read_recorded_flags,
+)
 from lora_plugins.recipe.reproduction.source import Original, digest_adapter, read_original
 from lora_plugins.recipe.run import TrainingRun
 from registry import BaseMismatch, RegistryError, check_contract, compare_layers, read_lineage
 
-__all__ = ["Readiness", "Reproduction", "check_reproduction", "compare_runs", "read_original", "reproduce"]
+__all__ = [
+    "Readiness",
+    "Reproduction",
+    "check_reproduction",
+    "compare_runs",
+    "read_original",
+    "read_recorded_flags",
+    "reproduce",
+]
 
-#: Flags that can be given instead of what is not recorded, and what they are in words.
-_GIVEN = {"model": "the base model", "dataset": "the data set", "eval_dataset": "the data set to evaluate on"}
-#: Where a run gets these from is no part of it: what they hold is compared.
-_PLACES = (*_GIVEN, "revision")
+#: Flags that say where the base and the rows are. They may differ: the base and the rows themselves are compared.
+_PLACES = ("model", "dataset", "eval_dataset", "revision")
 _LAYERS_SHOWN = 10
 #: Share of a norm that rounding can be, in float64.
 _EXACT = 1e-12
@@ -121,31 +134,36 @@ class Reproduction:
         lines += [f"  cause: {item}" for item in self.readiness.differences if not self.same]
         lines += [f"  other here, without effect: {item}" for item in self.readiness.differences if self.same]
         if not self.same and not self.readiness.differences:
-            lines.append("  cause: none in what is recorded; this hardware may not compute the same twice")
+            told = "none in what is recorded; this hardware may not compute the same twice"
+            if "base" in self.readiness.unknown:
+                told = "none in what could be compared; the base could not, see below"
+            lines.append(f"  cause: {told}")
         return lines + [f"  not compared: {key}: {why}" for key, why in self.readiness.unknown.items()]
 
 
-def check_reproduction(reference: str, words: Sequence[str] = (), *, hub: str | None = None) -> Readiness:
-    """Say what a repetition would lack, and what is other here than it was recorded; nothing is trained.
+def check_reproduction(reference: str | Original, words: Sequence[str] = (), *, hub: str | None = None) -> Readiness:
+    """Say what a repetition would lack, and what is different here from what was recorded; nothing is trained.
 
     Args:
-        reference: ``org/name@version``, an adapter's folder or the output folder of a run.
+        reference: ``org/name@version``, an adapter's folder or the output folder of a run; or one that is already read.
         words: Flags of ``train`` that replace recorded ones, or give what was not recorded.
         hub: The registry.
 
     Raises:
-        ReproductionError: The run is not recorded, or was not one of ``lora-plugins train``.
+        ReproductionError: The run is not recorded, was not one of ``lora-plugins train``, or its recipe or a flag asks
+            for more than a repetition.
         ArgumentsError: A flag cannot be used.
     """
-    original = read_original(reference, hub)
-    missing = _find_missing(original, words)
-    if missing:
-        return Readiness(original.name, missing, list(compare_libraries(_get(original, "libraries"))))
-    with _prepare(original, words) as (recipe, training):
-        return _compare_before(original, recipe, training)
+    original = reference if isinstance(reference, Original) else read_original(reference, hub)
+    recorded = read_recorded_flags(original, list_flags(words))
+    if recorded.missing:
+        differences = list(compare_libraries(_get(original, "libraries")))
+        return Readiness(original.name, recorded.missing, differences, recorded.unknown)
+    with _prepare(recorded, words) as (recipe, training):
+        return _compare_before(original, recorded, recipe, training)
 
 
-def reproduce(reference: str, words: Sequence[str] = (), *, hub: str | None = None) -> Reproduction:
+def reproduce(reference: str | Original, words: Sequence[str] = (), *, hub: str | None = None) -> Reproduction:
     """Train again as recorded, and compare the adapters.
 
     Args:
@@ -154,42 +172,56 @@ def reproduce(reference: str, words: Sequence[str] = (), *, hub: str | None = No
         hub: The registry.
 
     Raises:
-        ReproductionError: The run is not recorded, or something that it needs is not here.
+        ReproductionError: The run is not recorded, something that it needs is not here, or its recipe or a flag asks
+            for more than a repetition.
         ArgumentsError: A flag cannot be used.
         TrainingError: The run fails.
     """
-    original = read_original(reference, hub)
-    missing = _find_missing(original, words)
-    if missing:
-        raise ReproductionError(
-            f"{original.name} cannot be trained again: " + "; ".join(f"{key}: {why}" for key, why in missing.items())
-        )
-    with _prepare(original, words) as (recipe, training):
-        before = _compare_before(original, recipe, training)
+    original = reference if isinstance(reference, Original) else read_original(reference, hub)
+    recorded = read_recorded_flags(original, list_flags(words))
+    recorded.check_complete(original)
+    with _prepare(recorded, words) as (recipe, training):
+        before = _compare_before(original, recorded, recipe, training)
         if before.missing:
             raise ReproductionError("; ".join(f"{key}: {why}" for key, why in before.missing.items()))
         run = TrainingRun(recipe, training)
         if run.run():
             raise ReproductionError("The repeated run was interrupted; nothing was compared.")
-        kept = "output_dir" in _list_flags(words)
+        kept = "output_dir" in list_flags(words)
         return _compare_after(original, before, run.folders.adapter, kept=kept)
 
 
-def compare_runs(original: Original, folder: Path | None = None) -> Reproduction | Readiness:
-    """Compare an adapter with one that another command has trained again from its recipe.
+def compare_runs(
+    original: Original,
+    recorded: Recorded,
+    described: tuple[Mapping[str, Any], Mapping[str, str]],
+    base: str,
+    folder: Path | None = None,
+) -> Reproduction | Readiness:
+    """Compare an adapter with one that another command trains again from its recipe, or has.
 
     Args:
         original: The adapter as it was trained first.
+        recorded: Its flags.
+        described: The flags of the repetition, as they would be recorded, and why one of them would not be.
+        base: Folder or id of its base model.
         folder: The adapter that was trained again; ``None`` compares only what is known before.
     """
-    found = Readiness(original.name)
+    found = Readiness(original.name, unknown=dict(recorded.unknown))
+    here = dict(described[0])
+    lineage = {} if folder is None else read_lineage(folder)
+    leave_out = ["command"]
+    if folder is None:
+        leave_out.append("revision")
+    else:
+        here = lineage.get("recipe", here)
+    found.differences.extend(compare_values("recipe", recorded.flags, here, leave_out))
+    _compare_base(original, base, found)
     found.differences.extend(compare_libraries(_get(original, "libraries")))
     _compare_code(original, found)
     if folder is None:
         return found
-    lineage = read_lineage(folder)
-    for name in ("recipe", "hardware"):
-        found.differences.extend(compare_values(name, _get(original, name), lineage.get(name, {})))
+    found.differences.extend(compare_values("hardware", _get(original, "hardware"), lineage.get("hardware", {})))
     found.differences.extend(compare_data("dataset", _get(original, "dataset"), lineage.get("dataset", {})))
     return _compare_after(original, found, folder, kept=False)
 
@@ -199,50 +231,40 @@ def _get(original: Original, name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list_flags(words: Sequence[str]) -> set[str]:
-    return {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
-
-
-def _find_missing(original: Original, words: Sequence[str]) -> dict[str, str]:
-    """Return what the recipe lacks, with the flag that gives it.
+@contextmanager
+def _prepare(recorded: Recorded, words: Sequence[str]) -> Iterator[tuple[RecipeArguments, TrainingArguments]]:
+    """Yield the arguments of the repeated run, which publishes, merges and reports nothing.
 
     Raises:
-        ReproductionError: There is no recipe.
+        ReproductionError: A flag asks for it.
+        ArgumentsError: A flag cannot be used.
     """
-    recipe = _get(original, "recipe")
-    if not recipe:
-        raise ReproductionError(
-            f"{original.name} cannot be trained again: its recipe is not recorded ({original.find_reason('recipe')})"
-        )
-    given = _list_flags(words)
-    reasons = original.lineage.get("not_recorded", {})
-    return {
-        name: f"{what} is not recorded ({reasons[f'recipe.{name}']}); give --{name.replace('_', '-')}"
-        for name, what in _GIVEN.items()
-        if f"recipe.{name}" in reasons and name not in given and name not in recipe
-    }
-
-
-@contextmanager
-def _prepare(original: Original, words: Sequence[str]) -> Iterator[tuple[RecipeArguments, TrainingArguments]]:
-    """Yield the arguments of the repeated run, which publishes, merges and reports nothing."""
-    flags = dict(_get(original, "recipe"))
-    if "model" in _list_flags(words):
-        flags.pop("revision", None)
+    given = list_flags(words)
+    if "config" in given:
+        raise ReproductionError("A repeated run takes no --config: the recording is one. Give the flags themselves.")
+    left_out = {"revision"} if "model" in given else set()
+    flags = {name: value for name, value in recorded.flags.items() if name not in left_out}
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
         config = Path(folder, "recipe.yaml")
         # JSON is YAML.
         config.write_text(json.dumps(flags), encoding="utf-8")
-        own = ["--output_dir", str(Path(folder, "run")), "--report_to", "none"]
-        yield parse(["--config", str(config), *own, *words, "--merge", "none"])
+        own = ["--output_dir", str(Path(folder, "run")), "--report_to", "none", "--merge", "none"]
+        recipe, training = parse(["--config", str(config), *own, *words])
+        check_no_output(recipe, training)
+        if "lora" not in given:
+            check_lora_imports(recipe)
+        yield recipe, training
 
 
-def _compare_before(original: Original, recipe: RecipeArguments, training: TrainingArguments) -> Readiness:
-    found = Readiness(original.name)
+def _compare_before(
+    original: Original, recorded: Recorded, recipe: RecipeArguments, training: TrainingArguments
+) -> Readiness:
+    found = Readiness(original.name, unknown=dict(recorded.unknown))
     flags, _ = describe_recipe(recipe, training)
-    found.differences.extend(compare_values("recipe", _get(original, "recipe"), flags, _PLACES))
+    found.differences.extend(compare_values("recipe", recorded.flags, flags, _PLACES))
     _compare_rows(original, recipe, training, found)
-    _compare_base(original, recipe, found)
+    base = recipe.model if recipe.revision is None else f"{recipe.model}@{recipe.revision}"
+    _compare_base(original, base, found)
     found.differences.extend(compare_libraries(_get(original, "libraries")))
     found.differences.extend(compare_values("hardware", _get(original, "hardware"), describe_hardware(training)))
     _compare_code(original, found)
@@ -271,12 +293,11 @@ def _compare_rows(original: Original, recipe: RecipeArguments, training: Trainin
         found.unknown["dataset"] = original.find_reason("dataset")
 
 
-def _compare_base(original: Original, recipe: RecipeArguments, found: Readiness) -> None:
+def _compare_base(original: Original, base: str, found: Readiness) -> None:
     """Compare the base with the fingerprint in the release's manifest."""
     if original.adapter is None:
         found.unknown["base"] = "a folder has no manifest, which would have the base's fingerprint"
         return
-    base = recipe.model if recipe.revision is None else f"{recipe.model}@{recipe.revision}"
     try:
         result = check_contract(original.adapter, Path(base) if Path(base).exists() else base)
     except BaseMismatch as error:

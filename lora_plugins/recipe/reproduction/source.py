@@ -1,9 +1,8 @@
-"""Read the run that is to be had again: an adapter and its lineage."""
+"""Read the run that is to be repeated: an adapter and its lineage."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ from safetensors.torch import load_file
 
 from lora_plugins.adapters.files import ADAPTER_FILE
 from lora_plugins.errors import ReproductionError
-from registry import is_path, pull_adapter, read_lineage
+from registry import clean_lineage, expand_path, is_path, pull_adapter, read_lineage
 
 __all__ = ["Original", "digest_adapter", "read_original"]
+
+_OLDER = "the release is older than this record"
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,28 @@ class Original:
     Attributes:
         name: Reference or folder, for messages.
         folder: Folder of its files.
-        lineage: What it was trained from.
+        lineage: What it was trained from, cleaned of names of places.
         adapter: The pulled release, ``None`` for a folder.
+        raw: The lineage as the release has it, which anyone may have written.
     """
 
     name: str
     folder: Path
     lineage: Mapping[str, Any]
     adapter: Any = None
+    raw: Mapping[str, Any] | None = None
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe as it was written."""
+        found = (self.lineage if self.raw is None else self.raw).get("recipe")
+        return found if isinstance(found, Mapping) else {}
 
     def find_reason(self, field: str) -> str:
         """Return why a field of the lineage is missing."""
         reasons = self.lineage.get("not_recorded")
         known = reasons.get(field) if isinstance(reasons, Mapping) else None
-        return str(known or "the release is older than this record")
+        return str(known or _OLDER)
 
 
 def read_original(reference: str, hub: str | None = None) -> Original:
@@ -52,8 +61,9 @@ def read_original(reference: str, hub: str | None = None) -> Original:
     """
     if not is_path(reference):
         adapter = pull_adapter(reference, hub=hub)
-        return Original(str(adapter), Path(adapter.path), adapter.manifest.lineage, adapter)
-    given = Path(os.path.expanduser(reference))
+        raw = adapter.manifest.lineage
+        return Original(str(adapter), Path(adapter.path), clean_lineage(raw, _OLDER), adapter, raw)
+    given = expand_path(reference)
     folder = next((place for place in (given, given / "adapter") if (place / ADAPTER_FILE).is_file()), None)
     if folder is None:
         raise ReproductionError(
