@@ -50,7 +50,7 @@ from lora_plugins.planning.step import LiveBytes
 from lora_plugins.quantization.counting import tensor_bytes
 from lora_plugins.quantization.stacks import QuantizedStack, dequantize_stack, list_quantized_stacks
 from lora_plugins.testing import check_quantizer
-from lora_plugins.trainer.engines import keep_quantized_whole
+from lora_plugins.trainer.engines import prepare_quantized
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {
@@ -629,9 +629,9 @@ def test_plan_knows_the_bytes_of_quantized_experts(backend: str) -> None:
 def test_engines_that_divide_parameters_are_refused_by_name(tmp_path: Path) -> None:
     model = quantized_base()
     trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
-    keep_quantized_whole(trainer, model)
+    prepare_quantized(trainer, model)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(UnsupportedTraining, match=r"experts that are stored quantized, first .*skip_modules"):
-        keep_quantized_whole(trainer, model)
+        prepare_quantized(trainer, model)
     ignored = model._ddp_params_and_buffers_to_ignore
     assert set(ignored) == {path for path, *_ in list_quantized_stacks(model)} <= set(dict(model.named_parameters()))

@@ -442,3 +442,39 @@ def test_fsdp1_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(engines, "_find_fsdp_plugin", lambda trainer: SimpleNamespace(fsdp_version=1))
     with pytest.raises(UnsupportedTraining, match="FSDP version 1"):
         attach(trainer)
+
+
+def prepare_under_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, **lora: Any) -> None:
+    """Prepare a model as a Trainer under ZeRO does before DeepSpeed gets it; this machine need not have DeepSpeed."""
+    model = prepare_model(tiny.llama(), r=2, **lora)
+    trainer = tiny.trainer(tmp_path, model)
+    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(engines, "_read_zero_stage", lambda trainer: stage)
+    engines.prepare_quantized(trainer, model)
+
+
+@pytest.mark.parametrize("backend", ["nf4", "fp4", "int8"])
+def test_dora_over_bitsandbytes_is_refused_by_name_under_zero3(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT puts the weight anew when it reads it, and DeepSpeed's own error would name neither."""
+    says = f"ZeRO-3 cannot train DoRA over {backend} layers, first .*q_proj.*FSDP2.*without DoRA"
+    with pytest.raises(UnsupportedTraining, match=says):
+        prepare_under_zero(tmp_path, monkeypatch, 3, quantization=backend, use_dora=True)
+
+
+@pytest.mark.filterwarnings("ignore::lora_plugins.errors.PreparationWarning")
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [
+        (3, {"quantization": "nf4"}),
+        (3, {"quantization": "int8"}),
+        (3, {"use_dora": True}),
+        (2, {"quantization": "nf4", "use_dora": True}),
+    ],
+    ids=["nf4", "int8", "float DoRA", "ZeRO-2"],
+)
+def test_dora_or_zero3_alone_are_not_refused(
+    stage: int, lora: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_under_zero(tmp_path, monkeypatch, stage, **lora)

@@ -8,7 +8,10 @@ from torch import nn
 
 from lora_plugins.quantization.request import owner_of
 
-__all__ = ["divide_layers", "find_read_layers", "undivide_layers"]
+__all__ = ["divide_layers", "find_read_layers", "find_replaced_layer", "undivide_layers"]
+
+#: Classes of weights that PEFT (0.21) puts anew into a layer on a CPU after reading them for DoRA.
+_REPLACED = ("Int8Params", "Params4bit")
 
 
 def divide_layers(model: nn.Module) -> list[nn.Module]:
@@ -35,3 +38,16 @@ def find_read_layers(model: nn.Module) -> set[int]:
     tuners = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     readers = (tuner for tuner in tuners if not isinstance(tuner, Linear) or tuner.lora_variant)
     return {id(tuner.get_base_layer()) for tuner in readers}
+
+
+def find_replaced_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return path and layer of the first quantized layer whose weight DoRA reads and PEFT then puts anew, if any.
+
+    The new weight is a parameter that an engine has never seen.
+    """
+    for path, tuner in model.named_modules():
+        if isinstance(tuner, BaseTunerLayer) and any(getattr(tuner, "use_dora", {}).values()):
+            layer = tuner.get_base_layer()
+            if owner_of(layer) is not None and type(layer.weight).__name__ in _REPLACED:
+                return path, layer
+    return None

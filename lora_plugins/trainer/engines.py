@@ -25,7 +25,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.sharding import is_sharded, write_adapters
 from lora_plugins.plugins.host import plugin_host
-from lora_plugins.quantization.division import divide_layers
+from lora_plugins.quantization.division import divide_layers, find_replaced_layer
 from lora_plugins.quantization.request import Quantization, owner_of
 from lora_plugins.quantization.stacks import list_quantized_stacks
 
@@ -139,6 +139,8 @@ def prepare_quantized(trainer: Trainer, model: nn.Module) -> None:
         module.register_state_dict_post_hook(_keep_plain_state)
     if plugin is None and _read_zero_stage(trainer) != 3:
         return
+    if plugin is None:
+        _refuse_replaced(model)
     whole = divide_layers(model)
     if plugin is not None and whole:
         plugin.ignored_modules = [*_find_ignored(plugin.ignored_modules, model), *whole]
@@ -152,6 +154,20 @@ def _refuse_stacks(trainer: Trainer, model: nn.Module, *, sharded: bool) -> None
         raise UnsupportedTraining(
             f"{_name_engine(trainer)} cannot handle experts that are stored quantized, first {path}. Train with DDP or "
             "in one process, or leave the experts in float: {'name': …, 'skip_modules': ['experts']}."
+        )
+
+
+def _refuse_replaced(model: nn.Module) -> None:
+    """Refuse DoRA over weights that PEFT puts anew: ZeRO-3 keeps its own notes on the parameter that it was given."""
+    found = find_replaced_layer(model)
+    if found is not None:
+        path, layer = found
+        owner = owner_of(layer)
+        name = "quantized" if owner is None else owner.name
+        raise UnsupportedTraining(
+            f"ZeRO-3 cannot train DoRA over {name} layers, first {path}: DoRA reads their weights itself, and PEFT "
+            "then puts them anew, without what DeepSpeed keeps on them. Train with FSDP2, DDP or ZeRO-2, or without "
+            "DoRA."
         )
 
 
