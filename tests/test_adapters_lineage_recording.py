@@ -24,7 +24,9 @@ from lora_plugins.adapters.lineage.environment import describe_code
 from lora_plugins.adapters.lineage.recording import declare_lineage, read_recorded
 from lora_plugins.adapters.lineage.rows import describe_rows
 from lora_plugins.recipe.report.collect import collect_facts
-from registry import list_lineage, push_adapter, read_lineage
+from lora_plugins.recipe.reproduction.differences import compare_data
+from registry import clean_lineage, list_lineage, push_adapter, read_lineage
+from registry.checks.lineage import compare_lineage
 from registry.publishing.source import collect
 
 
@@ -108,6 +110,19 @@ def test_hashing_ends_when_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) ->
     facts, missing = describe_rows(Dataset.from_dict({"a": list(range(3000))}))
     assert facts == {"rows": 3000, "columns": ["a"]}
     assert "longer than" in missing["sha256"]
+
+
+def test_several_data_sets_to_evaluate_on_are_shown_and_compared() -> None:
+    def describe(other: int) -> dict[str, Any]:
+        parts = {"code": Dataset.from_dict({"a": [1]}), "text": Dataset.from_dict({"a": [other]})}
+        return describe_rows({"train": Dataset.from_dict({"a": [1]}), "eval": parts})[0]
+
+    shown = dict(list_lineage(clean_lineage({"dataset": describe(1)})))
+    assert shown["data set: eval.text"].startswith("1 rows; columns a; sha256 ")
+    assert shown["data set: eval.code"].startswith("1 rows; columns a; sha256 ")
+    (difference,) = compare_data("dataset", describe(1), describe(2))
+    assert difference.field == "dataset.eval.text.sha256"
+    assert "dataset.eval.text.sha256" in compare_lineage({"dataset": describe(1)}, {"dataset": describe(2)})
 
 
 # -- the run -----------------------------------------------------------------------------------

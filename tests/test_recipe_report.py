@@ -9,6 +9,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lora_plugins import LoraCallback, ParameterReportCallback
 from lora_plugins.commands.cli import main
 from lora_plugins.errors import ReportError
 from lora_plugins.recipe.report.charts import make_bar, make_heat_map, make_line_chart
-from lora_plugins.recipe.report.collect import RunFacts, collect_facts, collect_run
+from lora_plugins.recipe.report.collect import RunFacts, _make_log, collect_facts, collect_run
 from lora_plugins.recipe.report.page import render_page, write_page
 from registry import compare_layers, push_adapter
 
@@ -110,7 +111,11 @@ def test_the_figures_are_the_printed_ones_and_those_of_the_log(ran: Any, tmp_pat
     assert len(page.layers) == 4
     assert "before training" in page.text
     for name in ("model-replaced", "non-finite-loss", "broken-checkpoint"):
-        assert name in page.text
+        assert f"{name} (switched on)" in page.text
+    for words in ("Bytes of the model", "Loss"):
+        assert words in page.text
+    for words in ("nats", "while training", "✓"):
+        assert words not in page.text
 
 
 def test_a_release_has_a_page_too(ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +131,8 @@ def test_a_release_has_a_page_too(ran: Any, tmp_path: Path, monkeypatch: pytest.
     assert done.manifest.digest in page.text
     assert "not recorded: there is no parameter report" in page.text
     assert "32 rows; columns input_ids, labels" in page.text
+    assert "nothing was evaluated" not in page.text
+    assert "gradient norm" in page.text
 
 
 def test_the_page_asks_no_network_and_has_no_script(ran: Any) -> None:
@@ -161,7 +168,7 @@ def hostile_facts() -> RunFacts:
         },
         layers=[*((f"h.{i}.{text}", 1.0 + i) for i, text in enumerate(nasty)), ("h.99.x", math.inf)],
         lineage=pairs,
-        checks={"ran": nasty, "switched off": nasty},
+        checks={"on": nasty, "switched off": nasty},
         samples=[{"title": text, "prompt": text, "before": text, "after": text} for text in nasty],
     )  # fmt: skip
 
@@ -225,6 +232,67 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_page(collect_nothing(), Path(os.devnull) / "page.html")
 
 
+@pytest.mark.parametrize("name", [".", "..", "pages", "pages/"])
+def test_a_page_is_not_written_over_a_folder(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pages").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReportError, match=r"is a folder: give the page's file, such as .*report\.html"):
+        write_page(collect_nothing(), Path(name))
+    assert [path.name for path in tmp_path.rglob("*")] == ["pages"]
+
+
+def test_what_cannot_be_shown_is_an_error_that_train_and_the_demo_survive(tmp_path: Path) -> None:
+    facts = RunFacts(title="x", report={"trainable": 1, "total": 2})
+    with pytest.raises(ReportError, match="cannot be made of what the run holds"):
+        write_page(facts, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_publishes_where_its_page_cannot_be_written(tmp_path: Path) -> None:
+    from lora_plugins.commands.demo.run import Demo
+
+    said: list[str] = []
+    demo: Any = object.__new__(Demo)
+    demo.options = SimpleNamespace(output=tmp_path, seed=1)
+    demo.result = SimpleNamespace(samples=[], loss_float=1.0, loss_before=1.0, loss_after=1.0)
+    demo.say = said.append
+    demo._write_page()
+    assert said
+    assert said[0].startswith("No report page: ")
+
+
+def test_log_entries_without_a_step_and_with_odd_values_are_shown() -> None:
+    log = [{"loss": 1.5}, {"step": 2, "loss": None}, {"step": "x", "eval_loss": [1]}, {"step": 3, "loss": 2.0}]
+    text = Page(render_page(RunFacts(title="odd", log=log))).text
+    assert "1.5" in text
+    assert "[1]" in text
+
+
+def test_losses_of_several_held_out_sets_are_shown_by_name() -> None:
+    log = [
+        {"step": 0, "eval_code_loss": 3.0, "eval_a_b_loss": 4.0},
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "eval_code_loss": 1.0, "eval_a_b_loss": 2.0, "eval_code_runtime": 7.0},
+    ]
+    page = Page(render_page(RunFacts(title="several", log=log)))
+    assert page.figures["eval_code_loss_first"][0] == 3.0
+    assert page.figures["eval_a_b_loss_last"][0] == 2.0
+    for words in ("held-out loss, code, before training", "held out, a_b", "held-out loss, a_b, last, at step 2"):
+        assert words in page.text
+    assert "nothing was evaluated" not in page.text
+
+
+def test_losses_of_a_release_are_drawn_at_their_steps() -> None:
+    lineage = {"losses": {"step": [1, 2, 3], "loss": [None, 4.0, 3.0], "grad_norm": [None, 0.5, 0.25]}}
+    assert _make_log(lineage) == [
+        {"step": 1},
+        {"step": 2, "loss": 4.0, "grad_norm": 0.5},
+        {"step": 3, "loss": 3.0, "grad_norm": 0.25},
+    ]
+    assert _make_log({"losses": {"step": [1, 2], "loss": [4.0]}}) == []
+    assert _make_log({"losses": {"step": [1, 2], "loss": [4.0, 3.0], "grad_norm": [1.0]}}) == []
+
+
 def test_an_adapter_of_others_has_a_page(tmp_path: Path) -> None:
     """Saved by PEFT alone: its layers are measured, the rest is said not to be recorded."""
     tiny.llama().save_pretrained(tmp_path / "base")
@@ -285,20 +353,19 @@ def test_the_page_in_a_browser(ran: Any, tmp_path: Path, kind: str) -> None:
                 assert browser.run("document.querySelectorAll('script, img, a, iframe').length") == 0
                 background = browser.run("getComputedStyle(document.body).backgroundColor")
                 assert background == ("rgb(15, 18, 22)" if dark else "rgb(246, 247, 249)")
-                if AXE:
-                    browser.run(Path(AXE).read_text() + "; 0")
-                    found = browser.run("axe.run().then(r => JSON.stringify(r.violations))")
-                    violations = {
-                        one["id"]: (one["impact"], one["nodes"][0]["html"][:300]) for one in json.loads(found)
-                    }
-                    assert violations == {}
+                found = find_violations(browser)
+                assert found == {}
         asked = {url for url in browser.requests if not url.startswith(("data:", "about:"))}
         assert asked == {page.as_uri()}
         assert browser.console == []
-
-
-@pytest.mark.slow
-def test_axe_has_looked_at_the_page() -> None:
     if not AXE:
         pytest.skip("NO AXE: npm install axe-core, and set AXE_CORE to its axe.min.js; accessibility was not checked")
-    assert Path(AXE).is_file()
+
+
+def find_violations(browser: Any) -> dict[str, Any]:
+    """Return what axe finds on the page; nothing without axe, in which case the test ends as skipped."""
+    if not AXE:
+        return {}
+    browser.run(Path(AXE).read_text() + "; 0")
+    found = browser.run("axe.run().then(r => JSON.stringify(r.violations))")
+    return {one["id"]: (one["impact"], one["nodes"][0]["html"][:300]) for one in json.loads(found)}

@@ -90,9 +90,9 @@ class Checks:
         return check_name(error) not in self.skipped
 
     def describe(self) -> dict[str, list[str]]:
-        """Return the names of the checks that run, and of those that are switched off."""
+        """Return the names of the checks that are on, and of those that are switched off."""
         names = [check.name for check in CHECKS]
-        return {"ran": [name for name in names if name not in self.skipped], "switched off": sorted(self.skipped)}
+        return {"on": [name for name in names if name not in self.skipped], "switched off": sorted(self.skipped)}
 
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
 from lora_plugins.commands.demo.model import cache_folder, demo_model, describe_model, load_base
 from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
-from lora_plugins.errors import DemoError
+from lora_plugins.errors import DemoError, LoraPluginsError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -255,9 +255,8 @@ class Demo:
         trainer.save_model(str(output / "adapter"))
         draw_losses(self.result, output / "loss.png")
         self._write_page()
-        self.result.files = [
-            str(output / name) for name in ("adapter", "loss.png", "parameter_report.json", "registry", REPORT_PAGE)
-        ]
+        names = ["adapter", "loss.png", "parameter_report.json", "registry", REPORT_PAGE]
+        self.result.files = [str(output / name) for name in names if name != REPORT_PAGE or (output / name).is_file()]
 
     def _write_page(self) -> None:
         from lora_plugins.recipe.report import collect, page
@@ -267,10 +266,13 @@ class Demo:
             {"title": one.module, "prompt": one.source, "before": one.before, "after": one.after}
             for one in result.samples
         ]
-        facts = collect.collect_run(output, output / "adapter", samples)
         losses = {name: getattr(result, name) for name in ("loss_float", "loss_before", "loss_after")}
         title = f"lora-plugins demo, seed {self.options.seed}"
-        page.write_page(replace(facts, title=title, metrics={**facts.metrics, **losses}), output / REPORT_PAGE)
+        try:
+            facts = collect.collect_run(output, output / "adapter", samples)
+            page.write_page(replace(facts, title=title, metrics={**facts.metrics, **losses}), output / REPORT_PAGE)
+        except (LoraPluginsError, registry.RegistryError, OSError) as error:
+            self.say(f"No report page: {error}")
 
     def _publish(self, trainer: Trainer) -> None:
         self.say("Publishing the adapter in a folder …")

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_plugins.adapters.files import ADAPTER_FILE
 from lora_plugins.errors import ReportError
 from lora_plugins.recipe.files import read_json
-from registry import compare_layers, is_path, list_lineage, pull_adapter, read_lineage
+from registry import compare_layers, expand_path, is_path, list_lineage, pull_adapter, read_lineage
 
-__all__ = ["RunFacts", "collect_facts", "collect_run"]
+__all__ = ["HELD_OUT", "RunFacts", "collect_facts", "collect_run"]
 
-_WEIGHTS = "adapter_model.safetensors"
 #: Fields of a parameter report that the page shows, and their types.
 _OF_REPORT: Mapping[str, Any] = {
     "model": str, "trainable": int, "total": int, "percent": (int, float), "quantized_share": (int, float),
     "bytes_by_dtype": dict, "bytes_quantization_state": int, "bytes_after": int, "targets": list, "bare": dict,
     "coverage": dict, "notes": list, "source": str,
 }  # fmt: skip
+#: Names of held-out losses in a log; of several data sets, each has its name in it.
+HELD_OUT = re.compile(r"eval_(?:(?P<name>.+)_)?loss", re.DOTALL)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,7 +38,7 @@ class RunFacts:
         report: The parameter report, as ``ParameterReport.to_dict()``.
         layers: Layers and the norm of what the adapter adds to each.
         lineage: Rows of the lineage.
-        checks: Names of the checks that ran, and of those that were switched off; empty if it is not recorded.
+        checks: Names of the checks that are ``on``, and of those ``switched off``; empty if it is not recorded.
         samples: Prompt, and text before and after, where the run has generated any.
     """
 
@@ -59,7 +60,7 @@ def collect_facts(source: str, hub: str | None = None) -> RunFacts:
         ReportError: The folder holds neither an adapter nor a run.
         RegistryError: The release cannot be pulled, or a file of the adapter is malformed.
     """
-    return collect_run(Path(os.path.expanduser(source))) if is_path(source) else _collect_release(source, hub)
+    return collect_run(expand_path(source)) if is_path(source) else _collect_release(source, hub)
 
 
 def _collect_release(reference: str, hub: str | None) -> RunFacts:
@@ -92,8 +93,8 @@ def collect_run(folder: Path, adapter: Path | None = None, samples: Sequence[Map
     place = adapter or _find_adapter(folder)
     if place is None:
         raise ReportError(
-            f"{folder} holds no {_WEIGHTS}, neither itself nor in adapter/ or a checkpoint: give the output folder of "
-            "a run, an adapter's folder, or org/name@version in the registry."
+            f"{folder} holds no {ADAPTER_FILE}, neither itself nor in adapter/ or a checkpoint: give the output folder "
+            "of a run, an adapter's folder, or org/name@version in the registry."
         )
     lineage = read_lineage(place)
     figures = _read(folder / "metrics.json")
@@ -117,7 +118,7 @@ def _find_adapter(folder: Path) -> Path | None:
     matches = ((path, _CHECKPOINT.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
     checkpoints = {int(match[1]): path for path, match in matches if match}
     places = [folder, folder / "adapter", *(checkpoints[step] for step in sorted(checkpoints, reverse=True))]
-    return next((place for place in places if (place / _WEIGHTS).is_file()), None)
+    return next((place for place in places if (place / ADAPTER_FILE).is_file()), None)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -143,19 +144,23 @@ def _measure(folder: Path) -> list[tuple[str, float]]:
 
 
 def _make_log(lineage: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the losses in a lineage as a log."""
+    """Return the losses and gradient norms in a lineage as a log; empty if they are not lists of one length."""
     losses = lineage.get("losses")
-    steps = losses.get("step") if isinstance(losses, Mapping) else None
-    values = losses.get("loss") if isinstance(losses, Mapping) else None
-    if not isinstance(steps, list) or not isinstance(values, list):
+    lists = {name: losses.get(name) for name in ("step", "loss", "grad_norm")} if isinstance(losses, Mapping) else {}
+    known = {name: values for name, values in lists.items() if isinstance(values, list)}
+    if not {"step", "loss"} <= known.keys() or len({len(values) for values in known.values()}) != 1:
         return []
-    return [{"step": step, "loss": loss} for step, loss in zip(steps, values, strict=False)]
+    entries = (dict(zip(known, values, strict=True)) for values in zip(*known.values(), strict=True))
+    return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 
 def _read_checks(lineage: Mapping[str, Any]) -> dict[str, list[str]]:
     found = lineage.get("checks")
     items = found.items() if isinstance(found, Mapping) else ()
-    return {str(key): list(map(str, names)) for key, names in items if isinstance(names, list)}
+    # Releases from before the name was mended call those that are on "ran".
+    return {
+        "on" if key == "ran" else str(key): list(map(str, names)) for key, names in items if isinstance(names, list)
+    }
 
 
 def _list_data(data: Any) -> list[tuple[str, str]]:
@@ -171,5 +176,6 @@ def _find_metrics(log: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) 
     """Return the last losses, and those of the first evaluation, which is the one before training if there was one."""
     found = {key: figures[key] for key in ("loss", "eval_loss", "train_loss", "train_runtime") if key in figures}
     for entry in log:
-        found.update({key: value for key, value in entry.items() if key in ("loss", "eval_loss", "train_loss")})
+        shown = (key for key in entry if key in ("loss", "train_loss") or HELD_OUT.fullmatch(str(key)))
+        found.update({key: entry[key] for key in shown})
     return {key: float(value) for key, value in found.items() if isinstance(value, (int, float))}

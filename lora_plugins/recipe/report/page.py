@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lora_plugins.errors import ReportError
 from lora_plugins.recipe.report.charts import make_bar, make_heat_map, make_line_chart, read_points
-from lora_plugins.recipe.report.collect import RunFacts
+from lora_plugins.recipe.report.collect import HELD_OUT, RunFacts
 from lora_plugins.text import visible_text
 
 __all__ = ["REPORT_PAGE", "render_page", "write_page"]
@@ -21,6 +22,9 @@ __all__ = ["REPORT_PAGE", "render_page", "write_page"]
 REPORT_PAGE = "report.html"
 _MOST_TEXT = 4000
 _MOST_LAYERS = 2000
+_MOST_STEPS = 2000
+#: The chart has five colors, one of them for the training loss.
+_MOST_HELD_OUT = 4
 _RECIPE = "recipe: "
 #: The Trainer's names of figures in words.
 _TITLES = {
@@ -35,14 +39,24 @@ def write_page(facts: RunFacts, path: Path) -> Path:
     """Write the page, whole or not at all, and return its path.
 
     Raises:
-        ReportError: The file cannot be written.
+        ReportError: The path is a folder, the file cannot be written, or the facts cannot be shown.
     """
+    if path.is_dir():
+        raise ReportError(f"{path} is a folder: give the page's file, such as {path / REPORT_PAGE}")
+    try:
+        content = render_page(facts).encode("utf-8", "replace")
+    except Exception as error:  # The facts are files of others; nothing that reads the page's error knows more of them.
+        raise ReportError(
+            f"The page {path} cannot be made of what the run holds: {type(error).__name__}: {error}"
+        ) from error
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(render_page(facts), encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise ReportError(f"The page {path} cannot be written: {error.strerror}") from error
     return path
 
@@ -50,23 +64,64 @@ def write_page(facts: RunFacts, path: Path) -> Path:
 def render_page(facts: RunFacts) -> str:
     """Return the page as HTML. Every text of the run is shown as text, without control characters."""
     log, report = facts.log, facts.report
-    losses = {"training": read_points(log, "loss"), "held out": read_points(log, "eval_loss")}
-    held_out = losses["held out"]
+    held_out = {key: read_points(log, key) for key in _list_held_out(log)}
+    losses = {"training": read_points(log, "loss"), **{_title(key): points for key, points in held_out.items()}}
     return _load_template().render(
         facts=facts,
         report=report,
-        loss=make_line_chart("Loss (nats a token)", losses),
+        loss=make_line_chart("Loss", losses),
         rate=make_line_chart("Learning rate", {"learning rate": read_points(log, "learning_rate")}),
-        first=held_out[0] if len(held_out) > 1 or (held_out and not held_out[0][0]) else None,
-        last=held_out[-1] if held_out else None,
+        tiles=_list_tiles(facts, held_out),
+        evaluated=any(held_out.values()) or any(HELD_OUT.fullmatch(name) for name in facts.metrics),
+        columns=["loss", *map(_title, held_out), "learning rate", "gradient norm"],
+        steps=_list_steps(log, ["loss", *held_out, "learning_rate", "grad_norm"]),
         weights=make_bar("Weights", _split_weights(report), "weights"),
-        size=make_bar("Bytes while training", _read_bytes(report), "bytes"),
+        size=make_bar("Bytes of the model", _read_bytes(report), "bytes"),
         heat=make_heat_map(facts.layers),
         layers=facts.layers[:_MOST_LAYERS],
         lineage=[row for row in facts.lineage if not row[0].startswith(_RECIPE)],
         recipe=[(row[0].removeprefix(_RECIPE), row[1]) for row in facts.lineage if row[0].startswith(_RECIPE)],
-        titles=_TITLES,
     )
+
+
+def _list_held_out(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the held-out losses in a log, at most as many as the chart has colors for."""
+    names = dict.fromkeys(str(key) for entry in log for key in entry if HELD_OUT.fullmatch(str(key)))
+    return list(names)[:_MOST_HELD_OUT]
+
+
+def _title(key: str) -> str:
+    match = HELD_OUT.fullmatch(key)
+    name = match["name"] if match else None
+    return f"held out, {name}" if name else "held out"
+
+
+def _list_tiles(facts: RunFacts, held_out: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[str, str, float]]:
+    """Return label, name and value of the results: the held-out losses before training or first, and the last ones."""
+    tiles = []
+    for key, points in held_out.items():
+        label = _title(key).replace("held out", "held-out loss")
+        if len(points) > 1 or (points and not points[0][0]):
+            when = f"first, at step {points[0][0]:.0f}" if points[0][0] else "before training"
+            tiles.append((f"{label}, {when}", f"{key}_first", points[0][1]))
+        if points and key not in facts.metrics:
+            tiles.append((f"{label}, last, at step {points[-1][0]:.0f}", f"{key}_last", points[-1][1]))
+    for name, value in facts.metrics.items():
+        label = _TITLES.get(name, name)
+        if name in held_out:
+            label = f"{_title(name).replace('held out', 'held-out loss')}, last"
+        tiles.append((label, name, value))
+    return tiles
+
+
+def _list_steps(log: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return step and figures of the log's entries that have a loss."""
+    losses = keys[:-2]
+    entries = [entry for entry in log if any(key in entry for key in losses)][:_MOST_STEPS]
+    return [
+        (str(entry.get("step", "")), [_format_figure(entry[key]) if key in entry else "" for key in keys])
+        for entry in entries
+    ]
 
 
 def _split_weights(report: Mapping[str, Any]) -> dict[str, int]:
@@ -111,4 +166,4 @@ def _format_number(value: Any) -> str:
 
 
 def _format_figure(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -24,11 +24,12 @@ __all__ = ["LOCAL_FLAGS", "UNRECORDED", "describe_recipe", "describe_run", "is_l
 #: taken from a recording. All but `UNRECORDED` leave the weights as they are.
 LOCAL_FLAGS = frozenset(
     {
-        "adapter_folder", "ddp_timeout", "deepspeed", "disable_tqdm", "eval_on_start", "fsdp_config", "hub_model_id",
-        "hub_token", "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "logging_dir",
-        "merge", "model_folder", "num_proc", "output_dir", "project", "push", "push_base_model", "push_to_hub",
-        "report_folder", "report_to", "resume", "resume_from_checkpoint", "run_name", "save_total_limit",
-        "skip_memory_metrics", "trackio_space_id", "world_size",
+        "adapter_folder", "ddp_timeout", "deepspeed", "disable_tqdm", "eval_on_start", "fsdp_config", "hub_always_push",
+        "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+        "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "logging_dir", "merge",
+        "model_folder", "num_proc", "output_dir", "project", "push", "push_base_model", "push_to_hub", "report_folder",
+        "report_to", "resume", "resume_from_checkpoint", "run_name", "save_total_limit", "skip_memory_metrics",
+        "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "world_size",
     }
 )  # fmt: skip
 #: How the names of such flags begin and end, for those that a later transformers adds.
