@@ -342,7 +342,7 @@ class ResumeError(TrainingError):
 
 
 class ReproductionError(TrainingError):
-    """A run cannot be had again: it is not recorded, or something that it needs is not here."""
+    """A run cannot be repeated: it is not recorded, asks for too much, or something that it needs is not here."""
 
 
 class MergeError(LoraPluginsError):

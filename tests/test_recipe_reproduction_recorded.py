@@ -229,6 +229,18 @@ def test_a_demo_that_cannot_be_repeated_is_refused_with_the_reason(
     assert expected in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_is_different_for_a_demo_cannot_write_to_the_terminal(
+    published: Publish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = published({**DEMO, "other\x1b[2J": "x"}, libraries={"torch": "\u202e\x1b[2J"})
+    assert ask(reference, "--check", "--model", "./gone") == 1
+    said = "".join(capsys.readouterr())
+    assert "differs: libraries.torch was" in said
+    assert "recipe.other" in said
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+
+
 @pytest.mark.parametrize("words", [["--push", "a/b@1.0.0"], ["--steps"], ["model", "x"], ["--output", "there"]])
 @pytest.mark.parametrize("more", [[], ["--check"]])
 def test_a_flag_that_a_demo_does_not_have_is_refused(words: list[str], more: list[str], published: Publish) -> None:
@@ -248,3 +260,103 @@ def test_a_demo_records_the_version_of_its_packaged_model_and_the_id_of_another(
     recipe, reasons = describe_options(DemoOptions("./base", None, 6, Path("out"), 42))
     assert "model" not in recipe
     assert set(reasons) == {"recipe.model"}
+
+
+@pytest.mark.parametrize(
+    ("key", "extra", "flag"),
+    [
+        ("recipe.template", {}, "template"),
+        ("recipe.target_modules", {"target_modules": ["q_proj"]}, "target_modules"),
+        ("recipe.lr_scheduler_kwargs.path", {"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
+        ("recipe.deepspeed", {}, "deepspeed"),
+        ("recipe.fsdp_config", {"fsdp": True}, "fsdp_config"),
+        ("recipe.r", {}, "r"),
+    ],
+)
+def test_a_flag_that_was_withheld_is_asked_for_and_not_replaced_by_its_default(
+    key: str, extra: dict[str, Any], flag: str, published: Publish
+) -> None:
+    original = read_original(published({**GOOD, **extra}, not_recorded={key: "it names a place"}))
+    found = check_reproduction(original)
+    assert set(found.missing) == {flag}
+    assert f"give --{flag.replace('_', '-')}" in found.missing[flag]
+    with pytest.raises(ReproductionError, match=f"{flag} is not recorded .it names a place."):
+        reproduce(original)
+    assert read_recorded_flags(original, {flag}).missing == {}
+
+
+def test_a_template_that_names_a_place_is_withheld_and_asked_for(published: Publish) -> None:
+    """The same for what is withheld only here: cleaning is done again."""
+    found = check_reproduction(published({**GOOD, "template": "Read /home/someone/notes: {text}"}))
+    assert set(found.missing) == {"template"}
+
+
+def test_the_reasons_of_a_release_cannot_ask_for_a_flag_that_publishes(published: Publish) -> None:
+    original = read_original(published(GOOD, not_recorded={"recipe.push": "give it", "recipe.nosuch": "give it"}))
+    assert read_recorded_flags(original, set()).missing == {}
+
+
+def test_configurations_of_engines_are_not_recorded_with_the_reason(tmp_path: Path) -> None:
+    recipe, training = parse(["--model", "org/base", "--dataset", "org/data", "--output_dir", str(tmp_path)])
+    assert describe_recipe(recipe, training)[1] == {}
+    training.deepspeed, training.fsdp, training.fsdp_config = str(tmp_path / "ds.json"), True, {"min_num_params": 0}
+    flags, reasons = describe_recipe(recipe, training)
+    assert set(reasons) == {"recipe.deepspeed", "recipe.fsdp_config"}
+    assert str(tmp_path) not in json.dumps([flags, reasons])
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"id": "org/data", "revision": "d" * 40}, "org/data@" + "d" * 40),
+        ({"id": "org/other", "revision": "d" * 40}, "org/data@main"),
+        ({"id": "org/data", "revision": "main"}, "org/data@main"),
+        ({"id": "org/data"}, "org/data@main"),
+    ],
+)
+def test_a_data_set_of_the_hub_is_read_at_its_recorded_commit(
+    entry: dict[str, str], expected: str, published: Publish
+) -> None:
+    recipe = {**GOOD, "dataset": "org/data@main", "eval_dataset": "org/data@main"}
+    original = read_original(published(recipe, dataset={"train": entry, "eval": entry}))
+    flags = read_recorded_flags(original, set()).flags
+    assert (flags["dataset"], flags["eval_dataset"]) == (expected, expected)
+
+
+ESCAPE = "\x1b[2J\x1b]0;title\x07"
+
+
+@pytest.mark.parametrize("more", [[], ["--check"]])
+@pytest.mark.parametrize(
+    ("recipe", "lineage"),
+    [
+        ({**GOOD, "seed": f"{ESCAPE}1"}, {}),
+        ({**GOOD, f"flag{ESCAPE}": 1}, {}),
+        (GOOD, {"libraries": {f"torch{ESCAPE}": "1\nall that was recorded is here"}}),
+        (GOOD, {"not_recorded": {"recipe.template": f"why{ESCAPE}"}}),
+        ({}, {"not_recorded": {"recipe": f"why{ESCAPE}"}}),
+        ({**GOOD, "push": ESCAPE}, {}),
+        ({**DEMO, "model": f"./{ESCAPE}"}, {}),
+        ({**DEMO, "steps": ESCAPE}, {}),
+        ({**DEMO, "steps": 1, f"other{ESCAPE}": "x"}, {}),
+    ],
+    ids=["value", "name", "library", "reason", "no recipe", "local flag", "path", "number", "demo"],
+)
+def test_what_others_have_recorded_cannot_write_to_the_terminal(
+    recipe: dict[str, Any],
+    lineage: dict[str, Any],
+    more: list[str],
+    published: Publish,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    twin.write_jsonl(tmp_path / "train.jsonl", twin.dialogues(4, seed=1))
+    words = ["--model", "./gone"] if recipe.get("command") else ["--model", "./gone", "--dataset", "train.jsonl"]
+    words = [] if str(recipe.get("model")).startswith("./") else words
+    assert ask(published(recipe, **lineage), *words, *more) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert said
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "\u202e" not in said
+    assert "\nall that was recorded is here" not in said

@@ -16,7 +16,7 @@ from lora_plugins.recipe.files import read_json
 from lora_plugins.recipe.resume import checkpoint_folders
 from registry import expand_path
 
-__all__ = ["DECISIVE", "RUN_FILE", "Folders", "check_same_run", "draw_loss", "metrics", "run_record"]
+__all__ = ["DECISIVE", "RUN_FILE", "Folders", "check_same_run", "draw_loss", "make_plain", "metrics", "run_record"]
 
 
 #: File in the output folder with the arguments of the run.
@@ -126,12 +126,24 @@ def run_record(recipe: RecipeArguments, training: TrainingArguments) -> dict[str
     ours = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in _FREE}
     # As version 0.1 wrote it, whose runs can be resumed.
     ours["packing"] = {"wrapped": True, "none": False}.get(recipe.packing or "", recipe.packing)
-    theirs = {name: _make_plain(getattr(training, name, None)) for name in DECISIVE}
+    theirs = {name: _write_flat(make_plain(getattr(training, name, None))) for name in DECISIVE}
     return {**ours, **theirs}
 
 
-def _make_plain(value: Any) -> Any:
+def make_plain(value: Any) -> Any:
+    """Return an argument as plain data: an enumeration as its value, of a configuration what is not its default."""
     value = getattr(value, "value", value)
+    if hasattr(value, "to_dict"):
+        # A configuration that nobody gave is one with its defaults.
+        usual = type(value)().to_dict()
+        value = {key: item for key, item in value.to_dict().items() if item not in (None, usual.get(key))}
+    if isinstance(value, Mapping):
+        return {str(key): make_plain(item) for key, item in value.items()}
+    return [make_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_flat(value: Any) -> Any:
+    """Return plain data as version 0.1 wrote it, whose runs can be resumed: text instead of lists and mappings."""
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

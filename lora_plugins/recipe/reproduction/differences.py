@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_plugins.adapters.lineage.environment import find_version
+from lora_plugins.text import visible_text
 
 __all__ = [
     "Difference",
@@ -14,15 +15,19 @@ __all__ = [
     "compare_libraries",
     "compare_values",
     "find_first_step",
+    "show_lines",
 ]
 
-#: What identifies rows. The hash covers the rest, which only says how they differ.
+#: Characters of a line that are shown.
+_MOST_CHARACTERS = 2000
+
+#: Fields of a data set that are compared where its hash differs; the first two say how.
 _OF_ROWS = ("rows", "columns", "sha256")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is other here than it was recorded.
+    """One thing that is different here from what was recorded.
 
     Attributes:
         field: Its name, dotted.
@@ -44,6 +49,11 @@ def _show(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
+def show_lines(lines: Iterable[str]) -> list[str]:
+    """Return lines for the terminal, each on one line, without the control characters that a release may hold."""
+    return [visible_text(line, _MOST_CHARACTERS).replace("\n", " ") for line in lines]
+
+
 def compare_values(
     prefix: str, recorded: Mapping[str, Any], here: Mapping[str, Any], leave_out: Sequence[str] = ()
 ) -> Iterator[Difference]:
@@ -54,7 +64,7 @@ def compare_values(
 
 
 def compare_libraries(recorded: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield the recorded libraries of which another version is installed here, or none."""
+    """Yield the recorded libraries of which another version, or none, is installed here."""
     for name, version in sorted(recorded.items()):
         here = find_version(name)
         if here != version:
@@ -76,7 +86,7 @@ def compare_data(field: str, recorded: Mapping[str, Any], here: Mapping[str, Any
 
 
 def find_first_step(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Difference | None:
-    """Return the first logged step whose loss, or norm of the gradient, is another one."""
+    """Return the first logged step whose loss, or norm of the gradient, differs."""
     for name in ("loss", "grad_norm"):
         one, two = (_index(losses, name) for losses in (recorded, here))
         for step in sorted({*one, *two}):

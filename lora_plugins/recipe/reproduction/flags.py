@@ -14,7 +14,7 @@ from lora_plugins.adapters.lineage.environment import describe_code
 from lora_plugins.adapters.lineage.rows import describe_rows
 from lora_plugins.recipe.arguments import RecipeArguments
 from lora_plugins.recipe.data import is_local
-from lora_plugins.recipe.output import DECISIVE
+from lora_plugins.recipe.output import DECISIVE, make_plain
 from lora_plugins.recipe.parser import make_parser
 from registry import is_path
 
@@ -108,8 +108,8 @@ def _list_changed(training: TrainingArguments) -> dict[str, Any]:
     moved = "activation_checkpointing"
     found = {"gradient_checkpointing": bool(getattr(training, moved, None) or training.gradient_checkpointing)}
     for item in fields(training):
-        name, value = item.name, _make_plain(getattr(training, item.name))
-        usually = _make_plain(usual.get_default(name))
+        name, value = item.name, make_plain(getattr(training, item.name))
+        usually = make_plain(usual.get_default(name))
         if (
             item.init
             and name not in (*found, moved)
@@ -119,14 +119,3 @@ def _list_changed(training: TrainingArguments) -> dict[str, Any]:
         ):
             found[name] = value
     return found
-
-
-def _make_plain(value: Any) -> Any:
-    value = getattr(value, "value", value)
-    if hasattr(value, "to_dict"):
-        # A configuration that nobody gave is one with its defaults.
-        usual = type(value)().to_dict()
-        value = {key: item for key, item in value.to_dict().items() if item not in (None, usual.get(key))}
-    if isinstance(value, Mapping):
-        return {str(key): _make_plain(item) for key, item in value.items()}
-    return [_make_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -25,6 +25,7 @@ from lora_plugins.recipe.reproduction.differences import (
     compare_libraries,
     compare_values,
     find_first_step,
+    show_lines,
 )
 from lora_plugins.recipe.reproduction.flags import describe_recipe
 from lora_plugins.recipe.reproduction.recorded import (
@@ -62,7 +63,7 @@ class Readiness:
     Attributes:
         name: The adapter.
         missing: What the run cannot do without, each with the way to give it.
-        differences: What is other here than it was.
+        differences: What is different here.
         unknown: What was not recorded, or cannot be compared, each with the reason.
     """
 
@@ -85,7 +86,7 @@ class Readiness:
         lines = [f"{self.name}: " + ("all that was recorded is here" if self.ready else "not as it was recorded")]
         lines += [f"  missing: {key}: {why}" for key, why in self.missing.items()]
         lines += [f"  differs: {item}" for item in self.differences]
-        return lines + [f"  not compared: {key}: {why}" for key, why in self.unknown.items()]
+        return show_lines(lines + [f"  not compared: {key}: {why}" for key, why in self.unknown.items()])
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Reproduction:
         first: The first logged step whose loss or gradient differs; ``None`` if none does.
         layers: Layers that differ, the largest difference first: name, norm before, after, of the change.
         layers_compared: Number of layers.
-        readiness: What was other from the beginning: the causes.
+        readiness: What was different before the run began: the causes.
         folder: Where the repeated run is; ``None`` if it was not kept.
     """
 
@@ -132,13 +133,13 @@ class Reproduction:
             ]
             lines.append(f"  {len(self.layers)} of {self.layers_compared} layers differ")
         lines += [f"  cause: {item}" for item in self.readiness.differences if not self.same]
-        lines += [f"  other here, without effect: {item}" for item in self.readiness.differences if self.same]
+        lines += [f"  different here, without effect: {item}" for item in self.readiness.differences if self.same]
         if not self.same and not self.readiness.differences:
             told = "none in what is recorded; this hardware may not compute the same twice"
             if "base" in self.readiness.unknown:
                 told = "none in what could be compared; the base could not, see below"
             lines.append(f"  cause: {told}")
-        return lines + [f"  not compared: {key}: {why}" for key, why in self.readiness.unknown.items()]
+        return show_lines(lines + [f"  not compared: {key}: {why}" for key, why in self.readiness.unknown.items()])
 
 
 def check_reproduction(reference: str | Original, words: Sequence[str] = (), *, hub: str | None = None) -> Readiness:
@@ -296,7 +297,7 @@ def _compare_rows(original: Original, recipe: RecipeArguments, training: Trainin
 def _compare_base(original: Original, base: str, found: Readiness) -> None:
     """Compare the base with the fingerprint in the release's manifest."""
     if original.adapter is None:
-        found.unknown["base"] = "a folder has no manifest, which would have the base's fingerprint"
+        found.unknown["base"] = "the fingerprint of the base is in the manifest of a release; a folder has none"
         return
     try:
         result = check_contract(original.adapter, Path(base) if Path(base).exists() else base)
