@@ -166,8 +166,7 @@ def _refuse_replaced(model: nn.Module) -> None:
         name = "quantized" if owner is None else owner.name
         raise UnsupportedTraining(
             f"ZeRO-3 cannot train DoRA over {name} layers, first {path}: DoRA reads their weights itself, and PEFT "
-            "then puts them anew, without what DeepSpeed keeps on them. Train with FSDP2, DDP or ZeRO-2, or without "
-            "DoRA."
+            "then puts them anew, without what DeepSpeed keeps on them. Train with FSDP2, or without DoRA."
         )
 
 
