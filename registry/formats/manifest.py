@@ -135,7 +135,13 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the bytes it was parsed from, or else its canonical encoding."""
         known: bytes | None = getattr(self, "_bytes", None)
-        return canonical({"format": FORMAT, **_convert_to_json(self)}) if known is None else known
+        if known is not None:
+            return known
+        fields = {"format": FORMAT, **_convert_to_json(self)}
+        if not self.lineage:
+            # Lock files hold the digest of an unversioned adapter from before lineage was recorded.
+            del fields["lineage"]
+        return canonical(fields)
 
     @property
     def unversioned(self) -> bool:
