@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import page
-from measure import Clock, hardware, peak_resident, record, resident, run_child, versions
+from measure import hardware, peak_resident, record, resident, run_child, versions
 
 #: Name of each choice of targets and what `LoraCallback` gets for it.
 TARGETS: dict[str, Any] = {"q and v": ["q_proj", "v_proj"], "attention": "attention", "all-linear": "all-linear"}
@@ -37,7 +37,8 @@ def measure_combination(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from step_clock import StepClock
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from transformers.utils.logging import set_verbosity_error
 
     from lora_plugins import LoraCallback
@@ -52,18 +53,7 @@ def measure_combination(options: argparse.Namespace) -> dict[str, Any]:
     train, held_out = rows[: -2 * options.held_out], torch.from_numpy(rows[-options.held_out :])
     train = np.random.default_rng(0).permutation(train)[: options.steps * options.batch].tolist()
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
-        """Wall and CPU seconds of each step."""
-
-        def __init__(self) -> None:
-            self.seconds: list[tuple[float, float]] = []
-            self.clock = Clock()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(self.clock.read())
-            self.clock = Clock()
-
-    steps = Steps()
+    steps = StepClock()
     before = resident()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from measure import Clock, peak_resident, resident
+from step_clock import StepClock
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
 LORA = {"r": 8, "lora_alpha": 32}
@@ -332,19 +333,18 @@ def _count(model: Any) -> tuple[int, int]:
     return report.trainable, report.total
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
+class _Steps(StepClock):
     """Seconds of each step, the device's work included."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
-        self.seconds: list[float] = []
-        self.clock = Clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note what the step took, once the device has done it."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        self.seconds.append(self.clock.read()[0])
-        self.clock = Clock()
+        super().on_step_end(*args, **kwargs)
 
 
 def _measure_setting(trainer: Trainer, device: torch.device) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def _measure_setting(trainer: Trainer, device: torch.device) -> dict[str, Any]:
             trainer.train()
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {str(error).splitlines()[0][:120]}"}
-    found: dict[str, Any] = {"seconds": steps.seconds[1:]}
+    found: dict[str, Any] = {"seconds": [wall for wall, _ in steps.seconds[1:]]}
     if on_card:
         found["allocated"] = torch.accelerator.memory.max_memory_allocated()
         found["reserved"] = torch.accelerator.memory.max_memory_reserved()

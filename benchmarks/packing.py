@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import page
-from measure import Clock, hardware, peak_resident, record, resident, run_child, versions
+from measure import hardware, peak_resident, record, resident, run_child, versions
 
 #: Name of each contender and what it is.
 CONTENDERS = {
@@ -38,7 +38,8 @@ def measure_contender(options: argparse.Namespace) -> dict[str, Any]:
     """Train one contender here; return seconds, real tokens and all tokens of each step but the first."""
     import torch
     from datasets import disable_progress_bars
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from step_clock import StepClock
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from transformers.utils.logging import set_verbosity_error
 
     from lora_plugins import LoraCallback
@@ -57,18 +58,7 @@ def measure_contender(options: argparse.Namespace) -> dict[str, Any]:
         counted.append((sum(_count_tokens(feature["input_ids"]) for feature in features), made["input_ids"].numel()))
         return made
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
-        """Wall and CPU seconds of each step."""
-
-        def __init__(self) -> None:
-            self.seconds: list[tuple[float, float]] = []
-            self.clock = Clock()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(self.clock.read())
-            self.clock = Clock()
-
-    steps = Steps()
+    steps = StepClock()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             model=model,

@@ -56,6 +56,7 @@ class Loaded:
         return sum(not (impl.wrapper or impl.hookwrapper) for impl in found)
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
+        """Call a hook of the plugin and return the answers."""
         answers: list[Any] = getattr(self.hooks.hook, hook)(**arguments)
         return answers
 
@@ -79,6 +80,11 @@ def load_plugin(info: PluginInfo, plugin: object, manager: pluggy.PluginManager)
 
 
 def collect(loaded: Loaded, hook: str, record: type[Record]) -> list[Record]:
+    """Return what a plugin's implementations of a hook return, in one list.
+
+    Raises:
+        Rejected: One does not return a list of such records.
+    """
     answers = loaded.call(hook)
     if len(answers) < loaded.implementations(hook):
         # pluggy drops `None` from the results, so a forgotten `return` would silently register nothing.
@@ -131,12 +137,18 @@ def _check_requires(quantizer: Quantizer) -> None:
 
 
 def check_unique(kind: str, names: list[str]) -> None:
+    """Check that a plugin registers no name twice.
+
+    Raises:
+        Rejected: It does.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise Rejected(f"it registers the {kind} {', '.join(map(repr, twice))} twice")
 
 
 def explain(error: BaseException) -> str:
+    """Return why a plugin does not load, in one line, with a next step where there is one."""
     if isinstance(error, Rejected):
         return str(error)
     if isinstance(error, pluggy.PluginValidationError):
@@ -191,6 +203,7 @@ def describe_plugin(entry: importlib.metadata.EntryPoint) -> PluginInfo:
 
 
 def read_own_version() -> str:
+    """Return the version of this distribution, ``"?"`` if it is not installed."""
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
