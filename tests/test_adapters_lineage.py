@@ -246,22 +246,13 @@ def test_the_parent_of_a_continued_adapter_is_recorded(
             assert (recorded["version"], recorded["manifest"]) == ("1.0.0", parent.manifest.digest)
 
 
-def test_run_ids_of_trackers_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+def test_run_ids_of_trackers_are_recorded(tmp_path: Path, offline_wandb: Any, local_mlflow: Any) -> None:
     trainer = tiny.trainer(
         tmp_path / "out", callbacks=[LoraCallback(r=4)], report_to=["wandb", "mlflow", "tensorboard"]
     )
     trainer.train()
-    import wandb
-
-    known = {"wandb": wandb.run.id, "mlflow": mlflow.last_active_run().info.run_id}
-    wandb.finish()
+    known = {"wandb": offline_wandb.run.id, "mlflow": local_mlflow.last_active_run().info.run_id}
+    offline_wandb.finish()
     with collect(trainer, on_hub=False) as found:
         recorded = found.training.lineage["tracker"]
     assert {entry["name"]: entry.get("id") for entry in recorded} == {**known, "tensorboard": None}

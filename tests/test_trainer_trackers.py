@@ -52,43 +52,21 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert len(values["loss"]) == 4
 
 
-def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "adapters")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.chdir(tmp_path)
-    try:
-        _, expected = train(tmp_path / "output", "mlflow")
-        client = mlflow.MlflowClient()
-        experiment = client.get_experiment_by_name("adapters")
-        (run,) = client.search_runs([experiment.experiment_id])
-    finally:
-        while mlflow.active_run() is not None:
-            mlflow.end_run()
-        mlflow.set_tracking_uri(None)
+def test_mlflow(tmp_path: Path, local_mlflow: Any) -> None:
+    _, expected = train(tmp_path / "output", "mlflow")
+    client = local_mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("adapters")
+    (run,) = client.search_runs([experiment.experiment_id])
     values = {name.removeprefix("train/"): value for name, value in run.data.metrics.items()}
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     assert "loss" in values
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-        "WANDB_PROJECT": "adapters",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        _, expected = train(tmp_path / "output", "wandb")
-        summary = dict(wandb.run.summary)
-    finally:
-        wandb.finish()
+@pytest.mark.parametrize("run", ["first", "second in this process"])
+def test_wandb_offline(tmp_path: Path, offline_wandb: Any, run: str) -> None:
+    _, expected = train(tmp_path / "output", "wandb")
+    summary = dict(offline_wandb.run.summary)
+    offline_wandb.finish()
     values = {name.removeprefix("train/"): value for name, value in summary.items()}
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     (recorded,) = tmp_path.rglob("*.wandb")
