@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,13 @@ def _broken_rule_between_packages(source: str, target: str) -> str:
     if _room(source) != "registry.plugin":
         return "of registry only plugin.py uses lora_plugins"
     return "" if target == "lora_plugins" else "registry uses the public names of lora_plugins only"
+
+
+@pytest.mark.parametrize("package", sorted(FLOORS))
+def test_the_page_for_contributors_shows_this_direction(package: str) -> None:
+    line = re.search(rf"^ +{package}: +(.+)$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    assert line is not None
+    assert line[1] == " <- ".join(" | ".join(rooms) for rooms in FLOORS[package])
 
 
 def test_imports_go_in_one_direction() -> None:
