@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -478,3 +480,43 @@ def test_dora_or_zero3_alone_are_not_refused(
     stage: int, lora: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_under_zero(tmp_path, monkeypatch, stage, **lora)
+
+
+#: Ranks raise one after another, and each writes what it got.
+RAISING = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from accelerate import PartialState
+from lora_plugins import errors
+from lora_plugins.trainer.engines import raise_together
+
+class OfAPlugin(errors.UnknownCheck):
+    pass
+
+state = PartialState(cpu=True)
+trainer = SimpleNamespace(accelerator=state)
+got = []
+for failing, error in enumerate([errors.ResumeConflict("other rank"), OfAPlugin("no such check")]):
+    try:
+        with raise_together(trainer):
+            if state.process_index == failing:
+                raise error
+    except errors.LoraPluginsError as problem:
+        got.append(f"{type(problem).__name__}: {problem}")
+with raise_together(trainer):
+    pass
+Path(sys.argv[1], f"rank{state.process_index}").write_text("; ".join(got))
+state.destroy_process_group()
+"""
+
+
+def test_an_error_of_one_process_is_the_same_error_on_the_others(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(RAISING)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    command = [*TORCHRUN, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert first == "ResumeConflict: other rank; UnknownCheck: On another process: no such check"
+    assert second == "ResumeConflict: On another process: other rank; OfAPlugin: no such check"

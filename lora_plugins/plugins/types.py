@@ -199,6 +199,8 @@ class Quantizer(ABC):
             saved tensor, so that gradient checkpointing cannot free it. `plan` counts those bytes.
         copies_weight: Whether a layer holds a second copy of its weight outside its parameters; an engine that
             shards parameters leaves that copy whole on every process.
+        replaces_weight: Whether PEFT (0.21) puts a new parameter into a layer on a CPU after reading its weight for
+            DoRA; the new one is unknown to an engine that keeps notes on parameters.
         engines: Distributed engines that its layers work under: ``"ddp"``, ``"fsdp2"``, ``"deepspeed"``.
         offered: Whether `plan` lists it beside others and ``quantization="auto"`` may choose it; false for a form that
             only checkpoints come in.
@@ -215,6 +217,7 @@ class Quantizer(ABC):
     loss_note: str = ""
     keeps_input: bool = False
     copies_weight: bool = False
+    replaces_weight: bool = False
     engines: tuple[str, ...] = ("ddp", "fsdp2", "deepspeed")
     offered: bool = True
     priority: int = 0

@@ -10,9 +10,6 @@ from lora_plugins.quantization.request import owner_of
 
 __all__ = ["divide_layers", "find_read_layers", "find_replaced_layer", "undivide_layers"]
 
-#: Classes of weights that PEFT (0.21) puts anew into a layer on a CPU after reading them for DoRA.
-_REPLACED = ("Int8Params", "Params4bit")
-
 
 def divide_layers(model: nn.Module) -> list[nn.Module]:
     """Let the engine divide the quantized layers of a model whose backend can; return those that stay whole."""
@@ -48,6 +45,7 @@ def find_replaced_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
     for path, tuner in model.named_modules():
         if isinstance(tuner, BaseTunerLayer) and any(getattr(tuner, "use_dora", {}).values()):
             layer = tuner.get_base_layer()
-            if owner_of(layer) is not None and type(layer.weight).__name__ in _REPLACED:
+            owner = owner_of(layer)
+            if owner is not None and owner.replaces_weight:
                 return path, layer
     return None

@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 
+from lora_plugins import errors
 from lora_plugins.errors import (
-    BrokenCheckpoint,
     LoraPluginsError,
     PreparationWarning,
     ProcessMissing,
@@ -282,7 +282,7 @@ def raise_together(trainer: Trainer) -> Iterator[None]:
     """Let an error of this package on one process end the others too, which would otherwise wait forever.
 
     Raises:
-        BrokenCheckpoint: Another process failed; the message is from there.
+        LoraPluginsError: Another process failed; type and message are from there.
     """
     own: LoraPluginsError | None = None
     try:
@@ -290,11 +290,18 @@ def raise_together(trainer: Trainer) -> Iterator[None]:
     except LoraPluginsError as error:
         own = error
     if trainer.accelerator.num_processes > 1:
-        problems = [problem for problem in gather_object([str(own) if own else ""]) if problem]
+        problems = [problem for problem in gather_object([_describe_error(own) if own else None]) if problem]
         if problems and own is None:
-            raise BrokenCheckpoint(f"On another process: {problems[0]}")
+            name, message = problems[0]
+            raise getattr(errors, name)(f"On another process: {message}")
     if own is not None:
         raise own
+
+
+def _describe_error(error: LoraPluginsError) -> tuple[str, str]:
+    """Return the name of an error's nearest type in `lora_plugins.errors`, and its message."""
+    known = (kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return next(known), str(error)
 
 
 def place_whole(trainer: Trainer) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry.checks.names import (
-    PREFIX,
     add_prefix,
     collapse_prefix,
     remove_adapter_name,
@@ -17,6 +16,7 @@ from registry.checks.names import (
     spell_parameter,
 )
 from registry.errors import InvalidAdapter
+from registry.formats.tensors import PREFIX
 from registry.formats.weights import read_file_header
 
 __all__ = ["Layout", "Renames", "find_renames", "rewrite"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.fingerprint import original_name
 from registry.formats.patterns import PatternTable
 from registry.formats.records import TensorRecord
+from registry.formats.tensors import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def _is_made_later(name: str, expected: Shapes, config: Any) -> bool:
 
 def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Shapes) -> bool:
     """Return whether PEFT wrote these trained tokens a second time, for the tied embedding or head."""
-    place, found, _ = name.removeprefix("base_model.model.").partition(_TRAINED_TOKENS)
+    place, found, _ = name.removeprefix(PREFIX).partition(_TRAINED_TOKENS)
     alike = [other for other in expected if other.endswith(_TRAINED_TOKENS) and expected[other] == shape]
     return bool(found and alike) and f"{place}.weight" in ends
 

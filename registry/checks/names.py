@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from registry.checks.adapter_files import AdapterFiles
 from registry.checks.record import Changes, Check, Finding
 from registry.errors import InvalidAdapter
-from registry.formats.tensors import lora_modules
+from registry.formats.tensors import PREFIX, lora_modules
 
 __all__ = [
     "CHECKS",
-    "PREFIX",
     "add_prefix",
     "collapse_prefix",
     "remove_adapter_name",
@@ -20,7 +19,6 @@ __all__ = [
     "spell_parameter",
 ]
 
-PREFIX = "base_model.model."
 #: What FSDP and activation checkpointing insert into names.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: LoRA's A and B as diffusers and kohya named them, and as loralib did: a parameter of the layer itself.

@@ -12,7 +12,14 @@ from registry.errors import InvalidAdapter, TooLarge, UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_WEIGHTS
 from registry.formats.records import TensorRecord
-from registry.formats.tensors import TASK_HEADS, LoraModule, lora_modules, may_be_trained, other_tensors
+from registry.formats.tensors import (
+    PREFIX,
+    TASK_HEADS,
+    LoraModule,
+    lora_modules,
+    may_be_trained,
+    other_tensors,
+)
 from registry.formats.weights import describe_dtype
 
 __all__ = ["CHECKS", "LARGE", "describe_large"]
@@ -207,7 +214,7 @@ def _find_embeddings(files: AdapterFiles) -> Iterator[str]:
 
 
 def _is_untrained_end(name: str, record: TensorRecord, config: AdapterConfig) -> bool:
-    module, _, part = name.removeprefix("base_model.model.").rpartition(".")
+    module, _, part = name.removeprefix(PREFIX).rpartition(".")
     inner = module.removesuffix(".base_layer")
     if part != "weight" or len(record.shape) != 2 or _END.search(inner) is None:
         return False
@@ -237,7 +244,7 @@ def _find_missing(files: AdapterFiles) -> Iterator[str]:
 
 def _holds(tensor: str, module: str) -> bool:
     """Whether a tensor is a part of a module named by the end of its path."""
-    parts = tensor.removeprefix("base_model.model.").split(".")
+    parts = tensor.removeprefix(PREFIX).split(".")
     return any(".".join(parts[:count]).endswith(module) for count in range(1, len(parts)))
 
 

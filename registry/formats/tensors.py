@@ -11,6 +11,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.records import TensorRecord
 
 __all__ = [
+    "PREFIX",
     "TASK_HEADS",
     "LoraModule",
     "counted",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 #: Names of input embeddings and language model heads, whose rows are the entries of a vocabulary.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
 #: Module names that suggest an embedding or a head, for unknown architectures too.
@@ -74,7 +75,7 @@ def _is_of_adapter(name: str) -> bool:
 
 def may_be_trained(name: str, record: TensorRecord, config: AdapterConfig) -> bool:
     """Whether a configuration trains a tensor, as far as its name and shape tell; embeddings and heads may be."""
-    module, _, part = name.removeprefix(_PREFIX).rpartition(".")
+    module, _, part = name.removeprefix(PREFIX).rpartition(".")
     if part == "bias" and config.fields.get("bias", "none") != "none":
         return True
     if _DELTA in name and config.fields.get("trainable_token_indices") is not None:
@@ -94,9 +95,7 @@ def counted(tensors: Mapping[str, TensorRecord]) -> Iterator[tuple[str, int, int
     table: dict[str, list[int]] = {}
     for name, record in tensors.items():
         match = _LORA.fullmatch(name)
-        module = (
-            (match["module"] if match else name.rpartition(".")[0]).removeprefix(_PREFIX).replace(".base_layer", "")
-        )
+        module = (match["module"] if match else name.rpartition(".")[0]).removeprefix(PREFIX).replace(".base_layer", "")
         kind = re.sub(r"(^|\.)\d+(?=\.|$)", "", module).rpartition(".")[2] or module
         table.setdefault(kind, []).append(prod(record.shape))
     for kind in sorted(table):

@@ -19,7 +19,7 @@ from registry.errors import AdapterWarning, InvalidAdapter, TooLarge
 from registry.formats.fields import is_finite
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.records import FileRecord
-from registry.formats.tensors import lora_modules
+from registry.formats.tensors import PREFIX, lora_modules
 
 __all__ = [
     "check_for_push",
@@ -85,7 +85,7 @@ def _describe_untargeted(modules: Collection[str], config: Any) -> str:
     if config.target_parameters or not config.target_modules or config.target_modules == "all-linear":
         # Which modules these are depends on the base.
         return ""
-    names = [name.removeprefix("base_model.model.") for name in modules]
+    names = [name.removeprefix(PREFIX) for name in modules]
     stray = [name for name in names if not check_target_module_exists(config, name)]
     return f"{len(stray)} of {len(names)} modules are not among its targets, first {stray[0]}" if stray else ""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from registry.base.files import BaseFiles, find_base_folder
 from registry.checks.configuration import changes_base, describe_lost
 from registry.errors import InvalidAdapter
+from registry.formats.tensors import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ __all__ = ["make_plain"]
 _REPEATED = ("pissa", "olora")
 #: Values that do not change the base but read its weights or need data; the results are in the file.
 _FROM_BASE = ("eva", "orthogonal", "mica")
-_PREFIX = "base_model.model."
 
 
 def make_plain(
@@ -89,7 +89,7 @@ def _widen(
     import torch
 
     base, scaling, rank = layer.get_base_layer(), layer.scaling[adapter_name], layer.r[adapter_name]
-    own = originals.rows(f"{name.removeprefix(_PREFIX)}.weight", 2**40)
+    own = originals.rows(f"{name.removeprefix(PREFIX)}.weight", 2**40)
     if own is None:
         raise InvalidAdapter(
             f"{name}: the base's own weight cannot be read from {originals.name}; it is needed to undo "

@@ -13,7 +13,7 @@ from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from registry.formats.patterns import PatternTable, find_slow
 from registry.formats.strict_json import shown
-from registry.formats.tensors import LoraModule, lora_modules
+from registry.formats.tensors import PREFIX, LoraModule, lora_modules
 from registry.formats.weights import read_file_header, read_values
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from registry.pulling.adapter import Adapter
 
 __all__ = ["Difference", "LayerChange", "compare_adapters", "compare_layers"]
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class _Weights:
 
     def _read_factors(self, name: str, module: LoraModule) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
         first, second = self.tensor(module.first or ""), self.tensor(module.second or "")
-        rank, scaling = self._read_scaling(name.removeprefix(_PREFIX))
+        rank, scaling = self._read_scaling(name.removeprefix(PREFIX))
         rows = first.shape[0]
         experts = rows // rank if rank and rows % rank == 0 and self._config.fields.get("target_parameters") else 1
         if experts == 1:
@@ -162,7 +160,7 @@ def _compare_layer(name: str, one: list[Any], two: list[Any]) -> LayerChange:
     pairs = [(one[i] if one else None, two[i] if two else None) for i in range(longest)]
     norms = [[_compute_norm([a]), _compute_norm([b]), _compute_norm([a, _negate(b)])] for a, b in pairs]
     before, after, change = (sum(n[column] ** 2 for n in norms) ** 0.5 for column in range(3))
-    return LayerChange(name.removeprefix(_PREFIX), before, after, change)
+    return LayerChange(name.removeprefix(PREFIX), before, after, change)
 
 
 def _compare_other(name: str, one: _Weights, two: _Weights) -> LayerChange:
@@ -173,7 +171,7 @@ def _compare_other(name: str, one: _Weights, two: _Weights) -> LayerChange:
     norms = [0.0 if tensor is None else float(numpy.linalg.norm(tensor)) for tensor in (a, b)]
     both = a is not None and b is not None and a.shape == b.shape
     change = float(numpy.linalg.norm(a - b)) if both else (norms[0] ** 2 + norms[1] ** 2) ** 0.5  # type: ignore[operator]
-    return LayerChange(name.removeprefix(_PREFIX), norms[0], norms[1], change)
+    return LayerChange(name.removeprefix(PREFIX), norms[0], norms[1], change)
 
 
 def _negate(factors: Any) -> Any:

@@ -56,6 +56,7 @@ class Int8(Quantizer):
     keeps_input = True
     # ``state.CB`` beside the parameter.
     copies_weight = True
+    replaces_weight = True
     priority = 1
     loggers = _LOGGERS
 
@@ -162,6 +163,7 @@ class FourBit(Quantizer):
     bits = 4
     requires = _REQUIRES
     options = ("double_quant", "compute_dtype")
+    replaces_weight = True
     loggers = _LOGGERS
 
     def available(self, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> str | None:
