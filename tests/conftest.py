@@ -62,8 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """wandb as it is in a new process, writing below `tmp_path`.
 
-    What wandb read of the environment at its first run holds for the whole process, until `teardown`: a second test would
-    write into the folder of the first one.
+    What wandb read of the environment at its first run holds for the whole process, until `teardown`: without it, a
+    second test would write into the folder of the first one.
     """
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     wandb.teardown()

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<rest>\w+))?")
+#: What PEFT puts before the name of every tensor in an adapter file.
 PREFIX = "base_model.model."
 #: Names of input embeddings and language model heads, whose rows are the entries of a vocabulary.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|lm_head|embed_out)\.")
