@@ -198,6 +198,7 @@ def test_an_alias_and_a_branch_of_one_name_are_told_apart(place: Place) -> None:
         (f"{NAME}@{'0' * 40}", "no such commit"),
         (f"{NAME}/other@main", "holds no adapter in that folder. It has them in folders: .*/x@"),
         (f"{NAME}@main", "holds no adapter. It has them in folders"),
+        (f"{NAME}/other", "holds no adapter in that folder. It has them in folders: .*/x@"),
     ],
 )
 def test_what_is_not_there_is_named(place: Place, reference: str, says: str) -> None:

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from hubs import EVERY_KIND, LoopbackPlace, Place, make_place
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain import put, put_request
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from registry import Check, Finding, InvalidAdapter, diagnose, push_adapter
 from registry.checks.peft_fields import read_known_fields
-from registry.errors import InvalidReference, UnknownBase
+from registry.errors import InvalidReference, NotAdapter, UnknownBase, VersionNotFound
 from registry.health.doctor import Diagnosis
+from registry.testing import LoopbackHub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Tensors = dict[str, torch.Tensor]
@@ -381,6 +384,116 @@ def test_a_release_is_examined_without_downloading_large_weights(damaged: Damage
     assert (found.symptoms, list(found.not_read)) == ((), ["values"])
     with pytest.raises(InvalidReference, match="no folder 'nothing'"):
         diagnose("nothing")
+
+
+# -- repositories without releases -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=EVERY_KIND)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return make_place(request, tmp_path)
+
+
+def read_files(folder: Path, below: str = "") -> dict[str, bytes]:
+    return {f"{below}{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("below", "branch", "source"),
+    [
+        ("", "main", "org/plain"),
+        ("", "main", "org/plain@main"),
+        ("", "dev", "org/plain@dev"),
+        ("", "dev", "org/plain@branch:dev"),
+        ("", "main", "org/plain@{commit}"),
+        ("a/b/", "main", "org/plain/a/b"),
+        ("a/b/", "feature/x", "org/plain/a/b@feature/x"),
+        ("a/b/", "dev", "org/plain/a/b@branch:dev"),
+        ("a/b/", "main", "org/plain/a/b@{commit}"),
+    ],
+)
+def test_an_adapter_that_nobody_published_is_examined_where_it_is(
+    place: Place, damaged: Damaged, below: str, branch: str, source: str
+) -> None:
+    sound = put(place, read_files(damaged.folder, below), branch=branch)
+    found = diagnose(source.format(commit=sound), hub=place.hub)
+    assert (found.symptoms, found.not_read) == ((), {})
+    DAMAGE["one B is zero"][0](damaged)
+    DAMAGE["compiled"][0](damaged)
+    commit = put(place, read_files(damaged.folder, below), branch=branch)
+    found = diagnose(source.format(commit=commit), hub=place.hub)
+    assert names(found) == {"zero-modules", "compiled-names"}
+    assert found.title.endswith(f"@{commit}")
+    # What a commit held stays what is said of it.
+    assert diagnose(f"org/plain{'/' if below else ''}{below.rstrip('/')}@{sound}", hub=place.hub).symptoms == ()
+
+
+def test_a_change_request_is_examined_before_it_is_accepted(loopback_hub: LoopbackHub, damaged: Damaged) -> None:
+    place = LoopbackPlace(loopback_hub)
+    put(place, read_files(damaged.folder))
+    DAMAGE["NaN"][0](damaged)
+    ref = put_request(place, {**read_files(damaged.folder), **read_files(damaged.folder, "best/")})
+    for source in (f"org/plain@{ref}", f"org/plain/best@{ref}"):
+        found = diagnose(source, hub=place.hub)
+        assert names(found) == {"not-finite"}
+        assert loopback_hub.repo("org/plain").pull_requests[ref] in found.title
+    assert diagnose("org/plain@main", hub=place.hub).symptoms == ()
+    with pytest.raises(VersionNotFound, match="has no refs/pr/9"):
+        diagnose("org/plain@refs/pr/9", hub=place.hub)
+
+
+def test_what_is_no_adapter_on_a_branch_is_told_as_damage(place: Place, damaged: Damaged) -> None:
+    DAMAGE["a pickle alone"][0](damaged)
+    (damaged.folder / "adapter_config.json").unlink()
+    put(place, read_files(damaged.folder, "old/"), branch="dev")
+    found = diagnose("org/plain/old@dev", hub=place.hub)
+    assert {"pickled-weights", "no-adapter"} <= names(found)
+    put(place, {"README.md": b"nothing"})
+    assert names(diagnose("org/plain", hub=place.hub)) >= {"no-adapter"}
+
+
+def test_a_folder_or_a_branch_that_is_not_there_says_what_there_is(place: Place, damaged: Damaged) -> None:
+    put(place, {**read_files(damaged.folder, "a/"), **read_files(damaged.folder, "b/")})
+    for source, says in (
+        ("org/plain", "2 unversioned adapters .* a .*, b "),
+        ("org/plain@main", "has them in folders: org/plain/a@"),
+        ("org/plain/c@main", "no adapter in that folder"),
+        ("org/plain/c", "no adapter in that folder. It has them in folders: org/plain/a@"),
+        ("org/plain@nothing", "no alias nothing"),
+        ("org/plain@branch:nothing", "its branches are main"),
+        ("org/plain@" + "0" * 40, "no such commit"),
+    ):
+        with pytest.raises(VersionNotFound, match=says):
+            diagnose(source, hub=place.hub)
+    with pytest.raises(NotAdapter):
+        diagnose("org/plain@main", hub=place.hub)
+
+
+def test_of_an_adapter_on_a_branch_only_the_header_is_read(
+    place: Place, damaged: Damaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(place, read_files(damaged.folder, "best/"), branch="dev")
+    downloaded: list[str] = []
+    download = place.hub.download
+
+    def record(name: str, commit: str, path: str, *rest: Any) -> None:
+        downloaded.append(path)
+        download(name, commit, path, *rest)
+
+    monkeypatch.setattr(place.hub, "download", record)
+    found = diagnose("org/plain/best@dev", hub=place.hub, values=False)
+    assert (found.symptoms, list(found.not_read)) == ((), ["values"])
+    assert downloaded == ["best/adapter_config.json"]
+
+
+def test_a_base_is_used_for_an_adapter_of_a_branch(place: Place, damaged: Damaged, tmp_path: Path) -> None:
+    tiny.llama(hidden_size=64).save_pretrained(tmp_path / "other")
+    tiny.llama().save_pretrained(tmp_path / "base")
+    put(place, read_files(damaged.folder, "best/"), branch="dev")
+    assert diagnose("org/plain/best@dev", hub=place.hub, base=tmp_path / "base").symptoms == ()
+    [symptom] = diagnose("org/plain/best@dev", hub=place.hub, base=tmp_path / "other").symptoms
+    assert (symptom.check, symptom.severity) == ("base", "error")
+    assert "another shape" in symptom.message
 
 
 # -- the records ---------------------------------------------------------------------------------------------------

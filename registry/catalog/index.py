@@ -185,7 +185,7 @@ class Index:
         if version is not None:
             return self._find_by_version(version)
         if reference.folder:
-            raise self._explain_plain(reference) or self._explain_none(reference)
+            raise self._explain_plain(reference) or self._explain_folder(reference)
         wanted = [version for version in self._list_offered() if is_in(reference.range, version)]
         version = self.newest_of(wanted) or self._find_spoilt(wanted)
         if version is None:
@@ -296,6 +296,14 @@ class Index:
                 if found:
                     return NotAdapter(explain_found(found, branch, self.manifests.describe_plain))
         return None
+
+    def _explain_folder(self, reference: Reference) -> VersionNotFound:
+        """Return the error for a folder that holds no adapter on any branch; it names those that do on main."""
+        try:
+            self._find_by_commit(self.branches.get(MAIN, ""), reference.folder)
+        except NotAdapter as error:
+            return error
+        return self._explain_none(reference)
 
     def _list_heads(self) -> list[tuple[str, str]]:
         """Return the branches in which unversioned adapters are looked for, main first."""

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from registry.catalog.index import Manifests, index_of
-from registry.catalog.state import read_state
+from registry.catalog.index import Index, Release, read_index
+from registry.catalog.plain import PlainAdapter
 from registry.checks.adapter_files import AdapterFiles
 from registry.disk.files import read_small
 from registry.disk.machine import temporary_folder
@@ -45,7 +45,7 @@ def open_files(
 
     Raises:
         InvalidReference: It is neither a folder nor a reference.
-        VersionNotFound: There is no such release, nor an adapter on the branch ``main``.
+        VersionNotFound: There is no such release, branch or folder.
         HubError: The hub cannot be asked.
     """
     if hub is None and (not isinstance(source, str) or expand_path(source).is_dir()):
@@ -56,16 +56,15 @@ def open_files(
         yield here, small if values is None else values
         return
     place, reference = open_hub(hub, token), _parse(source)
-    commit = _find_commit(place, reference)
-    files = place.files(reference.name, commit)
-    wanted = files.get(ADAPTER_WEIGHTS, 0) <= SMALL if values is None else values
+    release = _find_release(read_index(place, reference.name), reference)
+    found = _list_files(place, release)
+    wanted = found.files.get(ADAPTER_WEIGHTS, 0) <= SMALL if values is None else values
     with temporary_folder() as folder:
-        _download(place, reference.name, commit, files, folder, weights=wanted or whole)
-        names = tuple(sorted(path for path in files if "/" not in path))
-        given: dict[str, Any] = {"empty": True, "names": names}
-        if ADAPTER_WEIGHTS in files and not (wanted or whole):
-            given["header"] = _read_header(place, reference.name, commit, files[ADAPTER_WEIGHTS])
-        yield AdapterFiles(folder, f"The adapter {reference}", given=given), wanted
+        _download(place, found, folder, weights=wanted or whole)
+        given: dict[str, Any] = {"empty": True, "names": tuple(sorted(found.files))}
+        if ADAPTER_WEIGHTS in found.files and not (wanted or whole):
+            given["header"] = _read_header(place, found)
+        yield AdapterFiles(folder, f"The adapter {release}", given=given), wanted
 
 
 def read_base_config(base: Any) -> Mapping[str, Any] | None:
@@ -90,29 +89,44 @@ def _parse(source: str) -> Reference:
         raise InvalidReference(f"There is no folder {source!r}, and as a reference: {error}") from None
 
 
-def _find_commit(hub: Hub, reference: Reference) -> str:
-    """Return the commit of a release; of a repository without releases, the head of ``main``."""
-    refs = hub.refs(reference.name)
-    index = index_of(reference.name, refs, read_state(hub, reference.name, refs), Manifests(hub, reference.name))
+def _find_release(index: Index, reference: Reference) -> Release:
+    """Return a release, or the commit and the folder of an adapter that nobody published.
+
+    Without a release, a bare name is what the head of ``main`` holds. A commit that is refused as an adapter is
+    examined all the same, unless its adapters are in other folders.
+
+    Raises:
+        VersionNotFound: There is no such release, branch or folder; the message says which adapters there are.
+    """
     try:
-        return index.resolve(reference).commit
+        return index.resolve(reference, unversioned=True)
     except VersionNotFound:
-        if reference.commit is not None:
-            return reference.commit
-        if reference == Reference(reference.name) and MAIN in refs.branches:
-            return refs.branches[MAIN]
-        raise
+        named = MAIN if reference.bare else reference.branch or reference.alias
+        commit = reference.commit or index.branches.get(named or "")
+        there = index.manifests.list_plain(commit) if index.manifests is not None and commit is not None else None
+        if commit is None or there is None or (there and all(each.folder != reference.folder for each in there)):
+            raise
+        return Release.at_commit(reference.name, commit, reference.folder)
 
 
-def _download(hub: Hub, name: str, commit: str, files: Mapping[str, int], folder: Path, *, weights: bool) -> None:
-    for path in (*_FEW, ADAPTER_WEIGHTS) if weights else _FEW:
-        if path in files:
-            with open(folder / path, "xb") as sink:
-                hub.download(name, commit, path, sink, max_size(path))
+def _list_files(hub: Hub, release: Release) -> PlainAdapter:
+    """Return the files in the folder of an adapter."""
+    inner = f"{release.folder}/" if release.folder else ""
+    paths = hub.files(release.name, release.commit)
+    files = {path.removeprefix(inner): size for path, size in paths.items() if path.startswith(inner)}
+    files = {name: size for name, size in files.items() if "/" not in name}
+    return PlainAdapter(release.name, release.commit, release.folder, files)
 
 
-def _read_header(hub: Hub, name: str, commit: str, size: int) -> Any:
+def _download(hub: Hub, adapter: PlainAdapter, folder: Path, *, weights: bool) -> None:
+    for name in (*_FEW, ADAPTER_WEIGHTS) if weights else _FEW:
+        if name in adapter.files:
+            with open(folder / name, "xb") as sink:
+                hub.download(adapter.name, adapter.commit, adapter.path(name), sink, max_size(name))
+
+
+def _read_header(hub: Hub, adapter: PlainAdapter) -> Any:
     def read(start: int, length: int) -> bytes:
-        return hub.read_range(name, commit, ADAPTER_WEIGHTS, start, length)
+        return hub.read_range(adapter.name, adapter.commit, adapter.path(ADAPTER_WEIGHTS), start, length)
 
-    return read_header(read, size, ADAPTER_WEIGHTS, empty=True)
+    return read_header(read, adapter.files[ADAPTER_WEIGHTS], ADAPTER_WEIGHTS, empty=True)
