@@ -95,8 +95,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(call: Any, monkeypatch: pytes
     host = plugin_host()
     build = host.build_program
 
-    def build_interrupted(program: typer.Typer) -> Any:
-        built = build(program)
+    def build_interrupted(program: typer.Typer, called: str) -> Any:
+        built = build(program, called)
         built.commands[name].callback = interrupted
         return built
 

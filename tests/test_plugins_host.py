@@ -334,6 +334,20 @@ def test_a_command_of_a_third_party_beats_a_built_in(
     assert "overrides the built-in command 'demo'" in plugin(host, "overriding").notes
 
 
+def test_a_command_that_is_called_is_built_without_the_others(host_with: MakeHost, app: typer.Typer) -> None:
+    host = host_with()
+    everything = set(host.build_program(app).commands)
+    listed = {name for info in host.plugins for name in info.commands}
+    built = set(host_with().build_program(app, "doctor").commands)
+    assert built == {"doctor", "say-hello"}  # a third party's are all built, so that its mistakes are found
+    for called in ("say-hello", "nothing", "", None):
+        again = host_with()
+        assert set(again.build_program(app, called).commands) == everything
+    only = host_with()
+    only.build_program(app, "plugins")
+    assert {name for info in only.plugins for name in info.commands} == listed >= everything
+
+
 # -- switches ----------------------------------------------------------------------------------
 
 

@@ -76,8 +76,9 @@ def program(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], options: dict[str, tuple[str, str | None]]) -> None:
     """Run the program, having put the options of the command that is called into ``options``."""
-    built = plugin_host().build_program(app)
-    options.update(find_options(built.commands.get(next((word for word in words if not word.startswith("-")), ""))))
+    called = next((word for word in words if not word.startswith("-")), "")
+    built = plugin_host().build_program(app, called)
+    options.update(find_options(built.commands.get(called)))
     built.main(args=words, prog_name=DISTRIBUTION)
 
 

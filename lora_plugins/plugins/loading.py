@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,27 +12,22 @@ from typing import Any, TypeVar
 import pluggy
 
 from lora_plugins.errors import PluginWarning
-from lora_plugins.plugins.table import PluginInfo
+from lora_plugins.plugins.rejection import Rejected, explain
+from lora_plugins.plugins.table import DISTRIBUTION, PluginInfo
 from lora_plugins.plugins.types import Quantizer
-from lora_plugins.text import did_you_mean, one_line
+from lora_plugins.text import did_you_mean
 
 __all__ = [
-    "DISTRIBUTION",
     "Loaded",
-    "Rejected",
     "check_quantizers",
     "check_unique",
     "collect",
     "describe_plugin",
-    "explain",
     "find_entry_points",
     "load_plugin",
     "normalize",
     "read_own_version",
 ]
-
-#: The distribution of both import packages; its own entry points count as built-in.
-DISTRIBUTION = "lora-plugins"
 
 Record = TypeVar("Record")
 
@@ -59,10 +53,6 @@ class Loaded:
         """Call a hook of the plugin and return the answers."""
         answers: list[Any] = getattr(self.hooks.hook, hook)(**arguments)
         return answers
-
-
-class Rejected(Exception):
-    """A plugin breaks one of the host's rules; the message is the full reason."""
 
 
 def load_plugin(info: PluginInfo, plugin: object, manager: pluggy.PluginManager) -> Loaded:
@@ -145,20 +135,6 @@ def check_unique(kind: str, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise Rejected(f"it registers the {kind} {', '.join(map(repr, twice))} twice")
-
-
-def explain(error: BaseException) -> str:
-    """Return why a plugin does not load, in one line, with a next step where there is one."""
-    if isinstance(error, Rejected):
-        return str(error)
-    if isinstance(error, pluggy.PluginValidationError):
-        return "wrong signature: " + one_line(error)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        hint = "" if package in sys.modules else f"; try `pip install {package}`"
-        return f"missing dependency: {one_line(error)}{hint}"
-    text = one_line(error)
-    return f"it raised {type(error).__name__}: {text}" if text else f"it raised {type(error).__name__}"
 
 
 def normalize(name: str) -> str:

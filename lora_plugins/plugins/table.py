@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-__all__ = ["BLOCK_VARIABLE", "PluginInfo", "Table"]
+__all__ = ["BLOCK_VARIABLE", "DISTRIBUTION", "PluginInfo", "Table"]
 
+#: The distribution of both import packages; its own entry points count as built-in.
+DISTRIBUTION = "lora-plugins"
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
 

@@ -40,6 +40,7 @@ def doctor(
     Examples:
       lora-plugins doctor ./outputs/adapter
       lora-plugins doctor org/name@1.2.0 --json
+      lora-plugins doctor org/plain/best@main
       lora-plugins doctor ./adapter --base ./base --fix ./cured
     """
     from registry.health.doctor import diagnose

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from lora_plugins.commands.calm import calm
-from lora_plugins.commands.runs.demo import check_demo, is_demo, repeat_demo
 
 __all__ = ["CONTEXT", "reproduce"]
 
@@ -44,14 +43,16 @@ def reproduce(
     if reference.startswith("-"):
         raise typer.BadParameter(f"{reference} stands where the adapter is expected; flags of train come after it")
     calm()
+    # The demo's modules take longer to load than most commands run.
+    from lora_plugins.commands.runs import demo
     from lora_plugins.recipe.reproduction import reproduce as again
 
     result: again.Readiness | again.Reproduction
     # What the repeated run says is not the result.
     with contextlib.redirect_stdout(sys.stderr):
         original = again.read_original(reference, hub)
-        if is_demo(original):
-            act = check_demo if check else repeat_demo
+        if demo.is_demo(original):
+            act = demo.check_demo if check else demo.repeat_demo
             result = act(again, original, context.args)
         elif check:
             result = again.check_reproduction(original, context.args)
