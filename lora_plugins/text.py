@@ -6,7 +6,6 @@ import difflib
 import importlib
 import json
 import os
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,6 @@ __all__ = [
     "forward_names",
     "one_line",
     "suggest_arguments",
-    "visible_text",
     "write_json",
 ]
 
@@ -40,9 +38,6 @@ ELSEWHERE: Mapping[str, tuple[str, str | None]] = {
     "bnb_4bit_quant_type": ("quantization", None),
     "upcast_layernorm": ("upcast", "norms"),
 }
-
-#: Unicode categories of characters that move, hide or reverse text.
-_HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 
 #: What other tools put before the names of `peft.LoraConfig`.
 _PREFIXES = ("lora_", "peft_")
@@ -120,18 +115,6 @@ def forward_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any
 def one_line(text: object) -> str:
     """Return a text, or an error's message, with every run of white space as one space."""
     return " ".join(str(text).split())
-
-
-def visible_text(text: object, most: int) -> str:
-    """Return a text of others without control, bidi and private-use characters; tabs and line breaks stay.
-
-    Args:
-        text: The text.
-        most: Characters to keep; a longer text is cut and ends with ``…``.
-    """
-    raw = str(text)[: most + 1]
-    shown = "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else "\ufffd" for c in raw)
-    return shown if len(raw) <= most else f"{shown[:most]}…"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

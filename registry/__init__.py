@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from registry.errors import HubUnavailable as HubUnavailable
     from registry.errors import InvalidAdapter as InvalidAdapter
     from registry.errors import InvalidReference as InvalidReference
+    from registry.errors import PageError as PageError
     from registry.errors import RegistryError as RegistryError
     from registry.errors import RepositoryNotFound as RepositoryNotFound
     from registry.errors import VersionNotFound as VersionNotFound
@@ -58,6 +59,11 @@ if TYPE_CHECKING:
     from registry.hubs.folder import FolderHub as FolderHub
     from registry.hubs.huggingface import HuggingFaceHub as HuggingFaceHub
     from registry.hubs.protocol import Hub as Hub
+    from registry.pages.charts import make_bar as make_bar
+    from registry.pages.charts import make_heat_map as make_heat_map
+    from registry.pages.charts import make_line_chart as make_line_chart
+    from registry.pages.environment import load_template as load_template
+    from registry.pages.output import write_page as write_page
     from registry.publishing.callback import PushToRegistryCallback as PushToRegistryCallback
     from registry.publishing.changes import Changes as Changes
     from registry.publishing.folder_card import write_card as write_card
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
     from registry.pulling.pull import lock_adapters as lock_adapters
     from registry.pulling.pull import pull_adapter as pull_adapter
     from registry.signing.keys import SigningKey as SigningKey
+    from registry.text import visible_lines as visible_lines
     from registry.upkeep.cleanup import Garbage as Garbage
     from registry.upkeep.cleanup import collect_garbage as collect_garbage
     from registry.upkeep.diff import compare_adapters as compare_adapters
@@ -76,15 +83,18 @@ if TYPE_CHECKING:
     from registry.upkeep.mirroring import mirror as mirror
     from registry.upkeep.verification import Verification as Verification
     from registry.upkeep.verification import verify as verify
+    from registry.web.difference import render_difference as render_difference
+    from registry.web.export import export_pages as export_pages
+    from registry.web.server import open_server as open_server
 
 _LAZY = {
     "Adapter": "registry.pulling.adapter",
     "Adopted": "registry.adopting.adopt",
     "BaseMismatch": "registry.errors",
+    "Changes": "registry.publishing.changes",
     "Check": "registry.checks.record",
     "CheckResult": "registry.base.contract",
     "Comparison": "registry.catalog.aliases",
-    "Changes": "registry.publishing.changes",
     "Diagnosis": "registry.health.doctor",
     "Finding": "registry.checks.record",
     "FolderHub": "registry.hubs.folder",
@@ -98,7 +108,7 @@ _LAZY = {
     "LINEAGE_WEIGHTS": "registry.checks.lineage",
     "MANIFEST_FILE": "registry.formats.paths",
     "Manifest": "registry.formats.manifest",
-    "TOKENIZER_FILES": "registry.formats.paths",
+    "PageError": "registry.errors",
     "Published": "registry.publishing.publish",
     "PushToRegistryCallback": "registry.publishing.callback",
     "Reference": "registry.formats.references",
@@ -106,6 +116,7 @@ _LAZY = {
     "Release": "registry.catalog.index",
     "RepositoryNotFound": "registry.errors",
     "SigningKey": "registry.signing.keys",
+    "TOKENIZER_FILES": "registry.formats.paths",
     "Verification": "registry.upkeep.verification",
     "VersionNotFound": "registry.errors",
     "adopt": "registry.adopting.adopt",
@@ -119,31 +130,40 @@ _LAZY = {
     "compare_adapters": "registry.upkeep.diff",
     "compare_layers": "registry.upkeep.diff",
     "diagnose": "registry.health.doctor",
+    "expand_path": "registry.formats.references",
+    "export_pages": "registry.web.export",
     "foreign_tags": "registry.catalog.listing",
     "is_cheap": "registry.formats.patterns",
-    "expand_path": "registry.formats.references",
     "is_path": "registry.formats.references",
     "list_adapters": "registry.catalog.listing",
     "list_lineage": "registry.checks.lineage",
+    "load_template": "registry.pages.environment",
     "lock_adapters": "registry.pulling.pull",
     "lora_tensors": "registry.base.restoring",
+    "make_bar": "registry.pages.charts",
+    "make_heat_map": "registry.pages.charts",
+    "make_line_chart": "registry.pages.charts",
     "make_plain": "registry.publishing.initialization",
-    "put_back": "registry.base.restoring",
     "mirror": "registry.upkeep.mirroring",
     "move_if_better": "registry.catalog.aliases",
     "open_hub": "registry.hubs",
+    "open_server": "registry.web.server",
     "pull_adapter": "registry.pulling.pull",
     "push_adapter": "registry.publishing.push",
-    "remove_alias": "registry.catalog.aliases",
+    "put_back": "registry.base.restoring",
     "read_base_config": "registry.health.source",
     "read_lineage": "registry.checks.lineage",
+    "remove_alias": "registry.catalog.aliases",
+    "render_difference": "registry.web.difference",
     "set_alias": "registry.catalog.aliases",
     "shorten_tables": "registry.base.places",
     "show": "registry.catalog.listing",
     "unyank": "registry.catalog.withdrawal",
     "verify": "registry.upkeep.verification",
     "versions": "registry.catalog.listing",
+    "visible_lines": "registry.text",
     "write_card": "registry.publishing.folder_card",
+    "write_page": "registry.pages.output",
     "yank": "registry.catalog.withdrawal",
 }
 

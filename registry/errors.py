@@ -42,6 +42,11 @@
     ├── ObjectStoreNotInstalled (ImportError)
     ├── MachineError (OSError)
     │   └── CacheError
+    ├── PageError
+    │   ├── PageNotFound (LookupError)
+    │   ├── InvalidAddress (ValueError)
+    │   ├── AddressConflict (OSError)
+    │   └── ExportConflict
     └── LockError
         ├── InvalidLock (ValueError)
         ├── LockMismatch (ValueError)
@@ -236,6 +241,26 @@ class MachineError(RegistryError, OSError):
 
 class CacheError(MachineError):
     """The cache of pulled adapters cannot be written or read."""
+
+
+class PageError(RegistryError):
+    """A page of a registry or a comparison cannot be made, written or served."""
+
+
+class PageNotFound(PageError, LookupError):
+    """There is no page at an address."""
+
+
+class InvalidAddress(PageError, ValueError):
+    """A host or port to serve pages at is not valid."""
+
+
+class AddressConflict(PageError, OSError):
+    """A port is taken, or may not be used."""
+
+
+class ExportConflict(PageError):
+    """A folder for exported pages holds files of others."""
 
 
 class LockError(RegistryError):

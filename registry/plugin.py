@@ -25,11 +25,12 @@ __all__ = ["check_servers", "find_checks", "judge_serving", "register_commands"]
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
     """Add the registry's commands."""
-    from registry.commands import adopting, fetching, health, inspecting, publishing
+    from registry.commands import adopting, fetching, health, inspecting, pages, publishing
 
     for module in (publishing, adopting, fetching, inspecting, health):
         for command in module.COMMANDS:
             app.command(command.__name__.rstrip("_"))(command)
+    app.add_typer(pages.GROUP)
 
 
 def find_checks() -> list[Check]:

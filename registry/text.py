@@ -10,7 +10,7 @@ import html
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["html_table", "visible"]
+__all__ = ["html_table", "visible", "visible_lines"]
 
 #: Control, format (bidi marks among them), private use, surrogate, and the two separators that end a line.
 _HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
@@ -30,6 +30,19 @@ def visible(text: object, length: int | None = None) -> str:
         raw = "".join(" " if unicodedata.category(char) in _HIDDEN else char for char in raw)
     line = " ".join(raw.split())
     return line if length is None or len(line) <= length else f"{line[:length]}…"
+
+
+def visible_lines(text: object, most: int) -> str:
+    """Return a text of others without control, bidi, private-use and surrogate characters; tabs and line breaks stay.
+
+    Args:
+        text: Any value; its ``str()`` is used.
+        most: Characters to keep; a longer text is cut and ends with ``…``.
+    """
+    raw = str(text)[: most + 1]
+    if not raw.isascii() or not raw.isprintable():
+        raw = "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else "\ufffd" for c in raw)
+    return raw if len(raw) <= most else f"{raw[:most]}…"
 
 
 def html_table(title: str, rows: Iterable[tuple[str, object]]) -> str:

@@ -19,6 +19,19 @@ PROGRAM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 
+#: axe-core's script, with which accessibility is checked.
+AXE = os.environ.get("AXE_CORE")
+NO_AXE = "NO AXE: npm install axe-core, and set AXE_CORE to its axe.min.js; accessibility was not checked"
+
+
+def find_violations(browser: Browser) -> dict[str, Any]:
+    """Return what axe finds on the page; nothing without axe, in which case the test ends as skipped."""
+    if not AXE:
+        return {}
+    browser.run(Path(AXE).read_text() + "; 0")
+    found = browser.run("axe.run().then(r => JSON.stringify(r.violations))")
+    return {one["id"]: (one["impact"], one["nodes"][0]["html"][:300]) for one in json.loads(found)}
+
 
 class Browser:
     """A tab: what it asked for, what its console said, and pictures of it."""
@@ -69,13 +82,13 @@ class Browser:
         elif method == "Page.javascriptDialogOpening":
             self.console.append(f"dialog: {params['message']}")
 
-    def open(self, page: Path, *, width: int, dark: bool) -> None:
-        """Open a file at a width, in light or dark mode, and wait until it has loaded."""
+    def open(self, page: Path | str, *, width: int, dark: bool) -> None:
+        """Open a file or an address at a width, in light or dark mode, and wait until it has loaded."""
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=phone)
         mode = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[mode])
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while self._receive().get("method") != "Page.loadEventFired":
             pass
 

@@ -93,7 +93,10 @@ def test_every_imported_library_is_declared() -> None:
                 elif isinstance(node, ast.ImportFrom) and node.module:
                     imported.add(node.module.split(".")[0])
     outside = imported - set(sys.stdlib_module_names) - {"lora_plugins", "registry"}
-    distributions = {"yaml": "pyyaml", "optimum": "optimum_quanto", "google": "protobuf", "OpenSSL": "pyopenssl"}
+    distributions = {
+        "yaml": "pyyaml", "optimum": "optimum_quanto", "google": "protobuf", "OpenSSL": "pyopenssl",
+        "markdown_it": "markdown_it_py",
+    }  # fmt: skip
     assert {name for name in outside if distributions.get(name, name).lower() not in _required()} == set()
 
 

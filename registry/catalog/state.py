@@ -204,8 +204,7 @@ def change_state(hub: Hub, name: str, change: Callable[[State, Refs], State], me
 
 def _is_fresh(refs: Refs, commit: str) -> bool:
     """Whether nothing has been committed to the state branch since it was created."""
-    released = {refs.tags[tag] for tag in versions_in(refs.tags).values()}
-    return commit == refs.branches.get(MAIN) or commit in released
+    return commit == refs.branches.get(MAIN) or bool(versions_in(t for t, at in refs.tags.items() if at == commit))
 
 
 def now() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,9 +26,9 @@ from registry.commands.terminal import (
 from registry.formats.references import check_name
 
 if TYPE_CHECKING:
+    from registry.catalog.comparison import Difference
     from registry.catalog.index import Release
     from registry.formats.manifest import Manifest
-    from registry.upkeep.diff import Difference
 
 __all__ = ["COMMANDS", "diff", "list_", "show", "versions"]
 
@@ -168,6 +169,9 @@ def diff(
     before: Annotated[str, typer.Argument(help="org/name@1.0.0.")],
     after: Annotated[str, typer.Argument(help="org/name@1.1.0.")],
     hub: HubOption = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the comparison to this HTML file, too.", show_default=False)
+    ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -176,16 +180,21 @@ def diff(
     \b
     Examples:
       lora-plugins diff org/name@1.1.0 org/name@1.2.0
+      lora-plugins diff org/name@1.1.0 org/name@1.2.0 --page diff.html
     """
     with progress() as advance:
         one, two = (
             registry.pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after)
         )
     found = registry.compare_adapters(one, two)
+    if page is not None:
+        registry.write_page(registry.render_difference(found), page, "diff.html")
     if as_json:
         print_json(found)
     else:
         _print_difference(found)
+        if page is not None:
+            say(f"Page in {visible(page)}")
 
 
 def _print_difference(found: Difference) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.checks.lineage import compare_lineage
+from registry.catalog.comparison import Difference, LayerChange, compare_manifests
 from registry.errors import UnsafeFile
 from registry.formats.adapter_config import AdapterConfig
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -21,47 +19,7 @@ if TYPE_CHECKING:
 
     from registry.pulling.adapter import Adapter
 
-__all__ = ["Difference", "LayerChange", "compare_adapters", "compare_layers"]
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """How a layer's weight differs: Frobenius norms of what the adapters add to it.
-
-    Attributes:
-        name: Name of the layer in the base model.
-        before: Norm of what the first adapter adds; 0.0 if it does not adapt the layer.
-        after: The same for the second adapter.
-        change: Norm of the difference.
-    """
-
-    name: str
-    before: float
-    after: float
-    change: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What differs between two releases; values as ``(before, after)``.
-
-    Attributes:
-        before: The first release, ``org/name@version``.
-        after: The second.
-        config: Fields of the configuration that differ; ``None`` is the default.
-        metrics: Metrics of either release.
-        base: Id, commit and fingerprint of the base model, where they differ.
-        layers: Every layer that either release adapts.
-        lineage: What they were trained from, where it differs, by dotted field.
-    """
-
-    before: str
-    after: str
-    config: Mapping[str, tuple[Any, Any]]
-    metrics: Mapping[str, tuple[float | None, float | None]]
-    base: Mapping[str, tuple[Any, Any]]
-    layers: tuple[LayerChange, ...]
-    lineage: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+__all__ = ["compare_adapters", "compare_layers"]
 
 
 def compare_adapters(before: Adapter, after: Adapter) -> Difference:
@@ -70,17 +28,8 @@ def compare_adapters(before: Adapter, after: Adapter) -> Difference:
     Raises:
         UnsafeFile: An expression in a configuration takes too long to match.
     """
-    one, two = before.manifest, after.manifest
-    bases = {key: (getattr(one.base, key), getattr(two.base, key)) for key in ("id", "commit", "fingerprint")}
-    return Difference(
-        str(before),
-        str(after),
-        _compare_fields(one.config, two.config),
-        {key: (one.metrics.get(key), two.metrics.get(key)) for key in sorted({*one.metrics, *two.metrics})},
-        {key: pair for key, pair in bases.items() if pair[0] != pair[1]},
-        _compare_layers(_Weights(Path(before.path)), _Weights(Path(after.path))),
-        compare_lineage(one.lineage, two.lineage),
-    )
+    layers = _compare_layers(_Weights(Path(before.path)), _Weights(Path(after.path)))
+    return compare_manifests((str(before), before.manifest), (str(after), after.manifest), layers)
 
 
 def compare_layers(before: Path, after: Path) -> tuple[LayerChange, ...]:
@@ -91,11 +40,6 @@ def compare_layers(before: Path, after: Path) -> tuple[LayerChange, ...]:
     """
     one = _Weights(before)
     return _compare_layers(one, one if before == after else _Weights(after))
-
-
-def _compare_fields(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    keys = sorted({*one, *two})
-    return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
 
 
 class _Weights:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
+import registry
 from lora_plugins.errors import ReportError
-from lora_plugins.recipe.report.charts import make_bar, make_heat_map, make_line_chart, read_points
 from lora_plugins.recipe.report.collect import HELD_OUT, RunFacts
-from lora_plugins.text import visible_text
+from registry import PageError, load_template, make_bar, make_heat_map, make_line_chart
 
 __all__ = ["REPORT_PAGE", "render_page", "write_page"]
 
 #: Name of the page in the folder of a run.
 REPORT_PAGE = "report.html"
-_MOST_TEXT = 4000
 _MOST_LAYERS = 2000
 _MOST_STEPS = 2000
 #: The chart has five colors, one of them for the training loss.
@@ -41,36 +35,28 @@ def write_page(facts: RunFacts, path: Path) -> Path:
     Raises:
         ReportError: The path is a folder, the file cannot be written, or the facts cannot be shown.
     """
-    if path.is_dir():
-        raise ReportError(f"{path} is a folder: give the page's file, such as {path / REPORT_PAGE}")
     try:
-        content = render_page(facts).encode("utf-8", "replace")
+        content = render_page(facts)
     except Exception as error:  # The facts are files of others; nothing that reads the page's error knows more of them.
         raise ReportError(
             f"The page {path} cannot be made of what the run holds: {type(error).__name__}: {error}"
         ) from error
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ReportError(f"The page {path} cannot be written: {error.strerror}") from error
-    return path
+        return registry.write_page(content, path, REPORT_PAGE)
+    except PageError as error:
+        raise ReportError(str(error)) from error
 
 
 def render_page(facts: RunFacts) -> str:
     """Return the page as HTML. Every text of the run is shown as text, without control characters."""
     log, report = facts.log, facts.report
-    held_out = {key: read_points(log, key) for key in _list_held_out(log)}
-    losses = {"training": read_points(log, "loss"), **{_title(key): points for key, points in held_out.items()}}
-    return _load_template().render(
+    held_out = {key: _read_points(log, key) for key in _list_held_out(log)}
+    losses = {"training": _read_points(log, "loss"), **{_title(key): points for key, points in held_out.items()}}
+    return load_template("lora_plugins.recipe.report", "report.html").render(
         facts=facts,
         report=report,
         loss=make_line_chart("Loss", losses),
-        rate=make_line_chart("Learning rate", {"learning rate": read_points(log, "learning_rate")}),
+        rate=make_line_chart("Learning rate", {"learning rate": _read_points(log, "learning_rate")}),
         tiles=_list_tiles(facts, held_out),
         evaluated=any(held_out.values()) or any(HELD_OUT.fullmatch(name) for name in facts.metrics),
         columns=["loss", *map(_title, held_out), "learning rate", "gradient norm"],
@@ -142,28 +128,15 @@ def _read_bytes(report: Mapping[str, Any]) -> dict[str, int]:
     return {**found, "quantization state": state} if isinstance(state, int) and found else found
 
 
-@lru_cache(maxsize=1)
-def _load_template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("lora_plugins.recipe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_show,
-    )
-    environment.filters |= {"number": _format_number, "figure": _format_figure}
-    return environment.get_template("report.html")
-
-
-def _show(value: Any) -> Any:
-    """Return a text without characters that hide or reverse what is read; markup of the template stays as it is."""
-    return visible_text(value, _MOST_TEXT) if type(value) is str else value
-
-
-def _format_number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else _format_figure(value)
-
-
 def _format_figure(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _read_points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of the entries of a Trainer's log that have a value."""
+    found = ((entry.get("step"), entry.get(key)) for entry in log if isinstance(entry, Mapping))
+    return [(float(x), float(y)) for x, y in found if _is_number(x) and _is_number(y)]  # type: ignore[arg-type]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_plugins.adapters.lineage.environment import find_version
-from lora_plugins.text import visible_text
+from registry import visible_lines
 
 __all__ = [
     "Difference",
@@ -51,7 +51,7 @@ def _show(value: Any) -> str:
 
 def show_lines(lines: Iterable[str]) -> list[str]:
     """Return lines for the terminal, each on one line, without the control characters that a release may hold."""
-    return [visible_text(line, _MOST_CHARACTERS).replace("\n", " ") for line in lines]
+    return [visible_lines(line, _MOST_CHARACTERS).replace("\n", " ") for line in lines]
 
 
 def compare_values(

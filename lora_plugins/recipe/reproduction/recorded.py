@@ -15,8 +15,7 @@ from lora_plugins.recipe.data import is_local
 from lora_plugins.recipe.parser import flag_names, make_parser
 from lora_plugins.recipe.reproduction.flags import UNRECORDED, is_local_flag
 from lora_plugins.recipe.reproduction.source import Original
-from lora_plugins.text import visible_text
-from registry import is_path
+from registry import is_path, visible_lines
 
 __all__ = ["Recorded", "check_lora_imports", "check_no_output", "list_flags", "read_recorded_flags"]
 
@@ -66,7 +65,7 @@ class Recorded:
         """
         if self.missing:
             text = "; ".join(f"{key}: {why}" for key, why in self.missing.items())
-            raise ReproductionError(f"{original.name} cannot be trained again: {visible_text(text, 2000)}")
+            raise ReproductionError(f"{original.name} cannot be trained again: {visible_lines(text, 2000)}")
 
 
 def list_flags(words: Sequence[str]) -> set[str]:
@@ -96,7 +95,7 @@ def read_recorded_flags(
     if not isinstance(recipe, Mapping) or not recipe:
         raise ReproductionError(
             f"{original.name} cannot be trained again: its recipe is not recorded "
-            f"({visible_text(original.find_reason('recipe'), 300)})"
+            f"({visible_lines(original.find_reason('recipe'), 300)})"
         )
     names = {name for name in (known or flag_names(make_parser())) if not is_local_flag(name)}
     # As it was written: a path that cleaning removes is still refused by name.

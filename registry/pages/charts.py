@@ -1,13 +1,12 @@
-"""Geometry of the report's pictures; the template draws them as SVG."""
+"""Geometry of the pictures on pages; the templates draw them as SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["Bar", "HeatMap", "LineChart", "make_bar", "make_heat_map", "make_line_chart", "read_points"]
+__all__ = ["SHADES", "Bar", "HeatMap", "LineChart", "make_bar", "make_heat_map", "make_line_chart"]
 
 _WIDTH, _HEIGHT = 480, 268
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 48
@@ -16,6 +15,12 @@ _MOST_POINTS = 800
 #: More rows make a page that nobody reads; the figures of all layers are in the table below.
 _MOST_ROWS = 200
 _MOST_COLUMNS = 24
+#: Shades of a heat map, from the color of the page to the full color.
+SHADES = 20
+#: Single points are drawn only where they can be told apart.
+_MOST_DOTS = 40
+#: Texts under a chart whose steps have names, and characters of each.
+_MOST_NAMES, _LONGEST_NAME = 5, 12
 #: Shares of the largest value from which the text on a cell changes between black and white, on a light and on a dark
 #: page; with these, the contrast is at least 4.5 on every cell.
 _LIGHT_TEXT, _DARK_TEXT = 0.81, 0.6
@@ -41,6 +46,7 @@ class LineChart:
         curves: The lines.
         across: Ticks of the step: position and text.
         up: Ticks of the value: position and text.
+        axis: What a step is.
     """
 
     title: str
@@ -48,6 +54,7 @@ class LineChart:
     curves: tuple[Curve, ...]
     across: tuple[tuple[float, str], ...]
     up: tuple[tuple[float, str], ...]
+    axis: str = "step"
     width: int = _WIDTH
     height: int = _HEIGHT
     left: int = _LEFT
@@ -71,47 +78,92 @@ class HeatMap:
     """How much an adapter changes each layer: blocks down, kinds of modules across."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[tuple[str, float, str] | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[tuple[str, str] | None, ...]], ...]
     left_out: int
     largest: float
 
 
-def make_line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> LineChart | None:
-    """Return a chart of named series of (step, value); ``None`` if none has a finite point."""
+def make_line_chart(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    axis: str = "step",
+    names: Sequence[str] = (),
+) -> LineChart | None:
+    """Return a chart of named series of (step, value); ``None`` if none has a finite point.
+
+    Args:
+        title: What it shows.
+        series: The lines by name.
+        axis: What a step is.
+        names: Texts of the steps 0, 1, 2, …, where they are not numbers.
+    """
     kept = {name: _keep_finite(points) for name, points in series.items()}
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return None
     xs = [x for points in kept.values() for x, _ in points]
-    ys = [y for points in kept.values() for _, y in points]
-    across, up = _make_ticks(min(xs), max(xs), 5, whole=True), _make_ticks(min(ys), max(ys), 5)
-    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
-    low_y, high_y = up[0], up[-1]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-        return (
-            round(_LEFT + (x - low_x) / (high_x - low_x) * inner_x, 1),
-            round(_HEIGHT - _BOTTOM - (y - low_y) / (high_y - low_y) * inner_y, 1),
-        )
-
-    curves = []
-    for index, (name, points) in enumerate(kept.items()):
-        placed = [(*place(x, y), f"step {_format(x)}: {_format(y)}") for x, y in points]
-        line = " ".join(f"{x},{y}" for x, y, _ in placed)
-        curves.append(Curve(name, f"c{index}", line, tuple(placed) if len(placed) <= 40 else ()))
-    said = "; ".join(
-        f"{name}: {_format(points[0][1])} at step {_format(points[0][0])}, "
-        f"{_format(points[-1][1])} at step {_format(points[-1][0])}"
+    up = _make_ticks(
+        min(y for points in kept.values() for _, y in points), max(y for points in kept.values() for _, y in points), 5
+    )
+    scale = _Scale(min(xs), max(max(xs), min(xs) + 1), up[0], up[-1], axis, names)
+    curves = [_draw(name, points, f"c{index}", scale) for index, (name, points) in enumerate(kept.items())]
+    described = "; ".join(
+        f"{name}: {_format(points[0][1])} at {scale.name(points[0][0])}, "
+        f"{_format(points[-1][1])} at {scale.name(points[-1][0])}"
         for name, points in kept.items()
     )
+    across = _pick_names(names) if names else [(x, _format(x)) for x in _make_ticks(min(xs), max(xs), 5, whole=True)]
     return LineChart(
         title,
-        said,
+        described,
         tuple(curves),
-        tuple((place(x, low_y)[0], _format(x)) for x in across if low_x <= x <= high_x),
-        tuple((place(low_x, y)[1], _format(y)) for y in up),
+        tuple((scale.place(x, up[0])[0], text) for x, text in across if scale.left <= x <= scale.right),
+        tuple((scale.place(scale.left, y)[1], _format(y)) for y in up),
+        axis,
     )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where steps and values are in a chart, and what a step is called."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    axis: str
+    names: Sequence[str]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return the position of a point."""
+        inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+        return (
+            round(_LEFT + (x - self.left) / (self.right - self.left) * inner_x, 1),
+            round(_HEIGHT - _BOTTOM - (y - self.low) / (self.high - self.low) * inner_y, 1),
+        )
+
+    def name(self, x: float) -> str:
+        """Return a step in words."""
+        return f"{self.axis} {self.names[int(x)] if self.names else _format(x)}"
+
+
+def _draw(name: str, points: Sequence[tuple[float, float]], style: str, scale: _Scale) -> Curve:
+    placed = [(*scale.place(x, y), f"{scale.name(x)}: {_format(y)}") for x, y in points]
+    return Curve(
+        name, style, " ".join(f"{x},{y}" for x, y, _ in placed), tuple(placed) if len(placed) <= _MOST_DOTS else ()
+    )
+
+
+def _pick_names(names: Sequence[str]) -> list[tuple[float, str]]:
+    """Return steps and the texts under them: the first, the last, and some between, no two at one place."""
+    count = min(len(names), _MOST_NAMES)
+    steps = {round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}
+    return [(float(step), _shorten(names[step])) for step in sorted(steps)]
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _keep_finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -179,19 +231,11 @@ def _split_name(name: str) -> tuple[str, str]:
     return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :]) or parts[-1]
 
 
-def _shade(cell: tuple[str, float] | None, largest: float) -> tuple[str, float, str] | None:
+def _shade(cell: tuple[str, float] | None, largest: float) -> tuple[str, str] | None:
+    """Return the text of a cell, and the classes with its shade and the color of its text."""
     if cell is None or not math.isfinite(cell[1]):
         return None
-    share = cell[1] / largest
-    classes = ("l " if share > _LIGHT_TEXT else "") + ("d" if share > _DARK_TEXT else "")
-    return f"{cell[1]:.4g}", round(100 * share, 1), classes.strip()
-
-
-def read_points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of the entries of a Trainer's log that have a value."""
-    found = ((entry.get("step"), entry.get(key)) for entry in log if isinstance(entry, Mapping))
-    return [(float(x), float(y)) for x, y in found if _is_number(x) and _is_number(y)]  # type: ignore[arg-type]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    shade = round(SHADES * cell[1] / largest)
+    share = shade / SHADES
+    classes = f"s{shade}" + (" l" if share > _LIGHT_TEXT else "") + (" d" if share > _DARK_TEXT else "")
+    return f"{cell[1]:.4g}", classes

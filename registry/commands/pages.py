@@ -1,0 +1,73 @@
+"""``lora-plugins registry serve`` and ``registry export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import registry
+from registry.commands.terminal import HubOption, Json, print_json, say, visible, waiting
+
+__all__ = ["GROUP", "export", "serve"]
+
+#: The commands under ``lora-plugins registry``.
+GROUP = typer.Typer(
+    name="registry", help="Pages of a registry: serve them, or export them as files.", no_args_is_help=True
+)
+
+
+@GROUP.command()
+def serve(
+    hub: HubOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; by default this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 is any free one.")] = 8765,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which browsers may ask, besides localhost; can be given again."),
+    ] = None,
+) -> None:
+    """Serve the pages of a registry on this machine.
+
+    Adapters, versions, aliases, metrics, cards, comparisons. Read-only.
+
+    \b
+    Examples:
+      lora-plugins registry serve --hub ./registry
+      lora-plugins registry serve --port 0
+    """
+    server = registry.open_server(hub, host=host, port=port, allowed_hosts=allowed_host or ())
+    with server:
+        say(f"The registry's pages are at {server.address} (Ctrl-C ends)")
+        if not server.loopback:
+            say("Everybody in the network can read them, and with them what your token may read.")
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            say("Ended.")
+
+
+@GROUP.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder for the pages.")],
+    hub: HubOption = None,
+    title: Annotated[str, typer.Option(help="Heading of the first page.")] = "Registry",
+    as_json: Json = False,
+) -> None:
+    """Export the pages of a registry as files.
+
+    They need neither server nor network. Pages of an earlier export are replaced; files of others are not overwritten.
+
+    \b
+    Examples:
+      lora-plugins registry export ./pages --hub ./registry
+      lora-plugins registry export ./pages --title "Adapters of our team"
+    """
+    with waiting("Reading …"):
+        done = registry.export_pages(hub, folder, title=title)
+    if as_json:
+        print_json(done)
+    else:
+        removed = f", {done.removed:,} stale ones removed" if done.removed else ""
+        say(f"{done.pages:,} pages, first {visible(done.first)}{removed}")

@@ -1,0 +1,36 @@
+"""Write a page's file, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from registry.errors import PageError
+
+__all__ = ["write_page"]
+
+
+def write_page(content: str, path: Path, usual: str = "page.html") -> Path:
+    """Write a page, whole or not at all, and return its path.
+
+    Args:
+        content: The page.
+        path: Its file.
+        usual: Name of the file that is proposed where ``path`` is a folder.
+
+    Raises:
+        PageError: The path is a folder, or the file cannot be written.
+    """
+    if path.is_dir():
+        raise PageError(f"{path} is a folder: give the page's file, such as {path / usual}")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode("utf-8", "replace"))
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise PageError(f"The page {path} cannot be written: {error.strerror}") from error
+    return path

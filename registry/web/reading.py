@@ -1,0 +1,295 @@
+"""Read a registry for pages: each page costs a bounded number of calls."""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from packaging.version import Version
+
+from registry.catalog.metrics import find_direction
+from registry.catalog.state import State, read_state
+from registry.errors import (
+    CommitNotFound,
+    HostileAnswer,
+    HubFileNotFound,
+    HubUnavailable,
+    InvalidManifest,
+    InvalidReference,
+    PageNotFound,
+    RegistryError,
+)
+from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
+from registry.formats.paths import CARD, CARD_BESIDE
+from registry.formats.references import parse_version, version_text, versions_in
+from registry.hubs.protocol import MAIN, Hub, Refs
+from registry.pages.cards import MOST_CARD
+from registry.web.records import AdapterPage, AdapterRow, Metric, RegistryPage, Summary, VersionRow
+
+__all__ = ["Reader"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+#: Names of a registry that are listed at all.
+_MOST_NAMES = 100_000
+_MOST_VERSIONS = 100
+#: Manifests that are read to find the newest release among foreign tags.
+_MOST_TRIES = 20
+_MOST_ALIASES, _MOST_MOVES, _MOST_METRICS = 200, 50, 12
+#: Texts of an adapter by which it is found, and versions that can be chosen for a comparison.
+_MOST_TEXTS, _MOST_CHOICES = 200, 200
+_READERS = 8
+
+
+class Cache:
+    """The last results of a function, by key; several threads may use it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._found: OrderedDict[Hashable, object] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], _Result]) -> _Result:
+        """Return the result for a key, which is made at the first call."""
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]  # type: ignore[return-value]
+        made = make()
+        with self._lock:
+            self._found[key] = made
+            while len(self._found) > self._most:
+                self._found.popitem(last=False)
+        return made
+
+
+class Reader:
+    """Reads a registry page by page. What a commit holds is remembered; branches, tags and the state are read anew.
+
+    Args:
+        hub: The registry.
+        size: Adapters on a page.
+    """
+
+    def __init__(self, hub: Hub, size: int) -> None:
+        self.hub, self.size = hub, size
+        self._summaries = Cache(50_000)
+        self._sorted = Cache(32)
+
+    # -- the registry ----------------------------------------------------------------------------
+
+    def read_names(self) -> list[str]:
+        """Return the names of all adapters, sorted; at most as many as a page can lead to."""
+        return sorted(islice(self.hub.names(), _MOST_NAMES))
+
+    def read_registry(self, page: int, words: Sequence[str] = (), names: Sequence[str] | None = None) -> RegistryPage:
+        """Return one page of the list of adapters.
+
+        Args:
+            page: Its number, from 1.
+            words: Words that all must be in what an adapter is found by; where the registry has more than one page, in
+                its name.
+            names: The names, if they were read before.
+
+        Raises:
+            PageNotFound: There is no such page.
+        """
+        found = self.read_names() if names is None else list(names)
+        cut = len(found) >= _MOST_NAMES
+        small = len(found) <= self.size
+        if words and not small:
+            found = [name for name in found if all(word in name.lower() for word in words)]
+        pages = max(1, -(-len(found) // self.size))
+        if not 1 <= page <= pages:
+            raise PageNotFound(f"There is no page {page}: the list has {pages}")
+        rows = self._map(self.read_row, found[(page - 1) * self.size : page * self.size])
+        if words and small:
+            rows = [row for row in rows if all(word in row.search for word in words)]
+        return RegistryPage(rows, page, pages, len(rows) if small else len(found), cut)
+
+    def read_row(self, name: str) -> AdapterRow:
+        """Return an adapter for the list; what cannot be read is a row that says so."""
+        try:
+            refs = self.hub.refs(name)
+            state = read_state(self.hub, name, refs)
+            versions = self._sort(refs)
+            newest = self._find_newest(name, refs, state, versions)
+        except HubUnavailable:
+            raise
+        except RegistryError as error:
+            return AdapterRow(name, problem=str(error))
+        version, summary = newest or ("", None)
+        aliases = [(alias, text) for alias in sorted(state.aliases) if (text := state.version_of(alias))]
+        texts = [note.text for note in state.notes.values()] + [tag for tags in state.tags.values() for tag in tags]
+        texts += [yank.reason for yank in state.yanked.values()]
+        return AdapterRow(
+            name, version, len(versions), len(state.yanked), aliases[:_MOST_ALIASES], summary, texts[:_MOST_TEXTS]
+        )
+
+    # -- an adapter --------------------------------------------------------------------------------
+
+    def read_adapter(self, name: str, page: int) -> AdapterPage:
+        """Return one page of an adapter's versions.
+
+        Raises:
+            RepositoryNotFound: There is no such adapter.
+            PageNotFound: There is no such page.
+        """
+        refs = self.hub.refs(name)
+        state = read_state(self.hub, name, refs)
+        versions = self._sort(refs)
+        pages = max(1, -(-len(versions) // _MOST_VERSIONS))
+        if not 1 <= page <= pages:
+            raise PageNotFound(f"{name} has no page {page} of versions: it has {pages}")
+        newest, summary = self._find_newest(name, refs, state, versions) or ("", None)
+        chosen = versions[(page - 1) * _MOST_VERSIONS : page * _MOST_VERSIONS]
+        of_version = _invert(state)
+        rows = self._map(lambda version: self._read_version_row(name, refs, state, of_version, version), chosen)
+        commit = refs.tags[f"v{newest}"] if newest else refs.branches.get(MAIN)
+        card, problem = self.read_card(name, commit)
+        moves = sorted(state.aliases.items())[:_MOST_ALIASES]
+        return AdapterPage(
+            name, newest, summary, rows, page, pages, len(versions), len(state.yanked),
+            [(alias, list(reversed(found[-_MOST_MOVES:]))) for alias, found in moves],
+            _collect_metrics(rows), [version_text(version) for version in versions[:_MOST_CHOICES]],
+            card, newest, problem,
+        )  # fmt: skip
+
+    def read_version(self, name: str, version: str) -> tuple[VersionRow, Manifest]:
+        """Return a version and its manifest.
+
+        Raises:
+            RepositoryNotFound: There is no such adapter.
+            PageNotFound: It has no such version, or the version's tag is not a release.
+            InvalidManifest: The manifest is malformed.
+        """
+        refs = self.hub.refs(name)
+        wanted = parse_version(version)
+        commit = refs.tags.get(f"v{version_text(wanted)}")
+        if commit is None:
+            raise PageNotFound(f"{name} has no version {version_text(wanted)}")
+        state = read_state(self.hub, name, refs)
+        row = self._read_version_row(name, refs, state, _invert(state), wanted)
+        if row.problem:
+            raise PageNotFound(f"{name} has no release {row.version}: {row.problem}")
+        return row, Manifest.parse(self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
+
+    def list_versions(self, name: str) -> list[str]:
+        """Return the versions of an adapter that tags name, newest first."""
+        return [version_text(version) for version in self._sort(self.hub.refs(name))]
+
+    def read_card(self, name: str, commit: str | None) -> tuple[bytes | None, str]:
+        """Return the card in a commit, ``None`` if it has none; and why it cannot be shown."""
+        for file in (CARD_BESIDE, CARD) if commit is not None else ():
+            try:
+                return self.hub.read(name, str(commit), file, MOST_CARD), ""
+            except (HubFileNotFound, CommitNotFound):
+                continue
+            except HostileAnswer:
+                return None, f"the card is larger than the {MOST_CARD:,} bytes that are shown"
+        return None, ""
+
+    # -- how ---------------------------------------------------------------------------------------
+
+    def _read_version_row(
+        self, name: str, refs: Refs, state: State, aliases: Mapping[str, Sequence[str]], version: Version
+    ) -> VersionRow:
+        text = version_text(version)
+        commit = refs.tags[f"v{text}"]
+        found = self._summarize(name, commit)
+        problem = ""
+        if found is None:
+            problem = "foreign tag, not a release"
+        elif isinstance(found, str):
+            problem = found
+        elif parse_version(found.version) != version:
+            problem = f"the tag is at the manifest of {found.version}; pull refuses it"
+        yank, note = state.yanked.get(text), state.notes.get(text)
+        return VersionRow(
+            text,
+            commit,
+            None if problem or not isinstance(found, Summary) else found,
+            problem,
+            (yank.reason, yank.time) if yank else None,
+            aliases.get(text, ()),
+            note.text if note else "",
+            state.tags.get(text, ()),
+            version.is_prerelease,
+        )
+
+    def _find_newest(
+        self, name: str, refs: Refs, state: State, versions: Sequence[Version]
+    ) -> tuple[str, Summary] | None:
+        """Return the newest stable release that is not withdrawn, looking at some of the newest tags only."""
+        offered = (v for v in versions if not v.is_prerelease and version_text(v) not in state.yanked)
+        for version in islice(offered, _MOST_TRIES):
+            text = version_text(version)
+            found = self._summarize(name, refs.tags[f"v{text}"])
+            if isinstance(found, Summary) and parse_version(found.version) == version:
+                return text, found
+        return None
+
+    def _sort(self, refs: Refs) -> list[Version]:
+        """Return the versions that tags name, newest first."""
+        key = hashlib.sha256("\n".join(refs.tags).encode("utf-8", "surrogatepass")).digest()
+        return self._sorted.get(key, lambda: sorted(versions_in(refs.tags), reverse=True))
+
+    def _summarize(self, name: str, commit: str) -> Summary | str | None:
+        """Return what is kept of a commit's manifest; why it is malformed; ``None`` if there is none."""
+        try:
+            return self._summaries.get((name, commit), lambda: self._read_summary(name, commit))
+        except HostileAnswer as error:
+            return str(error)  # not remembered: the next answer may be sound
+
+    def _read_summary(self, name: str, commit: str) -> Summary | str | None:
+        try:
+            manifest = Manifest.parse(self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
+        except (HubFileNotFound, CommitNotFound):
+            return None
+        except InvalidManifest as error:
+            return str(error)
+        task = manifest.config.get("task_type")
+        metrics = dict(islice(manifest.metrics.items(), _MOST_METRICS))
+        return Summary(manifest.version, manifest.created, manifest.base.id or "", str(task or ""), metrics)
+
+    def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """Return the results for several items, read concurrently where the hub is on the network."""
+        if self.hub.local or len(items) < 2:
+            return [function(item) for item in items]
+        # Each call has the deadline of this request.
+        contexts = [contextvars.copy_context() for _ in items]
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(lambda context, item: context.run(function, item), contexts, items))
+
+
+def _invert(state: State) -> dict[str, list[str]]:
+    """Return the aliases of each version."""
+    found: dict[str, list[str]] = {}
+    for alias in sorted(state.aliases):
+        version = state.version_of(alias)
+        if version is not None:
+            found.setdefault(version, []).append(alias)
+    return found
+
+
+def _collect_metrics(rows: Iterable[VersionRow]) -> list[Metric]:
+    """Return the results that most versions have, oldest version first."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for row in reversed(list(rows)):
+        for name, value in row.summary.metrics.items() if row.summary else ():
+            found.setdefault(name, []).append((row.version, value))
+    names = sorted(found, key=lambda name: (-len(found[name]), name))[:_MOST_METRICS]
+    return [Metric(name, _find_better(name), found[name]) for name in names]
+
+
+def _find_better(metric: str) -> str:
+    try:
+        return find_direction(metric)
+    except InvalidReference:
+        return ""

@@ -1,0 +1,570 @@
+"""The registry's pages, served and exported: complete, read-only, everything foreign as text, bounded work."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import page_registries
+import pytest
+from browser import open_browser
+from hubs import EVERY_KIND, Place, make_place
+from releases import NAME, draft, release
+
+import registry
+from lora_plugins.commands.cli import main
+from registry import FolderHub, set_alias, yank
+from registry.errors import AddressConflict, ExportConflict, HubUnavailable, InvalidAddress, PageNotFound
+from registry.formats.references import parse_version
+from registry.publishing.publish import publish
+from registry.web.export import export_pages
+from registry.web.server import PageServer, open_server
+from registry.web.site import Moved, Site
+
+FORBIDDEN = {"iframe", "object", "embed", "img", "base", "audio", "video", "frame", "applet", "math", "template"}
+
+#: To the web, or to another page of the registry.
+LINK = re.compile(r"(?:https?://[^/].*)|(?:[\w./!+-]+(?:\?q=[\w%.-]*)?)")
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags, attributes, links, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._outside = True
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._outside = tag not in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._outside = True
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self._outside else ""
+
+    @property
+    def links(self) -> list[str]:
+        return [str(attributes["href"]) for tag, attributes in self.tags if tag == "a"]
+
+
+def check_harmless(text: str) -> Page:
+    """Whether a page has nothing but what its templates write: the one script, no handler, no foreign address."""
+    page = Page(text)
+    names = [tag for tag, _ in page.tags]
+    assert not set(names) & FORBIDDEN
+    assert names.count("script") <= 1
+    assert names.count("style") == 1
+    for tag, attributes in page.tags:
+        assert not [
+            name for name in attributes if name.startswith("on") or name in ("style", "src", "srcset", "srcdoc")
+        ]
+        if tag in ("form", "button", "input"):
+            assert attributes.get("action", "index.html") in ("index.html", "compare")
+        if tag != "link" and "href" in attributes:
+            assert re.fullmatch(r"(?:https?://[^/].*)|(?:[\w./!+-]+(?:\?q=[\w%.-]*)?)", str(attributes["href"])), (
+                attributes
+            )
+    metas = [attributes for tag, attributes in page.tags if tag == "meta" and attributes.get("http-equiv")]
+    (policy,) = (str(meta["content"]) for meta in metas)
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00-\x08\x1b]", text)
+    return page
+
+
+@pytest.fixture(params=EVERY_KIND)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return make_place(request, tmp_path)
+
+
+def fill(hub: Any) -> None:
+    """Three releases with metrics, a withdrawal, an alias that has moved, and a foreign tag."""
+    for number, version in enumerate(("1.0.0", "1.1.0", "2.0.0rc1")):
+        made = draft(version, number)
+        manifest = replace(made.manifest, metrics={"eval_loss": 2.0 - number / 2, "accuracy": 0.5 + number / 10})
+        publish(hub, NAME, parse_version(version), lambda *_, made=made, m=manifest: replace(made, manifest=m))
+    set_alias(f"{NAME}@1.1.0", "champion", hub=hub)
+    set_alias(f"{NAME}@1.0.0", "champion", hub=hub)
+    yank(f"{NAME}@1.1.0", "<b>loss</b> was NaN", hub=hub)
+
+
+def test_every_page_of_a_registry_on_every_kind_of_hub(place: Place) -> None:
+    fill(place.hub)
+    site = Site(place.hub, "Registry", served=True)
+    first = check_harmless(site.render(""))
+    assert f"a/{NAME}/index.html" in first.links
+    for words in ("1.0.0", "org/base", "champion", "1 withdrawn", "2026-01-31"):
+        assert words in first.text
+    adapter = check_harmless(site.render(f"a/{NAME}/"))
+    for words in (
+        "withdrawn: <b>loss</b> was NaN",
+        "pre-release",
+        "eval_loss (lower is better)",
+        "accuracy (higher",
+        "Card",
+    ):
+        assert words in adapter.text
+    assert re.search(r"champion\s*1\.0\.0\s*20\d\d-.*?1\.1\.0", adapter.text, re.DOTALL)
+    circles = [attributes for tag, attributes in adapter.tags if tag == "circle"]
+    assert len(circles) == 6
+    version = check_harmless(site.render(f"a/{NAME}/v/1.1.0.html"))
+    assert "../diff/1.0.0...1.1.0.html" in version.links
+    figures = {a["data-figure"]: a["data-value"] for _, a in version.tags if "data-figure" in a}
+    assert figures == {"eval_loss": "1.5", "accuracy": "0.6"}
+    assert registry.show(f"{NAME}@1.1.0", hub=place.hub).manifest.digest in version.text
+    difference = check_harmless(site.render(f"a/{NAME}/diff/1.0.0...1.1.0.html"))
+    assert re.search(r"eval_loss\s*2\s*1\.5\s*-0\.5\s*better", difference.text)
+    assert re.search(r"accuracy\s*0\.5\s*0\.6\s*\+0\.1\s*better", difference.text)
+    with pytest.raises(Moved) as moved:
+        site.render(f"a/{NAME}/compare", {"one": "1.0.0", "two": "v2.0.0rc1"[1:]})
+    assert moved.value.address == "diff/1.0.0...2.0.0rc1.html"
+
+
+def test_a_foreign_tag_and_a_broken_manifest_are_named(tmp_path: Path) -> None:
+    good = page_registries.make_manifest("1.0.0")
+    page_registries.write_repository(tmp_path, "org/odd", {"1.0.0": good, "1.1.0": b"{}", "1.2.0": good})
+    refs = tmp_path / "org" / "odd" / "refs.json"
+    told = json.loads(refs.read_text())
+    told["tags"]["v3.0.0"] = told["branches"]["main"]
+    empty = "e" * 64
+    (tmp_path / "org" / "odd" / "commits" / empty).mkdir()
+    told["tags"]["v4.0.0"] = empty
+    refs.write_text(json.dumps(told))
+    site = Site(FolderHub(tmp_path), "Registry", served=True)
+    text = check_harmless(site.render("a/org/odd/index.html")).text
+    assert "foreign tag, not a release" in text
+    assert "the tag is at the manifest of 1.0.0; pull refuses it" in text
+    assert "adapter_manifest.json: " in text
+    assert "Newest: 1.0.0" in text
+    for version in ("1.1.0", "1.2.0", "3.0.0", "4.0.0", "5.0.0"):
+        with pytest.raises(PageNotFound):
+            site.render(f"a/org/odd/v/{version}.html")
+    (tmp_path / "org" / "torn").mkdir()
+    (tmp_path / "org" / "torn" / "repository.json").write_text("{}")
+    (tmp_path / "org" / "torn" / "refs.json").write_text("[]")
+    assert "is damaged" in check_harmless(site.render("")).text
+
+
+# -- hostile ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return page_registries.make_hostile(tmp_path_factory.mktemp("hostile") / "registry")
+
+
+PAGES = ["", "a/org/hostile/index.html", "a/org/hostile/v/1.0.0.html", "a/org/hostile/v/1.1.0.html",
+         "a/org/hostile/diff/1.0.0...1.1.0.html"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("served", [True, False], ids=["served", "exported"])
+def test_what_others_wrote_is_shown_as_text_on_every_page(hostile: Path, path: str, served: bool) -> None:
+    text = Site(FolderHub(hostile), "Registry", served=served).render(path)
+    page = check_harmless(text)
+    assert "49" not in re.findall(r"\b49\b", page.text)
+    if path.endswith(("1.0.0.html", "1.1.0.html")):
+        for shown in page_registries.HOSTILE:
+            assert shown in page.text
+    if "index" in path:
+        assert "<script>alert(1)</script> <img src=x onerror=alert(1)>" in page.text
+
+
+def test_the_page_of_a_comparison_shows_what_others_wrote_as_text() -> None:
+    from registry.catalog.comparison import Difference, LayerChange
+
+    nasty = page_registries.HOSTILE
+    pairs = {text: (text, [text]) for text in nasty}
+    layers = tuple(LayerChange(f"h.{n}.{text}", 1.0, 2.0, 1.0 + n) for n, text in enumerate(nasty))
+    metrics = dict.fromkeys(nasty, (0.5, 0.25))
+    text = registry.render_difference(Difference(nasty[0], nasty[1], pairs, metrics, pairs, layers, pairs))
+    page = check_harmless(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.links == []
+    for shown in nasty:
+        assert shown in page.text
+
+
+def test_a_word_that_was_searched_for_is_shown_as_text(hostile: Path) -> None:
+    site = Site(FolderHub(hostile), "Registry", served=True)
+    for word in page_registries.HOSTILE:
+        page = check_harmless(site.render("", {"q": word}))
+        (box,) = (attributes for tag, attributes in page.tags if tag == "input")
+        assert box["value"] == word
+
+
+# -- served ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(hostile: Path) -> Iterator[PageServer]:
+    with open_server(hostile) as opened:
+        thread = threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield opened
+        opened.shutdown()
+        thread.join(10)
+
+
+def ask(server: PageServer, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
+    """Send one request with these headers; ``Host`` is the server's own unless it is given."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.putrequest(method, path, skip_host="Host" in headers, skip_accept_encoding=True)
+    for name, value in headers.items():
+        if value:
+            connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, answer.headers, text
+
+
+def send(server: PageServer, request: bytes) -> bytes:
+    """Send bytes as they are, and return what comes back."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        connection.sendall(request)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+def test_the_server_answers_with_a_strict_policy(server: PageServer) -> None:
+    for path in ("/", "/a/org/hostile/", "/a/org/hostile/v/1.0.0.html"):
+        status, headers, text = ask(server, path)
+        assert status == 200
+        check_harmless(text)
+        assert headers["Content-Type"] == "text/html; charset=utf-8"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert headers["Server"] == "lora-plugins"
+        assert headers.get("Access-Control-Allow-Origin") is None
+    status, headers, text = ask(server, "/", "HEAD")
+    assert (status, text) == (200, "")
+    assert int(headers["Content-Length"]) > 1000
+    status, headers, _ = ask(server, "/a/org/hostile/compare?one=1.0.0&two=1.1.0")
+    assert (status, headers["Location"]) == (303, "diff/1.0.0...1.1.0.html")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.invalid", "evil.invalid:{port}", "localhost:1", "127.0.0.1.evil.invalid:{port}", "localhost.evil.invalid",
+     "", "[::1", "localhost:{port}@evil.invalid", "192.168.0.7:{port}", "127.0.0.1:{port}:1", "0x7f000001"],
+)  # fmt: skip
+def test_a_page_of_others_that_was_pointed_here_reads_nothing(server: PageServer, host: str) -> None:
+    status, _, text = ask(server, "/", Host=host.replace("{port}", str(server.server_port)))
+    assert status == 421
+    assert "hostile" not in text
+    assert "--allowed-host" in text
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}"])
+def test_this_machine_is_answered_by_each_of_its_names(server: PageServer, host: str) -> None:
+    assert ask(server, "/", Host=host.replace("{port}", str(server.server_port)))[0] == 200
+
+
+def test_two_host_headers_and_none_are_refused(server: PageServer) -> None:
+    for head in (b"", b"Host: localhost\r\nHost: evil.invalid\r\n"):
+        assert b" 421 " in send(server, b"GET / HTTP/1.1\r\n" + head + b"\r\n").split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"])
+def test_the_server_only_reads(server: PageServer, method: str) -> None:
+    status, headers, text = ask(server, "/", method)
+    assert status == 405
+    assert headers["Allow"] == "GET, HEAD"
+    assert "<title>" in text
+    assert b" 501 " in send(server, b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n").split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "/a/../../etc/passwd", "/a/org/..%2f..%2fetc/index.html",
+     "/a/%2e%2e/%2e%2e/index.html", "/a/org/hostile/v/..%2f..%2frefs.json", "/a/org/hostile/commits", "/refs.json",
+     "/a/org/hostile%00/index.html", "/a/org\\hostile/index.html", "/a/org/hostile/v/1.0.0.html%0d%0aX:y",
+     "/a/org/none/index.html", "/a/org/hostile/v/9.9.9.html", "/a/org/hostile/v/2.0.0.html", "/page-2.html",
+     "/page-0.html",     "/page-999999999.html", "/a/org/hostile/page-7.html",
+     "/a/org/hostile/diff/1.0.0...9.0.0.html", "/favicon.ico",
+     "/a/org/hostile/compare", "/a/org/hostile/compare?one=%3Cscript%3E&two=1.0.0", "/%ff%fe", "/a/-/-/index.html"],
+)  # fmt: skip
+def test_what_is_not_a_page_is_not_found(server: PageServer, path: str) -> None:
+    status, _, text = ask(server, path)
+    assert status == 404
+    check_harmless(text)
+    assert "root:" not in text
+
+
+def test_malformed_and_long_requests_are_refused(server: PageServer) -> None:
+    assert ask(server, "/?q=" + "x" * 3000)[0] == 414
+    assert ask(server, "/?" + "&".join(f"a{number}=1" for number in range(100)))[0] == 400
+    assert ask(server, "//evil.invalid/")[0] == 404
+    assert ask(server, "http://evil.invalid/")[0] == 400
+    assert b" 414 " in send(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b" 431 " in send(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n")
+    status, _, text = ask(server, "/?q=" + "%F0%9F%98%80" * 120)
+    assert status == 200
+    check_harmless(text)
+    assert ask(server, "/?q=%00%ff%E2%80%AE")[0] == 200
+
+
+def test_a_hub_that_does_not_answer_is_said(tmp_path: Path) -> None:
+    class Away(FolderHub):
+        def names(self, base: str | None = None) -> Iterator[str]:
+            raise HubUnavailable("the hub <b>sleeps</b>")
+
+    site = Site(Away(tmp_path), "Registry", served=True)
+    with PageServer(("127.0.0.1", 0), site) as opened:
+        threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        status, _, text = ask(opened, "/")
+        opened.shutdown()
+    assert status == 503
+    assert "the hub &lt;b&gt;sleeps" in text
+
+
+def test_a_fault_of_a_page_tells_nothing_to_the_browser(tmp_path: Path) -> None:
+    class Torn(FolderHub):
+        def names(self, base: str | None = None) -> Iterator[str]:
+            raise AssertionError("a secret")
+
+    with PageServer(("127.0.0.1", 0), Site(Torn(tmp_path), "Registry", served=True)) as opened:
+        threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        status, _, text = ask(opened, "/")
+        opened.shutdown()
+    assert status == 500
+    assert "secret" not in text
+
+
+def test_an_address_that_cannot_be_served_at_is_an_error(server: PageServer, tmp_path: Path) -> None:
+    with pytest.raises(AddressConflict, match=rf"Port {server.server_port} of 127\.0\.0\.1 cannot be used.*--port"):
+        open_server(tmp_path, port=server.server_port)
+    for port in (-1, 70_000):
+        with pytest.raises(InvalidAddress, match=f"Port {port} is not valid"):
+            open_server(tmp_path, port=port)
+    for host in ("no such host", "999.1.1.1", ""):
+        with pytest.raises((InvalidAddress, AddressConflict)):
+            open_server(tmp_path, host=host)
+    for name in ("http://x", "a:80", "a b", ""):
+        with pytest.raises(InvalidAddress, match="is not valid as the name of a host"):
+            open_server(tmp_path, allowed_hosts=[name])
+    with open_server(tmp_path, allowed_hosts=["pages.example.org"]) as opened:
+        assert opened.answers_to("pages.example.org")
+        assert opened.loopback
+
+
+def test_the_command_serves_and_ends_with_ctrl_c(hostile: Path) -> None:
+    command = [sys.executable, "-m", "lora_plugins", "registry", "serve", "--hub", str(hostile), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert found, (line, process.stderr.read() if process.stderr else "")
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (0, "Ended.\n", "")
+
+
+def test_pages_load_no_torch(hostile: Path) -> None:
+    code = (
+        "import sys, registry; from registry.web.site import Site; "
+        f"Site(registry.open_hub({str(hostile)!r}), 'x', served=True).render('a/org/hostile/'); registry.open_server; "
+        "registry.export_pages; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- exported ----------------------------------------------------------------------------------------
+
+
+def test_exported_pages_lead_to_one_another(tmp_path: Path) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 2, 4)
+    done = export_pages(root, tmp_path / "pages", title="Our <b>adapters</b>")
+    files = {path.relative_to(tmp_path / "pages").as_posix() for path in (tmp_path / "pages").rglob("*.html")}
+    assert done.pages == len(files) == 1 + 2 * (1 + 4 + 3)
+    for path in files:
+        page = check_harmless((tmp_path / "pages" / path).read_text())
+        assert "Our <b>adapters</b>" in page.text
+        assert str(tmp_path) not in page.text
+        assert "form" not in {tag for tag, _ in page.tags}
+        for link in page.links:
+            target = os.path.normpath(os.path.join(os.path.dirname(path), link))
+            assert link.startswith("https://") or target in files, (path, link)
+
+
+def test_an_export_replaces_its_own_pages_only(tmp_path: Path) -> None:
+    root, pages = page_registries.make_registry(tmp_path / "registry", 2, 2), tmp_path / "pages"
+    export_pages(root, pages)
+    (pages / "CNAME").write_text("x")
+    page_registries.shutil.rmtree(root / "org1") if hasattr(page_registries, "shutil") else __import__("shutil").rmtree(
+        root / "org1"
+    )
+    done = export_pages(root, pages)
+    assert done.removed == 1 + 2 + 1
+    assert not (pages / "a" / "org1").exists()
+    assert (pages / "CNAME").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["index.html", "page-2.html", "a/notes.txt", "a/org0/adapter-000/v/1.0.0.html", "a"])
+def test_an_export_overwrites_nothing_of_others(tmp_path: Path, name: str) -> None:
+    root, file = page_registries.make_registry(tmp_path / "registry", 1, 2), tmp_path / "pages" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ExportConflict, match="was not written by an export"):
+        export_pages(root, tmp_path / "pages")
+    assert [path for path in (tmp_path / "pages").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_an_export_follows_no_link_and_replaces_no_file(tmp_path: Path) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 1, 2)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ExportConflict):
+        export_pages(root, tmp_path / "pages")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportConflict, match="is a file: give a folder"):
+        export_pages(root, tmp_path / "file")
+
+
+def test_the_command_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 1, 2)
+    with pytest.raises(SystemExit) as ended:
+        main(["registry", "export", str(tmp_path / "pages"), "--hub", str(root), "--json"])
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)["pages"] == 5
+    (tmp_path / "pages" / "index.html").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["registry", "export", str(tmp_path / "pages"), "--hub", str(root)])
+    assert ended.value.code == 1
+    assert "was not written by an export" in capsys.readouterr().err
+
+
+# -- comparisons ---------------------------------------------------------------------------------------
+
+
+def test_diff_writes_a_page_with_the_figures_that_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    hub = FolderHub(tmp_path / "registry")
+    for number, version in enumerate(("1.0.0", "1.1.0")):
+        release(hub, version, number)
+    words = ["diff", f"{NAME}@1.0.0", f"{NAME}@1.1.0", "--hub", str(tmp_path / "registry")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--page", str(tmp_path / "diff.html"), "--json"])
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)
+    page = check_harmless((tmp_path / "diff.html").read_text())
+    assert "script" not in {tag for tag, _ in page.tags}
+    shown = {a["data-layer"]: float(str(a["data-value"])) for _, a in page.tags if "data-layer" in a}
+    assert shown == {layer["name"]: layer["change"] for layer in printed["layers"]}
+    assert shown
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--page", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "is a folder: give the page's file" in capsys.readouterr().err
+
+
+# -- large -----------------------------------------------------------------------------------------
+
+
+def test_one_adapter_with_many_versions_costs_bounded_work(tmp_path: Path) -> None:
+    reads: list[str] = []
+
+    class Counting(FolderHub):
+        def read(self, name: str, commit: str, path: str, limit: int) -> bytes:
+            reads.append(path)
+            return super().read(name, commit, path, limit)
+
+    site = Site(Counting(page_registries.make_many_tags(tmp_path, 3000)), "Registry", served=True)
+    assert "9.0.3000" in site.render("")
+    page = Page(site.render("a/org/many/page-17.html"))
+    assert "3,002 versions" in page.text
+    assert len([tag for tag, attributes in page.tags if "data-search" in attributes]) == 100
+    assert len(reads) <= 10
+    links = [link for link in page.links if link.startswith(("page-", "index"))]
+    assert links == ["index.html", "page-15.html", "page-16.html", "page-18.html", "page-19.html", "page-31.html"]
+
+
+def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path) -> None:
+    class Many(FolderHub):
+        def names(self, base: str | None = None) -> Iterator[str]:
+            yield from (f"org/n{number:06}" for number in range(200_000))
+
+    site = Site(Many(tmp_path), "Registry", served=True)
+    page = Page(site.render(""))
+    assert "The registry holds more names than a list can show." in page.text
+    assert "page-200.html" in page.links
+    found = Page(site.render("", {"q": "n09999"}))
+    assert len([link for link in found.links if link.startswith("a/")]) == 10
+    with pytest.raises(PageNotFound):
+        site.render("page-201.html")
+
+
+@pytest.mark.slow
+def test_a_large_registry_is_shown_in_two_seconds_and_searched_at_once(tmp_path: Path) -> None:
+    """200 adapters of 50 versions; and one adapter of 100,000 tags."""
+    root = page_registries.make_registry(tmp_path / "registry", 200, 50)
+    many = page_registries.make_many_tags(tmp_path / "many", 100_000)
+    told = {}
+    for name, folder, paths in (
+        ("200 x 50", root, ["/", "/", "/a/org0/adapter-000/", "/a/org0/adapter-000/v/5.9.0.html"]),
+        ("100,000 tags", many, ["/", "/", "/a/org/many/", "/a/org/many/page-900.html", "/a/org/many/v/9.0.7.html"]),
+    ):
+        with open_server(folder) as opened:
+            threading.Thread(target=opened.serve_forever, daemon=True).start()
+            for number, path in enumerate(paths):
+                began, spent = time.perf_counter(), time.process_time()
+                status, _, text = ask(opened, path)
+                seconds = time.perf_counter() - began
+                told[f"{name} {path} ({number})"] = (seconds, time.process_time() - spent, len(text))
+                assert status in (200, 404)
+            opened.shutdown()
+    for name, (seconds, spent, size) in told.items():
+        print(f"{name}: {seconds:.2f} s, of them {spent:.2f} s of this process, {size:,} bytes")
+    assert all(spent < 2 for name, (_, spent, _) in told.items() if name.startswith("200"))
+    assert all(spent < 20 for _, spent, _ in told.values())
+    began = time.perf_counter()
+    done = export_pages(root, tmp_path / "pages")
+    size = sum(path.stat().st_size for path in (tmp_path / "pages").rglob("*.html"))
+    print(f"export: {done.pages:,} pages, {size / 1e6:.0f} MB, {time.perf_counter() - began:.0f} s")
+    with open_browser() as browser:
+        browser.open(tmp_path / "pages" / "index.html", width=1280, dark=False)
+        script = """(() => { const box = document.getElementById('search'); const times = [];
+            for (const text of ['a', 'adapter-1', 'adapter-17', 'note number 42', 'reviewed champion', '']) {
+              const began = performance.now(); box.value = text; box.dispatchEvent(new Event('input'));
+              document.body.offsetHeight; times.push(performance.now() - began); }
+            return times; })()"""
+        times = browser.run(script)
+        print("search, ms each: " + ", ".join(f"{each:.1f}" for each in times))
+        assert max(times) < 200
+        browser.run(
+            "document.getElementById('search').value = 'note number 42'; "
+            "document.getElementById('search').dispatchEvent(new Event('input'))"
+        )
+        assert browser.run("[...document.querySelectorAll('tr[data-search]')].filter(r => !r.hidden).length") == 1
+        assert browser.console == []
