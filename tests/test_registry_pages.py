@@ -93,7 +93,7 @@ def test_nothing_in_a_card_of_others_runs_loads_or_covers_the_page() -> None:
 def test_hostile_text_in_a_card_is_shown_as_text(text: str) -> None:
     page = Tags(render_markdown(text))
     assert {tag for tag, _ in page.tags} <= {"p", "em"}
-    assert page.text.strip() == html.unescape(text).replace("*", "")
+    assert page.text.strip().replace("*", "") == html.unescape(text).replace("*", "")
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def test_malformed_and_long_requests_are_refused(server: PageServer) -> None:
     assert ask(server, "/?q=" + "x" * 3000)[0] == 414
     assert ask(server, "/?" + "&".join(f"a{number}=1" for number in range(100)))[0] == 400
     assert ask(server, "//evil.invalid/")[0] == 404
-    assert ask(server, "http://evil.invalid/")[0] == 400
+    assert b" 400 " in send(server, b"GET http://evil.invalid/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 414 " in send(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 431 " in send(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n")
     status, _, text = ask(server, "/?q=" + "%F0%9F%98%80" * 120)
@@ -382,7 +382,7 @@ def test_the_command_serves_and_ends_with_ctrl_c(hostile: Path) -> None:
         assert connection.getresponse().status == 200
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
-    assert (process.returncode, out, error) == (0, "Ended.\n", "")
+    assert (process.returncode, out, error) == (0, "", "Ended.\n")
 
 
 def test_pages_load_no_torch(hostile: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Name by which browsers may ask, besides localhost; can be given again."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> None:
     """Serve the pages of a registry on this machine.
 
@@ -39,13 +41,17 @@ def serve(
     """
     server = registry.open_server(hub, host=host, port=port, allowed_hosts=allowed_host or ())
     with server:
-        say(f"The registry's pages are at {server.address} (Ctrl-C ends)")
+        if as_json:
+            print_json({"address": server.address})
+        else:
+            say(f"The registry's pages are at {server.address} (Ctrl-C ends)")
+        sys.stdout.flush()
         if not server.loopback:
-            say("Everybody in the network can read them, and with them what your token may read.")
+            typer.echo("Everybody in the network can read them, and with them what your token may read.", err=True)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
-            say("Ended.")
+            typer.echo("Ended.", err=True)
 
 
 @GROUP.command()
