@@ -1,1 +1,1 @@
-"""The registry's pages: served on this machine, exported as files, and the page of a comparison."""
+"""The registry's pages, served or exported, and the page of a comparison."""

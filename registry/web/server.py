@@ -1,4 +1,4 @@
-"""Serve the pages of a registry on this machine: read-only, to those who ask by a known name."""
+"""Serve the pages of a registry on this machine, read-only."""
 
 from __future__ import annotations
 

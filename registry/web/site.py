@@ -1,4 +1,4 @@
-"""The pages of a registry by their addresses, the same for a server and for exported files."""
+"""The pages of a registry by address, for a server and for exported files."""
 
 from __future__ import annotations
 
