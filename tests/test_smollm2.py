@@ -68,8 +68,9 @@ RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from lora_plugins import prepare_model
+from lora_plugins.quantization.precision import loading_dtype
 folder, adapter, tokens, output, backend = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=loading_dtype())
 model = prepare_model(model, adapter=adapter, quantization=backend).eval()
 ids = torch.load(tokens)
 with torch.no_grad():
@@ -84,7 +85,7 @@ torch.save({"with": with_adapter, "without": without}, output)
 def test_adapter_gives_the_same_logits_in_a_new_process(
     tmp_path: Path, folder: Path, tokens: torch.Tensor, backend: str
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=loading_dtype())
     wrapped = prepare_model(model, r=8, lora_dropout=0.0, quantization=backend)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=2e-3)
     for batch in tokens[:8].split(4):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, find_adapter
 
 __all__ = ["export"]
 
@@ -40,6 +41,7 @@ def export(
     to: Annotated[Format, typer.Option(help="Server or format.")],
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    hub: HubOption = None,
     model: Annotated[
         str | None, typer.Option(help="For gguf and ollama: the base as GGUF file, or its name in Ollama.")
     ] = None,
@@ -52,7 +54,7 @@ def export(
 
     \b
     Examples:
-      lora-plugins export org/name@1.2.0 ./adapter.gguf --to gguf
+      lora-plugins export org/name@1.2.0 ./adapter.gguf --to gguf --hub ./registry
       lora-plugins export org/name@1.2.0 ./served --to ollama --model llama3.2:1b
       lora-plugins export ./adapter ./served --to vllm
     """
@@ -60,7 +62,7 @@ def export(
     from lora_plugins.serving.export import export_adapter
 
     result = export_adapter(
-        adapter,
+        find_adapter(adapter, hub),
         output,
         to.value,
         base=base,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, find_adapter
 from lora_plugins.recipe.arguments import json_object
 
 __all__ = ["Dtype", "merge"]
@@ -33,6 +34,7 @@ def merge(
     ] = Dtype.fp16,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    hub: HubOption = None,
     quantization: Annotated[
         str | None,
         typer.Option(help="Backend it was trained on, with options as JSON, or 'none'; default: as recorded."),
@@ -46,13 +48,13 @@ def merge(
     \b
     Examples:
       lora-plugins merge ./adapter ./merged
-      lora-plugins merge org/name@1.2.0 ./merged --dtype bf16
+      lora-plugins merge org/name@1.2.0 ./merged --dtype bf16 --hub ./registry
     """
     calm()
     from lora_plugins.merging import inputs, job, merge
 
     result = merge.merge_and_save(
-        adapter,
+        find_adapter(adapter, hub),
         output,
         dtype.value,
         base=base,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, check_hub, find_adapter
 from lora_plugins.plugins.recipes import RECIPES
 
 __all__ = ["plan"]
@@ -21,6 +22,7 @@ def plan(
     adapter: Annotated[
         str | None, typer.Option(help="Adapter to train on, folder or reference, instead of a new one.")
     ] = None,
+    hub: HubOption = None,
     r: Annotated[int | None, typer.Option("--r", "-r", min=1, help="Rank of the adapters.", show_default="8")] = None,
     target_modules: Annotated[
         list[str] | None,
@@ -70,6 +72,7 @@ def plan(
       lora-plugins plan ./base --r 16 --target-modules all-linear --length 2048
       lora-plugins plan org/base --devices 2 --strategy fsdp --json
     """
+    check_hub(adapter, hub)
     calm()
     from lora_plugins.planning.planner import plan as make_plan
 
@@ -91,7 +94,7 @@ def plan(
             trust_remote_code=trust_remote_code,
             experts=experts,
             recipe=recipe,
-            adapter=adapter,
+            adapter=None if adapter is None else find_adapter(adapter, hub),
             serve=serve or None,
             **{**({} if r is None else {"r": r}), **_read_targets(target_modules), **_read_fields(lora or [])},
         )

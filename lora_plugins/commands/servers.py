@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, find_adapter
 
 __all__ = ["servers"]
 
@@ -22,19 +23,20 @@ def servers(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
 ) -> None:
     """Say which servers take an adapter, and why the others do not. Needs the base's configuration only.
 
     \b
     Examples:
-      lora-plugins servers org/name@1.2.0
+      lora-plugins servers org/name@1.2.0 --hub ./registry
       lora-plugins servers ./adapter --serve vllm
     """
     calm()
     from lora_plugins.serving.check import check_serving
 
-    verdicts = check_serving(adapter, serve or None, base=base, revision=revision)
+    verdicts = check_serving(find_adapter(adapter, hub), serve or None, base=base, revision=revision)
     if as_json:
         found = [{**dataclasses.asdict(verdict), "served": verdict.served} for verdict in verdicts]
         typer.echo(json.dumps(found, indent=2))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_plugins.commands.calm import quiet
+from lora_plugins.commands.hub import HubOption, find_adapter
 
 if TYPE_CHECKING:
     from lora_plugins.serving.trial import Message, Trial, Writing
@@ -34,6 +35,7 @@ def try_(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the same for base and adapter.")] = 0,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
+    hub: HubOption = None,
     quantization: Annotated[str | None, typer.Option(help="Backend to quantize the base with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all answers as JSON, at the end.")] = False,
 ) -> None:
@@ -43,7 +45,7 @@ def try_(
     Examples:
       lora-plugins try org/name@1.2.0 --prompt "Summarize: …" --compare
       lora-plugins try ./demo-output/adapter --chat
-      lora-plugins try org/name --prompt "Hello" --temperature 0.8
+      lora-plugins try org/name --prompt "Hello" --temperature 0.8 --hub ./registry
     """
     if chat and (prompt or as_json):
         raise typer.BadParameter("cannot be combined with --prompt or --json: type the messages", param_hint="--chat")
@@ -52,7 +54,7 @@ def try_(
     quiet()
     from lora_plugins.serving.trial import Writing, open_trial
 
-    trial = open_trial(adapter, base=base, revision=revision, quantization=quantization)
+    trial = open_trial(find_adapter(adapter, hub), base=base, revision=revision, quantization=quantization)
     writing = Writing(max_new_tokens, temperature, seed, raw)
     if chat:
         _talk(trial, writing, compare=compare)

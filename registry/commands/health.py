@@ -43,8 +43,11 @@ def doctor(
       lora-plugins doctor org/plain/best@main
       lora-plugins doctor ./adapter --base ./base --fix ./cured
     """
+    from registry.formats.references import is_path
     from registry.health.doctor import diagnose
 
+    if hub is not None and is_path(source):
+        raise typer.BadParameter(f"{source} is a folder: leave --hub out, or write org/name", param_hint="--hub")
     with waiting(f"Reading {visible(source)} …"):
         found = diagnose(source, base=base, values=values, fix=fix, base_model=base_model, hub=hub)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, check_hub
 
 __all__ = ["report"]
 
@@ -18,7 +19,7 @@ def report(
         str, typer.Argument(help="A run's output folder or an adapter's folder, as /… or ./…, or org/name@version.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
-    hub: Annotated[str | None, typer.Option(help="Registry; default is LORA_REGISTRY.", show_default=False)] = None,
+    hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON.")] = False,
 ) -> None:
     """Write a page of a run: curves, parameters, targets, what each layer learned, lineage.
@@ -30,6 +31,7 @@ def report(
       lora-plugins report ./lora-output
       lora-plugins report org/name@1.2.0 --output page.html
     """
+    check_hub(source, hub)
     calm()
     from lora_plugins.recipe.report import collect, page
 

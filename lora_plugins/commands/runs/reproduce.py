@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_plugins.commands.calm import calm
+from lora_plugins.commands.hub import HubOption, check_hub
 
 __all__ = ["CONTEXT", "reproduce"]
 
@@ -25,7 +26,7 @@ def reproduce(
     check: Annotated[
         bool, typer.Option("--check", help="Only say what is missing or different here; train nothing.")
     ] = False,
-    hub: Annotated[str | None, typer.Option(help="Registry; default is LORA_REGISTRY.", show_default=False)] = None,
+    hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
 ) -> None:
     """Train an adapter again as it was recorded, and say whether it is the same.
@@ -42,6 +43,7 @@ def reproduce(
     """
     if reference.startswith("-"):
         raise typer.BadParameter(f"{reference} stands where the adapter is expected; flags of train come after it")
+    check_hub(reference, hub)
     calm()
     # The demo's modules take longer to load than most commands run.
     from lora_plugins.commands.runs import demo
