@@ -130,7 +130,7 @@ $(S3)/.installed: $(INSTALLED)
 
 test-object-store: $(S3)/.installed ## Run the tests of registries in an object store against an S3 server on this machine.
 	OMP_NUM_THREADS=1 $(S3)/bin/python -m pytest -n $(WORKERS) -k "bucket or object" tests/test_registry.py tests/test_registry_hubs.py \
-		tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py
+		tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py tests/test_serving_finder.py
 
 test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
 	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_publishing_load.py

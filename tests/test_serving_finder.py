@@ -13,6 +13,9 @@ import pytest
 import tiny
 import torch
 from adapters import adapted
+from finders import find_together
+from hubs import BucketPlace
+from pushers import context, finished
 
 from lora_plugins.errors import InvalidServingSetting, RefusedAdapter
 from lora_plugins.serving.finder import FoundRelease, ReleaseFinder, ServedBase, ServedNames, describe_base
@@ -60,7 +63,9 @@ def registry(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def push(base: Any, registry: Any, version: str, seed: int = 1, name: str = "org/name", **lora: Any) -> None:
     model = tiny.LlamaForCausalLM.from_pretrained(base) if isinstance(base, Path) else base
-    push_adapter(adapted(model, seed, **lora), name, version=version, hub=registry)
+    # What others read must name a base that they can load.
+    known = "org/base" if str(registry).startswith("s3://") else None
+    push_adapter(adapted(model, seed, **lora), name, version=version, hub=registry, base_model=known)
 
 
 def finder(registry: object, *allowed: str) -> ReleaseFinder:
@@ -231,10 +236,8 @@ def test_a_hub_that_is_down_serves_what_is_here(
 ) -> None:
     monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    loopback_hub.create_repo("org/base")
-    loopback_hub.commit("org/base", {file.name: file.read_bytes() for file in base.iterdir()})
-    model, place = adapted(tiny.LlamaForCausalLM.from_pretrained(base)), loopback_hub.endpoint
-    push_adapter(model, "org/name", version="1.0.0", hub=place, token=loopback_hub.token, base_model="org/base")
+    push_to_hub(base, loopback_hub, "1.0.0")
+    place = loopback_hub.endpoint
     found = finder(place, "org/*")
     first = found.find("org/name@1.0.0", ServedBase(str(base)))
     before = len(loopback_hub.requests)
@@ -248,6 +251,89 @@ def test_a_hub_that_is_down_serves_what_is_here(
     assert any("taken from the cache" in message for message in stored.warnings), stored.warnings
     with pytest.raises(HubUnavailable):
         down.find("org/name@2.0.0", ServedBase(str(base)))
+
+
+def push_to_hub(base: Path, hub: LoopbackHub, *versions: str) -> None:
+    """Put a base and releases for it on a Hub."""
+    hub.create_repo("org/base")
+    hub.commit("org/base", {file.name: file.read_bytes() for file in base.iterdir()})
+    for seed, version in enumerate(versions):
+        model = adapted(tiny.LlamaForCausalLM.from_pretrained(base), seed)
+        options: dict[str, Any] = {"hub": hub.endpoint, "token": hub.token, "base_model": "org/base"}
+        push_adapter(model, "org/name", version=version, **options)
+
+
+def test_api_servers_that_share_a_cache_find_the_same_and_leave_it_whole(
+    base: Path, tmp_path: Path, loopback_hub: LoopbackHub
+) -> None:
+    """Each may pull for itself; one copy of a release stays, complete, under one number."""
+    push_to_hub(base, loopback_hub, "1.0.0", "1.1.0")
+    count, start, cache = 3, context(), tmp_path / "cache"
+    barrier, results = start.Barrier(count + 1), start.Queue()
+    arguments = (str(base), ["org/name@1.0.0", "org/name"], {"LORA_REGISTRY_CACHE": str(cache)}, 3)
+    processes = [
+        start.Process(target=find_together, args=(barrier, results, loopback_hub.endpoint, *arguments))
+        for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for state, least, most in (("empty", 2, 2 * count), ("damaged", 1, count), ("full", 0, 0)):
+        loopback_hub.requests.clear()
+        barrier.wait(300)
+        outcomes = [results.get(timeout=300) for _ in processes]
+        assert [title for title, *_ in outcomes[0]] == ["org/name@1.0.0", "org/name@1.1.0"], outcomes[0]
+        assert outcomes == [outcomes[0]] * count, outcomes
+        assert sorted(path.name for path in (cache / "releases").iterdir()) == sorted(one[3] for one in outcomes[0])
+        paths = [request.path for request in loopback_hub.requests if request.route == "resolve"]
+        pulled = sum(path.endswith("adapter_model.safetensors") for path in paths)
+        print(f"{count} resolvers, {state} cache: {pulled} downloads of weights")
+        assert least <= pulled <= most, paths
+        weights = Path(outcomes[0][0][2]) / "adapter_model.safetensors"
+        if state == "empty":
+            weights.chmod(0o644)
+            weights.write_bytes(weights.read_bytes()[:-1])
+    assert [finished(process) for process in processes] == [0] * count
+
+
+def test_a_server_takes_releases_from_a_bucket(
+    bucket: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for version, seed in (("1.0.0", 1), ("1.1.0", 2)):
+        push(base, bucket, version, seed)
+    set_alias("org/name@1.0.0", "champion", hub=bucket)
+    found, served = finder(bucket), ServedBase(str(base))
+    meant = {"org/name": "1.1.0", "org/name@champion": "1.0.0", "org/name>=1.0,<1.1": "1.0.0"}
+    titles = {name: found.find(name, served).title for name in meant}
+    assert titles == {name: f"org/name@{version}" for name, version in meant.items()}
+    set_alias("org/name@1.1.0", "champion", hub=bucket)
+    assert found.find("org/name@champion", served).title == "org/name@1.1.0"
+    for name, error in (("org/name@9.9.9", VersionNotFound), ("org/other", RepositoryNotFound)):
+        with pytest.raises(error):
+            found.find(name, served)
+    yank("org/name@1.0.0", "trained on the test set", hub=bucket)
+    warned = finder(bucket).find("org/name@1.0.0", served)
+    assert any("trained on the test set" in message for message in warned.warnings)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    down = finder(bucket).find("org/name@1.0.0", served)
+    assert down.path == warned.path
+    assert any("taken from the cache" in message for message in down.warnings), down.warnings
+    with pytest.raises(HubUnavailable):
+        finder(bucket).find("org/name@2.0.0", served)
+
+
+def test_what_was_changed_in_a_bucket_is_refused(
+    bucket: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    push(base, bucket, "1.0.0")
+    place = BucketPlace(bucket)
+    (commit,) = set(place.hub.refs("org/name").tags.values())
+    place.tamper("org/name", commit, "adapter_model.safetensors")
+    with pytest.raises(IntegrityError):
+        finder(bucket).find("org/name@1.0.0", ServedBase(str(base)))
 
 
 def test_the_plugin_does_nothing_until_a_registry_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
