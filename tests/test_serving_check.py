@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_plugins.errors import ServingWarning, UnknownServer, UnsupportedExport
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.traits import judge
 from lora_plugins.serving.gguf_families import FAMILIES
+from registry import diagnose, pull_adapter, push_adapter
 
 #: What the adapter is made with, and the servers that do not take it. All the others do.
 BREAKING: list[tuple[dict[str, Any], set[str]]] = [
@@ -66,7 +68,7 @@ def test_every_rule_is_broken_by_one_of_these() -> None:
     adapters = [traits_of(adapted(tiny.llama(), **lora)) for lora, _ in BREAKING]
     adapters += [traits_of(served.make_adapter("qwen3_moe", served.make_base("qwen3_moe")))]
     adapters += [traits_of(adapted(tiny.llama(tie_word_embeddings=True), target_modules=["q_proj", "embed_tokens"]))]
-    adapters += [AdapterTraits(model_type="falcon_h1")]
+    adapters += [AdapterTraits(model_type="falcon_h1"), AdapterTraits(whole_weights=("lm_head.weight",))]
     for name in plugin_host().server_names():
         broken |= {(name, rule.name) for rule in plugin_host().server(name).rules if any(map(rule.check, adapters))}
     assert found - broken == set()
@@ -138,6 +140,34 @@ def test_the_command_lists_the_servers_and_fails_for_the_one_that_was_asked_for(
     assert first == "serves on: llama.cpp b11549, ollama 008a6caeac6c, tgi 45d95bdccc9d, vllm 0.33.0"
 
 
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "lm_head"]}], ids=["attention", "head"])
+def test_a_grown_vocabulary_is_saved_whole_and_no_server_takes_that(lora: dict[str, Any], tmp_path: Path) -> None:
+    """vLLM refuses the adapter, the others leave the rows out. It is said of the live model and of its file alike."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = tiny.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 4, mean_resizing=False)
+    model = adapted(base, **lora)
+    reason = r"the whole .*model\.embed_tokens\.weight in its file is refused: its tensors have no LoRA name"
+    assert re.search(reason, str(judge(traits_of(model), ["vllm"])[0]))
+    push_adapter(model, "org/name", version="1.0.0", hub=tmp_path / "registry")
+    found = diagnose("org/name@1.0.0", hub=tmp_path / "registry").servers
+    assert [one.server for one in found if one.served] == []
+    assert re.search(reason, " ".join(map(str, found)))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"]], ids=["embedding", "head"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+def test_a_release_holds_no_copy_of_what_has_no_adapter(targets: list[str], tied: bool, tmp_path: Path) -> None:
+    """The head beside an adapted embedding is the base's: vLLM refuses an adapter that holds it."""
+    tiny.llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = adapted(tiny.LlamaForCausalLM.from_pretrained(tmp_path / "base"), target_modules=targets)
+    done = push_adapter(model, "org/name", version="1.0.0", hub=tmp_path / "registry")
+    whole = [name for name in done.manifest.tensors if "lora_" not in name]
+    assert all(name.endswith(f"{targets[1]}.base_layer.weight") for name in whole), whole
+    assert len(whole) == 1
+    assert judge(traits_of(model), ["vllm"])[0].served
+
+
 def test_a_plugin_adds_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = ServerRule("rank", "mine/lora.py", lambda traits: "too high" if traits.rank > 4 else None)
     server = Server("mine", "1.0", (rule,))
@@ -187,3 +217,71 @@ def test_vllms_own_helper_gives_the_same_verdicts(tmp_path: Path) -> None:
     for (lora, servers), answer in zip(cases, answers, strict=True):
         print(f"{lora}: {answer or 'taken'}")
         assert bool(answer) == ("vllm" in servers), lora
+
+
+#: Adapters by what they are made with, and whether vLLM 0.32 loads the release.
+PUBLISHED: list[tuple[str, dict[str, Any], bool]] = [
+    ("plain", {}, True),
+    ("all linear layers", {"target_modules": "all-linear"}, True),
+    ("rsLoRA", {"use_rslora": True}, True),
+    ("ranks by pattern", {"rank_pattern": {"q_proj": 2}}, True),
+    ("scales by pattern", {"alpha_pattern": {"q_proj": 3}}, True),
+    ("some layers", {"layers_to_transform": [1]}, True),
+    ("input embedding", {"target_modules": ["q_proj", "embed_tokens"]}, True),
+    ("olora", {"init_lora_weights": "olora"}, True),
+    ("DoRA", {"use_dora": True}, False),
+    ("biases of the factors", {"lora_bias": True}, False),
+    ("biases of the base", {"bias": "lora_only"}, False),
+    ("a saved head", {"modules_to_save": ["lm_head"]}, False),
+    ("trained tokens", {"trainable_token_indices": [3]}, False),
+    ("rank 520", {"r": 520}, False),
+    ("a grown vocabulary", {"tokens": 4}, False),
+]
+
+
+def publish_and_judge(
+    name: str, lora: dict[str, Any], root: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[Path, bool, bool]:
+    """Push an adapter; return the release's folder, and whether its card and doctor say that vLLM serves it."""
+    tiny.llama().save_pretrained(root / "base")
+    base, lora = tiny.LlamaForCausalLM.from_pretrained(root / "base"), dict(lora)
+    tokens = lora.pop("tokens", 0)
+    if tokens:
+        base.resize_token_embeddings(base.config.vocab_size + tokens, mean_resizing=False)
+    model = adapted(base, **lora)
+    push_adapter(model, "org/name", version="1.0.0", hub=root / "registry", allow=lora.get("modules_to_save", ()))
+    folder = Path(pull_adapter("org/name@1.0.0", hub=root / "registry", cache_dir=root / "cache").path)
+    (card,) = (root / "registry").rglob("README.md")
+    (line,) = (one for one in card.read_text().splitlines() if "erves on" in one and "lora-plugins servers" in one)
+    on_card = "vllm" in line.partition("Not on")[0].partition("by the rules")[0]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["doctor", str(folder)])
+    (told,) = (one for one in capsys.readouterr().out.splitlines() if one.strip().startswith("serves on:"))
+    with capsys.disabled():
+        print(f"\n{name}: {line}\n{name}: doctor: {told.strip()}")
+    return folder, on_card, "vllm" in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("VLLM_PYTHON"), reason="VLLM_PYTHON must be the Python of an environment with vLLM"
+)
+def test_what_card_and_doctor_say_is_what_vllms_loader_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = {
+        name: publish_and_judge(name, lora, tmp_path / str(index), capsys)
+        for index, (name, lora, _) in enumerate(PUBLISHED)
+    }
+    folders = json.dumps([str(folder) for folder, *_ in judged.values()])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [os.environ["VLLM_PYTHON"], str(Path(__file__).with_name("vllm_load.py")), folders, str(tiny.VOCABULARY)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**environment, "VLLM_NO_USAGE_STATS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.partition("ANSWERS")[2])
+    print(f"\n{'adapter':22} card  doctor  vLLM's PEFTHelper and loader")
+    for (name, (_, card, doctor)), answer in zip(judged.items(), answers, strict=True):
+        print(f"{name:22} {'yes' if card else 'no':5} {'yes' if doctor else 'no':7} {answer[:150] or 'loaded'}")
+    for (name, _, loaded), (_, card, doctor), answer in zip(PUBLISHED, judged.values(), answers, strict=True):
+        assert (card, doctor, not answer) == (loaded, loaded, loaded), (name, answer)

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,13 @@ def registry(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base: Path, registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    work = tmp_path_factory.mktemp("vllm")
+    with serving(base, registry, tmp_path_factory.mktemp("vllm")) as made:
+        yield made
+
+
+@contextmanager
+def serving(base: Path, registry: Path, work: Path, *options: str) -> Iterator[Server]:
+    """Run a vLLM with a cache of its own; print what the resolver logged."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,7 +128,7 @@ def server(base: Path, registry: Path, tmp_path_factory: pytest.TempPathFactory)
     command = [
         *(os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.cli.main", "serve", str(base)),
         *("--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"),
-        *("--max-cpu-loras", "8", "--max-model-len", "256", "--enforce-eager", "--dtype", "float32"),
+        *("--max-cpu-loras", "8", "--max-model-len", "256", "--enforce-eager", "--dtype", "float32", *options),
     ]
     log, begun = work / "vllm.log", time.monotonic()
     with open(log, "wb") as sink:
@@ -251,3 +258,19 @@ def test_what_is_served_stays_when_the_registry_is_gone(server: Server, registry
         assert server.ask("org/poet@2.0.0")[0] == 404
     finally:
         registry.with_name("away").rename(registry)
+
+
+def test_two_api_servers_of_one_engine_answer_alike(base: Path, registry: Path, tmp_path: Path) -> None:
+    """Each has a resolver and numbers of its own; both mean the same adapter by a name, whichever takes the request."""
+    names = ("org/poet@1.0.0", "org/poet@1.1.0", "org/fresh@1.0.0")
+    expected = {name: write_greedily(base, registry, name, tmp_path / "expected") for name in names}
+    assert len(set(expected.values())) == 3
+    with serving(base, registry, tmp_path, "--api-server-count", "2") as server, ThreadPoolExecutor(12) as pool:
+        asked = [names[index % 3] for index in range(36)]
+        # Each request is a connection of its own, which the kernel gives to either process.
+        answers = list(pool.map(lambda name: read_answer(server.ask(name)), asked))
+        workers = {line.partition("pid=")[2].partition(")")[0] for line in server.lines("is org/poet@1.0.0, sha256")}
+    wrong = [(name, found) for name, found in zip(asked, answers, strict=True) if found != (name, expected[name])]
+    assert wrong == []
+    assert len(workers) == 2, workers
+    print(f"{len(answers)} answers by {len(workers)} API servers")

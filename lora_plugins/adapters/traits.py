@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 
 from lora_plugins.adapters.files import adapter_shapes
+from lora_plugins.adapters.saving import saves_embeddings
 from lora_plugins.errors import ServingWarning
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.servers import AdapterTraits
@@ -43,7 +44,16 @@ def traits_of(model: PeftModel, adapter_name: str = "default", *, init: bool | s
     if init is not None:
         config = copy.copy(config)
         config.init_lora_weights = init
-    return read_live_traits(config, adapter_shapes(model, adapter_name), getattr(base_of(model), "config", None))
+    names = [*adapter_shapes(model, adapter_name), *_name_whole(model)]
+    return read_live_traits(config, names, getattr(base_of(model), "config", None))
+
+
+def _name_whole(model: PeftModel) -> list[str]:
+    """Return the names of the embedding and head that are saved whole, because their rows are not the checkpoint's."""
+    if not saves_embeddings(model):
+        return []
+    ends = [id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    return [f"{path}.weight" for path, module in model.named_modules() if id(module) in ends]
 
 
 def warn_unserved(model: Any, adapter_name: str, servers: Iterable[str]) -> None:

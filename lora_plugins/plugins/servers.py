@@ -26,6 +26,8 @@ class AdapterTraits:
         patterns: Whether ranks or scales differ between its modules.
         experts: Whether stacked experts are adapted as parameters.
         embeddings: Names of adapted input embeddings.
+        whole_weights: Embeddings and heads that its file holds whole and without an adapter, as PEFT saves those of a
+            grown vocabulary.
         shared_head: Whether the output head shares the input embedding's weight; ``None`` if the base is not known.
         trained_tokens: Whether single rows of the embeddings are trained.
         replicated: Whether it replicates layers.
@@ -47,6 +49,7 @@ class AdapterTraits:
     patterns: bool = False
     experts: bool = False
     embeddings: tuple[str, ...] = ()
+    whole_weights: tuple[str, ...] = ()
     shared_head: bool | None = None
     trained_tokens: bool = False
     replicated: bool = False

@@ -25,6 +25,7 @@ VARIANTS = (
 )
 
 _MODULE = re.compile(r"^(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.lora_(?:A|B|embedding_A|embedding_B)\b")
+_PREFIX = "base_model.model."
 _LAYER = re.compile(r"\.(\d+)\.")
 #: Names of the number of layers in configurations of transformers.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -105,6 +106,7 @@ def read_traits(
         patterns=bool(ranks or fields.get("alpha_pattern")),
         experts=bool(fields.get("target_parameters")),
         embeddings=tuple(embeddings),
+        whole_weights=_find_whole(names, fields.get("modules_to_save") or ()),
         shared_head=_read_flag(text, "tie_word_embeddings"),
         trained_tokens=bool(fields.get("trainable_token_indices")),
         replicated=bool(fields.get("layer_replication")),
@@ -131,6 +133,17 @@ def _find_text(base: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_flag(values: Mapping[str, Any] | None, key: str) -> bool | None:
     found = None if values is None else values.get(key)
     return None if found is None else bool(found)
+
+
+def _find_whole(names: Iterable[str], saved: Iterable[str]) -> tuple[str, ...]:
+    """Return the weights in a file that are neither an adapter's nor those of modules that are saved in full."""
+    known, found = tuple(saved), []
+    for name in names:
+        path, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+        own = path.endswith(".base_layer") or "lora_" in name or "trainable_tokens" in name
+        if kind == "weight" and not own and not any(f".{one}." in f".{path}." for one in known):
+            found.append(f"{path}.{kind}")
+    return tuple(sorted(found))
 
 
 def _last(path: str) -> str:

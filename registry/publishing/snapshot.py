@@ -128,9 +128,9 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
         raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
     # By default, PEFT 0.21.2 asks the Hub for the base's vocabulary size:
     # https://github.com/huggingface/peft/issues/1452
-    resized = _saves_embeddings(model)
+    resized = _is_resized(model)
     found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=resized
+        model, adapter_name=adapter_name, save_embedding_layers=resized or _targets_embeddings(model)
     )
     found = {**_find_ends_left_out(model, found), **found} if resized else found
     _check_trained(model, adapter_name, found)
@@ -191,8 +191,8 @@ def _count_original_rows(base: Any) -> int | None:
         return None
 
 
-def _saves_embeddings(model: PeftModel) -> bool:
-    """Whether the embeddings must be saved: tokens were added, or an embedding or head is adapted."""
+def _is_resized(model: PeftModel) -> bool:
+    """Whether the embeddings have other rows than those of the loaded base."""
     from registry.base.files import original_vocabulary
     from registry.base.places import ends_of
 
@@ -202,9 +202,12 @@ def _saves_embeddings(model: PeftModel) -> bool:
     before = original_vocabulary(base)
     if before is not None and weight is not None and int(weight.shape[0]) != before:
         before = _count_original_rows(base) or before
+    return before is not None and weight is not None and int(weight.shape[0]) != before
+
+
+def _targets_embeddings(model: PeftModel) -> bool:
+    """Whether an embedding or head has an adapter, beside which PEFT saves its weight."""
     config = model.active_peft_config
     targets = getattr(config, "target_modules", None) or ()
     targeted = not isinstance(targets, str) and any(name in targets for name in ("embed_tokens", "lm_head"))
-    tokens = getattr(config, "trainable_token_indices", None) is not None
-    resized = before is not None and weight is not None and int(weight.shape[0]) != before
-    return resized or (targeted and not tokens)
+    return targeted and getattr(config, "trainable_token_indices", None) is None

@@ -44,6 +44,7 @@ _RULES = (
         _ADAPTER,
         "has no place in a LoRA file",
         *("dora", "lora-bias", "bias", "modules-to-save", "tokens", "variants", "replication", "initialization"),
+        "whole-weights",
     ),
     ServerRule("type", "conversion/", _check_type),
     ServerRule("shared-head", _GRAPH, _check_shared),

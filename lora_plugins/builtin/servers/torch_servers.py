@@ -39,7 +39,7 @@ VLLM = Server(
         ServerRule("initialization", _PEFT_HELPER, _check_vllm_init),
         ServerRule("rank", "vllm/config/lora.py", _check_vllm_rank),
         forbid("variants", _PEFT_HELPER, "is refused or not read"),
-        forbid("tokens", "vllm/lora/utils.py", "is refused, as its tensors have no LoRA name"),
+        *forbid_extras("vllm/lora/utils.py", "is refused: its tensors have no LoRA name", "tokens", "whole-weights"),
     ),
     export="vllm",
     not_known=("which modules the served model's class takes (vllm/lora/lora_model.py asks it)",),
@@ -55,7 +55,8 @@ SGLANG = Server(
         forbid("rslora", _SGLANG_WEIGHTS, "is ignored without an error: alpha / r is taken"),
         forbid("patterns", _SGLANG_WEIGHTS, "is ignored without an error: one alpha / r is taken for all"),
         *forbid_extras(
-            _SGLANG_WEIGHTS, "is left out without an error", "modules-to-save", "tokens", "bias", "lora-bias"
+            *(_SGLANG_WEIGHTS, "is left out without an error"),
+            *("modules-to-save", "tokens", "bias", "lora-bias", "whole-weights"),
         ),
         *forbid_extras("sglang/srt/lora/lora_config.py", "is not read", "initialization", "replication", "variants"),
         forbid("expression", "sglang/srt/lora/utils.py", "is refused unless --lora-target-modules names them"),
@@ -74,7 +75,8 @@ TGI = Server(
             _TGI_LORA, "is not read, and the answers are wrong", "dora", "patterns", "initialization", "variants"
         ),
         *forbid_extras(
-            _TGI_LORA, "is left out", "modules-to-save", "tokens", "bias", "lora-bias", "embeddings", "experts"
+            *(_TGI_LORA, "is left out", "modules-to-save", "tokens", "bias", "lora-bias", "embeddings", "experts"),
+            "whole-weights",
         ),
         forbid("some-layers", _TGI_LORA, "is left out: a kind of module is taken in all layers or in none"),
         forbid("replication", _TGI_LORA, "is not read"),

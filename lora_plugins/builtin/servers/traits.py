@@ -24,6 +24,10 @@ def _find_init(traits: AdapterTraits) -> str | None:
     return f"init_lora_weights={traits.init!r}, which changed the base," if traits.changes_base else None
 
 
+def _find_whole(traits: AdapterTraits) -> str | None:
+    return f"the whole {', '.join(traits.whole_weights)} in its file" if traits.whole_weights else None
+
+
 def _find_embeddings(traits: AdapterTraits) -> str | None:
     return f"an adapter on {', '.join(traits.embeddings)}" if traits.embeddings else None
 
@@ -44,6 +48,7 @@ _TRAITS: dict[str, Trait] = {
     "some-layers": lambda traits: "an adapter on some of the layers" if traits.some_layers else None,
     "tokens": lambda traits: "trainable_token_indices" if traits.trained_tokens else None,
     "variants": lambda traits: " and ".join(traits.variants) or None,
+    "whole-weights": _find_whole,
 }
 
 
