@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lora_plugins import dequantize_model, prepare_model
+from lora_plugins import dequantize_model, plan, prepare_model
 from lora_plugins.adapters.report import make_report
+from lora_plugins.errors import UnmatchedTargets
 from lora_plugins.models.experts import list_expert_stacks
 from lora_plugins.quantization.stacks import QuantizedStack
 
@@ -111,6 +112,23 @@ def check_files(case: Case, model: Any, backend: str, batch: dict[str, Any], fol
 @pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])
 def test_experts_of_a_type_are_quantized_and_adapted(model_type: str, tmp_path: Path) -> None:
     assert check_type(CASES[model_type], "nf4", tmp_path) == 1
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+def test_experts_that_are_rows_of_one_matrix_stay_in_float_and_that_is_said(backend: str) -> None:
+    """DBRX's: report and plan give the reason, a request for adapters on them is refused by it, and the rest trains."""
+    case, reason = CASES["dbrx"], "stay in float: its experts are rows of one matrix"
+    expected = plan(fresh(case), quantization=backend)
+    assert reason in " ".join(expected.notes)
+    with pytest.raises(UnmatchedTargets, match=r"experts of DbrxForCausalLM are rows of one matrix \(transformer\."):
+        prepare_model(fresh(case), experts="routed")
+    base = fresh(case)
+    batch, model = small_models.inputs(base), prepare_model(base, quantization=backend, r=2)
+    report = make_report(model)
+    assert f"12 stacked expert weights {reason}" in " ".join(report.notes)
+    assert report.quantized_share < 0.2
+    output(model, batch).backward()
+    assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.slow

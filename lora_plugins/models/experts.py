@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.models.structure import is_expert_stack
-from lora_plugins.models.wrapping import adapter_modules
+from lora_plugins.models.structure import is_expert_stack, is_flat_stack
+from lora_plugins.models.wrapping import adapter_modules, plain_path
 
 __all__ = [
     "computes_through_interface",
@@ -16,6 +16,7 @@ __all__ = [
     "is_computable",
     "is_transposed",
     "list_expert_stacks",
+    "list_flat_stacks",
     "list_stacks",
 ]
 
@@ -64,3 +65,15 @@ def list_expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             if value is None or module in adapters or not is_expert_stack(f"{path}.{name}", value, modules):
                 continue
             yield path, module, name, value
+
+
+def list_flat_stacks(model: nn.Module) -> list[str]:
+    """Return the plain paths of the weights that hold all routed experts one below the other, in two dimensions."""
+    modules, adapters = dict(model.named_modules()), adapter_modules(model)
+    return [
+        f"{plain_path(path)}.{name}"
+        for path, module in modules.items()
+        if module not in adapters
+        for name, value in module._parameters.items()
+        if value is not None and is_flat_stack(f"{path}.{name}", value, modules)
+    ]

@@ -23,6 +23,7 @@ __all__ = [
     "Structure",
     "collapse",
     "is_expert_stack",
+    "is_flat_stack",
     "is_under",
     "linear_features",
     "matches",
@@ -123,6 +124,7 @@ class Structure:
         blocks: The repeated blocks, in order.
         kinds: Number of blocks of each kind.
         expert_parameters: Paths of the stacked 3-D weights of routed experts.
+        flat_experts: Paths of the 2-D weights that hold all routed experts one below the other, as DBRX's do.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,6 +136,9 @@ class Structure:
         self._sizes = sizes
         self.expert_parameters = [
             path for path, value in self.parameters.items() if is_expert_stack(path, value, self.modules)
+        ]
+        self.flat_experts = [
+            path for path, value in self.parameters.items() if is_flat_stack(path, value, self.modules)
         ]
         self.blocks: list[Block] = self._find_blocks()
         self.kinds: Counter[BlockKind] = Counter(block.kind for block in self.blocks)
@@ -209,7 +214,7 @@ class Structure:
         """Return the share of all weights that the stacked expert parameters hold, 0 to 1."""
         sizes = {path: int(getattr(value, "ds_numel", 0) or value.numel()) for path, value in self.parameters.items()}
         total = sum(sizes.values())
-        return sum(sizes[path] for path in self.expert_parameters) / total if total else 0.0
+        return sum(sizes[path] for path in (*self.expert_parameters, *self.flat_experts)) / total if total else 0.0
 
     # -- reading the tree ----------------------------------------------------------------------
 
@@ -295,9 +300,13 @@ class Structure:
         return frozenset(collapse(name.removeprefix(inside)) for name in names)
 
 
-def _count_dimensions(parameter: object) -> int:
+def _read_shape(parameter: object) -> tuple[int, ...]:
     # ZeRO-3 empties the tensor and keeps its shape in `ds_shape`.
-    return len(getattr(parameter, "ds_shape", None) or parameter.shape)  # type: ignore[attr-defined]
+    return tuple(getattr(parameter, "ds_shape", None) or parameter.shape)  # type: ignore[attr-defined]
+
+
+def _count_dimensions(parameter: object) -> int:
+    return len(_read_shape(parameter))
 
 
 def is_expert_stack(path: str, value: object, modules: dict[str, nn.Module]) -> bool:
@@ -312,6 +321,20 @@ def is_expert_stack(path: str, value: object, modules: dict[str, nn.Module]) -> 
         return False
     owner = path.rpartition(".")[0]
     return "expert" in owner.lower() or "expert" in type(modules.get(owner)).__name__.lower()
+
+
+def is_flat_stack(path: str, value: object, modules: dict[str, nn.Module]) -> bool:
+    """Whether a parameter holds the weights of routed experts one below the other, ``[experts * rows, columns]``.
+
+    For the arguments see `is_expert_stack`. Such a weight is that of one matrix for PEFT, and of no backend.
+    """
+    owner = path.rpartition(".")[0]
+    module = modules.get(owner)
+    if "expert" not in owner.lower() and "expert" not in type(module).__name__.lower():
+        return False
+    shape = _read_shape(value)
+    counts = [n for name, n in vars(module).items() if "num_experts" in name and isinstance(n, int) and n > 1]
+    return len(shape) == 2 and any(shape[0] > count and shape[0] % count == 0 for count in counts)
 
 
 def _count_beneath(paths: Iterable[str]) -> Counter[str]:

@@ -298,7 +298,8 @@ class _Planner:
 
     def _write_expert_notes(self) -> list[str]:
         """State what is assumed of the experts that a batch reaches, and why a backend leaves them in float."""
-        if not self.bench.structure.expert_parameters:
+        structure = self.bench.structure
+        if not (structure.expert_parameters or structure.flat_experts):
             return []
         asked = self._find_float_experts().get(self.chosen.quantization, "")
         packed = list_planned(self.bench.whole(self.backends[self.chosen.quantization]))

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from lora_plugins.errors import NothingQuantized, QuantizationError
-from lora_plugins.models.experts import is_computable, is_transposed, list_expert_stacks
+from lora_plugins.models.experts import is_computable, is_transposed, list_expert_stacks, list_flat_stacks
 from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
@@ -210,6 +210,9 @@ def stacks_to_quantize(
             skipped[where] = reason
         else:
             stacks[where] = (module, name)
+    for where in list_flat_stacks(model):
+        asked = next((why for skip, why in reasons.items() if _matches(where, skip)), None)
+        skipped[where] = asked or "its experts are rows of one matrix, which no format here divides"
     return stacks, skipped
 
 

@@ -36,7 +36,7 @@ _MOST_NAMES = 4096
 class PinnedRequest(LoRARequest, array_like=True, omit_defaults=True):  # type: ignore[misc, call-arg]
     """A request for an adapter whose number stays as it was made.
 
-    vLLM 0.32 overwrites it with a counter of the process. Two API servers of one engine then give one number to two
+    vLLM 0.32 overwrites it with a counter of the process. Two processes of one engine would then give one number to two
     adapters, and the engine answers from the one that it has. The number here follows from the release.
     """
 

@@ -349,10 +349,18 @@ class Resolver:
         layers = self.candidates.shared_experts() if policy == "shared" else self.candidates.routed_layers()
         parameters = self.candidates.routed_parameters() if policy == "routed" else []
         if not layers and not parameters:
-            self._report(
-                UnmatchedTargets, f"experts={policy!r}, and {type(self.model).__name__} has no {policy} experts."
-            )
+            self._report(UnmatchedTargets, self._explain_no_experts(policy))
         return self._group(layers), self._group(parameters)
+
+    def _explain_no_experts(self, policy: str) -> str:
+        name = type(self.model).__name__
+        flat = self.structure.flat_experts
+        if policy == "routed" and flat:
+            return (
+                f"experts='routed': the routed experts of {name} are rows of one matrix ({flat[0]} and others), of "
+                "which no expert alone can get an adapter. Without experts= the rest of the model does."
+            )
+        return f"experts={policy!r}, and {name} has no {policy} experts."
 
     def _make_experts_hint(self) -> str:
         if not self.candidates.routed_parameters():
