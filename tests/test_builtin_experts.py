@@ -131,6 +131,12 @@ def test_experts_that_are_rows_of_one_matrix_stay_in_float_and_that_is_said(back
     assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
+def test_the_documentation_lists_the_types_that_are_not_wholly_quantized_or_adapted() -> None:
+    rows = [line for line in (ROOT / "docs" / "quantization.md").read_text().splitlines() if line.startswith("| `")]
+    listed = " ".join(row.split("|")[1] for row in rows)
+    assert [name for name in (*IN_FLOAT, *LISTED, "dbrx") if f"`{name}`" not in listed] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["int8", "nf4"])
 def test_experts_of_every_type_are_quantized_and_adapted(backend: str, tmp_path: Path) -> None:
