@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -39,6 +40,7 @@ class Browser:
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read = os.fdopen(write, "wb"), os.fdopen(read, "rb")
         self._next, self._buffer, self._session = 0, b"", ""
+        self._loads = 0
         self.requests: list[str] = []
         self.console: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -62,6 +64,8 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], 60)
+            assert ready, "the browser has said nothing for a minute"
             part = os.read(self._read.fileno(), 1 << 16)
             assert part, "the browser has ended"
             self._buffer += part
@@ -71,7 +75,9 @@ class Browser:
         return event
 
     def _note(self, method: str | None, params: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Page.loadEventFired":
+            self._loads += 1
+        elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.console.append(params["entry"]["text"])
@@ -88,9 +94,23 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=phone)
         mode = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[mode])
+        before = self._loads
         self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
-        while self._receive().get("method") != "Page.loadEventFired":
-            pass
+        self._wait_for_load(before)
+
+    def _wait_for_load(self, before: int) -> None:
+        while self._loads == before:
+            self._receive()
+
+    def click(self, selector: str) -> None:
+        """Click on the first link that a selector finds, and wait until its page has loaded."""
+        place = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView()")
+        spot = self.run(f"(box => ({{x: box.x + 3, y: box.y + box.height / 2}}))({place})")
+        before = self._loads
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, **spot, button="left", clickCount=1)
+        self._wait_for_load(before)
 
     def run(self, script: str) -> Any:
         """Return the value of an expression in the page; a promise is awaited."""

@@ -163,7 +163,7 @@ def hostile_facts() -> RunFacts:
             "quantized_share": 0.5, "bytes_by_dtype": dict.fromkeys(nasty, 5), "bytes_quantization_state": 3,
             "bytes_before": None, "bytes_after": 8, "source": nasty[2], "notes": nasty,
             "targets": [{"name": text, "modules": 1, "shapes": [text]} for text in nasty],
-            "bare": dict.fromkeys(nasty, 1), "coverage": {text: [1, 2] for text in nasty},
+            "left_out": [(text, 1, text) for text in nasty], "coverage": {text: [1, 2] for text in nasty},
         },
         layers=[*((f"h.{i}.{text}", 1.0 + i) for i, text in enumerate(nasty)), ("h.99.x", math.inf)],
         lineage=pairs,

@@ -20,13 +20,14 @@ from typing import Any
 
 import page_registries
 import pytest
-from browser import open_browser
+from browser import AXE, NO_AXE, find_violations, open_browser
 from hubs import EVERY_KIND, Place, make_place
 from releases import NAME, draft, release
 
 import registry
 from lora_plugins.commands.cli import main
 from registry import FolderHub, set_alias, yank
+from registry.catalog.comparison import Difference, LayerChange
 from registry.errors import AddressConflict, ExportConflict, HubUnavailable, InvalidAddress, PageNotFound
 from registry.formats.references import parse_version
 from registry.publishing.publish import publish
@@ -189,8 +190,6 @@ def test_what_others_wrote_is_shown_as_text_on_every_page(hostile: Path, path: s
 
 
 def test_the_page_of_a_comparison_shows_what_others_wrote_as_text() -> None:
-    from registry.catalog.comparison import Difference, LayerChange
-
     nasty = page_registries.HOSTILE
     pairs = {text: (text, [text]) for text in nasty}
     layers = tuple(LayerChange(f"h.{n}.{text}", 1.0, 2.0, 1.0 + n) for n, text in enumerate(nasty))
@@ -562,9 +561,88 @@ def test_a_large_registry_is_shown_in_two_seconds_and_searched_at_once(tmp_path:
         times = browser.run(script)
         print("search, ms each: " + ", ".join(f"{each:.1f}" for each in times))
         assert max(times) < 200
-        browser.run(
-            "document.getElementById('search').value = 'note number 42'; "
-            "document.getElementById('search').dispatchEvent(new Event('input'))"
-        )
-        assert browser.run("[...document.querySelectorAll('tr[data-search]')].filter(r => !r.hidden).length") == 1
+        browser.run(TYPE.replace("TEXT", "note number 42"))
+        assert browser.run(VISIBLE) == 1
         assert browser.console == []
+
+
+# -- in a browser ------------------------------------------------------------------------------
+
+#: What to click through: the first page, an adapter, a version, and what differs from the one before.
+TYPE = "(box => {box.value = 'TEXT'; box.dispatchEvent(new Event('input'))})(document.getElementById('search'))"
+VISIBLE = "[...document.querySelectorAll('tr[data-search]')].filter(row => !row.hidden).length"
+CLICKS = ("tbody tr:not([hidden]) th a", "tbody th a", "a[href*='/diff/']")
+
+
+def look(browser: Any, folder: Path, name: str, width: int, dark: bool) -> None:
+    """Check a page as it is shown, and take its picture."""
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    browser.take_picture(folder / f"{name}-{'dark' if dark else 'light'}-{width}.png")
+    assert browser.run("document.documentElement.scrollWidth") <= width, name
+    assert browser.run("document.querySelectorAll('img, iframe, object, embed').length") == 0
+    assert browser.run("window.attacked") is None
+    assert find_violations(browser) == {}, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["large", "hostile", "empty"])
+@pytest.mark.parametrize("served", [True, False], ids=["served", "exported"])
+def test_the_pages_in_a_browser(tmp_path: Path, kind: str, served: bool) -> None:
+    """Clicked through, wide and at phone width, light and dark: all fits, nothing runs, nothing else is asked for."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    root = tmp_path / "registry"
+    root.mkdir()
+    if kind == "large":
+        page_registries.make_registry(root, 12, 30)
+    elif kind == "hostile":
+        page_registries.make_hostile(root)
+    first: Path | str
+    with open_server(root) as opened, open_browser() as browser:
+        threading.Thread(target=opened.serve_forever, daemon=True).start()
+        first = opened.address if served else export_pages(root, tmp_path / "pages").first
+        for width in (1280, 390):
+            for dark in (False, True):
+                browser.open(first, width=width, dark=dark)
+                name = f"{kind}-{'served' if served else 'exported'}"
+                look(browser, folder, f"{name}-0", width, dark)
+                if kind == "large":
+                    browser.run(TYPE.replace("TEXT", "number 7"))
+                    assert browser.run(VISIBLE) == 1
+                    assert browser.run("document.getElementById('found').textContent") == "1 of 12"
+                for number, selector in enumerate(CLICKS if kind != "empty" else (), 1):
+                    browser.click(selector)
+                    look(browser, folder, f"{name}-{number}", width, dark)
+                if kind != "empty":
+                    assert browser.run("location.pathname").endswith(".html")
+        opened.shutdown()
+        asked = {url for url in browser.requests if not url.startswith(("data:", "about:"))}
+        place = opened.address if served else (tmp_path / "pages").as_uri()
+        assert [url for url in asked if not url.startswith(place)] == []
+        assert browser.console == []
+    if not AXE:
+        pytest.skip(NO_AXE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "hostile", "equal"])
+def test_the_page_of_a_comparison_in_a_browser(tmp_path: Path, kind: str) -> None:
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    texts = page_registries.HOSTILE if kind == "hostile" else ["r", "lora_alpha", "target_modules"]
+    pairs = {text: (16, [text, "v_proj"]) for text in texts} if kind != "equal" else {}
+    layers = [
+        LayerChange(f"model.layers.{n}.self_attn.{part}_proj", 1.0 + n, 1.1 + n, 0.1 * n)
+        for n in range(12)
+        for part in "qv"
+    ]
+    metrics = {"eval_loss": (1.5, 1.25), "accuracy": (0.8, 0.75), "tokens": (None, 1e6)} if kind != "equal" else {}
+    found = Difference("org/name@1.0.0", "org/name@1.1.0", pairs, metrics, {}, tuple(layers) if pairs else (), pairs)
+    page = registry.write_page(registry.render_difference(found), tmp_path / "diff.html")
+    with open_browser() as browser:
+        for width in (1280, 390):
+            for dark in (False, True):
+                browser.open(page, width=width, dark=dark)
+                look(browser, folder, f"diff-{kind}", width, dark)
+        assert {url for url in browser.requests if not url.startswith(("data:", "about:"))} == {page.as_uri()}
+        assert browser.console == []
+    if not AXE:
+        pytest.skip(NO_AXE)

@@ -22,7 +22,7 @@ from lora_plugins.models.wrapping import base_of
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.request import Quantization, detect_quantization, unknown_layers
 from lora_plugins.quantization.walk import EXPECTED_REASONS
-from lora_plugins.targets.records import TargetHit
+from lora_plugins.targets.records import LeftOut, TargetHit
 from lora_plugins.text import write_json
 
 __all__ = ["ParameterReport", "TargetRow", "list_adapters", "list_hits", "make_report"]
@@ -62,6 +62,7 @@ class ParameterReport:
         bytes_after: Bytes now; of a model that is divided among processes, those that this process holds.
         targets: The requested names and what they matched.
         bare: Linear layers without an adapter: name pattern and number.
+        left_out: Every kind of module without an adapter, linear or not: name pattern, number, reason.
         coverage: Number of adapted blocks and of all blocks, by block kind.
         heads: Heads that are trained in full.
         frozen_adapters: Adapters that are not trained, such as a reference adapter.
@@ -83,6 +84,7 @@ class ParameterReport:
     bytes_after: int
     targets: list[TargetRow] = field(default_factory=list)
     bare: dict[str, int] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
     coverage: dict[str, list[int]] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     frozen_adapters: list[str] = field(default_factory=list)
@@ -147,7 +149,8 @@ class ParameterReport:
             for row in self.targets:
                 hits.add_row(escape(row.name), str(row.modules), escape(", ".join(row.shapes)))
             for name, count in self.bare.items():
-                hits.add_row(f"[dim]{escape(name)}[/dim]", f"[dim]{count}[/dim]", "[dim]no adapter[/dim]")
+                why = "; ".join(row.why for row in self.left_out if row.name == name) or "no adapter"
+                hits.add_row(*(f"[dim]{escape(text)}[/dim]" for text in (name, str(count), why)))
             yield hits
         for note in self.notes:
             yield f"[dim]note:[/dim] {escape(note)}"
@@ -216,6 +219,7 @@ def make_report(model: nn.Module) -> ParameterReport:
         bytes_after=size.total,
         targets=_list_targets(model, record),
         bare=dict(record.plan.bare) if record and record.plan else {},
+        left_out=list(record.plan.left_out) if record and record.plan else [],
         coverage={kind: list(pair) for kind, pair in record.plan.coverage.items()} if record and record.plan else {},
         heads=list(record.heads) if record else [],
         frozen_adapters=[name for name in names if name not in active],

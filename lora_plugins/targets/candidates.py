@@ -117,6 +117,21 @@ class Candidates:
             or self.is_encoder(path)
         )
 
+    def find_role(self, path: str) -> str:
+        """Return why a scope would not take a module: ``encoder``, ``expert``, ``router``, ``output``, ``other``.
+
+        ``other`` is a module that is not linear; the role of one that a scope may take is empty.
+        """
+        inside = self.structure.inside_block(path)
+        roles = (
+            ("encoder", self.is_encoder(path)),
+            ("expert", bool(_ROUTED.search(inside))),
+            ("router", bool(_ROUTER.search(inside))),
+            ("output", path in self.structure.output_heads),
+            ("other", path not in self.structure.linears),
+        )
+        return next((role for role, found in roles if found), "")
+
     def is_attention(self, path: str) -> bool:
         """Whether the names in a path say that a layer belongs to attention or to a mixer in its place."""
         return _ATTENTION.search(self.structure.inside_block(path)) is not None
@@ -187,13 +202,19 @@ class Candidates:
 
     def left_out(self, path: str) -> bool:
         """Whether ``exclude_modules`` or ``layers_to_transform`` leaves a path out."""
+        return bool(self.explain_left_out(path))
+
+    def explain_left_out(self, path: str) -> str:
+        """Return which of ``exclude_modules`` and ``layers_to_transform`` leaves a path out; empty if neither does."""
         if self.layers is not None:
             block = self.structure.block_of(path)
             if block is None or int(re.findall(r"\d+", block.path)[-1]) not in self.layers:
-                return True
+                return "left out by layers_to_transform"
         if isinstance(self.exclude, str):
-            return path in self._excluded
-        return any(matches(path, name) for name in self.exclude or ())
+            out = path in self._excluded
+        else:
+            out = any(matches(path, name) for name in self.exclude or ())
+        return "left out by exclude_modules" if out else ""
 
     @cached_property
     def _excluded(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Required", "TargetHit", "TargetPlan"]
+__all__ = ["LeftOut", "Required", "TargetHit", "TargetPlan"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,21 @@ class TargetHit:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Modules without an adapter that are alike.
+
+    Attributes:
+        name: Path with ``*`` for indices.
+        modules: How many there are.
+        why: Why they have none, as a clause.
+    """
+
+    name: str
+    modules: int
+    why: str
+
+
+@dataclass(frozen=True)
 class TargetPlan:
     """The targets for PEFT, and how they were chosen.
 
@@ -56,6 +71,7 @@ class TargetPlan:
         source: Where the targets come from.
         hits: The hit table.
         bare: Linear layers without an adapter: path with ``*`` for indices, and how many.
+        left_out: Every kind of module without an adapter, linear or not, and the reason.
         coverage: For each kind of block, how many have an adapter and how many there are.
         never: Names that stay untouched, by quantization as well.
         unreached: Parts of paths that a batch may not reach: encoders, cross-attention without an encoder.
@@ -73,6 +89,7 @@ class TargetPlan:
     source: str = ""
     hits: list[TargetHit] = field(default_factory=list)
     bare: dict[str, int] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from lora_plugins.targets.architectures import find_record
 from lora_plugins.targets.candidates import SCOPES, Candidates
 from lora_plugins.targets.check import check_fields
 from lora_plugins.targets.heads import choose_heads, choose_tokens
+from lora_plugins.targets.left_out import list_left_out
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import PEFT_HEADS, task_type
@@ -74,6 +75,7 @@ class Resolver:
         self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
         self.strict = strict
         self.notes: list[str] = [self.heads.required.note]
+        self.named: set[str] = set()
 
     def run(self) -> TargetPlan:
         """Choose the modules, check the choice, and return the plan for PEFT."""
@@ -176,6 +178,7 @@ class Resolver:
     ) -> TargetPlan:
         # A layer that is adapted through its bare weight must keep a float weight.
         float_only = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+        adapted, saved = {*_list_paths([*module_hits, *parameter_hits])}, self.asked.get("modules_to_save") or ()
         return TargetPlan(
             target_modules=names,
             target_parameters=parameters,
@@ -185,7 +188,8 @@ class Resolver:
             source=source,
             hits=[*module_hits, *parameter_hits],
             bare=self._count_bare(set(_list_paths(module_hits))),
-            coverage=self._count_coverage(_list_paths([*module_hits, *parameter_hits])),
+            left_out=list_left_out(self.candidates, adapted, self.named, source, self.policy, saved),
+            coverage=self._count_coverage(adapted),
             never=(*self.candidates.never, *float_only),
             unreached=self.candidates.unreached(),
             input_gradients=self.record is not None and self.record.input_gradients,
@@ -335,6 +339,7 @@ class Resolver:
 
     def _keep_asked(self, found: dict[str, list[str]]) -> list[TargetHit]:
         """Return the hits without what exclude_modules and layers_to_transform leave out."""
+        self.named |= {path for paths in found.values() for path in paths}
         kept = {name: [p for p in paths if not self.candidates.left_out(p)] for name, paths in found.items()}
         return [self._make_hit(name, paths) for name, paths in kept.items() if paths]
 

@@ -32,15 +32,14 @@ def render_difference(found: Difference) -> str:
 def describe_difference(found: Difference) -> dict[str, Any]:
     """Return what the templates show of a comparison: tables of name, before and after."""
     base = {key: ("one", "another") if key == "fingerprint" else pair for key, pair in found.base.items()}
+    tables = {"Base model": base, "Configuration": found.config, "Trained from": found.lineage}
+    metrics = list(found.metrics.items())[:_MOST_ROWS]
     return {
         "before": found.before,
         "after": found.after,
-        "base": _list_rows(base.items()),
-        "config": _list_rows(found.config.items()),
-        "metrics": [
-            (name, old, new, *_judge(name, old, new)) for name, (old, new) in list(found.metrics.items())[:_MOST_ROWS]
-        ],
-        "lineage": _list_rows(found.lineage.items()),
+        "metrics": [(name, old, new, *_judge(name, old, new)) for name, (old, new) in metrics],
+        "tables": [(title, _list_rows(pairs.items())) for title, pairs in tables.items() if pairs],
+        "same": [title.lower() for title, pairs in {"Metrics": metrics, **tables}.items() if not pairs],
     }
 
 

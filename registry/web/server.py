@@ -241,7 +241,7 @@ def open_server(
     for name in allowed_hosts:
         if not name or any(char in name for char in "/:@ \t") or not name.isprintable():
             raise InvalidAddress(f"{name[:100]!r} is not valid as the name of a host: give it without http:// and port")
-    site = Site(place, f"Registry {place.location}", served=True)
+    site = Site(place, "Registry", served=True)
     try:
         return PageServer(
             (_find_address(host), port), site, [*allowed_hosts, host if _is_address(host) else "localhost"]

@@ -63,7 +63,7 @@ class Site:
     """
 
     def __init__(self, hub: Hub, title: str, *, served: bool) -> None:
-        self.title, self.served = title, served
+        self.title, self.served, self._location = title, served, hub.location
         self._reader = Reader(hub, _SERVED if served else _EXPORTED)
         self._script = resources.files("registry.web").joinpath("templates/search.js").read_text(encoding="utf-8")
 
@@ -127,7 +127,8 @@ class Site:
     def _render_list(self, page: int, query: Mapping[str, str], names: list[str] | None = None) -> str:
         asked = query.get("q", "")[:_LONGEST_QUERY] if self.served else ""
         found = self._reader.read_registry(page, asked.lower().split()[:_MOST_WORDS], names)
-        return self._fill("registry.html", "", found=found, asked=asked, pages=_list_near(found.page, found.pages))
+        pages = _list_near(found.page, found.pages)
+        return self._fill("registry.html", "", found=found, asked=asked, pages=pages, location=self._location)
 
     def _render_part(self, name: str, rest: str, query: Mapping[str, str]) -> str:
         listed, version, difference = (kind.fullmatch(rest) for kind in (_LIST, _VERSION, _DIFFERENCE))

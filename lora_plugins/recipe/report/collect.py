@@ -136,7 +136,17 @@ def _read_report(file: Path) -> dict[str, Any]:
     rows = found.get("targets") if whole else ()
     pairs = found["coverage"].values() if whole else ()
     parts = all(isinstance(row, dict) and {"name", "modules", "shapes"} <= row.keys() for row in rows or ())
-    return found if whole and parts and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs) else {}
+    sound = whole and parts and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    return {**found, "left_out": _list_left_out(found)} if sound else {}
+
+
+def _list_left_out(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Return modules without an adapter: pattern, number, reason; reports of former releases have no reasons."""
+    rows = report.get("left_out")
+    known = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if known:
+        return [(str(row.get("name")), row.get("modules", 0), str(row.get("why"))) for row in known]
+    return [(name, count, "the reason is not recorded") for name, count in report["bare"].items()]
 
 
 def _measure(folder: Path) -> list[tuple[str, float]]:
