@@ -104,9 +104,12 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click on the first link that a selector finds, and wait until its page has loaded."""
-        place = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView()")
-        spot = self.run(f"(box => ({{x: box.x + 3, y: box.y + box.height / 2}}))({place})")
+        found = f"document.querySelector({json.dumps(selector)})"
+        # Of a link that goes on in the next line, the first line is clicked on.
+        self.run(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        spot = self.run(
+            f"(box => ({{x: box.x + box.width / 2, y: box.y + box.height / 2}}))({found}.getClientRects()[0])"
+        )
         before = self._loads
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, **spot, button="left", clickCount=1)

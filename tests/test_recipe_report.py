@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -13,14 +14,18 @@ from typing import Any
 
 import pytest
 import tiny
+import twin
 from adapters import saved
 from browser import AXE, NO_AXE, find_violations, open_browser
 
 from lora_plugins import LoraCallback, ParameterReportCallback
 from lora_plugins.commands.cli import main
-from lora_plugins.errors import ReportError
+from lora_plugins.errors import ArgumentsError, ReportError
+from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.report.collect import RunFacts, _make_log, collect_facts, collect_run
 from lora_plugins.recipe.report.page import render_page, write_page
+from lora_plugins.recipe.report.samples import Samples
+from lora_plugins.recipe.run import TrainingRun, run
 from registry import compare_layers, push_adapter
 
 HOSTILE = [
@@ -47,9 +52,12 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.figures: dict[str, tuple[float, str]] = {}
         self.layers: dict[str, float] = {}
+        self.losses: list[tuple[str, str]] = []
         self.text = ""
         self._figure = ""
         self.feed(text)
+        row = r'<tr><th scope="row" class="n">(\d+)</th><td class="n">([^<]*)</td>'
+        self.losses = re.findall(row, text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
@@ -71,6 +79,12 @@ class Page(HTMLParser):
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Trainer made by hand that has trained, evaluated before and after, and saved."""
     folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
+        return train(folder)
+
+
+def train(folder: Path) -> Any:
     tiny.llama().save_pretrained(folder / "base")
     trainer = tiny.trainer(
         folder / "run",
@@ -78,6 +92,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
         callbacks=[LoraCallback(r=4, quantization="int8"), ParameterReportCallback()],
         data=tiny.rows(),
         trainer_arguments={"eval_dataset": tiny.rows(8, seed=5)},
+        report_to=["tensorboard"],
         eval_strategy="steps",
         eval_steps=4,
         eval_on_start=True,
@@ -114,6 +129,87 @@ def test_the_figures_are_the_printed_ones_and_those_of_the_log(ran: Any, tmp_pat
         assert words in page.text
     for words in ("nats", "while training", "✓"):
         assert words not in page.text
+
+
+def test_the_figures_are_those_that_the_tracker_has(ran: Any) -> None:
+    """Read back from TensorBoard's file and from the HTML."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(ran.args.output_dir)
+    log = EventAccumulator(str(folder.parent / "events"))
+    log.Reload()
+    sent = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    page = Page(render_page(collect_run(folder)))
+    values = {name: value for name, (value, _) in page.figures.items()}
+    assert values["trainable"] == sent["train/parameters/trainable"][-1][1]
+    assert values["total"] == sent["train/parameters/total"][-1][1]
+    assert values["bytes_after"] == sent["train/memory/bytes_after_preparation"][-1][1]
+    assert values["percent"] == pytest.approx(sent["train/parameters/trainable_percent"][-1][1])
+    assert values["loss"] == pytest.approx(sent["train/loss"][-1][1])
+    assert values["eval_loss"] == pytest.approx(sent["eval/loss"][-1][1])
+    assert values["eval_loss_first"] == pytest.approx(sent["eval/loss"][0][1])
+    shown = {int(step): float(loss) for step, loss in page.losses if loss}
+    assert shown == pytest.approx(dict(sent["train/loss"]), rel=1e-5)
+    assert len(shown) == 4
+
+
+def test_the_table_says_why_a_module_has_no_adapter(ran: Any) -> None:
+    text = Page(render_page(collect_run(Path(ran.args.output_dir)))).text
+    for words in (
+        "model.layers.*.mlp.up_proj2not a target of the registered architecture 'llama'",
+        "model.norm1of the class LlamaRMSNorm, which takes no adapter",
+        "lm_head1the output layer, which is taken only where it is named",
+    ):
+        assert words in text
+
+
+def test_a_report_of_a_former_release_still_has_its_table(ran: Any, tmp_path: Path) -> None:
+    shutil.copytree(ran.args.output_dir, tmp_path / "run")
+    file = tmp_path / "run" / "parameter_report.json"
+    told = json.loads(file.read_text())
+    del told["left_out"]
+    file.write_text(json.dumps(told))
+    assert "the reason is not recorded" in Page(render_page(collect_run(tmp_path / "run"))).text
+
+
+def test_samples_are_in_the_page_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the adapter is the same bit by bit."""
+    monkeypatch.chdir(tmp_path)
+    twin.make_base(tmp_path / "base", steps=2)
+    twin.write_jsonl(tmp_path / "train.jsonl", twin.dialogues(24, seed=1))
+    rows = twin.dialogues(4, seed=2)
+    twin.write_jsonl(tmp_path / "test.jsonl", rows)
+    words = ["--model", "base", "--dataset", "train.jsonl", "--eval_dataset", "test.jsonl", "--max_steps", "2",
+             "--chunk-length", "128", "--merge", "none", "--report_to", "none"]  # fmt: skip
+    assert run([*words, "--output_dir", "with", "--samples", "2"]) == 0
+    assert run([*words, "--output_dir", "without"]) == 0
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+    page = Page((tmp_path / "with" / "report.html").read_text())
+    first = rows[0]["dialogue"].split("\n")[0]
+    assert first in page.text
+    assert "held out, row 2" in page.text
+    assert "row 3" not in page.text
+    assert "has generated no text" in Page((tmp_path / "without" / "report.html").read_text()).text
+    for file in (tmp_path / "with").rglob("*"):
+        if file.is_file() and file.name != "report.html":
+            assert first.encode() not in file.read_bytes(), file
+            assert json.dumps(first).encode() not in file.read_bytes(), file
+
+
+def test_samples_that_a_model_cannot_give_end_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    one: Any = object.__new__(TrainingRun)
+    one.is_main, one._samples = True, (Samples(["x"], [[1]], SimpleNamespace()), ["before"])  # type: ignore[arg-type]
+    assert (
+        one._ask_after(SimpleNamespace(model=SimpleNamespace(training=False, eval=int, train=bool, config=None))) == []
+    )
+    assert capsys.readouterr().out.startswith("No samples: the model generates no text here (")
+
+
+def test_a_number_of_samples_that_is_not_valid_is_refused() -> None:
+    for count in ("-1", "101"):
+        with pytest.raises(ArgumentsError, match=f"--samples must be 0 to 100, not {count}"):
+            parse(["--model", "x", "--dataset", "y", "--output_dir", "z", "--samples", count])
 
 
 def test_a_release_has_a_page_too(ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

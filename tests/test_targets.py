@@ -29,6 +29,7 @@ from lora_plugins.targets.words import read_words
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import small_models
+import tiny
 
 
 def small(model_type: str, task: str = "", device: str = "meta") -> Any:
@@ -375,3 +376,30 @@ def test_names_mean_the_wanted_paths_and_no_others(existing: list[str], data: st
     # A whole path may be the end of a longer one: that is PEFT's rule, and there is no shorter name for it.
     unavoidable = {path for path in existing if any(path.endswith("." + whole) for whole in wanted)}
     assert set(wanted) <= meant <= set(wanted) | unavoidable
+
+
+@pytest.mark.parametrize(
+    ("asked", "path", "why"),
+    [
+        ({"target_modules": ["q_proj"]}, "model.layers.*.mlp.up_proj", "not named in target_modules"),
+        ({"target_modules": r".*q_proj"}, "model.layers.*.mlp.up_proj", "not matched by the pattern in target_modules"),
+        ({"target_modules": "attention"}, "model.layers.*.mlp.up_proj", "not a target of scope 'attention'"),
+        ({}, "model.layers.*.self_attn.o_proj", "not a target of the registered architecture 'llama'"),
+        ({"exclude_modules": ["v_proj"]}, "model.layers.*.self_attn.v_proj", "left out by exclude_modules"),
+        ({"exclude_modules": r".*v_proj"}, "model.layers.*.self_attn.v_proj", "left out by exclude_modules"),
+        ({"layers_to_transform": [0]}, "model.layers.*.self_attn.q_proj", "left out by layers_to_transform"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head", "named by modules_to_save: trained and saved whole"),
+        ({"target_modules": "all-linear"}, "lm_head", "the output layer, which is taken only where it is named"),
+        ({}, "model.norm", "of the class LlamaRMSNorm, which takes no adapter"),
+        ({}, "model.embed_tokens", "not a linear layer: taken only where it is named"),
+    ],
+)  # fmt: skip
+def test_each_module_without_an_adapter_has_its_reason(asked: dict[str, Any], path: str, why: str) -> None:
+    plan = resolve_targets(tiny.llama(), **asked)
+    assert [row.why for row in plan.left_out if row.name == path] == [why]
+    adapted = {module for hit in plan.hits for module in hit.modules}
+    linear = sum(plan.bare.values())
+    shown = [row for row in plan.left_out if "which takes no adapter" not in row.why and "not a linear" not in row.why]
+    embedding = any(row.name == "model.embed_tokens" for row in shown)
+    assert sum(row.modules for row in shown) - embedding == linear
+    assert adapted

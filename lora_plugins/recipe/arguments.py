@@ -166,6 +166,15 @@ class RecipeArguments:
     report_folder: str | None = field(
         default=None, metadata={"help": "Where reports and the loss curve go; by default the output folder."}
     )
+    samples: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Rows, held out if there are any, for which the report page shows the model's text before and after. "
+                "The text of the rows is in that page and nowhere else."
+            )
+        },
+    )
     push: str | None = field(
         default=None, metadata={"help": "Publish the adapter: org/name@1.2.0, or org/name@patch, @minor, @major."}
     )

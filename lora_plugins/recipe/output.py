@@ -33,6 +33,7 @@ _FREE = frozenset(
         "adapter_folder",
         "model_folder",
         "report_folder",
+        "samples",
         "early_stopping_patience",
     }
 )

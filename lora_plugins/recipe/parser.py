@@ -36,6 +36,9 @@ __all__ = [
     "parse",
 ]
 
+#: Rows whose text the report page shows at most.
+_MOST_SAMPLES = 100
+
 
 PROGRAM = "lora-plugins train"
 
@@ -280,6 +283,8 @@ def _check(recipe: RecipeArguments) -> None:
         extra_lora_fields(recipe)
     if recipe.early_stopping_patience is not None and recipe.early_stopping_patience < 1:
         raise ArgumentsError(f"--early_stopping_patience must be at least 1, not {recipe.early_stopping_patience}")
+    if not 0 <= recipe.samples <= _MOST_SAMPLES:
+        raise ArgumentsError(f"--samples must be 0 to {_MOST_SAMPLES}, not {recipe.samples}")
 
 
 def _check_steps(given: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.publishing import Publication
 from lora_plugins.recipe.report.collect import collect_run
 from lora_plugins.recipe.report.page import REPORT_PAGE, write_page
+from lora_plugins.recipe.report.samples import Samples
 from lora_plugins.recipe.reproduction.flags import describe_run
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
-from lora_plugins.text import write_json
+from lora_plugins.recipe.templates import make_template
+from lora_plugins.text import one_line, write_json
 from lora_plugins.trainer.checkpoints import restore_best
 from lora_plugins.trainer.engines import place_whole, raise_together
 from registry import RegistryError
@@ -78,6 +80,7 @@ class TrainingRun:
         self.training = training
         self.folders = Folders.of(recipe, training)
         self.is_main = training.process_index == 0
+        self._samples: tuple[Samples, list[str]] | None = None
 
     def say(self, text: str) -> None:
         """Print on the main process."""
@@ -99,6 +102,7 @@ class TrainingRun:
             publication.check(trainer.model)
         if self.is_main:
             write_json(self.folders.output / RUN_FILE, run_record(self.recipe, self.training))
+        self._ask_before(trainer)
         with interruption.listening():
             self._train(trainer, checkpoint)
             # If a process ends while another still writes the checkpoint, the launcher kills that one.
@@ -240,15 +244,46 @@ class TrainingRun:
         written = self.folders.output / "parameter_report.json"
         if written.is_file() and written.parent != report:
             (report / written.name).write_bytes(written.read_bytes())
-        self._write_page()
+        self._write_page(trainer)
         self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
         return figures
 
-    def _write_page(self) -> None:
-        """Write the report page; a run that has succeeded does not fail for it."""
-        report = self.folders.report
+    def _ask_before(self, trainer: Trainer) -> None:
+        """Let the model generate text before it is trained, if ``--samples`` asks for it."""
+        if not self.recipe.samples:
+            return
+        if self.training.world_size > 1:
+            self.say("No samples: a model in several processes does not generate text here")
+            return
+        name, rows = (
+            ("held out", self.data.rows["eval"]) if "eval" in self.data.rows else ("train", self.data.rows["train"])
+        )
         try:
-            write_page(collect_run(report, self.folders.adapter), report / REPORT_PAGE)
+            template = make_template(self.recipe.template, rows.features, self.tokenizer)
+            samples = Samples.choose(self.recipe.samples, rows, name, template, self.tokenizer)
+            self._samples = samples, samples.ask(trainer.model)
+        except Exception as error:
+            self._refuse_samples(error)
+
+    def _refuse_samples(self, error: Exception) -> None:
+        self.say(f"No samples: the model generates no text here ({type(error).__name__}: {one_line(error)[:300]})")
+
+    def _ask_after(self, trainer: Trainer) -> list[Mapping[str, str]]:
+        """Return samples before and after; a run that has succeeded does not fail for them."""
+        if self._samples is None:
+            return []
+        samples, before = self._samples
+        try:
+            return samples.make_rows(before, samples.ask(trainer.model))
+        except Exception as error:
+            self._refuse_samples(error)
+            return []
+
+    def _write_page(self, trainer: Trainer) -> None:
+        """Write the report page; a run that has succeeded does not fail for it."""
+        report, samples = self.folders.report, self._ask_after(trainer)
+        try:
+            write_page(collect_run(report, self.folders.adapter, samples), report / REPORT_PAGE)
         except (LoraPluginsError, RegistryError, OSError) as error:
             self.say(f"No report page: {error}")
 

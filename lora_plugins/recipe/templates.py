@@ -16,7 +16,7 @@ from lora_plugins.recipe.arguments import CHAT
 from lora_plugins.recipe.packing import IGNORED
 from lora_plugins.text import did_you_mean
 
-__all__ = ["Span", "Template", "encode", "make_template"]
+__all__ = ["Span", "Template", "encode", "encode_rows", "make_template"]
 
 
 #: Names in a template that stand for special tokens of the tokenizer.
@@ -257,6 +257,13 @@ def encode(
         desc="Tokenising",
     )
     return encoded, len(rows) - len(encoded)
+
+
+def encode_rows(
+    batch: Mapping[str, Any], template: Template, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool
+) -> dict[str, list[list[int]]]:
+    """Tokenise some rows, columns with their values, without a cache; see `encode`."""
+    return _Encoder(tokenizer, template, completion_only)(batch)
 
 
 def _make_fingerprint(rows: Dataset, template: Template, tokenizer: Any, completion_only: bool) -> str:

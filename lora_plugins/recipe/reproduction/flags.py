@@ -28,8 +28,8 @@ LOCAL_FLAGS = frozenset(
         "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
         "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "logging_dir", "merge",
         "model_folder", "num_proc", "output_dir", "project", "push", "push_base_model", "push_to_hub", "report_folder",
-        "report_to", "resume", "resume_from_checkpoint", "run_name", "save_total_limit", "skip_memory_metrics",
-        "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "world_size",
+        "report_to", "resume", "resume_from_checkpoint", "run_name", "samples", "save_total_limit",
+        "skip_memory_metrics", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "world_size",
     }
 )  # fmt: skip
 #: How the names of such flags begin and end, for those that a later transformers adds.
