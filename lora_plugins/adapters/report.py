@@ -149,7 +149,8 @@ class ParameterReport:
             for row in self.targets:
                 hits.add_row(escape(row.name), str(row.modules), escape(", ".join(row.shapes)))
             for name, count in self.bare.items():
-                why = "; ".join(row.why for row in self.left_out if row.name == name) or "no adapter"
+                reasons = "; ".join(row.why for row in self.left_out if row.name == name)
+                why = f"no adapter: {reasons}" if reasons else "no adapter"
                 hits.add_row(*(f"[dim]{escape(text)}[/dim]" for text in (name, str(count), why)))
             yield hits
         for note in self.notes:
