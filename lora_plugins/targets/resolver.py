@@ -22,10 +22,9 @@ from lora_plugins.errors import (
 from lora_plugins.models.structure import BlockKind, Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.targets.architectures import find_record
-from lora_plugins.targets.candidates import SCOPES, Candidates
+from lora_plugins.targets.candidates import SCOPES, Candidates, list_left_out
 from lora_plugins.targets.check import check_fields
 from lora_plugins.targets.heads import choose_heads, choose_tokens
-from lora_plugins.targets.left_out import list_left_out
 from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import PEFT_HEADS, task_type

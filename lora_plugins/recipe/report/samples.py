@@ -1,4 +1,4 @@
-"""Text that a model generates before and after training, for the report page."""
+"""Let a model generate text before and after training, for the page."""
 
 from __future__ import annotations
 
