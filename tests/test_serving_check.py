@@ -16,10 +16,19 @@ import tiny
 from adapters import adapted
 from transformers import AutoConfig
 
-from lora_plugins import AdapterTraits, LoraCallback, Server, ServerRule, check_serving, export_adapter
+from lora_plugins import (
+    AdapterTraits,
+    LoraCallback,
+    Server,
+    ServerRule,
+    check_serving,
+    export_adapter,
+    merge_and_save,
+    open_trial,
+)
 from lora_plugins.adapters.traits import traits_of
 from lora_plugins.commands.cli import main
-from lora_plugins.errors import ServingWarning, UnknownServer, UnsupportedExport
+from lora_plugins.errors import MergeError, PreparationError, ServingWarning, UnknownServer, UnsupportedExport
 from lora_plugins.plugins.host import PluginHost, plugin_host
 from lora_plugins.plugins.traits import judge
 from lora_plugins.serving.gguf_families import FAMILIES
@@ -98,6 +107,47 @@ def test_a_stored_adapter_is_judged_like_the_live_one(tmp_path: Path) -> None:
     assert "loras are not yet implemented" in str(verdicts["ollama"])
     with pytest.raises(UnknownServer, match=r"No server .vlm.. Did you mean .vllm."):
         check_serving(tmp_path / "adapter", "vlm", base=tmp_path / "base")
+
+
+def test_a_release_whose_base_is_not_at_hand_is_judged_by_its_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was trained on a folder that nobody else has: its type is recorded, its place is not."""
+    push_adapter(served.write("qwen3", tmp_path, use_rslora=True), "org/name", version="1.0.0", hub=tmp_path / "reg")
+    with pytest.raises(SystemExit):
+        main(["servers", "org/name@1.0.0", "--hub", str(tmp_path / "reg")])
+    out = capsys.readouterr().out
+    assert out.startswith("serves on: llama.cpp b11549, tgi 45d95bdccc9d, vllm 0.33.0\n")
+    assert "loras are not yet implemented" in out, "the type of the base is known from the manifest"
+    with pytest.raises(SystemExit) as ended:
+        main(["servers", "org/name@1.0.0", "--hub", str(tmp_path / "reg"), "--serve", "sglang"])
+    assert ended.value.code == 1
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for named in (None, "nobody/nothing", str(tmp_path / "gone")):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": named})
+        )
+        verdicts = {one.server: one for one in check_serving(tmp_path / "adapter")}
+        assert "the type of the base" in verdicts["ollama"].not_known
+        assert not verdicts["sglang"].served
+    with pytest.raises(MergeError):
+        check_serving(tmp_path / "adapter", base=tmp_path / "gone")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"text"', "\x00", "[" * 100_000])
+def test_a_configuration_that_is_no_object_is_one_line_wherever_an_adapter_is_read(text: str, tmp_path: Path) -> None:
+    """Before: json's own error, or a TypeError of PEFT."""
+    served.write("llama", tmp_path)
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    (folder / "adapter_config.json").write_text(text)
+    for read in (
+        lambda: check_serving(folder),
+        lambda: export_adapter(folder, tmp_path / "a.gguf", "gguf", base=base),
+        lambda: merge_and_save(folder, tmp_path / "merged", "bf16", base=base),
+        lambda: open_trial(folder, base=base),
+    ):
+        with pytest.raises(PreparationError, match=r"adapter_config\.json in .* cannot be read: .*lora-plugins doctor"):
+            read()
 
 
 def test_an_export_to_a_server_that_will_not_take_it_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.randomness import seeded
 from lora_plugins.models.sharding import gather_state, is_sharded
+from lora_plugins.text import one_line
 from registry import BaseMismatch, CheckResult, check_contract, expand_path, is_path, pull_adapter, put_back
 
 __all__ = [
@@ -99,9 +100,15 @@ def load_config(folder: Path) -> LoraConfig:
     """Read the configuration of a stored LoRA adapter.
 
     Raises:
-        PreparationError: It is not a LoRA adapter.
+        PreparationError: It is not a LoRA adapter, or not valid JSON with PEFT's fields.
     """
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise PreparationError(
+            f"The {ADAPTER_CONFIG} in {folder} cannot be read: {one_line(error)}. `lora-plugins doctor {folder}` names "
+            "the damage, and what can be cured."
+        ) from error
     if not isinstance(config, LoraConfig):
         raise PreparationError(f"The adapter in {folder} is of type {config.peft_type}, not LoRA.")
     config.inference_mode = False

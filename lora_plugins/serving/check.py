@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import cast
 
 from lora_plugins.adapters.traits import read_live_traits
-from lora_plugins.errors import UnsupportedExport
+from lora_plugins.errors import MergeError, UnsupportedExport
 from lora_plugins.plugins.servers import ServingVerdict
-from lora_plugins.plugins.traits import judge
+from lora_plugins.plugins.traits import check_servers, judge
 from lora_plugins.serving.source import MERGED, Source, read_source
+from registry import diagnose
 
 __all__ = ["check_export", "check_serving"]
 
@@ -23,6 +25,9 @@ def check_serving(
 ) -> list[ServingVerdict]:
     """Return for each server whether it takes an adapter, by the rules that were read from the server's source.
 
+    Without ``base``, and where the base's configuration is not at hand, what the adapter's files and the release's
+    manifest say is judged; what the rules do not learn from them is among the verdict's ``not_known``.
+
     Args:
         adapter: Adapter folder, or a registry reference.
         servers: Names of servers; all that are registered by default.
@@ -31,11 +36,17 @@ def check_serving(
 
     Raises:
         UnknownServer: A name is not registered.
-        MergeError: The base is unknown or its configuration cannot be read.
+        MergeError: The configuration of ``base`` cannot be read, or the adapter is broken.
         MismatchedBase: The adapter was trained on another base.
     """
-    source = read_source(adapter, base, revision)
-    names = [servers] if isinstance(servers, str) else servers
+    names = None if servers is None else check_servers(servers)
+    try:
+        source = read_source(adapter, base, revision)
+    except MergeError:
+        known = () if base is not None else diagnose(adapter).servers
+        if not known:
+            raise
+        return [cast("ServingVerdict", one) for one in known if names is None or one.server in names]
     return judge(read_live_traits(source.job.config, source.job.shapes, source.base_config), names)
 
 
