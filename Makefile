@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)-engines
 PEERS := $(VENV)-peers
 S3 := $(VENV)-s3
+NOTEBOOKS := $(VENV)-notebooks
 SERVING := $(VENV)-serving
 
 # Nothing here asks the Hub for anything.
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
-	test-serving test-vllm test-llamacpp test-object-store test-oldest test-newest \
+	test-serving test-vllm test-llamacpp test-object-store test-notebooks test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -129,8 +130,20 @@ $(S3)/.installed: $(INSTALLED)
 	touch $@
 
 test-object-store: $(S3)/.installed ## Run the tests of registries in an object store against an S3 server on this machine.
-	OMP_NUM_THREADS=1 $(S3)/bin/python -m pytest -n $(WORKERS) -k "bucket or object" tests/test_registry.py tests/test_registry_hubs.py \
-		tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py tests/test_serving_finder.py
+	OMP_NUM_THREADS=1 $(S3)/bin/python -m pytest -n $(WORKERS) -k "bucket or object" tests/test_registry.py tests/test_registry_health.py \
+		tests/test_registry_hubs.py tests/test_registry_hubs_objects.py tests/test_registry_publishing_processes.py \
+		tests/test_registry_upkeep_mirroring.py tests/test_serving_finder.py
+
+# A kernel and its client, over the first environment.
+$(NOTEBOOKS)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(NOTEBOOKS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(NOTEBOOKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(NOTEBOOKS)/bin/python -m pip install -c constraints.txt $(EDITABLE) -e '.[notebooks]'
+	touch $@
+
+test-notebooks: $(NOTEBOOKS)/.installed ## Run the notebooks of the documentation.
+	OMP_NUM_THREADS=1 $(NOTEBOOKS)/bin/python -m pytest -m "slow or not slow" tests/test_docs_notebooks.py
 
 test-load: $(INSTALLED) ## Let 32 processes pull and 8 push for a minute, from a folder and from a Hub; print what it took.
 	LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_registry_publishing_load.py
@@ -171,6 +184,7 @@ check: $(INSTALLED) ## Run ruff, mypy, and the checks of the documentation.
 	$(BIN)/python tools/diagrams.py --check
 	$(BIN)/python tools/command_reference.py --check
 	$(BIN)/python tools/format_reference.py --check
+	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED) ## Format the code, and mend what ruff can mend.
@@ -182,6 +196,7 @@ docs: $(INSTALLED) ## Write the generated references and build the documentation
 	$(BIN)/python tools/diagrams.py
 	$(BIN)/python tools/command_reference.py
 	$(BIN)/python tools/format_reference.py
+	$(BIN)/python tools/notebooks.py
 	$(BIN)/mkdocs build --strict
 
 dist: $(INSTALLED) ## Build source distribution and wheel into dist/, and check them.
@@ -210,4 +225,4 @@ test-newest: ## Run the tests with the newest releases, on Python 3.13.
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 clean: ## Remove every environment and everything that was built.
-	rm -rf $(VENV) $(ENGINES) $(PEERS) $(SERVING) .venv-oldest .venv-newest build dist site demo-output
+	rm -rf $(VENV) $(ENGINES) $(PEERS) $(S3) $(NOTEBOOKS) $(SERVING) .venv-oldest .venv-newest build dist site demo-output

@@ -15,15 +15,21 @@ import pytest
 import tiny
 import torch
 from adapters import adapted, saved
-from hubs import BucketPlace, FolderPlace, LoopbackPlace, Place
+from hubs import EVERY_KIND, BucketPlace, FolderPlace, LoopbackPlace, Place
 from peft import PeftModel
+from plain import put
 
 import registry
 from registry import (
+    adopt,
+    annotate,
     collect_garbage,
+    compare_adapters,
+    diagnose,
     list_adapters,
     lock_adapters,
     mirror,
+    move_if_better,
     pull_adapter,
     push_adapter,
     remove_alias,
@@ -166,6 +172,107 @@ def test_one_script_on_every_kind_of_hub(
         "ReleaseMoved", "ReleaseMoved", "ReleaseMoved", "ReleaseMoved",
         "1.2.0", "IntegrityError", 1, "1.0.0",
         "RepositoryNotFound", "1.0.0", "RepositoryReplaced",
+    ]  # fmt: skip
+
+
+def script_of_files(place: Place, folders: list[Path], target: Path) -> list[Any]:
+    """Adapters that nobody published, and what is done with versions later; what came of each step."""
+    hub, told, digests = place.hub, [], []
+    plain = "org/plain"
+
+    def step(call: Any) -> None:
+        told.append(outcome(call))
+
+    def put_files(seed: int, below: str = "", branch: str = "main") -> str:
+        files = {f"{below}{path.name}": path.read_bytes() for path in folders[seed].iterdir()}
+        return put(place, files, name=plain, branch=branch)
+
+    def pull(reference: str, **options: Any) -> Any:
+        adapter = pull_adapter(reference, hub=hub, **options)
+        if adapter.manifest.content_digest not in digests:
+            digests.append(adapter.manifest.content_digest)
+        return adapter.unversioned, digests.index(adapter.manifest.content_digest)
+
+    def examine(reference: str, **options: Any) -> list[str]:
+        return [symptom.check for symptom in diagnose(reference, hub=hub, **options).symptoms]
+
+    def take(source: str, **options: Any) -> list[str]:
+        return [str(done.published) for done in adopt(
+            source, "org/adopted", version="1.0.0", hub=hub, source_hub=hub, base_model=BASE, **options)]  # fmt: skip
+
+    def move(version: str, metric: str = "eval_loss") -> Any:
+        moved = move_if_better(f"{NAME}@{version}", "best", metric, hub=hub)
+        return moved.moved, moved.standing, moved.before, moved.after
+
+    first = put_files(0)
+    head = put_files(1, "best/")
+    put_files(2, branch="dev")
+    forms = (
+        "", "@main", "@branch:main", "@dev", "@branch:dev", "/best@main", f"/best@{head}", "/best", "/other@main",
+        f"@{first}", "@" + "0" * 40, "@refs/pr/9", "@nothing", "@branch:nothing", "@1.0.0", ">=1",
+    )  # fmt: skip
+    for form in forms:
+        step(lambda form=form: pull(plain + form, lock=False))
+        step(lambda form=form: examine(plain + form))
+    step(lambda: show(f"{plain}/best@main", hub=hub).manifest.base.id)
+    step(lambda: verify(f"{plain}@{first}", hub=hub).ok)
+    step(lambda: pull(f"{plain}/best@main", lock="plain.lock"))
+    put_files(2, "best/")
+    step(lambda: pull(f"{plain}/best@main", lock="plain.lock", frozen=True))
+    step(lambda: pull(f"{plain}/best@main", lock=False))
+    step(lambda: set_alias(f"{plain}@main", "champion", hub=hub))
+    step(lambda: yank(f"{plain}@main", "bad", hub=hub))
+    step(lambda: [copied.created for copied in mirror(f"{plain}/best@main", target, hub=hub)])
+    step(lambda: take(plain, dry_run=True))
+    step(lambda: take(f"{plain}/other@main"))
+    step(lambda: take(plain))
+    step(lambda: take(plain))
+    step(lambda: take(f"{plain}@dev"))
+    step(lambda: take("org/adopted@1.0.0"))
+    step(lambda: pull("org/adopted"))
+    step(lambda: examine("org/adopted"))
+
+    for seed, version in enumerate(("1.0.0", "1.1.0", "1.2.0")):
+        metrics = {"eval_loss": (0.5, 0.25, 0.375)[seed]}
+        push_adapter(folders[seed], NAME, version=version, hub=hub, base_model=BASE, metrics=metrics)
+    for version in ("1.0.0", "1.1.0", "1.2.0", "9"):
+        step(lambda version=version: move(version))
+    step(lambda: move("1.2.0", "accuracy"))
+    step(lambda: annotate(f"{NAME}@best", "measured", add_tags=["reviewed"], hub=hub).tags)
+    step(lambda: annotate(f"{NAME}@1.1.0", "two\nlines", hub=hub).note)
+    step(lambda: annotate(NAME, "which", hub=hub))
+    step(lambda: [str(each.release) for each in list_adapters(search="adapter", hub=hub)])
+    step(lambda: [(each.version, each.note) for each in versions(NAME, hub=hub) if each.note])
+    two = [pull_adapter(f"{NAME}@{version}", hub=hub, lock=False) for version in ("1.0.0", "1.1.0")]
+    step(lambda: compare_adapters(*two).after)
+    step(lambda: [each.version for each in mirror(NAME, target, hub=hub)])
+    step(lambda: pull_adapter(f"{NAME}@best", hub=target, lock=False).version)
+    step(lambda: collect_garbage(hub, dry_run=False).problems)
+    step(lambda: pull(f"{NAME}@best", lock=False))
+    return told
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_one_script_of_files_and_of_versions_on_every_kind_of_hub(
+    kind: str, folders: list[Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = {
+        "folder": lambda: FolderPlace(tmp_path / "registry"),
+        "loopback": lambda: LoopbackPlace(request.getfixturevalue("loopback_hub")),
+        "bucket": lambda: BucketPlace(request.getfixturevalue("bucket")),
+    }[kind]()
+    told, ok = script_of_files(place, folders, tmp_path / "copy"), ["no-base"]
+    assert told == [
+        "NotAdapter", ok, (True, 0), ok, (True, 0), ok, (True, 1), ok, (True, 1), ok, (True, 2), ok, (True, 2), ok,
+        "NotAdapter", ok, "NotAdapter", "NotAdapter", (True, 0), ok, "NotAdapter", "NotAdapter",
+        "VersionNotFound", "VersionNotFound", "AliasNotFound", "AliasNotFound", *["VersionNotFound"] * 6,
+        None, True, (True, 2), (True, 2), (True, 1), "NotAdapter", "NotAdapter", [True],
+        ["org/adopted@1.0.0"], "NotAdapter", ["org/adopted@1.0.0"], ["org/adopted@1.0.0"], "VersionExists",
+        "NotAdapter",
+        (False, 3), [],
+        (True, None, None, 0.5), (True, "1.0.0", 0.5, 0.25), (False, "1.1.0", 0.25, 0.375), "VersionNotFound",
+        "MetricNotFound", ("reviewed",), "InvalidReference", "InvalidReference", [f"{NAME}@1.2.0"],
+        [("1.1.0", "measured")], f"{NAME}@1.1.0", ["1.0.0", "1.1.0", "1.2.0"], "1.1.0", (), (False, 4),
     ]  # fmt: skip
 
 

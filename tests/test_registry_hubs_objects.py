@@ -1,4 +1,4 @@
-"""An object store as a registry: what only it has, mirrors to and from the others, and garbage."""
+"""An object store as a registry: what only it has, and garbage."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from hubs import BucketPlace, FolderPlace, LoopbackPlace, Place
+from hubs import BucketPlace
 from releases import NAME, release
 
-from registry import collect_garbage, mirror, verify, versions
+from registry import collect_garbage, verify
 from registry.errors import (
     HostileAnswer,
     HubRefused,
@@ -23,12 +23,6 @@ from registry.errors import (
 )
 from registry.hubs import open_hub
 from registry.hubs.objects import ObjectHub
-from registry.testing import LoopbackHub
-
-PAIRS = [
-    (one, other) for one in ("folder", "loopback", "bucket") for other in ("folder", "loopback", "bucket")
-    if one != other and "bucket" in (one, other)
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +33,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place(bucket: str) -> BucketPlace:
     return BucketPlace(bucket)
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_a_release_is_mirrored_between_all_kinds_of_hub(
-    source: str, target: str, bucket: str, loopback_hub: LoopbackHub, tmp_path: Path
-) -> None:
-    kinds: dict[str, Place] = {
-        "folder": FolderPlace(tmp_path / "registry"), "loopback": LoopbackPlace(loopback_hub),
-        "bucket": BucketPlace(bucket),
-    }  # fmt: skip
-    one, other = kinds[source].hub, kinds[target].hub
-    for number in ("1.0.0", "1.1.0"):
-        release(one, number, 1)
-    for number in ("1.0.0", "1.1.0"):
-        mirror(f"{NAME}@{number}", other, hub=one)
-    assert [each.version for each in versions(NAME, hub=other)] == ["1.0.0", "1.1.0"]
-    assert verify(NAME, hub=other).ok
 
 
 def test_the_address_says_which_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
