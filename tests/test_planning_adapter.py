@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def test_an_adapter_is_planned_as_it_is_prepared(tmp_path: Path) -> None:
             made = plan(base, adapter=adapter, length=8)
             assert made.trainable == expected
             assert any(note.startswith("adapter and base are compatible") for note in made.notes)
+
+
+def test_a_base_in_a_folder_is_no_reason_for_a_warning(tmp_path: Path) -> None:
+    """PEFT warns that the base has another name than in the adapter's configuration."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = adapted(tiny.llama())
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The PEFT config's `base_model_name_or_path`")
+        plan(tmp_path / "base", adapter=tmp_path / "adapter", length=8)
 
 
 def test_another_base_is_refused_with_the_reason_of_every_other_way(tmp_path: Path) -> None:

@@ -564,6 +564,9 @@ def test_the_command_prints_a_table_or_json_and_tells_by_its_exit_code(damaged: 
     assert (row[0], row[1]) == ("error", "doubled-prefix")
     assert row[3].endswith("[--fix]")
     assert f"cured copy: {tmp_path / 'cured'}" in told.stdout
-    answer = json.loads(run("--json").stdout)
+    tiny.llama().save_pretrained(tmp_path / "base")
+    with_base = run("--json", "--base", str(tmp_path / "base"))
+    assert with_base.stderr == ""  # what the libraries say while they are loaded concerns nobody here
+    answer = json.loads(with_base.stdout)
     assert answer["severity"] == "error"
     assert answer["symptoms"][0]["curable"] is True

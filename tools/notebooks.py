@@ -1,12 +1,14 @@
 """Write the notebooks of the documentation as pages; ``--run`` runs them first and keeps what they print.
 
-Run as ``python tools/notebooks.py``. ``--run`` needs ``nbclient`` and ``ipykernel``; a variable ``MODEL`` names a folder with the model.
+Run as ``python tools/notebooks.py``. ``--run`` needs ``nbclient`` and ``ipykernel``; the variable ``MODEL`` may name a
+folder with the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -15,7 +17,9 @@ from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOKS = ("train_and_publish", "registry")
-#: Colors of a terminal, and addresses in memory.
+#: The id of the model that a folder in ``MODEL`` stands for.
+PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: Colors of a terminal.
 _NOISE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -32,10 +36,14 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
     notebook = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", as_version=4)
     place = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=1800, startup_timeout=300, resources=place).execute()
+    client = nbclient.NotebookClient(notebook, timeout=1800, startup_timeout=300, resources=place)
+    client.execute(env={**os.environ, "LORA_REGISTRY_CACHE": str(folder / "cache")})
     for cell in notebook.cells:
         cell.metadata = {}
-    found: dict[str, Any] = json.loads(nbformat.writes(notebook))
+    text = nbformat.writes(notebook).replace(str(folder), "~")
+    if model := os.environ.get("MODEL"):
+        text = text.replace(model, PUBLISHED).replace(Path(model).name, PUBLISHED)
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -48,23 +56,27 @@ def write_page(name: str) -> str:
             parts.append(re.sub(r"\((\w+)\.ipynb\)", lambda found: f"(notebook-{found[1]}.md)", text))
         else:
             parts.append(f"```python {{.norun}}\n{text}\n```")
-            parts += [shown for output in cell["outputs"] if (shown := _show(output))]
+            parts += _show_outputs(cell["outputs"])
     title, _, rest = "\n\n".join(parts).partition("\n\n")
     link = f"[Download the notebook](notebooks/{name}.ipynb). What is shown here is what it printed on a CPU."
     return f"{title}\n\n{link}\n\n{rest}\n"
 
 
-def _show(output: dict[str, Any]) -> str:
-    """Return an output as Markdown."""
-    if output["output_type"] == "stream":
-        text = "".join(output["text"]) if output["name"] == "stdout" else ""
-    else:
-        data = output["data"]
-        if "text/html" in data:
-            return "".join(data["text/html"])
-        text = "".join(data.get("text/plain", ""))
-    text = _NOISE.sub("", text).rstrip()
-    return f"```text\n{text}\n```" if text else ""
+def _show_outputs(outputs: list[dict[str, Any]]) -> list[str]:
+    """Return outputs as Markdown. What a cell prints bit by bit is one block."""
+    printed = "".join(
+        "".join(one["text"]) for one in outputs if one["output_type"] == "stream" and one["name"] == "stdout"
+    )
+    shown = [_quote(printed)] if printed.strip() else []
+    for one in outputs:
+        if one["output_type"] != "stream":
+            html, text = ("".join(one["data"].get(kind, "")) for kind in ("text/html", "text/plain"))
+            shown.append(html or _quote(text))
+    return shown
+
+
+def _quote(text: str) -> str:
+    return f"```text\n{_NOISE.sub('', text).rstrip()}\n```"
 
 
 def main() -> int:

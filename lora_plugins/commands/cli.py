@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from lora_plugins.commands.calm import calm
 from lora_plugins.commands.listing import Program
 from lora_plugins.commands.wording import find_options, use_option_names
 from lora_plugins.plugins.host import DISTRIBUTION, plugin_host
@@ -79,6 +80,7 @@ def _run(words: list[str], options: dict[str, tuple[str, str | None]]) -> None:
     called = next((word for word in words if not word.startswith("-")), "")
     built = plugin_host().build_program(app, called)
     options.update(find_options(built.commands.get(called)))
+    calm()
     built.main(args=words, prog_name=DISTRIBUTION)
 
 
