@@ -145,6 +145,7 @@ WHOLE = {
     "benchmarks_gpu",
     "canaries",
     "docs",
+    "docs_notebooks",
     "numbers",
     "old_releases",
     "project",

@@ -40,6 +40,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     client.execute(env={**os.environ, "LORA_REGISTRY_CACHE": str(folder / "cache")})
     for cell in notebook.cells:
         cell.metadata = {}
+        if cell.cell_type == "code":  # what libraries say of themselves names folders of this machine
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     text = nbformat.writes(notebook).replace(str(folder), "~")
     if model := os.environ.get("MODEL"):
         text = text.replace(model, PUBLISHED).replace(Path(model).name, PUBLISHED)
