@@ -57,7 +57,8 @@ def write_page(name: str) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\((\w+)\.ipynb\)", lambda found: f"(notebook-{found[1]}.md)", text))
         else:
-            parts.append(f"```python {{.norun}}\n{text}\n```")
+            # A semicolon at the end tells a notebook to show no value.
+            parts.append(f"```python {{.norun}}\n{text.removesuffix(';')}\n```")
             parts += _show_outputs(cell["outputs"])
     title, _, rest = "\n\n".join(parts).partition("\n\n")
     link = f"[Download the notebook](notebooks/{name}.ipynb). What is shown here is what it printed on a CPU."
