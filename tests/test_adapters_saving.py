@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
-from versions import needs
 
 from lora_plugins import Int8PreparationCallback, LoraCallback, attach, detach, prepare_model
 from lora_plugins.adapters.files import adapter_folder
@@ -153,7 +152,6 @@ def test_whatever_saves_fails_where_a_trained_tensor_is_lost(tmp_path: Path, cha
         {"target_modules": ["lm_head", "q_proj"]},
     ],
 )
-@needs("peft", "0.21", "it does not save the biases of adapted layers")
 def test_what_peft_saves_is_not_called_lost(arguments: dict[str, Any], tmp_path: Path) -> None:
     model = prepare_model(tiny.llama(attention_bias=True), r=4, **arguments)
     assert find_unsaved(model) == []

@@ -13,7 +13,6 @@ import tiny
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
-from versions import needs
 
 from lora_plugins import LoraCallback, prepare_model
 
@@ -84,7 +83,6 @@ def test_what_the_caller_says_about_embeddings_stays(cached: str, tmp_path: Path
     assert embeddings(set(load_file(tmp_path / "adapter_model.safetensors")))
 
 
-@needs("peft", "0.21", "it warns of a model without a name")
 def test_copies_and_pickles_of_a_model_save_themselves(tmp_path: Path) -> None:
     model: Any = prepare_model(tiny.llama())
     assert copy.deepcopy(model).save_pretrained.__self__ is not model

@@ -26,6 +26,7 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from versions import needs
 
 from lora_plugins import LoraCallback, prepare_model
 from lora_plugins.adapters.prepare import prepare_plain
@@ -70,9 +71,12 @@ def reward_model() -> Any:
 
 # -- what is trained is float32 ----------------------------------------------------------------
 
-HEADS: list[tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = [
+HEADS: list[Any] = [
     (tiny.bert_classifier, {}, {"input_ids": IDS, "labels": torch.tensor([1])}),
-    (reward_model, {}, {"input_ids": IDS, "labels": torch.tensor([0.5])}),
+    pytest.param(
+        *(reward_model, {}, {"input_ids": IDS, "labels": torch.tensor([0.5])}),
+        marks=needs("torch", "2.13", "its mean squared error of two dtypes has no backward pass"),
+    ),
     (tiny.llama, {"modules_to_save": ["lm_head"]}, {"input_ids": IDS, "labels": IDS}),
     (tiny.llama, {"modules_to_save": ["embed_tokens", "norm"]}, {"input_ids": IDS, "labels": IDS}),
     (tiny.llama, {"modules_to_save": ["k_proj"]}, {"input_ids": IDS, "labels": IDS}),

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -398,7 +400,10 @@ def test_plain_peft_loads_what_was_saved_onto_a_float_base(run: Run, tmp_path: P
     # Another seed: what is new and not in the file would have other numbers.
     reloaded = PeftModel.from_pretrained(_load(run.script, run.folder, seed=99), str(tmp_path))
     if _quantization(run) is None:
-        assert torch.equal(_outputs(run.script, reloaded), _outputs(run.script, run.trainer.model))
+        expected = _outputs(run.script, run.trainer.model)
+        # Older ones round T5's logits differently in the Trainer's model.
+        tolerance = 0.0 if Version(transformers.__version__) >= Version("5.23") else 1e-5
+        torch.testing.assert_close(_outputs(run.script, reloaded), expected, rtol=tolerance, atol=tolerance)
     else:
         difference = _outputs(run.script, reloaded) - _outputs(run.script, run.trainer.model)
         assert difference.abs().mean() < 0.05 * _outputs(run.script, run.trainer.model).abs().mean()
