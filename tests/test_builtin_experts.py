@@ -138,6 +138,7 @@ def test_the_documentation_lists_the_types_that_are_not_wholly_quantized_or_adap
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["int8", "nf4"])
 def test_experts_of_every_type_are_quantized_and_adapted(backend: str, tmp_path: Path) -> None:
     """One table for all types, printed: the share of the experts' bytes, or what went wrong."""
