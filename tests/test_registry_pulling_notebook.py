@@ -74,3 +74,14 @@ def test_a_plan_in_one_line_and_as_its_tables() -> None:
     assert html.startswith("<pre>")
     assert "memory needed" in html
     assert f"{planned.trainable:,}" in html
+
+
+def test_a_notebook_shows_a_plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook rich displays what it prints, whatever file it was given."""
+    displayed: list[object] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *shown: displayed.append(shown))
+    planned = plan(LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
+    assert "memory needed" in planned._repr_html_()
+    assert "memory needed" in str(planned)
+    assert displayed == []

@@ -158,6 +158,10 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
             for kind in getattr(config, "_custom_modules", None) or {}:
                 # PEFT 0.21.2 reads the sizes of a class that it does not know from the same attributes, and warns.
                 warnings.filterwarnings("ignore", message=re.escape(f"Unsupported layer type '{kind}'"))
+            # PEFT 0.21.2 asks transformers 5.24 by a deprecated name.
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
             # An adapter's base may stand in a folder here. Whether it is the one is compared before.
             warnings.filterwarnings("ignore", message=r"The PEFT config's `base_model_name_or_path` was renamed")
             return get_peft_model(model, config, adapter_name=adapter_name)

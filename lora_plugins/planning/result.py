@@ -49,7 +49,7 @@ class Plan(PlanFigures):
         return f"<Plan of {self.model}: {self.trainable:,} of {self.total:,} trained, {self.chosen.label}, {needed}>"
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, record=True)
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, record=True, force_jupyter=False)
         console.print(self)
         return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
@@ -68,7 +68,8 @@ _ANSWERS = {True: "yes", False: "no", None: "?"}
 def _render_text(plan: PlanFigures) -> str:
     """Return the tables as plain text."""
     stream = io.StringIO()
-    Console(file=stream, width=_WIDTH, color_system=None).print(plan)
+    # Where rich finds a notebook it displays there and writes nothing into the file.
+    Console(file=stream, width=_WIDTH, color_system=None, force_jupyter=False).print(plan)
     return stream.getvalue().rstrip()
 
 
