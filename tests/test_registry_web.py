@@ -369,18 +369,31 @@ def test_an_address_that_cannot_be_served_at_is_an_error(server: PageServer, tmp
         assert opened.loopback
 
 
+#: As in a terminal: a shell that runs the tests in the background has Ctrl-C ignored by all that they start.
+IN_A_TERMINAL = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lora_plugins.commands.cli import main
+main(sys.argv[1:])
+"""
+
+
 def test_the_command_serves_and_ends_with_ctrl_c(hostile: Path) -> None:
-    command = [sys.executable, "-m", "lora_plugins", "registry", "serve", "--hub", str(hostile), "--port", "0"]
+    words = ["registry", "serve", "--hub", str(hostile), "--port", "0"]
+    command = [sys.executable, "-c", IN_A_TERMINAL, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert found, (line, process.stderr.read() if process.stderr else "")
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
-        connection.request("GET", "/")
-        assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+            assert found, line
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+            connection.request("GET", "/")
+            assert connection.getresponse().status == 200
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, error) == (0, "", "Ended.\n")
 
 
