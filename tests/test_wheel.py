@@ -78,7 +78,8 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def _modules(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.py") if "__pycache__" not in path.parts]
+    found = [*folder.rglob("*.py"), *folder.rglob("templates/*")]
+    return [path for path in found if "__pycache__" not in path.parts]
 
 
 def test_the_wheels_metadata(wheel: Path) -> None:
