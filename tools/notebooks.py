@@ -62,7 +62,8 @@ def write_page(name: str) -> str:
             parts += _show_outputs(cell["outputs"])
     title, _, rest = "\n\n".join(parts).partition("\n\n")
     link = f"[Download the notebook](notebooks/{name}.ipynb). What is shown here is what it printed on a CPU."
-    return f"{title}\n\n{link}\n\n{rest}\n"
+    # Without the table of contents, the code fits into 1,280 pixels.
+    return f"---\nhide: [toc]\n---\n\n{title}\n\n{link}\n\n{rest}\n"
 
 
 def _show_outputs(outputs: list[dict[str, Any]]) -> list[str]:

@@ -46,4 +46,6 @@ def new_plugin(
         files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
         typer.echo(json.dumps({"folder": str(made), "files": files}, indent=2))
         return
-    typer.echo(f"{made} is ready. Try it:\n\n    cd {made}\n    pip install -e .\n    pytest\n    lora-plugins plugins")
+    typer.echo(
+        f"{made} is ready. Try it:\n\n    cd {made}\n    pip install -e . pytest\n    pytest\n    lora-plugins plugins"
+    )

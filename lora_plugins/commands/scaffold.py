@@ -200,7 +200,7 @@ _README = """\
 
 $about
 
-    pip install -e .
+    pip install -e . pytest
     pytest
     lora-plugins plugins
 """
