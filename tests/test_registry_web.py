@@ -522,6 +522,30 @@ def test_one_adapter_with_many_versions_costs_bounded_work(tmp_path: Path) -> No
     assert links == ["index.html", "page-15.html", "page-16.html", "page-18.html", "page-19.html", "page-31.html"]
 
 
+def test_an_export_reads_branches_and_tags_once_for_each_adapter(tmp_path: Path) -> None:
+    """Each time, all tags are read: of an adapter with many versions, that would take for ever."""
+    reads: list[str] = []
+
+    class Counting(FolderHub):
+        def refs(self, name: str) -> Any:
+            reads.append(name)
+            return super().refs(name)
+
+    root = page_registries.make_registry(tmp_path / "registry", 1, 20)
+    site = Site(Counting(root), "Registry", served=False)
+    assert len(list(site.list_pages())) == 1 + 1 + 20 + 19
+    assert len(reads) == 2
+    served = Site(Counting(root), "Registry", served=True)
+    for path in (
+        "a/org0/adapter-000/",
+        "a/org0/adapter-000/v/1.5.0.html",
+        "a/org0/adapter-000/diff/1.0.0...2.0.0.html",
+    ):
+        reads.clear()
+        served.render(path)
+        assert len(reads) == 1
+
+
 def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path) -> None:
     class Many(FolderHub):
         def names(self, base: str | None = None) -> Iterator[str]:

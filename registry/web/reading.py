@@ -6,8 +6,10 @@ import contextvars
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -32,7 +34,7 @@ from registry.hubs.protocol import MAIN, Hub, Refs
 from registry.pages.cards import MOST_CARD
 from registry.web.records import AdapterPage, AdapterRow, Metric, RegistryPage, Summary, VersionRow
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "Repository"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -67,6 +69,35 @@ class Cache:
             while len(self._found) > self._most:
                 self._found.popitem(last=False)
         return made
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one moment: its branches and tags, its state, its versions newest first."""
+
+    name: str
+    refs: Refs
+    state: State
+    versions: Sequence[Version]
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """The aliases of each version."""
+        found: dict[str, list[str]] = {}
+        for alias in sorted(self.state.aliases):
+            version = self.state.version_of(alias)
+            if version is not None:
+                found.setdefault(version, []).append(alias)
+        return found
+
+    def commit_of(self, version: str) -> str | None:
+        """Return the commit of a version's tag."""
+        return self.refs.tags.get(f"v{version}")
+
+    def find_before(self, version: str) -> str | None:
+        """Return the version before one, by number."""
+        wanted = parse_version(version)
+        return next((version_text(each) for each in self.versions if each < wanted), None)
 
 
 class Reader:
@@ -116,43 +147,52 @@ class Reader:
     def read_row(self, name: str) -> AdapterRow:
         """Return an adapter for the list; what cannot be read is a row that says so."""
         try:
-            refs = self.hub.refs(name)
-            state = read_state(self.hub, name, refs)
-            versions = self._sort(refs)
-            newest = self._find_newest(name, refs, state, versions)
+            opened = self.open(name)
+            newest = self._find_newest(opened)
         except HubUnavailable:
             raise
         except RegistryError as error:
             return AdapterRow(name, problem=str(error))
         version, summary = newest or ("", None)
+        state = opened.state
         aliases = [(alias, text) for alias in sorted(state.aliases) if (text := state.version_of(alias))]
         texts = [note.text for note in state.notes.values()] + [tag for tags in state.tags.values() for tag in tags]
         texts += [yank.reason for yank in state.yanked.values()]
         return AdapterRow(
-            name, version, len(versions), len(state.yanked), aliases[:_MOST_ALIASES], summary, texts[:_MOST_TEXTS]
+            name,
+            version,
+            len(opened.versions),
+            len(state.yanked),
+            aliases[:_MOST_ALIASES],
+            summary,
+            texts[:_MOST_TEXTS],
         )
 
     # -- an adapter --------------------------------------------------------------------------------
 
-    def read_adapter(self, name: str, page: int) -> AdapterPage:
-        """Return one page of an adapter's versions.
+    def open(self, name: str) -> Repository:
+        """Read branches, tags and state of an adapter.
 
         Raises:
             RepositoryNotFound: There is no such adapter.
-            PageNotFound: There is no such page.
         """
         refs = self.hub.refs(name)
-        state = read_state(self.hub, name, refs)
-        versions = self._sort(refs)
+        return Repository(name, refs, read_state(self.hub, name, refs), self._sort(refs))
+
+    def read_adapter(self, opened: Repository, page: int) -> AdapterPage:
+        """Return one page of an adapter's versions.
+
+        Raises:
+            PageNotFound: There is no such page.
+        """
+        name, versions, state = opened.name, opened.versions, opened.state
         pages = max(1, -(-len(versions) // _MOST_VERSIONS))
         if not 1 <= page <= pages:
             raise PageNotFound(f"{name} has no page {page} of versions: it has {pages}")
-        newest, summary = self._find_newest(name, refs, state, versions) or ("", None)
+        newest, summary = self._find_newest(opened) or ("", None)
         chosen = versions[(page - 1) * _MOST_VERSIONS : page * _MOST_VERSIONS]
-        of_version = _invert(state)
-        rows = self._map(lambda version: self._read_version_row(name, refs, state, of_version, version), chosen)
-        commit = refs.tags[f"v{newest}"] if newest else refs.branches.get(MAIN)
-        card, problem = self.read_card(name, commit)
+        rows = self._map(lambda version: self._read_version_row(opened, version), chosen)
+        card, problem = self.read_card(name, opened.commit_of(newest) if newest else opened.refs.branches.get(MAIN))
         moves = sorted(state.aliases.items())[:_MOST_ALIASES]
         return AdapterPage(
             name, newest, summary, rows, page, pages, len(versions), len(state.yanked),
@@ -161,28 +201,19 @@ class Reader:
             card, newest, problem,
         )  # fmt: skip
 
-    def read_version(self, name: str, version: str) -> tuple[VersionRow, Manifest]:
+    def read_version(self, opened: Repository, version: str) -> tuple[VersionRow, Manifest]:
         """Return a version and its manifest.
 
         Raises:
-            RepositoryNotFound: There is no such adapter.
-            PageNotFound: It has no such version, or the version's tag is not a release.
-            InvalidManifest: The manifest is malformed.
+            PageNotFound: The adapter has no such version, or the version's tag is not a release.
         """
-        refs = self.hub.refs(name)
-        wanted = parse_version(version)
-        commit = refs.tags.get(f"v{version_text(wanted)}")
+        commit = opened.commit_of(version)
         if commit is None:
-            raise PageNotFound(f"{name} has no version {version_text(wanted)}")
-        state = read_state(self.hub, name, refs)
-        row = self._read_version_row(name, refs, state, _invert(state), wanted)
+            raise PageNotFound(f"{opened.name} has no version {version}")
+        row = self._read_version_row(opened, parse_version(version))
         if row.problem:
-            raise PageNotFound(f"{name} has no release {row.version}: {row.problem}")
-        return row, Manifest.parse(self.hub.read(name, commit, MANIFEST_FILE, MAX_MANIFEST))
-
-    def list_versions(self, name: str) -> list[str]:
-        """Return the versions of an adapter that tags name, newest first."""
-        return [version_text(version) for version in self._sort(self.hub.refs(name))]
+            raise PageNotFound(f"{opened.name} has no release {row.version}: {row.problem}")
+        return row, Manifest.parse(self.hub.read(opened.name, commit, MANIFEST_FILE, MAX_MANIFEST))
 
     def read_card(self, name: str, commit: str | None) -> tuple[bytes | None, str]:
         """Return the card in a commit, ``None`` if it has none; and why it cannot be shown."""
@@ -197,12 +228,10 @@ class Reader:
 
     # -- how ---------------------------------------------------------------------------------------
 
-    def _read_version_row(
-        self, name: str, refs: Refs, state: State, aliases: Mapping[str, Sequence[str]], version: Version
-    ) -> VersionRow:
-        text = version_text(version)
-        commit = refs.tags[f"v{text}"]
-        found = self._summarize(name, commit)
+    def _read_version_row(self, opened: Repository, version: Version) -> VersionRow:
+        text, state = version_text(version), opened.state
+        commit = opened.refs.tags[f"v{text}"]
+        found = self._summarize(opened.name, commit)
         problem = ""
         if found is None:
             problem = "foreign tag, not a release"
@@ -217,20 +246,19 @@ class Reader:
             None if problem or not isinstance(found, Summary) else found,
             problem,
             (yank.reason, yank.time) if yank else None,
-            aliases.get(text, ()),
+            opened.aliases.get(text, ()),
             note.text if note else "",
             state.tags.get(text, ()),
             version.is_prerelease,
         )
 
-    def _find_newest(
-        self, name: str, refs: Refs, state: State, versions: Sequence[Version]
-    ) -> tuple[str, Summary] | None:
+    def _find_newest(self, opened: Repository) -> tuple[str, Summary] | None:
         """Return the newest stable release that is not withdrawn, looking at some of the newest tags only."""
-        offered = (v for v in versions if not v.is_prerelease and version_text(v) not in state.yanked)
+        yanked = opened.state.yanked
+        offered = (v for v in opened.versions if not v.is_prerelease and version_text(v) not in yanked)
         for version in islice(offered, _MOST_TRIES):
             text = version_text(version)
-            found = self._summarize(name, refs.tags[f"v{text}"])
+            found = self._summarize(opened.name, opened.refs.tags[f"v{text}"])
             if isinstance(found, Summary) and parse_version(found.version) == version:
                 return text, found
         return None
@@ -266,16 +294,6 @@ class Reader:
         contexts = [contextvars.copy_context() for _ in items]
         with ThreadPoolExecutor(_READERS) as readers:
             return list(readers.map(lambda context, item: context.run(function, item), contexts, items))
-
-
-def _invert(state: State) -> dict[str, list[str]]:
-    """Return the aliases of each version."""
-    found: dict[str, list[str]] = {}
-    for alias in sorted(state.aliases):
-        version = state.version_of(alias)
-        if version is not None:
-            found.setdefault(version, []).append(alias)
-    return found
 
 
 def _collect_metrics(rows: Iterable[VersionRow]) -> list[Metric]:

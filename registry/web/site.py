@@ -108,14 +108,14 @@ class Site:
     # -- pages -----------------------------------------------------------------------------------
 
     def _list_adapter(self, name: str) -> Iterator[tuple[str, str]]:
-        first = self._reader.read_adapter(name, 1)
-        for page in range(1, first.pages + 1):
-            shown = first if page == 1 else self._reader.read_adapter(name, page)
-            yield f"a/{name}/{_page_name(page)}", self._render_adapter(shown)
+        opened = self._reader.open(name)
+        pages = self._reader.read_adapter(opened, 1).pages
+        for page in range(1, pages + 1):
+            yield f"a/{name}/{_page_name(page)}", self._render_adapter(self._reader.read_adapter(opened, page))
         before: tuple[VersionRow, Manifest] | None = None
-        for version in reversed(self._reader.list_versions(name)):
+        for version in map(version_text, reversed(opened.versions)):
             try:
-                row, manifest = self._reader.read_version(name, version)
+                row, manifest = self._reader.read_version(opened, version)
             except PageNotFound:
                 continue
             yield f"a/{name}/v/{version}.html", self._render_version(name, row, manifest, before and before[0].version)
@@ -133,22 +133,18 @@ class Site:
     def _render_part(self, name: str, rest: str, query: Mapping[str, str]) -> str:
         listed, version, difference = (kind.fullmatch(rest) for kind in (_LIST, _VERSION, _DIFFERENCE))
         if listed:
-            return self._render_adapter(self._reader.read_adapter(name, int(listed[1] or 1)))
+            return self._render_adapter(self._reader.read_adapter(self._reader.open(name), int(listed[1] or 1)))
         if version:
-            row, manifest = self._reader.read_version(name, _check_version(version[1]))
-            return self._render_version(name, row, manifest, self._find_before(name, row.version))
+            text, opened = _check_version(version[1]), self._reader.open(name)
+            return self._render_version(name, *self._reader.read_version(opened, text), opened.find_before(text))
         if difference:
-            one, two = (self._reader.read_version(name, _check_version(text)) for text in difference.groups())
+            texts, opened = [_check_version(text) for text in difference.groups()], self._reader.open(name)
+            one, two = (self._reader.read_version(opened, text) for text in texts)
             return self._render_difference(name, one, two)
         if rest == "compare" and self.served:
             one_text, two_text = (_check_version(query.get(key, "")) for key in ("one", "two"))
             raise Moved(f"diff/{one_text}...{two_text}.html")
         raise PageNotFound(f"There is no page {rest[:200]!r} of {name}")
-
-    def _find_before(self, name: str, version: str) -> str | None:
-        versions = self._reader.list_versions(name)
-        later = versions[versions.index(version) + 1 :] if version in versions else []
-        return later[0] if later else None
 
     def _render_adapter(self, found: AdapterPage) -> str:
         charts = [
