@@ -380,7 +380,18 @@ def test_another_base_of_the_demo_is_named_and_a_missing_one_asked_for(
 def test_the_demos_adapter_can_be_tried(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Offline, by its folder: the base is the one that its configuration names."""
     (adapter,) = (path for path in result["files"] if path.endswith("adapter"))
-    words = ["try", adapter, "--prompt", "def f(): return 1", "--compare", "--json", "--max-new-tokens", "8"]
+    words = [
+        "try",
+        adapter,
+        "--prompt",
+        "def f(): return 1",
+        "--compare",
+        "--json",
+        "--max-new-tokens",
+        "48",
+        "--temperature",
+        "1",
+    ]
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert not ended.value.code

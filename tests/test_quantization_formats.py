@@ -22,6 +22,7 @@ from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import MergeError, UntrainableFormat
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
+from lora_plugins.quantization.formats import read_dequantized
 from lora_plugins.quantization.request import owner_of, parse_quantization, unknown_layers
 from lora_plugins.quantization.selftest import self_test
 from lora_plugins.trainer.callbacks import Int8PreparationCallback
@@ -219,6 +220,24 @@ def test_a_base_that_was_dequantized_while_loading_trains_in_float_and_says_what
     assert any(f"quant_method {method!r}" in note and "float" in note for note in report.notes)
     _, losses = train(tmp_path, model)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp8", "mxfp4"])
+def test_what_it_was_is_known_from_its_files_where_loading_leaves_no_trace(
+    folders: Callable[..., Path], method: str
+) -> None:
+    """As transformers 5.24 does."""
+    folder = folders(stored_bases.mxfp4) if method == "mxfp4" else folders(stored_bases.fp8, method=method)
+    base = load(folder)
+    vars(base).pop("_weight_conversions", None)
+    assert read_dequantized(base) == method
+    base.config.name_or_path = base.name_or_path = str(folder / "gone")
+    assert read_dequantized(base) is None, "nothing is guessed"
+
+
+def test_a_float_model_whose_files_are_float_was_never_dequantized(tmp_path: Path) -> None:
+    stored_bases.llama().save_pretrained(tmp_path)
+    assert read_dequantized(load(tmp_path)) is None
 
 
 @needs("transformers", "5.23", "it saves such a base in another layout")

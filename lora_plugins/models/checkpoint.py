@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "find_checkpoint", "find_pretrained", "locate"]
+__all__ = ["Checkpoint", "find_checkpoint", "find_pretrained", "locate", "read_stored_config"]
 
 
 _SINGLE = "model.safetensors"
@@ -94,16 +94,33 @@ def find_checkpoint(model: nn.Module) -> Checkpoint | None:
 
     Only the folder or the Hub's cache is read; there are no network requests.
     """
-    config: Any = getattr(model, "config", None)
-    source = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+    source, commit = _find_source(model)
     if not source:
         return None
     try:
-        files = _find_files(source, getattr(config, "_commit_hash", None))
+        files = _find_files(source, commit)
         return Checkpoint(files) if files else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         # Treat an unreadable checkpoint as absent; loading it reports what is wrong.
         return None
+
+
+def read_stored_config(model: nn.Module) -> dict[str, Any]:
+    """Return the ``config.json`` of a model's checkpoint, empty unless it is on this machine."""
+    source, commit = _find_source(model)
+    try:
+        file = locate(source, "config.json", commit) if source else None
+        found = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _find_source(model: nn.Module) -> tuple[str, str | None]:
+    """Return the folder or Hub id that a model names as its source, empty if it names none, and the commit."""
+    config: Any = getattr(model, "config", None)
+    source = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+    return source, getattr(config, "_commit_hash", None)
 
 
 def _find_files(source: str, commit: str | None) -> list[Path]:

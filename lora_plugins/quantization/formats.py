@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins.errors import UntrainableFormat
+from lora_plugins.models.checkpoint import read_stored_config
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.formats import Format
 from lora_plugins.plugins.host import PluginHost, plugin_host
@@ -68,12 +69,17 @@ def _list_declared(model: nn.Module) -> Iterator[str]:
 def read_dequantized(model: nn.Module) -> str | None:
     """Return the format that a base's files have if its weights were dequantized while it was loaded.
 
-    transformers 5.23 takes its flags off such a model; the conversions by which it read the files still hold the
-    quantizer. `check_format` remembers what it found here on the model.
+    transformers takes its flags off such a model. In 5.23 the conversions by which it read the files still hold the
+    quantizer; 5.24 drops them, and the files' own configuration tells it where they are on this machine.
+    `check_format` remembers what it found here on the model.
     """
     known = getattr(model, _ORIGIN, None)
     if isinstance(known, str):
         return known
+    return _read_conversions(model) or _read_files(model)
+
+
+def _read_conversions(model: nn.Module) -> str | None:
     for conversion in vars(model).get("_weight_conversions") or ():
         for operation in getattr(conversion, "operations", ()):
             quantizer = getattr(operation, "hf_quantizer", None)
@@ -81,6 +87,16 @@ def read_dequantized(model: nn.Module) -> str | None:
             if getattr(config, "dequantize", False):
                 return read_method(config)
     return None
+
+
+def _read_files(model: nn.Module) -> str | None:
+    """Return the format that the files of a float model declare, if it is one that loading dequantizes."""
+    if next(_list_declared(model), None) is not None:
+        return None
+    declared = read_stored_config(model).get("quantization_config")
+    method = read_method(declared) if isinstance(declared, dict) else None
+    record = plugin_host().format(method) if method is not None else None
+    return method if record is not None and record.trains == "float" else None
 
 
 def read_allowed(model: nn.Module) -> str | None:
