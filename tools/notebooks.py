@@ -7,6 +7,7 @@ folder with the model.
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import os
 import re
@@ -74,8 +75,12 @@ def _show_outputs(outputs: list[dict[str, Any]]) -> list[str]:
     shown = [_quote(printed)] if printed.strip() else []
     for one in outputs:
         if one["output_type"] != "stream":
-            html, text = ("".join(one["data"].get(kind, "")) for kind in ("text/html", "text/plain"))
-            shown.append(html or _quote(text))
+            table, text = ("".join(one["data"].get(kind, "")) for kind in ("text/html", "text/plain"))
+            if table.startswith(
+                "<pre"
+            ):  # wide text in its own colors: as text it can be scrolled, and read in the dark
+                table, text = "", html.unescape(re.sub(r"<[^>]+>", "", table))
+            shown.append(table or _quote(text))
     return shown
 
 
