@@ -37,6 +37,7 @@ COMMANDS = [
     "lock",
     "mirror",
     "gc",
+    "registry",
 ]
 
 

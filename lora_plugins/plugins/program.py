@@ -73,20 +73,26 @@ def _collect_commands(hook: Callable[..., Any], markup: Any) -> typer.Typer:
 
 
 def _list_names(app: typer.Typer) -> list[str]:
-    """Return the names of the commands that are no groups."""
-    return [
-        info.name or typer.main.get_command_name(info.callback.__name__)
-        for info in app.registered_commands
-        if info.callback
+    """Return the names of the commands and groups."""
+    return [_name(command) for command in app.registered_commands] + [
+        _name_group(group) for group in app.registered_groups
     ]
+
+
+def _name(command: Any) -> str:
+    return str(command.name or typer.main.get_command_name(command.callback.__name__))
+
+
+def _name_group(group: Any) -> str:
+    return str(typer.main.solve_typer_info_defaults(group).name)
 
 
 def _build_commands(app: typer.Typer, only: str | None) -> dict[str, Any]:
     """Return the commands of a program by name; with ``only``, the others are ``None``."""
     names = _list_names(app) if only is not None else []
     if only is not None:
-        chosen = zip(names, app.registered_commands, strict=True)
-        app.registered_commands = [info for name, info in chosen if name == only]
+        app.registered_commands = [command for command in app.registered_commands if _name(command) == only]
+        app.registered_groups = [group for group in app.registered_groups if _name_group(group) == only]
     built = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {**dict.fromkeys(names), **built}
 
