@@ -169,7 +169,15 @@ def test_trained_tokens_are_merged_and_measured(tokens: Any, tied: bool, tmp_pat
     ],
     ids=["saved", "trained tokens", "adapted embedding", "embedding saved along"],
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "tied",
+    [
+        pytest.param(
+            True, marks=needs("transformers", "5.23", "growing a tied head leaves the number of its outputs as it was")
+        ),
+        False,
+    ],
+)
 def test_vocabularies_that_grew(fields: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     base = tiny.llama(tie_word_embeddings=tied)
     base.save_pretrained(tmp_path / "base")

@@ -308,6 +308,7 @@ def test_the_number_of_labels_is_the_last_layer_s(kind: str, labels: int, tmp_pa
         assert torch.equal(logits(adapter.load(tmp_path / "base")), logits(model))
 
 
+@needs("peft", "0.21.2", "it cannot train a head alone")
 def test_a_head_without_a_task_gets_its_labels(tmp_path: Path) -> None:
     config = ViTConfig(**WIDTHS, image_size=32, patch_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")

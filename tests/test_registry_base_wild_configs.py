@@ -215,6 +215,7 @@ def test_a_configuration_of_another_trainer_is_refused_by_name(tmp_path: Path) -
         pulled(tmp_path / "folder", tmp_path / "release", base_model="org/base")
 
 
+@needs("peft", "0.21.2", "it refuses other configurations")
 @pytest.mark.parametrize("number", REFUSED_BY_PEFT)
 def test_what_peft_cannot_make_is_refused_with_its_reason(number: int, tmp_path: Path) -> None:
     architecture, config = CONFIGS[number]["architecture"], CONFIGS[number]["config"]
