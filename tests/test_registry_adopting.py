@@ -33,6 +33,7 @@ from registry.checks.adapter_files import AdapterFiles
 from registry.errors import (
     BaseMismatch,
     HubRefused,
+    HubUnavailable,
     IntegrityError,
     InvalidAdapter,
     InvalidReference,
@@ -459,6 +460,12 @@ def test_a_folder_or_a_name_is_asked_for(tmp_path: Path, made: Made, monkeypatch
     take("./run/best", place)
     with pytest.raises(InvalidAdapter, match="adapters in run/best: name one of them, or take all"):
         take(".", place)
+
+
+def test_a_reference_that_the_hub_does_not_have_names_the_option_for_another_registry(tmp_path: Path) -> None:
+    """Offline, and the registry that is published in is a folder, which is not searched."""
+    with pytest.raises(HubUnavailable, match=r"org/plain@main was looked up on the Hugging Face Hub: --from-hub"):
+        adopt("org/plain@main", "org/name", version="1.0.0", hub=tmp_path)
 
 
 # -- several at once -------------------------------------------------------------------------------------------------

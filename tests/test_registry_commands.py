@@ -17,7 +17,7 @@ from adapters import saved
 
 from lora_plugins.commands.cli import main, program
 from lora_plugins.plugins.host import plugin_host
-from registry.errors import RegistryError, RepositoryConflict
+from registry.errors import LockMismatch, RegistryError, RepositoryConflict
 from registry.hubs.folder import FolderHub
 from registry.testing import LoopbackHub
 
@@ -232,3 +232,24 @@ def test_foreign_tags_are_listed_as_foreign(folders: list[Path], tmp_path: Path)
     card = hub.read("org/name", commit, "README.md", 10**6).decode()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["datasets"], front["language"]) == ("mit", ["org/data"], ["en"])
+
+
+def test_two_versions_are_compared_whatever_the_lock_file_has(folders: list[Path], tmp_path: Path) -> None:
+    push(folders[0], "1.0.0")
+    push(folders[1], "1.1.0")
+    run("pull", "org/name@1.0.0", "--lock")
+    found = answer("diff", "org/name@1.0.0", "org/name@1.1.0")
+    assert found["layers"]
+    page = tmp_path / "page.html"
+    run("report", "org/name@1.1.0", "--output", page)
+    assert "org/name@1.1.0" in page.read_text()
+
+
+def test_a_pull_beside_the_lock_says_how_to_change_it(folders: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    push(folders[0], "1.0.0")
+    push(folders[1], "1.1.0")
+    run("pull", "org/name@1.0.0", "--lock")
+    with pytest.raises(LockMismatch, match=r"To change the lock: lora-plugins pull org/name@1\.1\.0 --lock"):
+        program(["pull", "org/name@1.1.0"])
+    run("pull", "org/name@1.1.0", "--lock")
+    assert answer("lock")

@@ -14,7 +14,16 @@ from packaging.version import Version
 from registry.adopting.prepare import Prepared, prepare
 from registry.adopting.sources import Source, find_sources, is_local
 from registry.disk.machine import temporary_folder
-from registry.errors import AdapterWarning, InvalidAdapter, InvalidReference, MachineError, RegistryError, UnknownBase
+from registry.errors import (
+    AdapterWarning,
+    HubUnavailable,
+    InvalidAdapter,
+    InvalidReference,
+    MachineError,
+    RegistryError,
+    RepositoryNotFound,
+    UnknownBase,
+)
 from registry.formats.references import BUMPS, check_name, parse_version, version_text
 from registry.hubs import open_hub
 from registry.hubs.huggingface import HuggingFaceHub
@@ -126,7 +135,14 @@ def adopt(
     origin = None if is_local(source) else _open_source(place, source_hub, token, source_token)
     bases = open_hub(base_hub, token) if base_hub is not None else None if place.local else place
     token = source_token = None
-    found = [each for each in find_sources(source, origin, every=every) if each.folder not in skip]
+    try:
+        sources = find_sources(source, origin, every=every)
+    except (HubUnavailable, RepositoryNotFound) as error:
+        if source_hub is None and place.local:
+            hint = f"{source} was looked up on the Hugging Face Hub: --from-hub (source_hub=) names another registry"
+            raise type(error)(f"{error}. {hint}") from error
+        raise
+    found = [each for each in sources if each.folder not in skip]
     if not found:
         raise InvalidAdapter(f"{source}: skip leaves out every adapter")
     names = _name_all(name, found) if every else {found[0].folder: name}

@@ -183,8 +183,10 @@ def diff(
       lora-plugins diff org/name@1.1.0 org/name@1.2.0 --page diff.html
     """
     with progress() as advance:
+        # A lock file holds one of the two.
         one, two = (
-            registry.pull_adapter(ref, hub=hub, cache_dir=cache_dir, progress=advance) for ref in (before, after)
+            registry.pull_adapter(ref, hub=hub, lock=False, cache_dir=cache_dir, progress=advance)
+            for ref in (before, after)
         )
     found = registry.compare_adapters(one, two)
     if page is not None:

@@ -106,8 +106,8 @@ class Lock:
         if self.write:
             return None
         raise LockMismatch(
-            f"{self.path} has {reference.key} at {entry.version}, which is not {reference}; to change the lock, pull "
-            "with lock=True, or call lora-plugins lock"
+            f"{self.path} has {reference.key} at {entry.version}, which is not {reference}. To change the lock: "
+            f"lora-plugins pull {reference} --lock (in Python, lock=True)"
         )
 
     def entries(self) -> Mapping[str, LockEntry]:

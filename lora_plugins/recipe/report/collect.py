@@ -64,7 +64,8 @@ def collect_facts(source: str, hub: str | None = None) -> RunFacts:
 
 
 def _collect_release(reference: str, hub: str | None) -> RunFacts:
-    adapter = pull_adapter(reference, hub=hub)
+    # A page of a version is not what the project has locked.
+    adapter = pull_adapter(reference, hub=hub, lock=False)
     manifest = adapter.manifest
     lineage: Mapping[str, Any] = manifest.lineage
     facts = [(label, str(value)) for label, value in manifest.list_facts() if value and label not in manifest.metrics]
