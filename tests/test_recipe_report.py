@@ -212,6 +212,28 @@ def test_a_number_of_samples_that_is_not_valid_is_refused() -> None:
             parse(["--model", "x", "--dataset", "y", "--output_dir", "z", "--samples", count])
 
 
+def test_no_page_with_samples_lies_where_the_trainer_uploads_from(tmp_path: Path) -> None:
+    """``Trainer.push_to_hub`` uploads its output folder, pages of earlier runs among the files."""
+    out, words = tmp_path / "out", ["--model", "x", "--dataset", "y", "--output_dir", str(tmp_path / "out")]
+    out.mkdir()
+    page = out / "report.html"
+    page.write_text("an earlier run's samples")
+    pushing = [*words, "--push_to_hub", "true"]
+    with pytest.raises(ArgumentsError, match=r"--samples .* --push_to_hub uploads .* --report_folder"):
+        TrainingRun(*parse([*pushing, "--samples", "2"])).run()
+    for more in (["--report_folder", str(out / "nested")], ["--report_folder", str(tmp_path / "link")]):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(out)
+        with pytest.raises(ArgumentsError, match="--push_to_hub uploads"):
+            TrainingRun(*parse([*pushing, "--samples", "2", *more])).run()
+    TrainingRun(*parse([*words, "--samples", "2"]))._keep_page_here()
+    assert page.exists()
+    for more in (["--samples", "2", "--report_folder", str(tmp_path / "else")], []):
+        page.write_text("an earlier run's samples")
+        TrainingRun(*parse([*pushing, *more]))._keep_page_here()
+        assert not page.exists()
+
+
 def test_a_release_has_a_page_too(ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_REGISTRY", (tmp_path / "registry").as_uri())
     monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))

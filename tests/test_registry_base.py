@@ -38,6 +38,7 @@ from lora_plugins import prepare_model, resolve_targets
 from registry import check_contract, shorten_tables
 from registry.errors import BaseMismatch, IntegrityError, InvalidAdapter, RegistryError, UnknownBase, UnsafeFile
 from registry.formats.agreement import check_agreement
+from registry.publishing.snapshot import read_state
 from registry.pulling.adapter import Adapter
 from registry.testing import LoopbackHub
 
@@ -622,3 +623,21 @@ def test_a_head_with_a_fixed_number_of_labels_is_checked(known_by: str, tmp_path
     assert check_contract(tmp_path / "adapter", known).tensors == 6
     with pytest.raises(BaseMismatch, match=r"no place|another shape"):
         check_contract(tmp_path / "adapter", transformers.DistilBertConfig(**{**config.to_dict(), "dim": 64}))
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_both_ends_of_a_grown_vocabulary_are_kept_where_the_base_is_not_at_hand(end: str, tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100, mean_resizing=False)
+    model = randomise(adapted(model, target_modules=["q_proj", end]))
+    expected = logits(model, input_ids=GROWN)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    state = read_state(model, "default")
+    assert {tuple(value.shape) for name, value in state.items() if "lora_" not in name} == {(100, 32)}
+    assert {name.split(".")[-2 if "base_layer" not in name else -3] for name in state if "lora_" not in name} == {
+        "embed_tokens",
+        "lm_head",
+    }
+    adapter = pulled(model, tmp_path / "release", allow=["embed_tokens", "lm_head"], base_model="org/base")
+    assert torch.equal(logits(adapter.load(tmp_path / "moved"), input_ids=GROWN), expected)

@@ -132,6 +132,8 @@ def test_a_release_whose_base_is_not_at_hand_is_judged_by_its_manifest(
         assert not verdicts["sglang"].served
     with pytest.raises(MergeError):
         check_serving(tmp_path / "adapter", base=tmp_path / "gone")
+    with pytest.raises(MergeError):
+        check_serving(tmp_path / "adapter", revision="deadbeef")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"text"', "\x00", "[" * 100_000])

@@ -89,6 +89,7 @@ class TrainingRun:
 
     def run(self) -> int:
         """Run all phases; see `run`."""
+        self._keep_page_here()
         prepare.choose_quantization(self.recipe, self.training, self.say)
         prepare.check_lora(self.recipe)
         publication = Publication.of(self.recipe.push, self._find_base_on_hub())
@@ -120,6 +121,25 @@ class TrainingRun:
         if unpublished is not None:
             raise unpublished
         return 0
+
+    def _keep_page_here(self) -> None:
+        """Keep pages with training text out of what ``--push_to_hub`` uploads: the whole output folder.
+
+        Raises:
+            ArgumentsError: This run would write such a page there.
+        """
+        if not self.training.push_to_hub:
+            return
+        output = self.folders.output.resolve()
+        if self.recipe.samples and self.folders.report.resolve().is_relative_to(output):
+            raise ArgumentsError(
+                "--samples writes texts of the data set into the report page, and --push_to_hub uploads the output "
+                "folder with it. Give --report_folder outside of --output_dir, publish with --push instead, or leave "
+                "one of them out."
+            )
+        if self.is_main:
+            # Of an earlier run.
+            (output / REPORT_PAGE).unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
         """Return where a finished run has put things, and its figures, as they are in ``metrics.json``."""

@@ -36,14 +36,14 @@ def check_serving(
 
     Raises:
         UnknownServer: A name is not registered.
-        MergeError: The configuration of ``base`` cannot be read, or the adapter is broken.
+        MergeError: The configuration of ``base`` or of this ``revision`` cannot be read, or the adapter is broken.
         MismatchedBase: The adapter was trained on another base.
     """
     names = None if servers is None else check_servers(servers)
     try:
         source = read_source(adapter, base, revision)
     except MergeError:
-        known = () if base is not None else diagnose(adapter).servers
+        known = () if base is not None or revision is not None else diagnose(adapter).servers
         if not known:
             raise
         return [cast("ServingVerdict", one) for one in known if names is None or one.server in names]

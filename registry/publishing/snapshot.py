@@ -128,11 +128,13 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
         raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
     # By default, PEFT 0.21.2 asks the Hub for the base's vocabulary size:
     # https://github.com/huggingface/peft/issues/1452
-    resized = _is_resized(model)
+    resized, targeted = _is_resized(model), _targets_embeddings(model)
     found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=resized or _targets_embeddings(model)
+        model, adapter_name=adapter_name, save_embedding_layers=bool(resized) or targeted
     )
-    found = {**_find_ends_left_out(model, found), **found} if resized else found
+    # Where it is not known how many rows the base's files have, both ends are kept.
+    if resized or (resized is None and targeted):
+        found = {**_find_ends_left_out(model, found), **found}
     _check_trained(model, adapter_name, found)
     return found
 
@@ -191,8 +193,8 @@ def _count_original_rows(base: Any) -> int | None:
         return None
 
 
-def _is_resized(model: PeftModel) -> bool:
-    """Whether the embeddings have other rows than those of the loaded base."""
+def _is_resized(model: PeftModel) -> bool | None:
+    """Whether the embeddings have other rows than those of the loaded base; ``None`` if its files are not at hand."""
     from registry.base.files import original_vocabulary
     from registry.base.places import ends_of
 
@@ -202,7 +204,9 @@ def _is_resized(model: PeftModel) -> bool:
     before = original_vocabulary(base)
     if before is not None and weight is not None and int(weight.shape[0]) != before:
         before = _count_original_rows(base) or before
-    return before is not None and weight is not None and int(weight.shape[0]) != before
+    if before is None or weight is None:
+        return None
+    return int(weight.shape[0]) != before
 
 
 def _targets_embeddings(model: PeftModel) -> bool:
