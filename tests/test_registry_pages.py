@@ -6,10 +6,13 @@ import html
 import math
 import os
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from page_registries import CARD, HOSTILE
 
 from registry import PageError, load_template, make_bar, make_heat_map, make_line_chart, write_page
@@ -27,6 +30,60 @@ def test_charts_leave_out_what_is_not_finite_and_thin_what_is_long() -> None:
     assert all(0 <= number <= 480 for number in numbers)
     for values in ([(1, 5.0)], [(1, 0.0), (2, 0.0)], [(1, -3e9), (2, 4e-9)], [(0, 1e-30), (1, 2e-30)]):
         assert make_line_chart("x", {"a": values}) is not None
+
+
+LARGEST = sys.float_info.max
+ODD_VALUES = [
+    (0.48592769656281265, 0.4859276965628127),
+    (1e308, -1e308),
+    (1.797e308, 1.797e308),
+    (LARGEST, LARGEST),
+    (-LARGEST, LARGEST),
+    (-LARGEST, -LARGEST),
+    (0.0, 5e-324),
+    (5e-324, 1e-323),
+    (-5e-324, 5e-324),
+    (1e17, 1e17 + 16),
+    (1e-308, 2e-308),
+    (-1e16, math.nextafter(-1e16, 0)),
+    (math.inf, 1.0),
+]
+
+
+def check_chart(points: list[tuple[float, float]]) -> None:
+    """Whether a chart of points with a finite one is made, with all that it draws inside of its frame."""
+    chart = make_line_chart("x", {"a": points})
+    if not [point for point in points if all(map(math.isfinite, point))]:
+        assert chart is None
+        return
+    assert chart is not None
+    assert 2 <= len(chart.up) <= 9
+    places = [tuple(map(float, pair.split(","))) for pair in chart.curves[0].points.split()]
+    places += [(x, chart.top) for x, _ in chart.across] + [(chart.left, y) for y, _ in chart.up]
+    for x, y in places:
+        assert chart.left <= x <= chart.right
+        assert chart.top <= y <= chart.bottom
+    assert not re.search("inf|nan", chart.description + " ".join(text for _, text in chart.up + chart.across))
+
+
+@pytest.mark.parametrize("values", ODD_VALUES, ids=str)
+def test_a_chart_is_made_of_values_as_they_may_come(values: tuple[float, float]) -> None:
+    check_chart([(float(step), value) for step, value in enumerate(values)])
+    check_chart([(value, float(step)) for step, value in enumerate(sorted(values))])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=4))
+def test_a_chart_is_made_of_any_points(points: list[tuple[float, float]]) -> None:
+    check_chart(points)
+
+
+@pytest.mark.parametrize("norms", [(1.797e308, 1e308), (5e-324, 0.0), (-1.0, -2.0), (-LARGEST, 1e-308), (1.0, -3.0)])
+def test_a_heat_map_is_made_of_any_norms(norms: tuple[float, float]) -> None:
+    heat = make_heat_map([(f"h.{row}.q", norm) for row, norm in enumerate(norms)])
+    assert (heat is None) == (max(norms) <= 0)
+    for _, cells in heat.rows if heat else ():
+        assert all(0 <= int(cell[1].split()[0][1:]) <= 20 for cell in cells if cell)
 
 
 def test_bars_and_heat_maps_of_nothing_are_not_drawn() -> None:

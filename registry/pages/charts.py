@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ _MOST_NAMES, _LONGEST_NAME = 5, 12
 #: Shares of the largest value from which the text on a cell changes between black and white, on a light and on a dark
 #: page; with these, the contrast is at least 4.5 on every cell.
 _LIGHT_TEXT, _DARK_TEXT = 0.81, 0.6
+_LARGEST = sys.float_info.max
+#: A range below this, or below this share of its ends, has no numbers for ticks in it: it is drawn as one value.
+_NARROWEST, _NARROWEST_SHARE = 1e-300, 1e-9
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def make_line_chart(
     up = _make_ticks(
         min(y for points in kept.values() for _, y in points), max(y for points in kept.values() for _, y in points), 5
     )
-    scale = _Scale(min(xs), max(max(xs), min(xs) + 1), up[0], up[-1], axis, names)
+    scale = _Scale(*_widen(min(xs), max(max(xs), min(xs) + 1)), up[0], up[-1], axis, names)
     curves = [_draw(name, points, f"c{index}", scale) for index, (name, points) in enumerate(kept.items())]
     described = "; ".join(
         f"{name}: {_format(points[0][1])} at {scale.name(points[0][0])}, "
@@ -139,8 +143,8 @@ class _Scale:
         """Return the position of a point."""
         inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
         return (
-            round(_LEFT + (x - self.left) / (self.right - self.left) * inner_x, 1),
-            round(_HEIGHT - _BOTTOM - (y - self.low) / (self.high - self.low) * inner_y, 1),
+            round(_LEFT + _find_share(x, self.left, self.right) * inner_x, 1),
+            round(_HEIGHT - _BOTTOM - _find_share(y, self.low, self.high) * inner_y, 1),
         )
 
     def name(self, x: float) -> str:
@@ -172,17 +176,32 @@ def _keep_finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return [*finite[:-1:stride], finite[-1]] if finite else []
 
 
+def _find_share(value: float, low: float, high: float) -> float:
+    """Return how far a value is from ``low`` to ``high``, between 0 and 1, where their difference may be infinite."""
+    return min(1.0, max(0.0, (value / 4 - low / 4) / (high / 4 - low / 4)))
+
+
+def _widen(low: float, high: float) -> tuple[float, float]:
+    """Return a range that has numbers for ticks in it: the given one, or if it is too narrow, one that begins at it."""
+    size = max(abs(low), abs(high))
+    if high / 2 - low / 2 > max(_NARROWEST, _NARROWEST_SHARE * size):
+        return low, high
+    if size < _NARROWEST:
+        return low, low + 1.0
+    return (low, low + abs(low)) if low <= _LARGEST / 2 else (0.0, _LARGEST)
+
+
 def _make_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round numbers from at most ``low`` to at least ``high``."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
+    """Return round numbers from at most ``low`` to at least ``high``, or to the largest number."""
+    low, high = _widen(low, high)
+    rough = high / count - low / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     if whole:
         step = max(1.0, float(math.ceil(step)))
     first = math.floor(low / step)
-    return [index * step for index in range(first, math.ceil(high / step - 1e-9) + 1)]
+    ticks = (index * step for index in range(first, math.ceil(high / step - 1e-9) + 1))
+    return [min(_LARGEST, max(-_LARGEST, tick)) for tick in ticks]
 
 
 def _format(value: float) -> str:
@@ -216,7 +235,7 @@ def make_heat_map(layers: Sequence[tuple[str, float]]) -> HeatMap | None:
         cells.setdefault(row, {})[column] = (name, norm)
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))[:_MOST_COLUMNS]
     largest = max((norm for _, norm in layers if math.isfinite(norm)), default=0.0)
-    if not largest:
+    if largest <= 0:
         return None
     rows = tuple((row, tuple(_shade(found.get(column), largest) for column in columns)) for row, found in cells.items())
     shown = sum(cell is not None for _, row in rows[:_MOST_ROWS] for cell in row)
@@ -235,7 +254,7 @@ def _shade(cell: tuple[str, float] | None, largest: float) -> tuple[str, str] | 
     """Return the text of a cell, and the classes with its shade and the color of its text."""
     if cell is None or not math.isfinite(cell[1]):
         return None
-    shade = round(SHADES * cell[1] / largest)
+    shade = round(SHADES * max(0.0, cell[1] / largest))
     share = shade / SHADES
     classes = f"s{shade}" + (" l" if share > _LIGHT_TEXT else "") + (" d" if share > _DARK_TEXT else "")
     return f"{cell[1]:.4g}", classes
