@@ -31,6 +31,7 @@ from registry.catalog.comparison import Difference, LayerChange
 from registry.errors import AddressConflict, ExportConflict, HubUnavailable, InvalidAddress, PageNotFound
 from registry.formats.references import parse_version
 from registry.publishing.publish import publish
+from registry.web import site as site_module
 from registry.web.export import export_pages
 from registry.web.server import PageServer, open_server
 from registry.web.site import Moved, Site
@@ -162,6 +163,41 @@ def test_a_foreign_tag_and_a_broken_manifest_are_named(tmp_path: Path) -> None:
     (tmp_path / "org" / "torn" / "repository.json").write_text("{}")
     (tmp_path / "org" / "torn" / "refs.json").write_text("[]")
     assert "is damaged" in check_harmless(site.render("")).text
+
+
+def write_metrics(root: Path, *metrics: dict[str, float]) -> None:
+    """A registry with one adapter, whose releases 1.0.0, 1.1.0, … have these metrics."""
+    made = {f"1.{n}.0": page_registries.make_manifest(f"1.{n}.0", metrics=one) for n, one in enumerate(metrics)}
+    page_registries.write_repository(root, "org/some", made)
+
+
+def test_a_metric_of_odd_values_stops_no_page(tmp_path: Path) -> None:
+    write_metrics(
+        tmp_path,
+        {"near": 0.48592769656281265, "far": 1e308, "largest": 1.797e308, "least": 0.0},
+        {"near": 0.4859276965628127, "far": -1e308, "largest": 1.797e308, "least": 5e-324},
+    )
+    pages = dict(Site(FolderHub(tmp_path), "Registry", served=False).list_pages())
+    adapter = check_harmless(pages["a/org/some/index.html"])
+    assert [tag for tag, _ in adapter.tags].count("svg") == 4
+    check_harmless(pages["a/org/some/diff/1.0.0...1.1.0.html"])
+
+
+def test_a_chart_that_cannot_be_made_is_named_and_stops_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_metrics(tmp_path, {"eval_loss": 1.0, "accuracy": 0.5}, {"eval_loss": 2.0, "accuracy": 0.5})
+    made = site_module.make_line_chart
+
+    def make(title: str, *rest: Any, **more: Any) -> Any:
+        return 1 / 0 if "loss" in title else made(title, *rest, **more)
+
+    monkeypatch.setattr(site_module, "make_line_chart", make)
+    adapter = check_harmless(Site(FolderHub(tmp_path), "Registry", served=True).render("a/org/some/"))
+    assert [tag for tag, _ in adapter.tags].count("svg") == 1
+    assert "No chart could be made of: eval_loss." in adapter.text
+    assert "a chart could not be made" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 # -- hostile ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from registry.formats.manifest import Manifest
 from registry.formats.references import check_name, parse_version, version_text
 from registry.hubs.protocol import Hub
 from registry.pages.cards import render_card
-from registry.pages.charts import make_line_chart
+from registry.pages.charts import LineChart, make_line_chart
 from registry.pages.environment import load_template
 from registry.web.difference import describe_difference
 from registry.web.reading import Reader
-from registry.web.records import AdapterPage, VersionRow
+from registry.web.records import AdapterPage, Metric, VersionRow
 
 __all__ = ["MARK", "Moved", "Site"]
 
@@ -35,6 +36,8 @@ _VERSION = re.compile(r"v/([^/]+)\.html")
 _DIFFERENCE = re.compile(r"diff/([^/]+?)\.\.\.([^/]+)\.html")
 #: Nested values of a configuration that are shown, and characters of each.
 _MOST_FACTS = 400
+
+_log = logging.getLogger(__name__)
 
 
 class Moved(Exception):
@@ -147,21 +150,13 @@ class Site:
         raise PageNotFound(f"There is no page {rest[:200]!r} of {name}")
 
     def _render_adapter(self, found: AdapterPage) -> str:
-        charts = [
-            make_line_chart(
-                f"{metric.name} ({metric.better} is better)" if metric.better else metric.name,
-                {metric.name: [(float(index), value) for index, (_, value) in enumerate(metric.values)]},
-                axis="version",
-                names=[version for version, _ in metric.values],
-            )
-            for metric in found.metrics[:6]
-            if len(metric.values) > 1
-        ]
+        drawn = {metric.name: _draw(metric) for metric in found.metrics[:6] if len(metric.values) > 1}
         return self._fill(
             "adapter.html",
             "../../../",
             found=found,
-            charts=[chart for chart in charts if chart is not None],
+            charts=[chart for chart in drawn.values() if chart is not None],
+            without_chart=[name for name, chart in drawn.items() if chart is None],
             columns=[metric.name for metric in found.metrics[:4]],
             pages=_list_near(found.page, found.pages),
             card=None if found.card is None else render_card(found.card),
@@ -193,6 +188,20 @@ class Site:
     def _fill(self, template: str, root: str, **values: Any) -> str:
         page = load_template("registry.web", template, self._script, self.served)
         return page.render(place=_Place(root, self.served), title=self.title, mark=MARK, **values)
+
+
+def _draw(metric: Metric) -> LineChart | None:
+    """Return the chart of a metric; ``None`` if it cannot be drawn, which stops no page."""
+    try:
+        return make_line_chart(
+            f"{metric.name} ({metric.better} is better)" if metric.better else metric.name,
+            {metric.name: [(float(index), value) for index, (_, value) in enumerate(metric.values)]},
+            axis="version",
+            names=[version for version, _ in metric.values],
+        )
+    except Exception:
+        _log.exception("a chart could not be made")
+        return None
 
 
 def _page_name(page: int) -> str:
