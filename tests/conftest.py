@@ -85,6 +85,9 @@ def local_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "adapters")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    # Which of the experiments it is, in this store: transformers writes it down for the whole process.
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
     monkeypatch.chdir(tmp_path)
     yield mlflow
     while mlflow.active_run() is not None:
