@@ -28,7 +28,18 @@ import registry
 from lora_plugins.commands.cli import main
 from registry import FolderHub, set_alias, yank
 from registry.catalog.comparison import Difference, LayerChange
-from registry.errors import AddressConflict, ExportConflict, HubUnavailable, InvalidAddress, PageNotFound
+from registry.catalog.state import STATE_BRANCH, STATE_FILE
+from registry.disk.owners import new_name
+from registry.errors import (
+    AddressConflict,
+    ExportConflict,
+    HostileAnswer,
+    HubRefused,
+    HubUnavailable,
+    InvalidAddress,
+    PageError,
+    PageNotFound,
+)
 from registry.formats.references import parse_version
 from registry.publishing.publish import publish
 from registry.web import site as site_module
@@ -509,6 +520,293 @@ def test_the_command_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         main(["registry", "export", str(tmp_path / "pages"), "--hub", str(root)])
     assert ended.value.code == 1
     assert "was not written by an export" in capsys.readouterr().err
+
+
+# -- what cannot be read -----------------------------------------------------------------------------
+
+
+def spoil(root: Path, how: str) -> None:
+    """Make the second of two adapters one that cannot be read."""
+    folder = root / "org1" / "adapter-001"
+    refs = folder / "refs.json"
+    found = json.loads(refs.read_text())
+    newest = folder / "commits" / found["tags"]["v1.1.0"]
+    if how == "half a list of tags":
+        refs.write_text("{")
+    elif how == "no list of tags":
+        refs.unlink()
+    elif how == "a list of tags that is a pipe":
+        refs.unlink()
+        os.mkfifo(refs)
+    elif how == "a state without fields":
+        found["branches"][STATE_BRANCH] = "5" * 64
+        (folder / "commits" / ("5" * 64)).mkdir()
+        (folder / "commits" / ("5" * 64) / STATE_FILE).write_text("{}")
+        refs.write_text(json.dumps(found))
+    elif how == "a manifest that is a pipe":
+        (newest / "adapter_manifest.json").unlink()
+        os.mkfifo(newest / "adapter_manifest.json")
+    elif how == "a card that is a link":
+        (newest / "README.md").unlink(missing_ok=True)
+        (newest / "README.md").symlink_to("/etc/hostname")
+
+
+BROKEN = ["half a list of tags", "no list of tags", "a list of tags that is a pipe", "a state without fields"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_an_adapter_that_cannot_be_read_stops_no_export_of_others(tmp_path: Path, how: str) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 2, 2)
+    spoil(root, how)
+    done = export_pages(root, tmp_path / "pages")
+    assert list(done.unread) == ["org1/adapter-001"]
+    assert (tmp_path / "pages" / "a/org0/adapter-000/v/1.1.0.html").exists()
+    page = check_harmless((tmp_path / "pages" / "a/org1/adapter-001/index.html").read_text())
+    assert "org1/adapter-001 cannot be read" in page.text
+    assert page.links == ["../../../index.html"]
+    first = check_harmless((tmp_path / "pages" / "index.html").read_text())
+    assert "refs.json" in first.text or "registry.json" in first.text
+    assert "1.1.0" in first.text
+    assert done.pages == 1 + (1 + 2 + 1) + 1
+
+
+@pytest.mark.parametrize("how", [*BROKEN, "a manifest that is a pipe", "a card that is a link"])
+def test_what_others_read_has_no_path_of_this_machine(tmp_path: Path, how: str) -> None:
+    root = page_registries.make_registry(tmp_path / "our registry", 2, 2)
+    spoil(root, how)
+    export_pages(root, tmp_path / "pages")
+    pages = [path.read_text() for path in (tmp_path / "pages").rglob("*.html")]
+    served = Site(FolderHub(root), "Registry", served=True)
+    pages += [served.render(""), served.render_message("x", served.explain(HostileAnswer(f"{root}/a is damaged")))]
+    for page in pages:
+        assert str(tmp_path) not in page
+        assert tmp_path.as_uri() not in page
+    assert "our registry/a is damaged" in pages[-1]
+    private = Site(FolderHub(root), "Registry", served=True, private=True)
+    assert root.as_uri() in private.render("")
+
+
+def test_a_server_that_others_reach_shows_no_path_of_this_machine(tmp_path: Path) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 2, 2)
+    spoil(root, "half a list of tags")
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"host": "127.0.0.2"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"allowed_hosts": ["x.org"]}, False),
+    ]
+    for settings, shown in cases:
+        with open_server(root, **settings) as opened:
+            site = opened.site
+            texts = [site.render("")]
+            for name in ("org1/adapter-001", "org1/none"):
+                with pytest.raises(registry.RegistryError) as refused:
+                    site.render(f"a/{name}/index.html")
+                texts.append(site.explain(refused.value))
+        assert [str(tmp_path) in text for text in texts] == [shown] * 3, settings
+
+
+def test_an_error_on_a_page_of_a_server_that_others_reach_has_no_path(tmp_path: Path) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 2, 2)
+    spoil(root, "half a list of tags")
+    with open_server(root, allowed_hosts=["x.org"]) as opened:
+        threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        for name, status in (("org1/adapter-001", 502), ("org1/none", 404)):
+            answer = ask(opened, f"/a/{name}/index.html")
+            assert answer[0] == status
+            assert str(tmp_path) not in answer[2]
+        opened.shutdown()
+
+
+def test_an_adapter_without_tags_hides_no_other_on_the_first_page(tmp_path: Path) -> None:
+    for count in (1, 2):
+        root = page_registries.make_registry(tmp_path / f"registry{count}", count, 2)
+        (root / f"org{count - 1}" / f"adapter-00{count - 1}" / "refs.json").unlink()
+        text = check_harmless(Site(FolderHub(root), "Registry", served=True).render("")).text
+        assert "No such file or directory" in text
+        assert ("1.1.0" in text) == (count == 2)
+
+
+class Patchy(FolderHub):
+    """A hub of which parts fail."""
+
+    failure: Exception
+    broken: tuple[str, ...] = ()
+    listed = 1_000
+
+    def names(self, base: str | None = None) -> Iterator[str]:
+        self.listed -= 1
+        if self.listed < 0:
+            raise HubUnavailable("the hub sleeps")
+        return super().names(base)
+
+    def refs(self, name: str) -> Any:
+        if name in self.broken:
+            raise self.failure
+        return super().refs(name)
+
+
+FAILURES = [
+    ValueError("a fault"),
+    RecursionError("deep"),
+    HubRefused("not for you"),
+    HubUnavailable("no answer"),
+    KeyError(),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=[type(failure).__name__ for failure in FAILURES])
+def test_whatever_fails_of_one_adapter_the_others_are_exported(tmp_path: Path, failure: Exception) -> None:
+    hub = Patchy(page_registries.make_registry(tmp_path / "registry", 2, 2))
+    hub.failure, hub.broken = failure, ("org0/adapter-000",)
+    done = export_pages(hub, tmp_path / "pages")
+    assert list(done.unread) == ["org0/adapter-000"]
+    assert (tmp_path / "pages" / "a/org1/adapter-001/diff/1.0.0...1.1.0.html").exists()
+    text = check_harmless((tmp_path / "pages" / "index.html").read_text()).text
+    assert "a fault" not in text
+    assert ("the log of the program says why" in text) == (not isinstance(failure, registry.RegistryError))
+
+
+def test_one_page_that_cannot_be_made_leaves_the_adapters_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 1, 3)
+    render = Site._render_version
+
+    def fail(self: Site, name: str, row: Any, *more: Any) -> str:
+        if row.version == "1.1.0":
+            raise ValueError("a fault")
+        return render(self, name, row, *more)
+
+    monkeypatch.setattr(Site, "_render_version", fail)
+    done = export_pages(root, tmp_path / "pages")
+    assert done.unread == {"org0/adapter-000@1.1.0": "ValueError: a fault"}
+    assert done.pages == 1 + 1 + 3 + 2
+    text = check_harmless((tmp_path / "pages" / "a/org0/adapter-000/v/1.1.0.html").read_text()).text
+    assert "org0/adapter-000@1.1.0 cannot be read" in text
+
+
+def test_a_hub_that_is_down_is_an_error_and_not_a_page_of_broken_rows(tmp_path: Path) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 3, 2)
+    everything = tuple(FolderHub(root).names())
+    hub = Patchy(root)
+    hub.failure, hub.broken, hub.listed = HubUnavailable("no answer"), everything, 1
+    with pytest.raises(HubUnavailable, match="the hub sleeps"):
+        Site(hub, "Registry", served=True).render("")
+    hub.listed = 1
+    with pytest.raises(HubUnavailable, match="the hub sleeps"):
+        export_pages(hub, tmp_path / "pages")
+    assert not (tmp_path / "pages").exists()
+    hub.listed, hub.local = 1_000, False  # a hub on the network whose list answers, and nothing else
+    with pytest.raises(HubUnavailable, match="no answer"):
+        Site(hub, "Registry", served=True).render("")
+    hub.broken = everything[:2]
+    assert "no answer" in Site(hub, "Registry", served=True).render("")
+
+
+def test_the_command_exports_what_it_can_and_names_what_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = page_registries.make_registry(tmp_path / "registry", 2, 2)
+    spoil(root, "half a list of tags")
+    for form in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["registry", "export", str(tmp_path / "pages"), "--hub", str(root), *form])
+        assert ended.value.code == 1
+        out, error = capsys.readouterr()
+        assert "org1/adapter-001 cannot be read: " in error
+        assert "refs.json is damaged" in error
+        assert (tmp_path / "pages" / "a/org0/adapter-000/v/1.1.0.html").exists()
+    assert list(json.loads(out)["unread"]) == ["org1/adapter-001"]
+
+
+# -- files of others -----------------------------------------------------------------------------------
+
+
+def test_a_page_is_written_over_nothing_but_its_file(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    for name in ("index.html.partial", "page.html.partial"):
+        (tmp_path / name).symlink_to(victim)
+    (tmp_path / "report.html.partial").write_text("a note")
+    for name in ("index.html", "page.html", "report.html"):
+        registry.write_page(name, tmp_path / name)
+        assert (tmp_path / name).read_text() == name
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "report.html.partial").read_text() == "a note"
+    with pytest.raises(PageError, match="cannot be written"):
+        registry.write_page("x", tmp_path / ("x" * 300))
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_an_export_deletes_no_file_that_it_has_not_written(tmp_path: Path) -> None:
+    root, pages = page_registries.make_registry(tmp_path / "registry", 1, 2), tmp_path / "pages"
+    (pages / "a").mkdir(parents=True)
+    for name in ("a/notes.html.partial", "a/tmp-notes", "a/tmp-0123456789abcdef"):
+        (pages / name).write_text("mine")
+        with pytest.raises(ExportConflict, match="was not written by an export"):
+            export_pages(root, pages)
+        assert (pages / name).read_text() == "mine"
+        (pages / name).unlink()
+    (pages / "index.html.partial").symlink_to(tmp_path / "victim.txt")
+    (tmp_path / "victim.txt").write_text("mine")
+    (pages / "tmp-0123456789abcdef").write_text("mine")
+    os.utime(pages / "tmp-0123456789abcdef", (0, 0))
+    running = new_name("tmp-")
+    (pages / "a" / running).write_text("of an export that is running")
+    killed = re.sub(r"-\d+-\d*-", "-4194399-1-", new_name("tmp-"))
+    for folder in (pages, pages / "a"):
+        (folder / killed).write_text("half a page")
+    export_pages(root, pages)
+    assert (tmp_path / "victim.txt").read_text() == "mine"
+    assert {path.name for path in pages.iterdir()} == {"index.html", "index.html.partial", "tmp-0123456789abcdef", "a"}
+    assert {path.name for path in (pages / "a").iterdir()} == {"org0", running}
+
+
+PLACES = [
+    "index.html",
+    "page-2.html",
+    "a/org0/adapter-000/index.html",
+    "a/org0/adapter-000/page-2.html",
+    "a/org0/adapter-000/v/1.0.0.html",
+    "a/org0/adapter-000/v/1.0.0.HTML",
+    "a/org0/adapter-000/diff/1.0.0...1.1.0.html",
+]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_folder_where_a_page_goes_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    root, pages = page_registries.make_registry(tmp_path / "registry", 1, 2), tmp_path / "pages"
+    (pages / name).mkdir(parents=True)
+    (pages / "a/my/folder").mkdir(parents=True)
+    with pytest.raises(ExportConflict, match=rf"The folder .*{re.escape(name)} was not written by an export.*move it"):
+        export_pages(root, pages)
+    assert not [path for path in pages.rglob("*") if path.is_file()]
+    (pages / name).rmdir()
+    assert export_pages(root, pages).pages == 5
+    assert (pages / "a/my/folder").is_dir()
+
+
+# -- names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("typed", "address"), [("pages.invalid", "127.0.1.1"), ("Pages.invalid", "127.0.0.1")])
+def test_a_server_answers_to_the_name_and_the_address_that_it_listens_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, address: str
+) -> None:
+    find = socket.getaddrinfo
+
+    def resolve(host: Any, *more: Any, **named: Any) -> Any:
+        return find(address if host == typed else host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with open_server(tmp_path, host=typed) as opened:
+        printed = opened.address.removeprefix("http://").rstrip("/")
+        assert printed.startswith(f"{address}:")
+        for host in (printed, address, typed, typed.upper(), f"{typed}:{opened.server_port}", "localhost"):
+            assert opened.answers_to(host), host
+        for host in ("127.0.1.2", "other.invalid", f"{typed}.evil.invalid", f"{typed}:1"):
+            assert not opened.answers_to(host), host
 
 
 # -- comparisons ---------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def export(
     """Export the pages of a registry as files.
 
     They need neither server nor network. Pages of an earlier export are replaced; files of others are not overwritten.
+    An adapter that cannot be read has a page that says so, and the command ends with 1 after it has written the others.
 
     \b
     Examples:
@@ -77,3 +78,7 @@ def export(
     else:
         removed = f", {done.removed:,} stale ones removed" if done.removed else ""
         say(f"{done.pages:,} pages, first {visible(done.first)}{removed}")
+    for name, problem in done.unread.items():
+        typer.echo(f"{visible(name)} cannot be read: {visible(problem)}", err=True)
+    if done.unread:
+        raise typer.Exit(1)

@@ -94,20 +94,21 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
             yield PurePosixPath(path.relative_to(folder)).as_posix(), status.st_size
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on disk."""
+def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a new file, and wait until it is on disk unless it need not be ``durable``."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def temporary_file(folder: Path, content: bytes) -> Path:
+def temporary_file(folder: Path, content: bytes, *, durable: bool = True) -> Path:
     """Write a new file in ``folder`` under a temporary name; a failed write leaves nothing behind."""
     path = folder / new_name("tmp-")
     try:
-        write_file(path, content)
+        write_file(path, content, durable=durable)
     except OSError:
         path.unlink(missing_ok=True)
         raise
@@ -139,15 +140,22 @@ def _create_without_links(path: Path, content: bytes) -> bool:
     return True
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file's content atomically: readers see the old or the new content."""
-    temporary = temporary_file(path.parent, content)
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file's content atomically: readers see the old or the new content.
+
+    Args:
+        path: The file; a link there is replaced, not followed.
+        content: All of its content.
+        durable: Whether to wait until it is on disk, which takes most of the time for many small files.
+    """
+    temporary = temporary_file(path.parent, content, durable=durable)
     try:
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["delete", "find_leftovers", "host", "is_alive", "is_old", "new_name", "started", "sweep"]
+__all__ = ["delete", "find_leftovers", "host", "is_alive", "is_old", "is_temporary", "new_name", "started", "sweep"]
 
 #: Seconds after which temporary files of another host or an earlier release of this package count as abandoned.
 _ABANDONED = 24 * 3600.0
@@ -35,6 +35,11 @@ def new_name(prefix: str = ".tmp-") -> str:
     """Return a name for a temporary file or folder of this process."""
     pid = os.getpid()
     return f"{prefix}{_hash_host()}-{pid}-{started(pid)}-{secrets.token_hex(8)}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that `new_name` makes."""
+    return _NAME.fullmatch(name) is not None
 
 
 def find_leftovers(folder: Path) -> list[Path]:

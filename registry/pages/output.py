@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
+from registry.disk.files import replace_file
 from registry.errors import PageError
 
 __all__ = ["write_page"]
@@ -22,15 +22,12 @@ def write_page(content: str, path: Path, usual: str = "page.html") -> Path:
     Raises:
         PageError: The path is a folder, or the file cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PageError(f"{path} is a folder: give the page's file, such as {path / usual}")
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode("utf-8", "replace"))
-        os.replace(partial, path)
+        # A page can be made again, so it need not outlive a power cut.
+        replace_file(path, content.encode("utf-8", "replace"), durable=False)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise PageError(f"The page {path} cannot be written: {error.strerror}") from error
     return path

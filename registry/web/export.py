@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry.disk.files import PlantedLink, read_small
+from registry.disk.owners import find_leftovers, is_temporary
 from registry.errors import ExportConflict, PageError
 from registry.hubs import open_hub
 from registry.hubs.protocol import Hub
@@ -18,17 +20,30 @@ from registry.web.site import MARK, Site
 __all__ = ["Exported", "export_pages"]
 
 _FIRST = "index.html"
+#: Where pages are below the folder.
+_PAGE = re.compile(
+    r"(?:a/[^/]+/[^/]+/)?(?:index|page-[1-9]\d*)\.html|a/[^/]+/[^/]+/(?:v|diff)/[^/]+\.html", re.ASCII | re.IGNORECASE
+)
 #: Bytes in which a page is recognized.
 _HEAD = 1024
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the first page, the number of pages, and of those that were removed because they are stale."""
+    """What was written.
+
+    Attributes:
+        first: The first page.
+        pages: Number of pages.
+        removed: Number of pages that were removed because they are stale.
+        unread: Adapters (``org/name``) and versions (``org/name@1.0.0``) that could not be read, and why. Their pages
+            say so, without paths of this machine.
+    """
 
     first: Path
     pages: int
     removed: int
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_pages(
@@ -40,7 +55,8 @@ def export_pages(
 ) -> Exported:
     """Write the pages of a registry into a folder, to be opened as files or put on any web server.
 
-    Pages of an earlier export are replaced, or removed if they are stale; files of others are left alone.
+    Pages of an earlier export are replaced, or removed if they are stale; files of others are left alone. An adapter
+    that cannot be read has a page that says so, and is in ``unread`` of what is returned: it stops no other.
 
     Args:
         hub: The registry.
@@ -51,21 +67,26 @@ def export_pages(
     Raises:
         ExportConflict: A file of others has the name of a page, or two adapters' pages would be one file here.
         PageError: A page cannot be written.
-        RegistryError: The registry cannot be read.
+        RegistryError: The registry as a whole cannot be read.
     """
-    place, token = open_hub(hub, token), None
+    site = Site(open_hub(hub, token), title, served=False)
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ExportConflict(f"{root} is a file: give a folder")
     old = _find_own(root)
     written: dict[str, str] = {}
-    for path, content in Site(place, title, served=False).list_pages():
-        twin = written.setdefault(path.lower(), path)
-        if twin != path:
-            raise ExportConflict(f"{twin} and {path} are one file on many systems, so both cannot be exported")
-        write_page(content, root / path)
-    stale = [path for path in old if path.relative_to(root).as_posix() not in written.values()]
-    return Exported(root / _FIRST, len(written), _remove(root, stale))
+    unread: dict[str, str] = {}
+    for page in site.list_pages():
+        twin = written.setdefault(page.path.lower(), page.path)
+        if twin != page.path:
+            raise ExportConflict(f"{twin} and {page.path} are one file on many systems, so both cannot be exported")
+        write_page(page.content, root / page.path)
+        if page.unread:
+            unread.setdefault(page.unread, page.problem)
+    kept = set(written.values())
+    stale = [path for path in old if path.relative_to(root).as_posix() not in kept]
+    _remove(root, _find_torn(root))
+    return Exported(root / _FIRST, len(written), _remove(root, stale), unread)
 
 
 def _find_own(root: Path) -> list[Path]:
@@ -79,32 +100,47 @@ def _find_own(root: Path) -> list[Path]:
     if foreign:
         more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
         raise ExportConflict(
-            f"{foreign[0]}{more} was not written by an export, and would be in the way: choose another folder, or move "
-            "it away"
+            f"{_describe(foreign[0])}{more} was not written by an export, and would be in the way: choose another "
+            "folder, or move it away"
         )
     return found
 
 
 def _find_places(root: Path) -> Iterator[Path]:
-    """Yield what is at the places of pages: the list's, and everything below ``a/``."""
+    """Yield what is at the places of pages: the list's, and below ``a/`` every file and link, and folders there."""
     try:
         for path in root.iterdir() if root.is_dir() else ():
             if path.name == _FIRST or (path.name.startswith("page-") and path.suffix == ".html"):
                 yield path
         top = root / "a"
-        if top.is_symlink() or (top.exists() and not top.is_dir()):
-            yield top
+        if not top.is_dir() or top.is_symlink():
+            yield from [top] if os.path.lexists(top) else []
             return
-        for folder, folders, files in os.walk(top):
-            yield from (Path(folder, name) for name in files)
-            yield from (Path(folder, name) for name in folders if Path(folder, name).is_symlink())
+        for folder, folders, files in os.walk(top, onerror=_raise):
+            yield from (Path(folder, name) for name in files if not is_temporary(name))
+            paths = (Path(folder, name) for name in folders)
+            yield from (p for p in paths if p.is_symlink() or _PAGE.fullmatch(p.relative_to(root).as_posix()))
     except OSError as error:
         raise PageError(f"The folder {root} cannot be read: {error.strerror}") from error
 
 
+def _find_torn(root: Path) -> list[Path]:
+    """Return what exports that were killed have left of pages; their names say so."""
+    folders = [root, *(Path(folder) for folder, _, _ in os.walk(root / "a"))]
+    return [path for folder in folders for path in find_leftovers(folder) if path.name.startswith("tmp-")
+            and is_temporary(path.name) and not path.is_dir()]  # fmt: skip
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _describe(path: Path) -> str:
+    kind = "link " if path.is_symlink() else "folder " if path.is_dir() else ""
+    return f"The {kind}{path}" if kind else str(path)
+
+
 def _is_own(path: Path) -> bool:
-    if path.name.endswith(".html.partial"):
-        return not path.is_symlink()
     try:
         return MARK.encode() in read_small(path, _HEAD)
     except (OSError, PlantedLink):

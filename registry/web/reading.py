@@ -21,11 +21,11 @@ from registry.errors import (
     CommitNotFound,
     HostileAnswer,
     HubFileNotFound,
+    HubRefused,
     HubUnavailable,
     InvalidManifest,
     InvalidReference,
     PageNotFound,
-    RegistryError,
 )
 from registry.formats.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest
 from registry.formats.paths import CARD, CARD_BESIDE
@@ -80,6 +80,11 @@ class Repository:
     state: State
     versions: Sequence[Version]
 
+    @property
+    def pages(self) -> int:
+        """Number of pages that list its versions."""
+        return max(1, -(-len(self.versions) // _MOST_VERSIONS))
+
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
         """The aliases of each version."""
@@ -106,10 +111,11 @@ class Reader:
     Args:
         hub: The registry.
         size: Adapters on a page.
+        explain: Returns what a page says of an error.
     """
 
-    def __init__(self, hub: Hub, size: int) -> None:
-        self.hub, self.size = hub, size
+    def __init__(self, hub: Hub, size: int, explain: Callable[[Exception], str]) -> None:
+        self.hub, self.size, self.explain = hub, size, explain
         self._summaries = Cache(50_000)
         self._sorted = Cache(32)
 
@@ -130,6 +136,7 @@ class Reader:
 
         Raises:
             PageNotFound: There is no such page.
+            HubUnavailable: The registry as a whole does not answer; what fails of one adapter is a row that says so.
         """
         found = self.read_names() if names is None else list(names)
         cut = len(found) >= _MOST_NAMES
@@ -139,21 +146,40 @@ class Reader:
         pages = max(1, -(-len(found) // self.size))
         if not 1 <= page <= pages:
             raise PageNotFound(f"There is no page {page}: the list has {pages}")
-        rows = self._map(self.read_row, found[(page - 1) * self.size : page * self.size])
+        rows = self._read_rows(found[(page - 1) * self.size : page * self.size])
         if words and small:
             rows = [row for row in rows if all(word in row.search for word in words)]
         return RegistryPage(rows, page, pages, len(rows) if small else len(found), cut)
 
-    def read_row(self, name: str) -> AdapterRow:
-        """Return an adapter for the list; what cannot be read is a row that says so."""
+    def check_hub(self, *errors: Exception) -> None:
+        """Check that the registry as a whole answers, where parts of it did not.
+
+        Raises:
+            HubUnavailable: It does not.
+        """
+        if any(isinstance(error, HubUnavailable) for error in errors):
+            next(iter(self.hub.names()), None)
+
+    def _read_rows(self, names: Sequence[str]) -> list[AdapterRow]:
+        found = self._map(self._try_row, names)
+        errors = [row for row in found if isinstance(row, Exception)]
+        self.check_hub(*errors)
+        if not self.hub.local and len(errors) == len(found) > 1 and all(isinstance(e, HubUnavailable) for e in errors):
+            raise errors[0]  # its list answers, and nothing else does
+        return [
+            AdapterRow(name, problem=self.explain(row)) if isinstance(row, Exception) else row
+            for name, row in zip(names, found, strict=True)
+        ]
+
+    def _try_row(self, name: str) -> AdapterRow | Exception:
         try:
-            opened = self.open(name)
-            newest = self._find_newest(opened)
-        except HubUnavailable:
-            raise
-        except RegistryError as error:
-            return AdapterRow(name, problem=str(error))
-        version, summary = newest or ("", None)
+            return self._read_row(name)
+        except Exception as error:  # One adapter of others must not hide the rest.
+            return error
+
+    def _read_row(self, name: str) -> AdapterRow:
+        opened = self.open(name)
+        version, summary = self._find_newest(opened) or ("", None)
         state = opened.state
         aliases = [(alias, text) for alias in sorted(state.aliases) if (text := state.version_of(alias))]
         texts = [note.text for note in state.notes.values()] + [tag for tags in state.tags.values() for tag in tags]
@@ -186,7 +212,7 @@ class Reader:
             PageNotFound: There is no such page.
         """
         name, versions, state = opened.name, opened.versions, opened.state
-        pages = max(1, -(-len(versions) // _MOST_VERSIONS))
+        pages = opened.pages
         if not 1 <= page <= pages:
             raise PageNotFound(f"{name} has no page {page} of versions: it has {pages}")
         newest, summary = self._find_newest(opened) or ("", None)
@@ -222,8 +248,8 @@ class Reader:
                 return self.hub.read(name, str(commit), file, MOST_CARD), ""
             except (HubFileNotFound, CommitNotFound):
                 continue
-            except HostileAnswer:
-                return None, f"the card is larger than the {MOST_CARD:,} bytes that are shown"
+            except (HostileAnswer, HubRefused) as error:
+                return None, f"The card cannot be shown: {self.explain(error)}"
         return None, ""
 
     # -- how ---------------------------------------------------------------------------------------
@@ -272,8 +298,8 @@ class Reader:
         """Return what is kept of a commit's manifest; why it is malformed; ``None`` if there is none."""
         try:
             return self._summaries.get((name, commit), lambda: self._read_summary(name, commit))
-        except HostileAnswer as error:
-            return str(error)  # not remembered: the next answer may be sound
+        except (HostileAnswer, HubRefused) as error:
+            return self.explain(error)  # not remembered: the next answer may be sound
 
     def _read_summary(self, name: str, commit: str) -> Summary | str | None:
         try:
@@ -281,7 +307,7 @@ class Reader:
         except (HubFileNotFound, CommitNotFound):
             return None
         except InvalidManifest as error:
-            return str(error)
+            return self.explain(error)
         task = manifest.config.get("task_type")
         metrics = dict(islice(manifest.metrics.items(), _MOST_METRICS))
         return Summary(manifest.version, manifest.created, manifest.base.id or "", str(task or ""), metrics)

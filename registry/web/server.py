@@ -68,19 +68,18 @@ class PageServer(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         self.site, self.host = site, address[0]
         self._slots = threading.BoundedSemaphore(_MOST_CONNECTIONS)
-        self._names = {name.lower() for name in (*_LOCAL_NAMES, *names)}
+        self._names = {name.lower() for name in (*_LOCAL_NAMES, _write_host(self.host), *names)}
         super().__init__(address, PageHandler)
 
     @property
     def address(self) -> str:
         """The address of the first page."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.server_address[1]}/"
+        return f"http://{_write_host(self.host)}:{self.server_address[1]}/"
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
+        return _is_loopback(str(self.server_address[0]))
 
     def answers_to(self, host: str) -> bool:
         """Whether a request's ``Host`` is one of this server's.
@@ -176,11 +175,11 @@ class PageHandler(BaseHTTPRequestHandler):
         except Moved as moved:
             return HTTPStatus.SEE_OTHER, self._say("See other", "The page is at another address."), moved.address
         except (PageNotFound, RepositoryNotFound, VersionNotFound) as error:
-            return HTTPStatus.NOT_FOUND, self._say("Not found", str(error)), ""
+            return HTTPStatus.NOT_FOUND, self._say("Not found", site.explain(error)), ""
         except HubUnavailable as error:
-            return HTTPStatus.SERVICE_UNAVAILABLE, self._say("The registry does not answer", str(error)), ""
+            return HTTPStatus.SERVICE_UNAVAILABLE, self._say("The registry does not answer", site.explain(error)), ""
         except RegistryError as error:
-            return HTTPStatus.BAD_GATEWAY, self._say("The registry cannot be read", str(error)), ""
+            return HTTPStatus.BAD_GATEWAY, self._say("The registry cannot be read", site.explain(error)), ""
         except ValueError:
             return HTTPStatus.BAD_REQUEST, self._say("Bad request", "The address is malformed."), ""
         except Exception:
@@ -221,11 +220,12 @@ def open_server(
 ) -> PageServer:
     """Open a server of a registry's pages; ``serve_forever()`` answers, ``server_close()`` ends it.
 
-    Everybody who can reach it sees what the token may see.
+    Everybody who can reach it sees what the token may see. Where that may be others than this machine, no page shows
+    the path of a registry's folder.
 
     Args:
         hub: The registry.
-        host: Address to listen at; by default this machine only.
+        host: Address to listen at, or a name for it, by which browsers may ask then; by default this machine only.
         port: Port; 0 is any free one.
         allowed_hosts: Names by which browsers may ask for it, besides ``localhost``.
         token: For the registry.
@@ -235,17 +235,17 @@ def open_server(
         AddressConflict: The port is taken, or may not be used.
         InvalidReference: ``hub`` is not a registry.
     """
-    place, token = open_hub(hub, token), None
+    place, names = open_hub(hub, token), list(allowed_hosts)
     if not 0 <= port <= 65535:
         raise InvalidAddress(f"Port {port} is not valid: it must be 0 to 65535, where 0 is any free one")
-    for name in allowed_hosts:
+    for name in names:
         if not name or any(char in name for char in "/:@ \t") or not name.isprintable():
             raise InvalidAddress(f"{name[:100]!r} is not valid as the name of a host: give it without http:// and port")
-    site = Site(place, "Registry", served=True)
+    address = _find_address(host)
+    # Names of others are for a proxy, which lets other machines in.
+    site = Site(place, "Registry", served=True, private=_is_loopback(address) and not names)
     try:
-        return PageServer(
-            (_find_address(host), port), site, [*allowed_hosts, host if _is_address(host) else "localhost"]
-        )
+        return PageServer((address, port), site, [*names, host])
     except OSError as error:
         taken = f"Port {port} of {host} cannot be used: {error.strerror or error}"
         raise AddressConflict(f"{taken}. Choose another with --port; --port 0 takes any free one") from error
@@ -261,6 +261,15 @@ def _find_address(host: str) -> str:
         return str(socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:
         raise InvalidAddress(f"Host {host[:100]!r} is not an address of this machine: {error}") from error
+
+
+def _write_host(address: str) -> str:
+    """Return an address as browsers write it."""
+    return f"[{address}]" if ":" in address else address
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _is_address(name: str) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from registry.catalog.comparison import compare_manifests
 from registry.checks.lineage import list_lineage
-from registry.errors import InvalidReference, PageNotFound
+from registry.errors import InvalidReference, PageNotFound, RegistryError
 from registry.formats.manifest import Manifest
 from registry.formats.references import check_name, parse_version, version_text
 from registry.hubs.protocol import Hub
@@ -19,10 +19,11 @@ from registry.pages.cards import render_card
 from registry.pages.charts import LineChart, make_line_chart
 from registry.pages.environment import load_template
 from registry.web.difference import describe_difference
-from registry.web.reading import Reader
+from registry.web.hiding import hide_folder
+from registry.web.reading import Reader, Repository
 from registry.web.records import AdapterPage, Metric, VersionRow
 
-__all__ = ["MARK", "Moved", "Site"]
+__all__ = ["MARK", "MadePage", "Moved", "Site"]
 
 #: What an exported page is recognized by, in its first kilobyte.
 MARK = '<meta name="generator" content="lora-plugins registry">'
@@ -49,6 +50,23 @@ class Moved(Exception):
 
 
 @dataclass(frozen=True)
+class MadePage:
+    """A page for a file.
+
+    Attributes:
+        path: Its address.
+        content: HTML.
+        unread: Adapter or version that could not be read, which the page says instead; empty if it could.
+        problem: Why not, with paths of this machine.
+    """
+
+    path: str
+    content: str
+    unread: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where a page is: its folders up to the first page, and whether a server answers."""
 
@@ -63,11 +81,12 @@ class Site:
         hub: The registry.
         title: Heading of the first page.
         served: Whether a server makes them, so that a page can be asked for with words or two versions.
+        private: Whether only this machine reads them, so that they may show where a registry's folder is.
     """
 
-    def __init__(self, hub: Hub, title: str, *, served: bool) -> None:
-        self.title, self.served, self._location = title, served, hub.location
-        self._reader = Reader(hub, _SERVED if served else _EXPORTED)
+    def __init__(self, hub: Hub, title: str, *, served: bool, private: bool = False) -> None:
+        self.title, self.served, self._private, self._hub_location = title, served, private, hub.location
+        self._reader = Reader(hub, _SERVED if served else _EXPORTED, self.explain)
         self._script = resources.files("registry.web").joinpath("templates/search.js").read_text(encoding="utf-8")
 
     def render(self, path: str, query: Mapping[str, str] | None = None) -> str:
@@ -95,48 +114,87 @@ class Site:
         """Return a page that says one thing, such as why another cannot be shown."""
         return self._fill("message.html", "/", heading=title, text=text)
 
-    def list_pages(self) -> Iterator[tuple[str, str]]:
-        """Yield every page of the registry, as path and HTML; of comparisons, those of versions that follow each other.
+    def explain(self, error: Exception) -> str:
+        """Return what a page says of an error."""
+        if not isinstance(error, RegistryError):
+            _log.error("a part of a page could not be made", exc_info=error)
+            return "It cannot be shown; the log of the program says why."
+        return self._hide(str(error))
+
+    def list_pages(self) -> Iterator[MadePage]:
+        """Yield every page of the registry; of comparisons, those of versions that follow each other.
+
+        An adapter, a version or a comparison that cannot be read is a page that says so.
 
         Raises:
-            RegistryError: The registry cannot be read.
+            RegistryError: The registry as a whole cannot be read.
         """
         names = self._reader.read_names()
         pages = max(1, -(-len(names) // self._reader.size))
         for page in range(1, pages + 1):
-            yield _page_name(page), self._render_list(page, {}, names)
+            yield MadePage(_page_name(page), self._render_list(page, {}, names))
         for name in names:
             yield from self._list_adapter(name)
 
     # -- pages -----------------------------------------------------------------------------------
 
-    def _list_adapter(self, name: str) -> Iterator[tuple[str, str]]:
-        opened = self._reader.open(name)
-        pages = self._reader.read_adapter(opened, 1).pages
-        for page in range(1, pages + 1):
-            yield f"a/{name}/{_page_name(page)}", self._render_adapter(self._reader.read_adapter(opened, page))
+    def _list_adapter(self, name: str) -> Iterator[MadePage]:
+        try:
+            opened = self._reader.open(name)
+        except Exception as error:
+            yield self._excuse(f"a/{name}/index.html", name, error)
+            return
+        for page in range(1, opened.pages + 1):
+            path = f"a/{name}/{_page_name(page)}"
+            yield self._try(path, name, self._render_versions, opened, page)
         before: tuple[VersionRow, Manifest] | None = None
         for version in map(version_text, reversed(opened.versions)):
+            path, subject = f"a/{name}/v/{version}.html", f"{name}@{version}"
             try:
-                row, manifest = self._reader.read_version(opened, version)
+                found = self._reader.read_version(opened, version)
             except PageNotFound:
                 continue
-            yield f"a/{name}/v/{version}.html", self._render_version(name, row, manifest, before and before[0].version)
+            except Exception as error:
+                yield self._excuse(path, subject, error)
+                continue
+            yield self._try(path, subject, self._render_version, name, *found, before and before[0].version)
             if before is not None:
                 path = f"a/{name}/diff/{before[0].version}...{version}.html"
-                yield path, self._render_difference(name, before, (row, manifest))
-            before = (row, manifest)
+                yield self._try(path, subject, self._render_difference, name, before, found)
+            before = found
+
+    def _try(self, path: str, subject: str, make: Callable[..., str], *values: Any) -> MadePage:
+        try:
+            return MadePage(path, make(*values))
+        except Exception as error:  # Whatever it is, the other pages can be made.
+            return self._excuse(path, subject, error)
+
+    def _excuse(self, path: str, subject: str, error: Exception) -> MadePage:
+        """Return the page that says why another cannot be made.
+
+        Raises:
+            HubUnavailable: The registry as a whole does not answer.
+        """
+        self._reader.check_hub(error)
+        problem = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}"
+        heading, root = f"{subject} cannot be read", "../" * path.count("/")
+        content = self._fill("message.html", root, heading=heading, text=self.explain(error))
+        return MadePage(path, content, subject, problem)
+
+    def _hide(self, text: str) -> str:
+        return text if self._private else hide_folder(text, self._hub_location)
 
     def _render_list(self, page: int, query: Mapping[str, str], names: list[str] | None = None) -> str:
         asked = query.get("q", "")[:_LONGEST_QUERY] if self.served else ""
         found = self._reader.read_registry(page, asked.lower().split()[:_MOST_WORDS], names)
         pages = _list_near(found.page, found.pages)
-        return self._fill("registry.html", "", found=found, asked=asked, pages=pages, location=self._location)
+        location = self._hide(self._hub_location)
+        return self._fill("registry.html", "", found=found, asked=asked, pages=pages, location=location)
 
     def _render_part(self, name: str, rest: str, query: Mapping[str, str]) -> str:
         listed, version, difference = (kind.fullmatch(rest) for kind in (_LIST, _VERSION, _DIFFERENCE))
         if listed:
-            return self._render_adapter(self._reader.read_adapter(self._reader.open(name), int(listed[1] or 1)))
+            return self._render_versions(self._reader.open(name), int(listed[1] or 1))
         if version:
             text, opened = _check_version(version[1]), self._reader.open(name)
             return self._render_version(name, *self._reader.read_version(opened, text), opened.find_before(text))
@@ -148,6 +206,9 @@ class Site:
             one_text, two_text = (_check_version(query.get(key, "")) for key in ("one", "two"))
             raise Moved(f"diff/{one_text}...{two_text}.html")
         raise PageNotFound(f"There is no page {rest[:200]!r} of {name}")
+
+    def _render_versions(self, opened: Repository, page: int) -> str:
+        return self._render_adapter(self._reader.read_adapter(opened, page))
 
     def _render_adapter(self, found: AdapterPage) -> str:
         drawn = {metric.name: _draw(metric) for metric in found.metrics[:6] if len(metric.values) > 1}
