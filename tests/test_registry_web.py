@@ -188,7 +188,9 @@ def test_a_metric_of_odd_values_stops_no_page(tmp_path: Path) -> None:
         {"near": 0.48592769656281265, "far": 1e308, "largest": 1.797e308, "least": 0.0},
         {"near": 0.4859276965628127, "far": -1e308, "largest": 1.797e308, "least": 5e-324},
     )
-    pages = dict(Site(FolderHub(tmp_path), "Registry", served=False).list_pages())
+    made = list(Site(FolderHub(tmp_path), "Registry", served=False).list_pages())
+    assert not [page.problem for page in made if page.unread]
+    pages = {page.path: page.content for page in made}
     adapter = check_harmless(pages["a/org/some/index.html"])
     assert [tag for tag, _ in adapter.tags].count("svg") == 4
     check_harmless(pages["a/org/some/diff/1.0.0...1.1.0.html"])
