@@ -7,8 +7,10 @@ import math
 import os
 import re
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from page_registries import CARD, HOSTILE
 
 from registry import PageError, load_template, make_bar, make_heat_map, make_line_chart, write_page
+from registry.pages import cards
 from registry.pages.cards import MOST_CARD, render_card, render_markdown
 from registry.pages.environment import make_policy
 
@@ -172,6 +175,64 @@ def test_hostile_text_in_a_card_is_shown_as_text(text: str) -> None:
 @pytest.mark.timeout(60)
 def test_a_card_made_to_take_long_is_rendered_in_seconds(data: bytes) -> None:
     assert len(render_card(data)) < 40 * MOST_CARD
+
+
+ADDRESS = "https://example.org/"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[a]: {ADDRESS}{'x' * 3000}\n\n" + "[a] " * 600,
+        f"[a]: {ADDRESS}{'x' * 1500}\n\n" + "[a] " * 1000,
+        f"[a]: {ADDRESS}{'é' * 1500}\n\n" + "[a] " * 200,
+        f'[a]: {ADDRESS} "{"t" * 3000}"\n\n' + "[a] " * 600,
+        f"[a]: {ADDRESS}{'x' * 1500}\n\n" + "> - [a]\n\n" * 1000,
+        f"[a]: {ADDRESS}{'x' * 1500}\n\n|{'a|' * 900}\n|{'-|' * 900}\n|{'[a]|' * 900}\n",
+        f"[a]: {ADDRESS}{'&' * 1000}\n\n" + "[*a*][a]" * 900,
+    ],
+    ids=["long address", "many links", "escaped", "title", "lists", "table", "emphasis"],
+)
+def test_a_card_that_grows_by_its_references_is_shown_as_it_is_written(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[int] = []
+    clean = cards.nh3.clean
+
+    def watch(html: str, **options: Any) -> str:
+        rendered.append(len(html))
+        return clean(html, **options)
+
+    monkeypatch.setattr(cards.nh3, "clean", watch)
+    shown = render_markdown(text)
+    assert len(shown) <= cards.MOST_HTML
+    assert sum(rendered) <= 2 * cards.MOST_HTML  # not made first, and thrown away then
+    page = Tags(shown)
+    assert {tag for tag, _ in page.tags} <= {"p", "pre", "em"}
+    assert page.text.count("[a]") >= 200
+
+
+def test_a_card_is_measured_before_it_has_grown() -> None:
+    tracemalloc.start()
+    try:
+        shown = render_markdown(f"[a]: {ADDRESS}{'x' * 1900}\n\n" + "[a] " * 6000)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "would be far longer than it is written" in shown
+    assert most < 20_000_000
+
+
+def test_references_of_a_card_are_links() -> None:
+    shown = render_markdown(f'[a]: {ADDRESS}{"x" * 1900} "title"\n\n' + "[a] " * 50)
+    assert shown.count('<a href="https://example.org/x') == 50
+
+
+def test_a_table_of_rows_that_lack_cells_stays_bounded() -> None:
+    """From markdown-it-py 4.0 on; before, each row was filled up to the width of the first, without limit."""
+    text = f"|{'a|' * 300}\n|{'-|' * 300}\n" + "|a|\n" * 300
+    tokens = cards._make_parser().parse(text)
+    assert sum(token.type == "td_open" for token in tokens) <= 70_000
 
 
 def test_a_card_of_a_release_is_rendered_without_its_marks() -> None:
