@@ -44,6 +44,7 @@ from registry.formats.references import parse_version
 from registry.publishing.publish import publish
 from registry.web import site as site_module
 from registry.web.export import export_pages
+from registry.web.reading import Cache
 from registry.web.server import PageServer, open_server
 from registry.web.site import Moved, Site
 
@@ -180,6 +181,45 @@ def write_metrics(root: Path, *metrics: dict[str, float]) -> None:
     """A registry with one adapter, whose releases 1.0.0, 1.1.0, … have these metrics."""
     made = {f"1.{n}.0": page_registries.make_manifest(f"1.{n}.0", metrics=one) for n, one in enumerate(metrics)}
     page_registries.write_repository(root, "org/some", made)
+
+
+def test_the_metrics_that_most_versions_have_are_shown_however_many_there_are(tmp_path: Path) -> None:
+    others = [{f"a{release}_{number:03}": 0.5 for number in range(40)} for release in range(3)]
+    write_metrics(tmp_path, *({**other, "x_accuracy": 0.5, "y_loss": n + 0.25} for n, other in enumerate(others)))
+    adapter = check_harmless(Site(FolderHub(tmp_path), "Registry", served=True).render("a/org/some/"))
+    assert "y_loss (lower is better)" in adapter.text
+    assert "x_accuracy (higher is better)" in adapter.text
+    for shown in ("0.25", "1.25", "2.25"):
+        assert shown in adapter.text
+    assert "118 more metrics are not in this table" in adapter.text
+
+
+def test_a_release_with_very_many_metrics_keeps_the_same_as_the_others(tmp_path: Path) -> None:
+    many = {f"m{number:05}": 0.5 for number in range(3000)}
+    write_metrics(tmp_path, dict(reversed(many.items())), {**many, "n" * 600: 1.0}, {"m00002": 0.5})
+    adapter = check_harmless(Site(FolderHub(tmp_path), "Registry", served=True).render("a/org/some/"))
+    assert list(dict.fromkeys(re.findall(r"m0\d{4}", adapter.text)))[:2] == ["m00002", "m00000"]
+    assert "2,997 more metrics are not in this table" in adapter.text
+
+
+def test_the_number_of_metrics_that_are_not_shown_is_said_only_if_there_are_some(tmp_path: Path) -> None:
+    for count, said in ((4, ""), (5, "1 more metric is not in this table")):
+        write_metrics(tmp_path / str(count), {f"m{number}": 0.5 for number in range(count)})
+        adapter = Page(Site(FolderHub(tmp_path / str(count)), "Registry", served=True).render("a/org/some/"))
+        assert said in adapter.text
+        assert ("not in this table" in adapter.text) == bool(said)
+
+
+def test_what_is_remembered_of_manifests_is_bounded_by_its_size() -> None:
+    cache = Cache(10, lambda found: len(str(found)))
+    for key in range(20):
+        assert cache.get(key, lambda: "1234") == "1234"
+    assert len(cache._found) == 2
+    assert cache.get("large", lambda: "x" * 50) == "x" * 50
+    assert list(cache._found) == ["large"]
+    assert cache.get("next", lambda: "1") == "1"
+    assert list(cache._found) == ["next"]
+    assert cache._weight == 1
 
 
 def test_a_metric_of_odd_values_stops_no_page(tmp_path: Path) -> None:
@@ -363,7 +403,7 @@ def test_what_is_not_a_page_is_not_found(server: PageServer, path: str) -> None:
 
 def test_malformed_and_long_requests_are_refused(server: PageServer) -> None:
     assert ask(server, "/?q=" + "x" * 3000)[0] == 414
-    assert ask(server, "/?" + "&".join(f"a{number}=1" for number in range(100)))[0] == 400
+    assert ask(server, "//[evil/")[0] == 404
     assert ask(server, "//evil.invalid/")[0] == 404
     assert b" 400 " in send(server, b"GET http://evil.invalid/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 414 " in send(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -386,6 +426,45 @@ def test_a_hub_that_does_not_answer_is_said(tmp_path: Path) -> None:
         opened.shutdown()
     assert status == 503
     assert "the hub &lt;b&gt;sleeps" in text
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "&".join(f"a{number}=1" for number in range(100)),
+        "utm_source=x&" * 9 + "q=nothing",
+        "&" * 50,
+        "q&q=&=&;;",
+        "a[b]=1",
+    ],
+    ids=["many", "words of others", "empty", "odd", "brackets"],
+)
+def test_what_an_address_asks_besides_is_ignored(server: PageServer, query: str) -> None:
+    status, _, text = ask(server, f"/?{query}")
+    assert status == 200
+    assert ("None matches." in text) == ("q=nothing" in query)
+    status, headers, _ = ask(server, f"/a/org/hostile/compare?{query}&one=1.0.0&two=1.1.0")
+    assert (status, headers["Location"]) == (303, "diff/1.0.0...1.1.0.html")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a secret"), UnicodeError("a secret"), OverflowError("a secret")], ids=repr
+)
+def test_a_fault_of_a_page_is_not_blamed_on_the_address(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    class Torn(FolderHub):
+        def names(self, base: str | None = None) -> Iterator[str]:
+            raise error
+
+    with PageServer(("127.0.0.1", 0), Site(Torn(tmp_path), "Registry", served=True)) as opened:
+        threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        status, _, text = ask(opened, "/")
+        opened.shutdown()
+    assert status == 500
+    assert "secret" not in text
+    assert "a page could not be made" in caplog.text
+    assert "a secret" in caplog.text
 
 
 def test_a_fault_of_a_page_tells_nothing_to_the_browser(tmp_path: Path) -> None:
@@ -882,7 +961,7 @@ def test_an_export_reads_branches_and_tags_once_for_each_adapter(tmp_path: Path)
         assert len(reads) == 1
 
 
-def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path) -> None:
+def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Many(FolderHub):
         def names(self, base: str | None = None) -> Iterator[str]:
             yield from (f"org/n{number:06}" for number in range(200_000))
@@ -893,6 +972,11 @@ def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path) -> No
     assert "page-200.html" in page.links
     found = Page(site.render("", {"q": "n09999"}))
     assert len([link for link in found.links if link.startswith("a/")]) == 10
+    for shown in (page, found, Page(site.render("", {"q": "n099999"}))):
+        assert "Search: as you type on this page, with Enter in all names" in shown.text
+        assert "tags and notes" not in shown.text
+    monkeypatch.setattr(site_module, "_EXPORTED", 3)
+    assert "Search this page" in Page(Site(Many(tmp_path), "Registry", served=False).render("")).text
     with pytest.raises(PageNotFound):
         site.render("page-201.html")
 

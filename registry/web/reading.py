@@ -6,7 +6,7 @@ import contextvars
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,16 +45,25 @@ _MOST_VERSIONS = 100
 #: Manifests that are read to find the newest release among foreign tags.
 _MOST_TRIES = 20
 _MOST_ALIASES, _MOST_MOVES, _MOST_METRICS = 200, 50, 12
+#: Metrics that are kept of a release, and characters of a name; the page's are chosen from those of all its releases.
+_MOST_KEPT, _LONGEST_METRIC = 1000, 500
+#: Bytes that the remembered manifests take, about.
+_MOST_REMEMBERED = 200_000_000
 #: Texts of an adapter by which it is found, and versions that can be chosen for a comparison.
 _MOST_TEXTS, _MOST_CHOICES = 200, 200
 _READERS = 8
 
 
 class Cache:
-    """The last results of a function, by key; several threads may use it."""
+    """The last results of a function, by key; several threads may use it.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
+    Args:
+        most: What the results may weigh together; the newest is kept even if it weighs more.
+        weigh: Returns what a result weighs; by default each weighs one.
+    """
+
+    def __init__(self, most: int, weigh: Callable[[object], int] = lambda _: 1) -> None:
+        self._most, self._weigh, self._weight, self._lock = most, weigh, 0, threading.Lock()
         self._found: OrderedDict[Hashable, object] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], _Result]) -> _Result:
@@ -65,9 +74,12 @@ class Cache:
                 return self._found[key]  # type: ignore[return-value]
         made = make()
         with self._lock:
+            if key in self._found:  # another thread was faster
+                self._weight -= self._weigh(self._found.pop(key))
             self._found[key] = made
-            while len(self._found) > self._most:
-                self._found.popitem(last=False)
+            self._weight += self._weigh(made)
+            while self._weight > self._most and len(self._found) > 1:
+                self._weight -= self._weigh(self._found.popitem(last=False)[1])
         return made
 
 
@@ -116,7 +128,7 @@ class Reader:
 
     def __init__(self, hub: Hub, size: int, explain: Callable[[Exception], str]) -> None:
         self.hub, self.size, self.explain = hub, size, explain
-        self._summaries = Cache(50_000)
+        self._summaries = Cache(_MOST_REMEMBERED, _weigh)
         self._sorted = Cache(32)
 
     # -- the registry ----------------------------------------------------------------------------
@@ -149,7 +161,7 @@ class Reader:
         rows = self._read_rows(found[(page - 1) * self.size : page * self.size])
         if words and small:
             rows = [row for row in rows if all(word in row.search for word in words)]
-        return RegistryPage(rows, page, pages, len(rows) if small else len(found), cut)
+        return RegistryPage(rows, page, pages, len(rows) if small else len(found), cut, small)
 
     def check_hub(self, *errors: Exception) -> None:
         """Check that the registry as a whole answers, where parts of it did not.
@@ -219,11 +231,12 @@ class Reader:
         chosen = versions[(page - 1) * _MOST_VERSIONS : page * _MOST_VERSIONS]
         rows = self._map(lambda version: self._read_version_row(opened, version), chosen)
         card, problem = self.read_card(name, opened.commit_of(newest) if newest else opened.refs.branches.get(MAIN))
+        metrics, count = _collect_metrics(rows)
         moves = sorted(state.aliases.items())[:_MOST_ALIASES]
         return AdapterPage(
             name, newest, summary, rows, page, pages, len(versions), len(state.yanked),
             [(alias, list(reversed(found[-_MOST_MOVES:]))) for alias, found in moves],
-            _collect_metrics(rows), [version_text(version) for version in versions[:_MOST_CHOICES]],
+            metrics, count, [version_text(version) for version in versions[:_MOST_CHOICES]],
             card, newest, problem,
         )  # fmt: skip
 
@@ -309,8 +322,10 @@ class Reader:
         except InvalidManifest as error:
             return self.explain(error)
         task = manifest.config.get("task_type")
-        metrics = dict(islice(manifest.metrics.items(), _MOST_METRICS))
-        return Summary(manifest.version, manifest.created, manifest.base.id or "", str(task or ""), metrics)
+        names = sorted(name for name in manifest.metrics if len(name) <= _LONGEST_METRIC)[:_MOST_KEPT]
+        metrics = {name: manifest.metrics[name] for name in names}
+        left_out = len(manifest.metrics) - len(metrics)
+        return Summary(manifest.version, manifest.created, manifest.base.id or "", str(task or ""), metrics, left_out)
 
     def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """Return the results for several items, read concurrently where the hub is on the network."""
@@ -322,14 +337,22 @@ class Reader:
             return list(readers.map(lambda context, item: context.run(function, item), contexts, items))
 
 
-def _collect_metrics(rows: Iterable[VersionRow]) -> list[Metric]:
-    """Return the results that most versions have, oldest version first."""
+def _weigh(found: object) -> int:
+    """Return about how many bytes is what is kept of a manifest."""
+    if not isinstance(found, Summary):
+        return 100 + len(str(found))
+    return 1000 + len(found.base) + len(found.task) + sum(100 + len(name) for name in found.metrics)
+
+
+def _collect_metrics(rows: Sequence[VersionRow]) -> tuple[list[Metric], int]:
+    """Return the results that most versions have, oldest version first, and the number of all."""
     found: dict[str, list[tuple[str, float]]] = {}
-    for row in reversed(list(rows)):
+    for row in reversed(rows):
         for name, value in row.summary.metrics.items() if row.summary else ():
             found.setdefault(name, []).append((row.version, value))
     names = sorted(found, key=lambda name: (-len(found[name]), name))[:_MOST_METRICS]
-    return [Metric(name, _find_better(name), found[name]) for name in names]
+    left_out = max((row.summary.left_out for row in rows if row.summary), default=0)
+    return [Metric(name, _find_better(name), found[name]) for name in names], len(found) + left_out
 
 
 def _find_better(metric: str) -> str:

@@ -22,7 +22,8 @@ class Summary:
         created: Time of creation.
         base: Id of the base model; empty if it is not named.
         task: PEFT's task type; empty if it is not stated.
-        metrics: Results by name.
+        metrics: Results by name, those that are first by name where there are very many.
+        left_out: Number of results that were left out.
     """
 
     version: str
@@ -30,6 +31,7 @@ class Summary:
     base: str
     task: str
     metrics: Mapping[str, float]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,23 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class RegistryPage:
-    """One page of the list of adapters: which, of how many; ``cut`` says that the registry holds more names."""
+    """One page of the list of adapters.
+
+    Attributes:
+        rows: The adapters of this page.
+        page: Number of this page, from 1.
+        pages: Number of pages.
+        total: Number of adapters on all pages.
+        cut: Whether the registry holds more names than a list can show.
+        whole: Whether a page can hold the registry, so that a search looks at more than names.
+    """
 
     rows: Sequence[AdapterRow]
     page: int
     pages: int
     total: int
     cut: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,8 @@ class AdapterPage:
         total: Number of version tags.
         withdrawn: Number of withdrawn versions.
         aliases: Aliases with their moves, newest move first.
-        metrics: Results of the versions of this page.
+        metrics: Results of the versions of this page, those of most versions first.
+        metric_count: Number of results by name, those that are not in ``metrics`` among them.
         versions: The newest versions, for choosing two.
         card: Content of its card; ``None`` if it has none.
         card_of: Version whose card it is.
@@ -149,6 +162,7 @@ class AdapterPage:
     withdrawn: int
     aliases: Sequence[tuple[str, Sequence[Move]]]
     metrics: Sequence[Metric]
+    metric_count: int = 0
     versions: Sequence[str] = ()
     card: bytes | None = None
     card_of: str = ""

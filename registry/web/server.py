@@ -169,7 +169,7 @@ class PageHandler(BaseHTTPRequestHandler):
         site = self.server.site
         try:
             parts = urlsplit(self.path)
-            query = dict(parse_qsl(parts.query, max_num_fields=8))
+            query = dict(parse_qsl(parts.query))
             with limit_operation(_PAGE):
                 return HTTPStatus.OK, site.render(unquote(parts.path)[1:], query), ""
         except Moved as moved:
@@ -180,8 +180,6 @@ class PageHandler(BaseHTTPRequestHandler):
             return HTTPStatus.SERVICE_UNAVAILABLE, self._say("The registry does not answer", site.explain(error)), ""
         except RegistryError as error:
             return HTTPStatus.BAD_GATEWAY, self._say("The registry cannot be read", site.explain(error)), ""
-        except ValueError:
-            return HTTPStatus.BAD_REQUEST, self._say("Bad request", "The address is malformed."), ""
         except Exception:
             _log.exception("a page could not be made")
             text = "The page cannot be made; the log of the server says why."
