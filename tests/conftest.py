@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 from tiers import mark_full, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish
 
-__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_logreport", "pytest_sessionfinish"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_logreport",
+    "pytest_runtest_protocol",
+    "pytest_sessionfinish",
+]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,6 +62,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in {value for value in values if isinstance(value, str)} & set(lacking):
             item.add_marker(pytest.mark.skip(reason=f"{name}: {lacking[name]}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+#: Loggers whose levels commands and benchmarks set for their process.
+_LOGGERS = (
+    "",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "lora_plugins",
+    "peft",
+    "registry",
+    "transformers",
+)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Iterator[Any]:
+    """Give loggers their levels back after each test, the fixtures of its module included."""
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in _LOGGERS]
+    try:
+        return (yield)
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)
 
 
 @pytest.fixture

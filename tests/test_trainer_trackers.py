@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,15 @@ def test_wandb_offline(tmp_path: Path, offline_wandb: Any, run: str) -> None:
     _, expected = train(tmp_path / "output", "wandb")
     summary = dict(offline_wandb.run.summary)
     offline_wandb.finish()
+    # Its service writes the file, and ends after it.
+    offline_wandb.teardown()
     values = {name.removeprefix("train/"): value for name, value in summary.items()}
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     (recorded,) = tmp_path.rglob("*.wandb")
-    assert b"liveness/tensors_moved" in recorded.read_bytes()
+    for _ in range(200):
+        if b"liveness/tensors_moved" in recorded.read_bytes():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"{recorded} has no figures of the liveness check")
     assert json.loads((tmp_path / "output" / "parameter_report.json").read_text())["trainable"] == 896
