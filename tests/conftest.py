@@ -64,29 +64,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-#: Loggers whose levels commands and benchmarks set for their process.
-_LOGGERS = (
-    "",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "huggingface_hub",
-    "lora_plugins",
-    "peft",
-    "registry",
-    "transformers",
-)
-
-
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol() -> Iterator[Any]:
     """Give loggers their levels back after each test, the fixtures of its module included."""
-    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in _LOGGERS]
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    before = [(logger, logger.level) for logger in (logging.root, *loggers)]
     try:
         return (yield)
     finally:
         for logger, level in before:
-            logger.setLevel(level)
+            if logger.level != level:
+                logger.setLevel(level)
 
 
 @pytest.fixture

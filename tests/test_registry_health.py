@@ -382,7 +382,7 @@ def test_a_release_is_examined_without_downloading_large_weights(damaged: Damage
         assert diagnose(reference, hub=tmp_path / "hub").symptoms == ()
     found = diagnose("org/name", hub=tmp_path / "hub", values=False)
     assert (found.symptoms, list(found.not_read)) == ((), ["values"])
-    with pytest.raises(InvalidReference, match="no folder 'nothing'"):
+    with pytest.raises(InvalidReference, match="folder 'nothing' does not exist"):
         diagnose("nothing")
 
 

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, find_adapter
 
 __all__ = ["export"]
@@ -58,7 +57,6 @@ def export(
       lora-plugins export org/name@1.2.0 ./served --to ollama --model llama3.2:1b
       lora-plugins export ./adapter ./served --to vllm
     """
-    calm()
     from lora_plugins.serving.export import export_adapter
 
     result = export_adapter(

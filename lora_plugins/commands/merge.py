@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, find_adapter
 from lora_plugins.recipe.arguments import json_object
 
@@ -50,7 +49,6 @@ def merge(
       lora-plugins merge ./adapter ./merged
       lora-plugins merge org/name@1.2.0 ./merged --dtype bf16 --hub ./registry
     """
-    calm()
     from lora_plugins.merging import inputs, job, merge
 
     result = merge.merge_and_save(

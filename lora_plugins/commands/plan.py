@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, check_hub, find_adapter
 from lora_plugins.plugins.recipes import RECIPES
 
@@ -73,7 +72,6 @@ def plan(
       lora-plugins plan org/base --devices 2 --strategy fsdp --json
     """
     check_hub(adapter, hub)
-    calm()
     from lora_plugins.planning.planner import plan as make_plan
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

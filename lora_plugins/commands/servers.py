@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, find_adapter
 
 __all__ = ["servers"]
@@ -33,7 +32,6 @@ def servers(
       lora-plugins servers org/name@1.2.0 --hub ./registry
       lora-plugins servers ./adapter --serve vllm
     """
-    calm()
     from lora_plugins.serving.check import check_serving
 
     verdicts = check_serving(find_adapter(adapter, hub), serve or None, base=base, revision=revision)

@@ -8,8 +8,6 @@ import sys
 
 import typer
 
-from lora_plugins.commands.calm import calm
-
 __all__ = ["CONTEXT", "EXAMPLES", "NEEDED", "train"]
 
 
@@ -35,7 +33,6 @@ Examples:
 
 def train(context: typer.Context) -> None:
     """Fine-tune a language model with LoRA: packing, int8, training, merge."""
-    calm()
     words = context.args
     if not words:
         typer.echo(NEEDED, err=True)

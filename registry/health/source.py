@@ -86,7 +86,7 @@ def _parse(source: str) -> Reference:
     try:
         return Reference.parse(source)
     except InvalidReference as error:
-        raise InvalidReference(f"There is no folder {source!r}, and as a reference: {error}") from None
+        raise InvalidReference(f"The folder {source!r} does not exist, and as a reference: {error}") from None
 
 
 def _find_release(index: Index, reference: Reference) -> Release:

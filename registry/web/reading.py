@@ -157,7 +157,7 @@ class Reader:
             found = [name for name in found if all(word in name.lower() for word in words)]
         pages = max(1, -(-len(found) // self.size))
         if not 1 <= page <= pages:
-            raise PageNotFound(f"There is no page {page}: the list has {pages}")
+            raise PageNotFound(f"Page {page} does not exist: the list has {pages}")
         rows = self._read_rows(found[(page - 1) * self.size : page * self.size])
         if words and small:
             rows = [row for row in rows if all(word in row.search for word in words)]

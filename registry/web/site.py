@@ -107,7 +107,7 @@ class Site:
             return self._render_list(int(found[1] or 1), query or {})
         adapter = _ADAPTER.fullmatch(path)
         if adapter is None:
-            raise PageNotFound(f"There is no page {path[:200]!r}")
+            raise PageNotFound(f"The page {path[:200]!r} does not exist")
         return self._render_part(_check(adapter[1], check_name), adapter[2], query or {})
 
     def render_message(self, title: str, text: str) -> str:
@@ -205,7 +205,7 @@ class Site:
         if rest == "compare" and self.served:
             one_text, two_text = (_check_version(query.get(key, "")) for key in ("one", "two"))
             raise Moved(f"diff/{one_text}...{two_text}.html")
-        raise PageNotFound(f"There is no page {rest[:200]!r} of {name}")
+        raise PageNotFound(f"The page {rest[:200]!r} of {name} does not exist")
 
     def _render_versions(self, opened: Repository, page: int) -> str:
         return self._render_adapter(self._reader.read_adapter(opened, page))

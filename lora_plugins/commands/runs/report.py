@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, check_hub
 
 __all__ = ["report"]
@@ -32,7 +31,6 @@ def report(
       lora-plugins report org/name@1.2.0 --output page.html
     """
     check_hub(source, hub)
-    calm()
     from lora_plugins.recipe.report import collect, page
 
     written = page.write_page(collect.collect_facts(source, hub), output)

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from lora_plugins.commands.calm import calm
 from lora_plugins.commands.hub import HubOption, check_hub
 
 __all__ = ["CONTEXT", "reproduce"]
@@ -44,7 +43,6 @@ def reproduce(
     if reference.startswith("-"):
         raise typer.BadParameter(f"{reference} stands where the adapter is expected; flags of train come after it")
     check_hub(reference, hub)
-    calm()
     # The demo's modules take longer to load than most commands run.
     from lora_plugins.commands.runs import demo
     from lora_plugins.recipe.reproduction import reproduce as again
