@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 import stored_bases
 import tiny
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from versions import needs
 
 from lora_plugins import Format, LoraCallback, attach, dequantize_model, prepare_model
 from lora_plugins.adapters.report import make_report
+from lora_plugins.commands.cli import main
 from lora_plugins.errors import MergeError, UntrainableFormat
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
@@ -423,3 +426,48 @@ def test_every_way_into_a_trainer_can_be_insisted_on(tmp_path: Path) -> None:
     assert attached.model.lora_plugins_facts["quantization"]["name"] == "awq"
     plain = tiny.trainer(tmp_path, refused(), callbacks=[Int8PreparationCallback(allow_format="awq")])
     assert plain.model.lora_plugins_facts["known"] is False
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": ["train", "--model", "BASE", "--dataset", "DATA", "--template", "{text}", "--output_dir", "OUT"],
+    "demo": ["demo", "--model", "BASE", "--output", "OUT"],
+    "plan": ["plan", "BASE"],
+}
+
+
+def call(command: str, base: Path, folder: Path, capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """Run a command that must end with one line, and return the line."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(f'{{"text": "{number} {number + 1} {number + 2}"}}\n' for number in range(40)))
+    places = {"BASE": str(base), "DATA": str(data), "OUT": str(folder / "out")}
+    with pytest.raises(SystemExit) as ended:
+        main([places.get(word, word) for word in COMMANDS[command]])
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("method", ["awq", "bitnet", "somethingnew"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_refuses_a_base_before_it_is_loaded(
+    command: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    stored_bases.llama().save_pretrained(base)
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(96)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1").save_pretrained(base)
+    stored_bases.declare(base, {"quant_method": method})
+    said = call(command, base, tmp_path, capsys)
+    assert re.search(rf"quant_method '{method}'.* Instead, ", said), said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_base_that_does_not_exist_is_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # For `train` it is an argument that is not valid.
+    said = call(command, tmp_path / "gone", tmp_path, capsys, code=2 if command == "train" else 1)
+    assert str(tmp_path / "gone") in said

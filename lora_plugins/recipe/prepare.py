@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -22,6 +23,7 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.errors import ArgumentsError
 from lora_plugins.planning.advice import AUTO
 from lora_plugins.planning.planner import plan
+from lora_plugins.quantization.formats import check_config
 from lora_plugins.recipe.arguments import CHAT, RecipeArguments, extra_lora_fields, json_object, read_packing
 from lora_plugins.recipe.best_fit.batches import best_fit_collator
 from lora_plugins.recipe.best_fit.bins import BestFitCounts, pack_best_fit
@@ -35,6 +37,7 @@ __all__ = [
     "Prepared",
     "Say",
     "check_lora",
+    "check_stored",
     "choose_quantization",
     "collator",
     "completion_only",
@@ -81,6 +84,17 @@ def load_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_stored(recipe: RecipeArguments) -> None:
+    """Refuse a base whose files have a format that adapters cannot be trained on, before anything long is done.
+
+    Raises:
+        ArgumentsError: ``--model`` has no configuration that can be loaded.
+        UntrainableFormat: The format is refused, and ``--allow_format`` does not name it.
+    """
+    load = functools.partial(AutoConfig.from_pretrained, recipe.model, revision=recipe.revision or "main")
+    check_config(_load_from_model(recipe, "model", load), recipe.allow_format)
+
+
 def load_base(recipe: RecipeArguments) -> PreTrainedModel:
     """Load the base model in its stored dtype.
 
@@ -99,7 +113,8 @@ def load_base(recipe: RecipeArguments) -> PreTrainedModel:
 def _load_from_model(recipe: RecipeArguments, kind: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        # An ImportError: the base's own format needs a package that is missing.
         text = one_line(error)
         raise ArgumentsError(f"--model {recipe.model} cannot be loaded as a {kind}: {text}") from error
 

@@ -97,6 +97,7 @@ class TrainingRun:
         # The Trainer (transformers 5.23) sets it after the model is loaded, and loading initializes what no file has.
         set_seed(self.training.seed)
         self.tokenizer = prepare.load_tokenizer(self.recipe)
+        prepare.check_stored(self.recipe)
         self.data = prepare.prepare_data(self.recipe, self.training, self.tokenizer, self.say)
         trainer, interruption = self._make_trainer()
         if publication is not None:

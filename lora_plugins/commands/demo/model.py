@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_plugins.errors import DemoError
+from lora_plugins.errors import DemoError, LoraPluginsError
+from lora_plugins.text import one_line
 from registry import expand_path, is_path
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "describe_model",
     "gguf_file",
     "load_base",
+    "name_model",
 ]
 
 
@@ -144,17 +147,34 @@ def _put_in_place(partial: Path, folder: Path) -> None:
             raise
 
 
+@contextlib.contextmanager
+def name_model(name: str) -> Iterator[None]:
+    """Raise `DemoError` with the model's name where it cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, LoraPluginsError):
+            raise
+        raise DemoError(f"The model {name} cannot be loaded: {one_line(error)}") from error
+
+
 def load_base(name: str) -> PreTrainedModel:
     """Load a causal language model on the GPU where there is one.
 
     It keeps its stored dtype, except on a CPU that multiplies that dtype many times slower than float32: there it is
     cast to float32.
+
+    Raises:
+        DemoError: It cannot be loaded.
+        UntrainableFormat: Its files have a format that adapters cannot be trained on.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lora_plugins.quantization.precision import slow_dtype
+    from lora_plugins.quantization import formats, precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
-    return model.float() if slow_dtype(model.dtype, device) else model
+    with name_model(name):
+        formats.check_config(AutoConfig.from_pretrained(name))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+    return model.float() if precision.slow_dtype(model.dtype, device) else model

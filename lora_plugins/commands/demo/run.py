@@ -15,7 +15,7 @@ import registry
 from lora_plugins.commands.calm import quiet
 from lora_plugins.commands.demo import dataset as data
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
-from lora_plugins.commands.demo.model import cache_folder, demo_model, describe_model, load_base
+from lora_plugins.commands.demo.model import cache_folder, demo_model, describe_model, load_base, name_model
 from lora_plugins.commands.demo.reload import Reload, compare_in_new_process
 from lora_plugins.errors import DemoError, LoraPluginsError
 
@@ -163,7 +163,8 @@ class Demo:
         self.say("Model and data …")
         self._base = self.options.model or str(demo_model(self.say))
         self.result = DemoResult(self._base, self.options.quantization, self.options.steps)
-        self.tokenizer = AutoTokenizer.from_pretrained(self._base)
+        with name_model(self._base):
+            self.tokenizer = AutoTokenizer.from_pretrained(self._base)
         self._make_data()
         trainer = self._make_trainer()
         self._record_time("preparing")
