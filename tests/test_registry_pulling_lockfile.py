@@ -72,7 +72,7 @@ def test_what_an_entry_fixes() -> None:
     assert lock.find(Reference.parse("org/other")) is None
     reading = replace(lock, write=False)
     for text in (f"{NAME}@1.1.0", f"{NAME}>=2", f"{NAME}@{'b' * 40}"):
-        with pytest.raises(LockMismatch, match="pull with lock=True"):
+        with pytest.raises(LockMismatch, match=r"To change the lock: lora-plugins pull .* --lock"):
             reading.find(Reference.parse(text))
     with pytest.raises(LockEntryNotFound, match=r"is not in .*adapters\.lock"):
         replace(reading, frozen=True).find(Reference.parse("org/other"))
