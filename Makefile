@@ -15,6 +15,8 @@ SERVING := $(VENV)-serving
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
+# pip does not compile what it installs here, and without this each process would compile anew what it imports, for some 15 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 # The theme announces its successor on every build.
 export NO_MKDOCS_2_WARNING := 1
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lora_plugins.commands.demo.dataset import Example, collator, prompt_text
@@ -12,25 +13,45 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["answers", "held_out_loss"]
+__all__ = ["TELL_SECONDS", "answers", "held_out_loss"]
+
+#: Seconds after which a measurement says how far it is.
+TELL_SECONDS = 5.0
 
 
-def held_out_loss(model: nn.Module, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> float:
+def held_out_loss(
+    model: nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    say: Callable[[str], None] | None = None,
+) -> float:
     """Return the mean negative log-likelihood of the answers' tokens, in nats a token.
 
-    In evaluation mode, each token weighing the same, whatever batch it is in.
+    In evaluation mode, each token weighing the same, whatever batch it is in. Rows of similar length share a batch, so that
+    little is computed for padding.
+
+    Args:
+        model: A causal language model.
+        dataset: Rows with ``input_ids`` and ``labels``.
+        tokenizer: Its padding token fills the rows of a batch.
+        batch_size: Rows in a batch.
+        say: Takes a line about every `TELL_SECONDS` with the number of rows that are done.
     """
     import torch
 
     collate = collator(tokenizer)
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
+    total, tokens, told = 0.0, 0, time.perf_counter()
     was_training = model.training
     model.eval()
+    rows = sorted(dataset, key=lambda row: len(row["input_ids"]))
     with torch.inference_mode():
-        for start in range(0, len(dataset), batch_size):
-            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+        for start in range(0, len(rows), batch_size):
+            if say is not None and start and time.perf_counter() - told >= TELL_SECONDS:
+                told = time.perf_counter()
+                say(f"  {start} of {len(rows)} functions")
+            batch = {name: tensor.to(device) for name, tensor in collate(rows[start : start + batch_size]).items()}
             # The first token of a row has nothing before it to be predicted from.
             count = int((batch["labels"][:, 1:] != -100).sum())
             total += float(model(**batch).loss) * count

@@ -94,14 +94,23 @@ def _compare(base: str, adapter: str, quantization: str, reference: str, registr
 
     stored = load_file(reference)
     backend = None if quantization == "none" else quantization
+    _say("loading the base afresh")
     loaded = load_base(base)
+    _say(f"pulling {adapter} and checking it against the base" if registry != "none" else f"reading {adapter}")
     folder, identity = (Path(adapter), None) if registry == "none" else _pull_and_check(adapter, Path(registry), loaded)
+    _say("quantizing the base and loading the adapter" if backend else "loading the adapter")
     model = prepare_model(loaded, quantization=backend, adapter=folder)
+    _say("comparing logits with those of the run")
     expected, got = stored["logits"], logits(model, stored)
     with model.disable_adapter():
         off = logits(model, stored)
     difference, difference_off = (float((expected - other).abs().max()) for other in (got, off))
     return Reload(torch.equal(expected, got), difference, difference_off, identity)
+
+
+def _say(line: str) -> None:
+    """Tell the user what comes next; standard output carries the result."""
+    print(f"  {line} …", file=sys.stderr, flush=True)
 
 
 def _pull_and_check(reference: str, registry: Path, model: nn.Module) -> tuple[Path, str]:

@@ -293,7 +293,7 @@ class Demo:
         return self.options.output.absolute() / "registry"
 
     def _reload(self, trainer: Trainer) -> None:
-        self.say("Pulling it in a new process, checking it against a fresh base, loading it …")
+        self.say("Starting a new process for the reload …")
         batch = data.collator(self.tokenizer)([self.test_data[index] for index in range(4)])
         self.result.reload = compare_in_new_process(
             trainer.model,
@@ -308,7 +308,7 @@ class Demo:
             raise DemoError(f"The reloaded adapter is not the one that was trained: {self.result.reload}")
 
     def _measure_loss(self, model: Any) -> float:
-        loss = held_out_loss(model, self.test_data, self.tokenizer)
+        loss = held_out_loss(model, self.test_data, self.tokenizer, say=self.say)
         self.say(f"  held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
         return loss
 
