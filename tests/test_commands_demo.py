@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_plugins.commands.cli import main
 from lora_plugins.commands.demo import dataset as data
+from lora_plugins.commands.demo import evaluation
 from lora_plugins.commands.demo import model as demo_model
 from lora_plugins.commands.demo.evaluation import answers, held_out_loss
 from lora_plugins.commands.demo.reload import compare_in_new_process
@@ -224,6 +225,19 @@ def test_held_out_loss_weighs_every_token_the_same(
     model.train()
     assert held_out_loss(model, rows, tokenizer, batch_size=2) == pytest.approx(expected, rel=1e-5)
     assert model.training
+
+
+def test_a_long_measurement_says_how_far_it_is(
+    examples: list[data.Example], tokenizer: PreTrainedTokenizerFast, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = demo_model.load_base(str(base))
+    rows = data.make_dataset(examples, tokenizer, count=5, max_tokens=160)
+    told: list[str] = []
+    held_out_loss(model, rows, tokenizer, batch_size=2, say=told.append)
+    assert told == [], "a short one says nothing"
+    monkeypatch.setattr(evaluation, "TELL_SECONDS", 0.0)
+    held_out_loss(model, rows, tokenizer, batch_size=2, say=told.append)
+    assert told == ["  2 of 5 functions", "  4 of 5 functions"]
 
 
 def test_answers_do_not_depend_on_each_other(
@@ -457,6 +471,8 @@ def test_the_demos_text(base: Path, tmp_path: Path, result: dict[str, Any]) -> N
     shown = re.findall(r"── (\S+)", done.stdout)
     assert all(told.count(f"  {module}: ") == 2 for module in shown), "each answer is printed when it is there"
     assert told.count("held-out loss ") == 3
+    steps = ("loading the base afresh", "pulling demo/summaries@0.1.0", "loading the adapter", "comparing logits")
+    assert all(f"  {step}" in done.stderr for step in steps), "the new process says what it does"
     in_float, before = re.findall(r"(?:base as loaded, float|before: float base, adapter zero) +([\d.]+)", done.stdout)
     assert in_float == before
     assert in_float != f"{result['loss_float']:.4f}", "another seed holds out other functions"

@@ -175,6 +175,17 @@ def test_what_is_wrong_is_said_in_one_line(
     run("yank", "org/name@1.0.0", code=2)
 
 
+def test_a_folder_named_without_a_dot_is_suggested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "registry").mkdir()
+    for name, suggested in (("registry", True), ("elsewhere", False)):
+        with pytest.raises(SystemExit):
+            main(["versions", "org/name", "--hub", name])
+        assert (f"Did you mean the folder './{name}'?" in capsys.readouterr().err) is suggested
+
+
 def test_text_from_outside_cannot_move_the_cursor(folders: list[Path]) -> None:
     push(folders[0], "1.0.0")
     from registry.commands.terminal import visible

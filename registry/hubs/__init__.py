@@ -53,8 +53,9 @@ def open_hub(hub: Hub | str | os.PathLike[str] | None = None, token: str | bool 
 
         return HuggingFaceHub(meant, token)
     if isinstance(meant, str):
+        hint = f". Did you mean the folder './{meant[:200]}'?" if os.path.isdir(meant) else ""
         raise InvalidReference(
             f"{meant[:200]!r} is not a registry: give https://…, s3://…, or a folder as file:///…, /… or ./…, "
-            f"with hub= or in {VARIABLE}"
+            f"with hub= or in {VARIABLE}{hint}"
         )
     return meant

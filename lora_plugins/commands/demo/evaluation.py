@@ -28,8 +28,8 @@ def held_out_loss(
 ) -> float:
     """Return the mean negative log-likelihood of the answers' tokens, in nats a token.
 
-    In evaluation mode, each token weighing the same, whatever batch it is in. Rows of similar length share a batch, so that
-    little is computed for padding.
+    In evaluation mode, each token weighing the same, whatever batch it is in. Rows of similar length share a batch, so
+    that little is computed for padding.
 
     Args:
         model: A causal language model.

@@ -38,7 +38,7 @@ __all__ = [
 
 
 BATCH_SIZE = 8
-MAX_TOKENS = 128
+MAX_TOKENS = 96
 HELD_OUT = 40
 SHOWN = 3
 REPORT_PAGE = "report.html"
