@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import twin
+from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,8 +23,8 @@ FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 # What can not run says so: ```python {.norun}. What goes on from the block before: ```python {.continue}.
 NO_RUN, CONTINUE = ".norun", ".continue"
 
-# Pages whose blocks are tested by a test module of their own, as the files that they are.
-OWN_TESTS = {"registry-testing.md"}
+# Pages whose blocks are tested elsewhere: as the files that they are, or below with a small model.
+OWN_TESTS = {"registry-testing.md", "gpu-tutorial.md"}
 
 
 def programs(page: Path) -> dict[str, list[str]]:
@@ -52,6 +57,49 @@ def test_python_blocks_run(program: list[str], tmp_path: Path, monkeypatch: pyte
     namespace = {"__name__": "documentation"}
     for number, block in enumerate(program):
         exec(compile(block, f"block {number}", "exec"), namespace)
+
+
+def test_the_tutorial_for_a_gpu_trains_a_small_model_and_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dialogues"
+    folder.mkdir()
+    twin.make_base(tmp_path / "base", steps=1)
+    twin.write_jsonl(folder / "train.jsonl", twin.dialogues(64, seed=1))
+    twin.write_jsonl(folder / "validation.jsonl", twin.dialogues(8, seed=2))
+    for name, value in {"MODEL": tmp_path / "base", "DATA": folder, "STEPS": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (blocks,) = programs(ROOT / "docs" / "gpu-tutorial.md").values()
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks:
+        exec(compile(block, "gpu-tutorial.md", "exec"), namespace)
+    assert capsys.readouterr().out.endswith("\norg/summaries@0.1.0\n")
+    assert namespace["trainer"].state.global_step == 4
+
+    monkeypatch.setenv("STEPS", "8")
+    exec(compile(blocks[0], "gpu-tutorial.md", "exec"), namespace)
+    losses = [entry for entry in namespace["trainer"].state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2, 3, 4, 6, 8]
+
+
+def test_plans_of_the_tutorial_are_what_the_command_prints() -> None:
+    """The tables, line by line, and the sizes in the page's own table; they do not depend on this machine."""
+    from lora_plugins import plan
+
+    page = (ROOT / "docs" / "gpu-tutorial.md").read_text(encoding="utf-8")
+    found = re.search(r"^\$ lora-plugins plan (.+?[^\\])\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    words = shlex.split(found[1])
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    settings = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
+    numbers = {name: int(value) for name, value in settings.items() if value.isdigit()}
+    planned = plan(ROOT / words[0], **{**settings, **numbers})
+    stream = io.StringIO()
+    Console(file=stream, width=80, color_system=None, force_jupyter=False).print(planned)
+    printed = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert [line for line in found[2].splitlines() if line != "…" and line not in printed] == []
 
 
 def test_programs_were_found() -> None:

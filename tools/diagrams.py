@@ -48,22 +48,22 @@ class Row(NamedTuple):
 EVENTS = [
     Row(
         "Trainer(…, callbacks=[LoraCallback()])\non_init_end",
-        "Resolve the target modules, run the backend's self-test, quantize in place, freeze, add adapters. The "
-        "prepared model replaces the Trainer's; saving and resuming are wrapped.",
+        "Select the target modules, test the backend, quantize in place, freeze, add adapters. The prepared model "
+        "replaces the Trainer's; saving and resuming are wrapped.",
     ),
-    Row("train(\nresume_from_checkpoint=…)", "Compare this run with the checkpoint's; load every adapter of it."),
+    Row("train(\nresume_from_checkpoint=…)", "Compare this run with the checkpoint's; load all of its adapters."),
     Row(
         "on_train_begin",
-        "Is there something to train? Does the optimizer hold it? Is everything that is new trained, and "
-        "everything that is trained saved?",
+        "Check that something is trainable, that the optimizer contains it, that everything new is trained, and that "
+        "everything trained is saved.",
     ),
-    Row("forward, loss", "The loss of a frozen head in pieces; the LoRA branch as one function.", repeated=True),
-    Row("on_pre_optimizer_step", "Do gradients arrive? Is the loss finite, and does it change?", repeated=True),
-    Row("optimizer.step()\non_optimizer_step", "Did the adapters move?", repeated=True),
-    Row("on_step_end, on_log", "The report and the figures of the checks go to the trackers.", repeated=True),
-    Row("save_model\non_save", "Compare the file with what was trained, tensor by tensor.", repeated=True),
-    Row("on_train_end", "The verdict: an adapter that never moved is an error. The best checkpoint is restored whole."),
-    Row("push_to_hub, PushToRegistryCallback", "The release is checked before it is uploaded."),
+    Row("forward, loss", "Compute the loss in chunks and the LoRA branch as one function.", repeated=True),
+    Row("on_pre_optimizer_step", "Check that gradients arrive and that the loss is finite.", repeated=True),
+    Row("optimizer.step()\non_optimizer_step", "Check that the adapters changed.", repeated=True),
+    Row("on_step_end, on_log", "Send the report and the results of the checks to the trackers.", repeated=True),
+    Row("save_model\non_save", "Compare the file with the model, tensor by tensor.", repeated=True),
+    Row("on_train_end", "An adapter that never changed is an error. All adapters of the best checkpoint are restored."),
+    Row("push_to_hub, PushToRegistryCallback", "Check the release before it is uploaded."),
 ]
 
 RELEASE = [
@@ -71,19 +71,19 @@ RELEASE = [
         'push_adapter(model, "org/name",\nversion="1.2.0")',
         "Collect the adapter's own files. Check values, shapes, configuration and base. Hash, write manifest and card.",
     ),
-    Row("one commit", "Only files of the release are written; what else is in the repository stays."),
-    Row("tag v1.2.0", "From here on it is a version: it never changes. Of two pushes of one version one wins."),
+    Row("one commit", "Only files of the release are written; other files in the repository stay."),
+    Row("tag v1.2.0", "Now it is a version, which never changes. Of two pushes of one version, one succeeds."),
     Row("main, release-1.0.x", "The branch of the newest stable release follows, for users of plain PEFT."),
     Row(
         'set_alias(…, "champion")\nyank(…)',
-        "An alias moves by compare-and-swap. A withdrawn version is chosen by no range.",
+        "An alias moves by compare-and-swap. Ranges skip a withdrawn version.",
     ),
     Row(
         'pull_adapter(\n"org/name>=1.2,<2")',
-        "Choose the version; with a lock file the locked one. Download what is missing, hash and check everything.",
+        "Choose the version, or the one in the lock file. Download what is missing, hash and check everything.",
     ),
     Row("adapter.check(base), adapter.load()", "Compare the base with the recorded one, then load onto it."),
-    Row("merge, continue training", "The same contract stands before each way into a model."),
+    Row("merge, continue training", "Each of them makes the same check first."),
 ]
 
 
