@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import twin
@@ -27,9 +27,20 @@ NO_RUN, CONTINUE = ".norun", ".continue"
 OWN_TESTS = {"registry-testing.md", "gpu-tutorial.md"}
 
 
-def programs(page: Path) -> dict[str, list[str]]:
+#: Output that is shown directly under a block.
+OUTPUT = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A block of code, and what the page says that it prints: empty if it says nothing."""
+
+    code: str
+    output: str
+
+
+def programs(page: Path) -> dict[str, list[Block]]:
     """The programs of a page by name: each a block that can run, and the blocks that continue it."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Block]] = {}
     text = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
         language, _, marks = match["info"].partition(" ")
@@ -38,8 +49,15 @@ def programs(page: Path) -> dict[str, list[str]]:
         if CONTINUE not in marks:
             name = f"{page.name}:{text.count(chr(10), 0, match.start()) + 1}"
             found[name] = []
-        found[name].append(match["text"])
+        output = OUTPUT.match(text, match.end())
+        found[name].append(Block(match["text"], output[1] if output else ""))
     return found
+
+
+def is_printed(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed, up to line breaks; ``…`` stands for anything."""
+    pattern = ".*?".join(map(re.escape, re.split(r" ?… ?", " ".join(shown.split()))))
+    return re.search(pattern, " ".join(printed.split())) is not None
 
 
 PROGRAMS = [
@@ -51,12 +69,21 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_python_blocks_run(program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_and_print_what_is_shown(
+    program: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
     namespace = {"__name__": "documentation"}
     for number, block in enumerate(program):
-        exec(compile(block, f"block {number}", "exec"), namespace)
+        exec(compile(block.code, f"block {number}", "exec"), namespace)
+        printed = "".join(capsys.readouterr())
+        assert is_printed(block.output, printed), f"{block.output}\n-- is not in --\n{printed}"
+
+
+def test_output_of_another_value_is_found() -> None:
+    assert is_printed("a …\nb  1", "x\na 2\nb 1\n")
+    assert not is_printed("a …\nb 2", "a 2\nb 1\n")
 
 
 def test_the_tutorial_for_a_gpu_trains_a_small_model_and_goes_on_from_its_checkpoint(
@@ -74,32 +101,59 @@ def test_the_tutorial_for_a_gpu_trains_a_small_model_and_goes_on_from_its_checkp
     (blocks,) = programs(ROOT / "docs" / "gpu-tutorial.md").values()
     namespace: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks:
-        exec(compile(block, "gpu-tutorial.md", "exec"), namespace)
-    assert capsys.readouterr().out.endswith("\norg/summaries@0.1.0\n")
+        exec(compile(block.code, "gpu-tutorial.md", "exec"), namespace)
+    assert is_printed(blocks[-1].output, capsys.readouterr().out)
     assert namespace["trainer"].state.global_step == 4
 
     monkeypatch.setenv("STEPS", "8")
-    exec(compile(blocks[0], "gpu-tutorial.md", "exec"), namespace)
-    losses = [entry for entry in namespace["trainer"].state.log_history if "eval_loss" in entry]
-    assert [entry["step"] for entry in losses] == [1, 2, 3, 4, 6, 8]
+    exec(compile(blocks[0].code, "gpu-tutorial.md", "exec"), namespace)
+    state = namespace["trainer"].state
+    assert state.global_step == 8
+    assert [entry["step"] for entry in state.log_history if "eval_loss" in entry] == list(range(1, 9))
 
 
+def read_options(words: list[str]) -> dict[str, Any]:
+    """Return the options of a command as keyword arguments; one without a value is a switch."""
+    found: dict[str, Any] = {}
+    for word, value in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            found[name] = value.startswith("--") or (int(value) if value.isdigit() else value)
+    return found
+
+
+def words_of(line: str) -> str:
+    return " ".join(re.sub("[^\\w.,%:\\- ]", " ", line).split())
+
+
+@pytest.mark.slow
 def test_plans_of_the_tutorial_are_what_the_command_prints() -> None:
-    """The tables, line by line, and the sizes in the page's own table; they do not depend on this machine."""
+    """The output that is shown, the totals of its table, and the line of the report; none depends on this machine."""
     from lora_plugins import plan
 
     page = (ROOT / "docs" / "gpu-tutorial.md").read_text(encoding="utf-8")
     found = re.search(r"^\$ lora-plugins plan (.+?[^\\])\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert found is not None
-    words = shlex.split(found[1])
-    options = dict(zip(words[1::2], words[2::2], strict=True))
-    settings = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
-    numbers = {name: int(value) for name, value in settings.items() if value.isdigit()}
-    planned = plan(ROOT / words[0], **{**settings, **numbers})
+    model, *words = shlex.split(found[1])
+    plans = [plan(ROOT / model, **{**read_options(words), "batch_size": size}) for size in (4, 8)]
     stream = io.StringIO()
-    Console(file=stream, width=80, color_system=None, force_jupyter=False).print(planned)
-    printed = [line.rstrip() for line in stream.getvalue().splitlines()]
-    assert [line for line in found[2].splitlines() if line != "…" and line not in printed] == []
+    Console(file=stream, width=80, color_system=None, force_jupyter=False).print(plans[0])
+    printed = {words_of(line) for line in stream.getvalue().splitlines()}
+    shown = {words_of(line) for line in found[2].splitlines()}
+    assert len(shown) > 15
+    assert shown - printed == set()
+
+    table = dict(re.findall(r"^\| (\w+) \| (.* GiB .*) \|$", page, re.MULTILINE))
+    sizes: dict[str, list[str]] = {name: [] for name in ("float", "int8", "nf4")}
+    for row in [row for planned in plans for row in planned.rows if row.checkpointing]:
+        if (row.quantization or "float") in sizes:
+            sizes[row.quantization or "float"].append(f"{row.memory.total / 2**30:.2f} GiB")
+    assert table == {name: " | ".join(size) for name, size in sizes.items()}
+
+    planned = plans[0]
+    share = planned.chosen.quantized_share * (planned.total - planned.trainable) / planned.total
+    line = f"trainable params: {planned.trainable:,} || all params: {planned.total:,} || trainable%: "
+    assert is_printed(f"{line}{planned.percent:.4f} || nf4: {share:.1%} of the weights", page)
 
 
 def test_programs_were_found() -> None:
