@@ -12,6 +12,7 @@ PEERS := $(VENV)-peers
 S3 := $(VENV)-s3
 NOTEBOOKS := $(VENV)-notebooks
 SERVING := $(VENV)-serving
+VLLM_INTERFACE := $(VENV)-vllm-interface
 
 # Nothing here asks the Hub for anything.
 export HF_HUB_OFFLINE := 1
@@ -21,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help install install-engines demo test test-full test-times test-one test-slow test-architectures test-engines test-peers \
-	test-serving test-vllm test-llamacpp test-object-store test-notebooks test-oldest test-newest \
+	test-serving test-vllm test-llamacpp install-vllm-interface test-vllm-interface test-object-store test-notebooks test-oldest test-newest \
 	test-load test-kills test-mutations coverage audit check format docs dist clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -116,13 +117,26 @@ test-serving: test-vllm test-llamacpp ## Run base and adapters in vLLM (from a r
 test-vllm: $(VLLM)/.installed ## Let a real vLLM answer from a registry; about half an hour on two cores.
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/test_serving_resolver.py
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python \
-		VLLM_LIBRARY="$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-		$(BIN)/python -m pytest -s -m slow tests/test_serving_check.py tests/test_serving_vllm.py
+		$(BIN)/python -m pytest -s -m slow tests/test_serving_vllm_code.py tests/test_serving_vllm.py
 
 test-llamacpp: $(SERVING)/.installed ## Compare llama.cpp's logits with transformers'.
 	OMP_NUM_THREADS=1 LLAMA_CPP_LIBRARY=$(abspath $(SERVING))/llama/xllamacpp/xllamacpp.abi3.so \
 		LLAMA_CPP_SOURCE=$(abspath $(SERVING))/llama_cpp_python-0.3.36/vendor/llama.cpp \
 		$(BIN)/python -m pytest -s -m slow tests/test_serving_llamacpp.py
+
+# vLLM's own code without an engine, over the first environment: without dependencies, so that none brings another torch. 0.6 GB.
+install-vllm-interface: $(VLLM_INTERFACE)/.installed ## Make .venv-vllm-interface with vLLM, without what it runs models with.
+
+$(VLLM_INTERFACE)/.installed: $(INSTALLED) constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_INTERFACE)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VLLM_INTERFACE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(VLLM_INTERFACE)/bin/python -m pip install --no-compile --no-deps -r constraints-vllm.txt
+	$(VLLM_INTERFACE)/bin/python -m pip install --no-compile --no-deps $(EDITABLE) -e .
+	touch $@
+
+test-vllm-interface: $(VLLM_INTERFACE)/.installed ## Run resolver and rules against vLLM's own server object, PEFTHelper and loader.
+	OMP_NUM_THREADS=1 $(VLLM_INTERFACE)/bin/python -m pytest -m "slow or not slow" tests/test_serving_resolver.py tests/test_serving_vllm_code.py
 
 # A server that speaks S3, over the first environment: its client wants an older python-dateutil than constraints.txt has.
 $(S3)/.installed: $(INSTALLED)
@@ -228,4 +242,4 @@ test-newest: ## Run the tests with the newest releases, on Python 3.13.
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 clean: ## Remove every environment and everything that was built.
-	rm -rf $(VENV) $(ENGINES) $(PEERS) $(S3) $(NOTEBOOKS) $(SERVING) .venv-oldest .venv-newest build dist site demo-output
+	rm -rf $(VENV) $(ENGINES) $(PEERS) $(S3) $(NOTEBOOKS) $(SERVING) $(VLLM_INTERFACE) .venv-oldest .venv-newest build dist site demo-output

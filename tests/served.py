@@ -45,7 +45,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_neox": (
         "GPTNeoX",
         {**_ROPE, "rotary_pct": 0.5, "use_parallel_residual": True},
-        {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "embed_out"]},
+        {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "lm_head"]},
     ),
     "granite": ("Granite", {**_ROPE, "tie_word_embeddings": False}, {"head": True}),
     "llama": ("Llama", {**_ROPE, "tie_word_embeddings": False}, {"head": True}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_plugins import AdapterTraits, Server, ServerRule
-from lora_plugins.builtin.servers.traits import forbid_extras
+from lora_plugins.builtin.servers.traits import find_ends, forbid_extras
 
 __all__ = ["LLAMA_CPP", "OLLAMA"]
 
@@ -27,7 +27,7 @@ def _check_type(traits: AdapterTraits) -> str | None:
 
 
 def _check_shared(traits: AdapterTraits) -> str | None:
-    ends = [*traits.embeddings, *(name for name in traits.modules if name in ("lm_head", "embed_out"))]
+    ends = find_ends(traits)
     if not ends or not traits.shared_head:
         return None
     return f"an adapter on {', '.join(ends)}, whose weight head and embedding share, has no place of its own"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lora_plugins import AdapterTraits, ServerRule
 
-__all__ = ["forbid", "forbid_extras"]
+__all__ = ["find_ends", "forbid", "forbid_extras"]
 
 #: From traits to the words for something an adapter has; ``None`` if it has it not.
 Trait = Callable[[AdapterTraits], str | None]
@@ -50,6 +50,11 @@ _TRAITS: dict[str, Trait] = {
     "variants": lambda traits: " and ".join(traits.variants) or None,
     "whole-weights": _find_whole,
 }
+
+
+def find_ends(traits: AdapterTraits) -> list[str]:
+    """Return the names of the input embedding and the output head that have an adapter."""
+    return [*traits.embeddings, *(name for name in traits.modules if name in ("lm_head", "embed_out"))]
 
 
 def forbid(name: str, source: str, does: str) -> ServerRule:
