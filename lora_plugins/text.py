@@ -1,13 +1,16 @@
-"""Write suggestions, dtype names, texts on one line, and JSON files."""
+"""Write suggestions, dtype names, texts on one line, and whole files."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import json
 import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ __all__ = [
     "find_near",
     "forward_names",
     "one_line",
+    "private_folder",
     "suggest_arguments",
+    "write_file",
     "write_json",
 ]
 
@@ -117,14 +122,44 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file that is complete or not there. Values that JSON does not know are written as text.
+@contextlib.contextmanager
+def private_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a new folder beside a target, for files that take its place once they are complete; remove it at the end.
+
+    Its name is new and nobody else can write there: what others have put beside the target, such as a link to another
+    file, is neither followed nor overwritten.
+
+    Args:
+        target: A file or folder. The folder that it is in is made if it is missing.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    place = Path(target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}-", dir=place.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file that is complete or not there, in place of the one that was there; a link there is not followed.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    with private_folder(path) as folder:
+        written = folder / "file"
+        written.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(written, path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file as `write_file` does. Values that JSON does not know are written as text.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    write_file(path, json.dumps(value, indent=2, default=str) + "\n")

@@ -641,3 +641,35 @@ def test_both_ends_of_a_grown_vocabulary_are_kept_where_the_base_is_not_at_hand(
     }
     adapter = pulled(model, tmp_path / "release", allow=["embed_tokens", "lm_head"], base_model="org/base")
     assert torch.equal(logits(adapter.load(tmp_path / "moved"), input_ids=GROWN), expected)
+
+
+#: Ends by the names that other types give them, tied and not, and a head by an expression.
+ENDS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "gpt2-wte": (tiny.gpt2, ["c_attn", "wte"]),
+    "bloom-word_embeddings": (tiny.bloom, ["query_key_value", "word_embeddings"]),
+    "gpt_neox-embed_in": (lambda: small_gpt_neox(), ["query_key_value", "embed_in"]),
+    "llama-expression": (tiny.llama, r".*\.(q_proj|embed_tokens)"),
+}
+
+
+def small_gpt_neox() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=96, **sizes))
+
+
+@pytest.mark.parametrize("case", sorted(ENDS))
+def test_a_grown_vocabulary_is_kept_whatever_the_adapted_end_is_called(case: str, tmp_path: Path) -> None:
+    make, targets = ENDS[case]
+    made = make()
+    made.save_pretrained(tmp_path / "base")
+    model = type(made).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100, mean_resizing=False)
+    fan_in = case.startswith("gpt2")
+    model = randomise(adapted(model, target_modules=targets, fan_in_fan_out=fan_in))
+    expected = logits(model, input_ids=GROWN)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    whole = {name.rpartition(".")[0] for name in read_state(model, "default") if "lora_" not in name}
+    ends = [name.removesuffix(".base_layer").rpartition(".")[2] for name in whole]
+    adapter = pulled(model, tmp_path / "release", allow=ends, base_model="org/base")
+    assert torch.equal(logits(adapter.load(tmp_path / "moved"), input_ids=GROWN), expected)

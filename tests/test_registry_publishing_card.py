@@ -222,3 +222,12 @@ def test_a_readme_that_somebody_wrote_for_a_checkpoint_stays(checkpoint: Path) -
     text = write_card(checkpoint).read_text()
     (checkpoint / "README.md").write_text(text + "\nMine\n")
     assert write_card(checkpoint).read_text().endswith("\nMine\n")
+
+
+def test_the_card_of_a_checkpoint_is_not_written_through_a_link(checkpoint: Path, tmp_path: Path) -> None:
+    """A link to a file that does not exist yet was taken for no card, and the file was made."""
+    (checkpoint / "README.md").unlink()
+    (checkpoint / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is a symbolic link"):
+        write_card(checkpoint)
+    assert not (tmp_path / "elsewhere").exists()

@@ -295,6 +295,37 @@ def test_existing_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+def test_a_link_that_others_planted_beside_an_export_is_not_followed(tmp_path: Path) -> None:
+    served.write("gpt2", tmp_path)
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "a.gguf.partial").symlink_to(tmp_path / "secret")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "theirs")
+    export_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
+    export_adapter(tmp_path / "adapter", tmp_path / "out", "peft", base=tmp_path / "base")
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert not list((tmp_path / "theirs").iterdir())
+    assert not (tmp_path / "a.gguf").is_symlink()
+    assert read(tmp_path / "a.gguf")[0]["general.architecture"] == "gpt2"
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == [
+        *("a.gguf", "adapter", "base", "out", "secret", "theirs"),
+    ]
+
+
+def test_links_in_the_folder_of_an_export_are_replaced(tmp_path: Path) -> None:
+    served.write("gpt2", tmp_path)
+    (tmp_path / "secret").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("Modelfile", "adapter.gguf", "adapter_config.json", "adapter_model.safetensors"):
+        (out / name).symlink_to(tmp_path / "secret")
+    cases: list[dict[str, Any]] = [{"to": "ollama", "merged": True}, {"to": "ollama"}, {"to": "peft"}]
+    for settings in cases:
+        export_adapter(tmp_path / "adapter", out, base=tmp_path / "base", model="tiny:1b", overwrite=True, **settings)
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert not [path for path in out.iterdir() if path.is_symlink()]
+
+
 def test_the_command_prints_how_to_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     served.write("gpt2", tmp_path)
     words = ["export", str(tmp_path / "adapter"), str(tmp_path / "a.gguf"), "--to", "gguf"]

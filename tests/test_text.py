@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,45 @@ def test_json_is_complete_or_not_there(tmp_path: Path) -> None:
         write_json(path, circle)
     assert json.loads(path.read_text()) == {"path": "x"}
     assert [item.name for item in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("planted", ["metrics.json.partial", ".metrics.json.partial", "metrics.json"])
+def test_a_link_that_others_planted_is_not_followed(planted: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / planted).symlink_to(tmp_path / "secret")
+    write_json(tmp_path / "metrics.json", {"loss": 1})
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert not (tmp_path / "metrics.json").is_symlink()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 1}
+
+
+def test_files_and_folders_of_others_beside_a_json_file_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.json.partial").mkdir()
+    (tmp_path / "b.json.partial").write_text("theirs")
+    for name in ("a.json", "b.json"):
+        write_json(tmp_path / name, {})
+    assert (tmp_path / "a.json.partial").is_dir()
+    assert (tmp_path / "b.json.partial").read_text() == "theirs"
+
+
+def test_a_json_file_that_two_write_at_once_is_one_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: write_json(path, [number] * 2000), range(200)))
+    values = json.loads(path.read_text())
+    assert len(values) == 2000
+    assert len(set(values)) == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_json_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from lora_plugins.recipe.report.samples import Samples
 from lora_plugins.recipe.reproduction.flags import describe_run
 from lora_plugins.recipe.resume import checkpoint_defect, find_checkpoints, finished_state
 from lora_plugins.recipe.templates import make_template
-from lora_plugins.text import one_line, write_json
+from lora_plugins.text import one_line, write_file, write_json
 from lora_plugins.trainer.checkpoints import restore_best
 from lora_plugins.trainer.engines import place_whole, raise_together
 from registry import RegistryError
@@ -264,7 +264,7 @@ class TrainingRun:
         draw_loss(history, report / "loss.png")
         written = self.folders.output / "parameter_report.json"
         if written.is_file() and written.parent != report:
-            (report / written.name).write_bytes(written.read_bytes())
+            write_file(report / written.name, written.read_bytes())
         self._write_page(trainer)
         self.say(f"Adapter in {self.folders.adapter}; report and loss curve in {report}")
         return figures

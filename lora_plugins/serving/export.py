@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +14,7 @@ from lora_plugins.serving.folders import write_folder
 from lora_plugins.serving.gguf_file import GgufDtype, write_gguf
 from lora_plugins.serving.launching import make_launch_line, make_modelfile
 from lora_plugins.serving.source import Source, read_source
+from lora_plugins.text import private_folder, write_file
 from registry import expand_path
 
 __all__ = ["ExportFormat", "ExportResult", "export_adapter"]
@@ -111,11 +109,9 @@ def export_adapter(
     if merged:
         tensors = _export_merged(source, target, to, overwrite=overwrite)
     elif to == "gguf":
-        target.parent.mkdir(parents=True, exist_ok=True)
         tensors = write_gguf(source, target, dtype)
     else:
-        with _make_folder(target) as partial:
-            tensors = _fill(source, partial, to, model, dtype)
+        tensors = _write_folder(source, target, to, model, dtype)
     return ExportResult(
         output=target,
         to=to,
@@ -160,19 +156,14 @@ def _check_free(target: Path, to: str, *, overwrite: bool) -> None:
         raise ExportError(f"The folder {target} is not empty. Choose another, or pass overwrite=True (--overwrite).")
 
 
-@contextlib.contextmanager
-def _make_folder(target: Path) -> Iterator[Path]:
-    """Make a folder for the files beside ``target``, and move them into it at the end."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
+def _write_folder(source: Source, target: Path, to: str, model: str | None, dtype: GgufDtype) -> int:
+    """Write the files beside ``target``, and move them into it at the end."""
+    with private_folder(target) as folder:
+        count = _fill(source, folder, to, model, dtype)
         target.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
+        for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return count
 
 
 def _fill(source: Source, folder: Path, to: str, model: str | None, dtype: GgufDtype) -> int:
@@ -193,5 +184,5 @@ def _export_merged(source: Source, target: Path, to: str, *, overwrite: bool) ->
         source.job.folder, folder, "bf16", base=source.job.base, revision=source.job.revision, overwrite=overwrite
     )
     if to == "ollama":
-        (target / "Modelfile").write_text(make_modelfile("./model", None), encoding="utf-8")
+        write_file(target / "Modelfile", make_modelfile("./model", None))
     return 0

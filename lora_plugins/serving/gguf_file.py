@@ -12,6 +12,7 @@ import torch
 from lora_plugins.errors import ExportError
 from lora_plugins.serving.gguf_tensors import Pair, find_family, load_gguf, make_pairs
 from lora_plugins.serving.source import Source, load_tensors, wrap_empty
+from lora_plugins.text import private_folder
 
 __all__ = ["GgufDtype", "write_gguf"]
 
@@ -24,7 +25,7 @@ def write_gguf(source: Source, target: Path, dtype: GgufDtype = "f32") -> int:
 
     Args:
         source: The adapter.
-        target: The file. Its folder exists.
+        target: The file.
         dtype: Dtype of the factors.
 
     Returns:
@@ -38,12 +39,10 @@ def write_gguf(source: Source, target: Path, dtype: GgufDtype = "f32") -> int:
     alpha = float(source.job.config.lora_alpha) or 1.0
     pairs = make_pairs(source, wrap_empty(source), load_tensors(source), alpha)
     _check_range(source, pairs, dtype)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        _write(source, partial, family.architecture, alpha, pairs, dtype)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with private_folder(target) as folder:
+        written = folder / "adapter.gguf"
+        _write(source, written, family.architecture, alpha, pairs, dtype)
+        os.replace(written, target)
     return len(pairs)
 
 

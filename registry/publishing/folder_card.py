@@ -7,7 +7,7 @@ from pathlib import Path
 
 from registry.base.files import is_hub_id
 from registry.checks.lineage import read_lineage
-from registry.disk.files import read_small
+from registry.disk.files import read_small, replace_file
 from registry.formats.adapter_config import MAX_CONFIG, AdapterConfig
 from registry.formats.fields import COMMIT
 from registry.formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
@@ -43,13 +43,13 @@ def write_card(folder: str | os.PathLike[str]) -> Path:
     """
     place = Path(folder)
     file, card = place / CARD, _describe(place).encode()
-    existing = read_small(file, _LIMIT) if file.exists() else None
+    existing = read_small(file, _LIMIT) if os.path.lexists(file) else None
     if existing is not None and not any(mark in existing for mark in _GENERATED):
         merged = merge_readme(existing, card)
         if merged is None:
             return file
         card = merged
-    file.write_bytes(card)
+    replace_file(file, card, durable=False)
     return file
 
 

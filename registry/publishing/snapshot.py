@@ -5,10 +5,11 @@ The copies are checked and uploaded, so changes to the originals meanwhile have 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from registry.formats.weights import read_open_header
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 __all__ = ["copy_adapter", "copy_file", "copy_tokenizer", "read_config", "read_state", "save_model"]
 
@@ -128,12 +129,14 @@ def read_state(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
         raise InvalidAdapter(f"The model has no adapter {adapter_name!r}; it has {known}")
     # By default, PEFT 0.21.2 asks the Hub for the base's vocabulary size:
     # https://github.com/huggingface/peft/issues/1452
-    resized, targeted = _is_resized(model), _targets_embeddings(model)
-    found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=bool(resized) or targeted
-    )
-    # Where it is not known how many rows the base's files have, both ends are kept.
-    if resized or (resized is None and targeted):
+    read = functools.partial(peft.get_peft_model_state_dict, model, adapter_name=adapter_name)
+    found: dict[str, torch.Tensor] = read(save_embedding_layers=False)
+    resized = _is_resized(model)
+    # Where it is not known how many rows the base's files have, both ends are kept beside an adapter on one of them.
+    grown = resized or (resized is None and _adapts_ends(model, found))
+    if grown or _are_ends_named(model.peft_config[adapter_name]):
+        found = read(save_embedding_layers=True)
+    if grown:
         found = {**_find_ends_left_out(model, found), **found}
     _check_trained(model, adapter_name, found)
     return found
@@ -209,9 +212,16 @@ def _is_resized(model: PeftModel) -> bool | None:
     return int(weight.shape[0]) != before
 
 
-def _targets_embeddings(model: PeftModel) -> bool:
-    """Whether an embedding or head has an adapter, beside which PEFT saves its weight."""
-    config = model.active_peft_config
+def _adapts_ends(model: PeftModel, state: Iterable[str]) -> bool:
+    """Whether the adapter with these tensors has factors on the input embedding or the output head."""
+    from registry.base.places import ends_of
+
+    ends = tuple(f"{name}." for name in ends_of(model))
+    return any(name.startswith(ends) and "lora_" in name for name in state)
+
+
+def _are_ends_named(config: PeftConfig) -> bool:
+    """Whether the targets have a name beside whose adapter PEFT 0.21.2 saves the weight: it knows these two."""
     targets = getattr(config, "target_modules", None) or ()
     targeted = not isinstance(targets, str) and any(name in targets for name in ("embed_tokens", "lm_head"))
     return targeted and getattr(config, "trainable_token_indices", None) is None
