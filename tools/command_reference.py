@@ -18,11 +18,16 @@ PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 HEAD = """\
 # Command reference
 
-This page is generated from the program's `--help` by `make docs`. Commands of other people's plugins are listed by
-`lora-plugins --help` where they are installed.
+This page is generated from the program's `--help` by `make docs`. Commands of other plugins are in
+`lora-plugins --help`.
 
-`LORA_PLUGINS_DEBUG=1` shows where an error came from, `LORA_PLUGINS_BLOCK=a,b` switches plugins off by their own
-name or their distribution's, `LORA_PLUGINS_TRACE=1` prints every hook call.
+| variable | effect |
+|---|---|
+| `LORA_REGISTRY` | the registry that commands use without `--hub` |
+| `LORA_REGISTRY_CACHE` | the cache folder |
+| `LORA_PLUGINS_DEBUG=1` | shows the traceback of an error |
+| `LORA_PLUGINS_BLOCK=a,b` | disables plugins, by their name or their distribution's |
+| `LORA_PLUGINS_TRACE=1` | prints every hook call |
 """
 
 

@@ -13,12 +13,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "hooks.md"
 HEAD = """\
 # Hook reference
 
-This page is generated from `lora_plugins/hookspecs.py` by `make docs`.
+This page is generated from `lora_plugins/plugins/hookspecs.py` by `make docs`.
 
-Entry-point group and pluggy project name: `{project}`. Every hook collects what all plugins return; none of them
-decides. A plugin implements as many as it likes, as functions marked with `lora_plugins.hookimpl`, and may leave
-out arguments that it does not need. The records that they return are described in the
-[API reference](reference.md); [Writing a plugin](plugins.md) shows a whole one.
+The entry-point group and pluggy project name is `{project}`. A plugin implements any of these hooks as functions marked
+with `lora_plugins.hookimpl`, and may leave out arguments that it does not need. Each hook collects the results of all
+plugins. The [API reference](reference.md) describes the records; [Writing a plugin](plugins.md) is a tutorial.
 """
 
 

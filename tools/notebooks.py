@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOKS = ("train_and_publish", "registry")
 #: The id of the model that a folder in ``MODEL`` stands for.
 PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: Characters of a line of code or output on a page that is 1,280 pixels wide.
+WIDTH = 110
+_KEEP: Any = {"break_on_hyphens": False, "replace_whitespace": False}
 #: Colors of a terminal.
 _NOISE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -62,7 +66,7 @@ def write_page(name: str) -> str:
             parts.append(f"```python {{.norun}}\n{text.removesuffix(';')}\n```")
             parts += _show_outputs(cell["outputs"])
     title, _, rest = "\n\n".join(parts).partition("\n\n")
-    link = f"[Download the notebook](notebooks/{name}.ipynb). What is shown here is what it printed on a CPU."
+    link = f"[Download the notebook](notebooks/{name}.ipynb). The outputs are from a run on a CPU."
     # Without the table of contents, the code fits into 1,280 pixels.
     return f"---\nhide: [toc]\n---\n\n{title}\n\n{link}\n\n{rest}\n"
 
@@ -85,7 +89,10 @@ def _show_outputs(outputs: list[dict[str, Any]]) -> list[str]:
 
 
 def _quote(text: str) -> str:
-    return f"```text\n{_NOISE.sub('', text).rstrip()}\n```"
+    """Return a block of text, with long lines continued as a notebook shows them."""
+    lines = _NOISE.sub("", text).rstrip().split("\n")
+    wrapped = [textwrap.fill(line, WIDTH, **_KEEP) if len(line) > WIDTH else line for line in map(str.rstrip, lines)]
+    return "```text\n" + "\n".join(wrapped) + "\n```"
 
 
 def main() -> int:

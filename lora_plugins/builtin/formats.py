@@ -15,7 +15,7 @@ _NO_GRADIENT = "transformers marks its layers as inference only, and PEFT has no
 _KERNEL = "its kernels have no backward pass, so no adapter below such a layer would get a gradient"
 _NEVER = "no: the base is refused before training"
 _PEFT_REFUSES = "PEFT cannot merge into its layers; merge into the float model it was made from (--base)"
-_IN_FLOAT = "into the float weights; --base quantizes nothing again"
+_IN_FLOAT = "into the float weights; the result is not quantized again"
 
 #: One record for each key of transformers' table of quantizers, in its order.
 FORMATS = (
@@ -27,7 +27,7 @@ FORMATS = (
         merges=_PEFT_REFUSES,
         needs="gptqmodel >= 5.0 (7.0 for PEFT), which ships as source and is compiled against the installed torch",
         evidence=_READ + " (AwqLoraLinear, dispatch by gptqmodel's layers)",
-        reason="PEFT has a LoRA layer for it over gptqmodel's kernels, and it was never run here",
+        reason="PEFT has a LoRA layer for it with gptqmodel's kernels, which was never run here",
         instead=_FLOAT + "'nf4'",
     ),
     Format(
@@ -59,7 +59,7 @@ FORMATS = (
         needs="optimum >= 1.24 and gptqmodel >= 1.4.3 (7.0 for PEFT), which ships as source and is compiled against "
         "the installed torch",
         evidence=_READ + " (GPTQLoraLinear)",
-        reason="PEFT has a LoRA layer for it over gptqmodel's kernels, and it was never run here",
+        reason="PEFT has a LoRA layer for it with gptqmodel's kernels, which was never run here",
         instead=_FLOAT + "'nf4'",
     ),
     Format(
@@ -70,7 +70,7 @@ FORMATS = (
         merges=_PEFT_REFUSES,
         needs="aqlm >= 1.0.2",
         evidence=_READ + " (AqlmLoraLinear)",
-        reason="PEFT has a LoRA layer for it, and it was never run here",
+        reason="PEFT has a LoRA layer for it, which was never run here",
         instead=_FLOAT + "'nf4'",
     ),
     Format(
@@ -103,7 +103,7 @@ FORMATS = (
         merges=_NEVER,
         needs="fouroversix, compiled for a CUDA GPU",
         evidence=_READ,
-        reason="transformers trains it only with keep_master_weights, and then the base's own weights: PEFT has no "
+        reason="transformers trains it only with keep_master_weights, and then the base's own weights; PEFT has no "
         "LoRA layer for it",
         instead=_FLOAT + "'nf4'",
     ),
@@ -113,9 +113,9 @@ FORMATS = (
         "no",
         layers=("fp_quant.FPQuantLinear",),
         merges=_NEVER,
-        needs="fp_quant and a GPU, with qutlass one of the Blackwell generation",
+        needs="fp_quant and a GPU; qutlass needs a Blackwell GPU",
         evidence=_READ,
-        reason="transformers trains it only with store_master_weights, and then the base's own weights: PEFT has no "
+        reason="transformers trains it only with store_master_weights, and then the base's own weights; PEFT has no "
         "LoRA layer for it",
         instead=_FLOAT + "'nf4'",
     ),
@@ -127,8 +127,8 @@ FORMATS = (
         merges=_PEFT_REFUSES,
         needs="kernels and a CUDA GPU; PEFT's LoRA layer needs eetq's own layers",
         evidence=_READ + " (EetqLoraLinear knows the classes of the package eetq only)",
-        reason="PEFT's LoRA layer knows the layers of the package eetq and not those that transformers 5 makes, and "
-        "neither was ever run here",
+        reason="PEFT's LoRA layer supports the layers of the package eetq, not those of transformers 5; neither was "
+        "ever run here",
         instead=_FLOAT + "'int8'",
     ),
     Format(
@@ -198,13 +198,13 @@ FORMATS = (
         "BitNet b1.58",
         "no",
         layers=("transformers.BitLinear", "transformers.AutoBitLinear"),
-        merges="no: its layers round the weight to three values in every pass, and most of the adapter with it",
+        merges="no: its layers round the weight to three values in every pass, which loses most of the adapter",
         needs="CPU or GPU; a C++ compiler for torch.compile",
         evidence=_READ,
-        reason="its packed layers (bitlinear, and autobitlinear that is quantized offline) pass no gradient that "
-        "transformers vouches for, and PEFT takes those of the online mode for float ones and would merge into weights "
-        "that are rounded to three values afterwards",
-        instead="load another model: a BitNet model has no float twin that computes the same",
+        reason="transformers does not support gradients through its packed layers (bitlinear, and autobitlinear "
+        "quantized offline); PEFT treats those of the online mode as float layers, and would merge into weights that "
+        "are rounded to three values afterwards",
+        instead="load another model; no float model computes the same as a BitNet model",
     ),
     Format(
         "vptq",
@@ -254,7 +254,7 @@ FORMATS = (
             "transformers.GgufEmbedding",
         ),
         merges=_IN_FLOAT,
-        needs="gguf; transformers dequantizes it where the package kernels has no kernel for the device, else with "
+        needs="gguf; transformers dequantizes it if the package kernels has none for the device, else with "
         "GgufConfig(dequantize=True)",
         evidence=_RUN,
         reason=_KERNEL,
@@ -266,7 +266,7 @@ FORMATS = (
         "no",
         layers=("transformers.NVFP4Linear",),
         merges=_NEVER,
-        needs="kernels and a Blackwell GPU; transformers 5.23 makes it while loading and reads no NVFP4 checkpoint",
+        needs="kernels and a Blackwell GPU; transformers 5.23 quantizes while loading and reads no NVFP4 checkpoint",
         evidence=_READ,
         reason=_NO_GRADIENT,
         instead=_FLOAT + "'nf4'",
@@ -289,8 +289,8 @@ FORMATS = (
         merges=_NEVER,
         needs="auto-round >= 0.5",
         evidence=_READ,
-        reason="transformers marks it as inference only; auto-round 0.16 leaves tensors without data in the model on "
-        "a CPU",
+        reason="transformers marks it as inference only; on a CPU, auto-round 0.16 leaves tensors without data in the "
+        "model",
         instead=_FLOAT + "'nf4'",
     ),
     Format(
@@ -311,7 +311,7 @@ FORMATS = (
         "float",
         layers=("transformers.MetalLinear",),
         merges=_IN_FLOAT,
-        needs="transformers dequantizes it on anything but Apple silicon, there with MetalConfig(dequantize=True)",
+        needs="transformers dequantizes it, on Apple silicon only with MetalConfig(dequantize=True)",
         evidence=_READ,
         reason=_KERNEL,
         instead="load it with quantization_config=MetalConfig(dequantize=True)",
@@ -322,7 +322,7 @@ FORMATS = (
         "no",
         layers=("sinq.SINQLinear",),
         merges=_NEVER,
-        needs="sinq, which pulls a torch of its own",
+        needs="sinq, which installs its own torch",
         evidence=_READ,
         reason="PEFT has no LoRA layer for it",
         instead=_FLOAT + "'int4-hqq'",

@@ -33,27 +33,25 @@ class Dtype(StrEnum):
 
 
 def export(
-    adapter: Annotated[
-        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
-    ],
-    output: Annotated[Path, typer.Argument(help="File for gguf, folder for the others.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder (/… or ./…), or org/name@version in the registry.")],
+    output: Annotated[Path, typer.Argument(help="File for gguf, folder otherwise.")],
     to: Annotated[Format, typer.Option(help="Server or format.")],
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     hub: HubOption = None,
     model: Annotated[
-        str | None, typer.Option(help="For gguf and ollama: the base as GGUF file, or its name in Ollama.")
+        str | None, typer.Option(help="For gguf and ollama: GGUF file of the base, or its name in Ollama.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the adapter in a GGUF file.")] = Dtype.f32,
     merged: Annotated[bool, typer.Option("--merged", help="Write the merged model instead of the adapter.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are already there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write an adapter for llama.cpp, Ollama, vLLM or SGLang, or as a plain PEFT folder; print how to serve it.
+    """Write an adapter for llama.cpp, Ollama, vLLM, SGLang or plain PEFT, and print the command that serves it.
 
     \b
     Examples:
-      lora-plugins export org/name@1.2.0 ./adapter.gguf --to gguf --hub ./registry
+      lora-plugins export org/name@1.2.0 ./adapter.gguf --to gguf
       lora-plugins export org/name@1.2.0 ./served --to ollama --model llama3.2:1b
       lora-plugins export ./adapter ./served --to vllm
     """

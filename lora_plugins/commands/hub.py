@@ -15,7 +15,7 @@ HubOption = Annotated[
     str | None,
     typer.Option(
         "--hub",
-        help="Registry of org/name: https://…, s3://bucket/prefix, or a folder as ./…; default is LORA_REGISTRY, else "
+        help="Registry of org/name: https://…, s3://bucket/prefix, or a folder (./…); default is LORA_REGISTRY, else "
         "the Hugging Face Hub.",
         show_default=False,
     ),

@@ -24,25 +24,23 @@ class Dtype(StrEnum):
 
 
 def merge(
-    adapter: Annotated[
-        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
-    ],
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder (/… or ./…), or org/name@version in the registry.")],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
     dtype: Annotated[
-        Dtype, typer.Option(help="Base reloaded in 16 bits, or the dequantized weights it was trained against.")
+        Dtype, typer.Option(help="Reload the base in 16 bits, or use the same dequantized weights as the training.")
     ] = Dtype.fp16,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     hub: HubOption = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help="Backend it was trained on, with options as JSON, or 'none'; default: as recorded."),
+        typer.Option(help="Backend of the training, with options as JSON, or 'none'; default is the recorded one."),
     ] = None,
-    probe: Annotated[bool, typer.Option(help="Measure the distance to the trained model.")] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
+    probe: Annotated[bool, typer.Option(help="Measure how far the merged model is from the trained one.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model in the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Merge an adapter into its base: a model that plain transformers loads.
+    """Merge an adapter into its base, as a model that transformers loads without PEFT.
 
     \b
     Examples:

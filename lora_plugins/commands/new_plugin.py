@@ -12,15 +12,15 @@ __all__ = ["new_plugin"]
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="Name of the model type, or of the backend.")],
+    name: Annotated[str, typer.Argument(help="Name of the model type or backend.")],
     folder: Annotated[
         Path | None,
-        typer.Option(help="Where to write it; must not exist.", show_default="./NAME-lora, ./NAME-quantizer"),
+        typer.Option(help="New folder for the package.", show_default="./NAME-lora, ./NAME-quantizer"),
     ] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", help="Module that gets an adapter by default; several times.", show_default="q_proj, v_proj"
+            "--target", help="Module that gets an adapter by default; repeatable.", show_default="q_proj, v_proj"
         ),
     ] = None,
     backend: Annotated[
@@ -28,7 +28,7 @@ def new_plugin(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the folder and its files as JSON.")] = False,
 ) -> None:
-    """Write a plugin package for an architecture or a quantization backend, with a test that passes.
+    """Write a plugin package for an architecture or a quantization backend, with a passing test.
 
     \b
     Examples:

@@ -19,36 +19,38 @@ __all__ = ["plan"]
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or configuration file of the base model.")],
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter to train on, folder or reference, instead of a new one.")
+        str | None, typer.Option(help="Adapter to continue from (folder or reference), instead of a new one.")
     ] = None,
     hub: HubOption = None,
     r: Annotated[int | None, typer.Option("--r", "-r", min=1, help="Rank of the adapters.", show_default="8")] = None,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Scope or module name; several times for several names.", show_default="the architecture's"),
+        typer.Option(help="Scope or module name; repeatable.", show_default="the architecture's"),
     ] = None,
     experts: Annotated[str, typer.Option(help="Routed experts: none, routed, shared or default.")] = "default",
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", metavar="FIELD=VALUE", help="Another field of peft.LoraConfig; value as JSON or text."),
+        typer.Option(
+            "--lora", metavar="FIELD=VALUE", help="Another field of peft.LoraConfig, as JSON or text; repeatable."
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help=f"LoRA fields by one word: {', '.join(RECIPES)}. Options that are given win.")
+        str | None, typer.Option(help=f"Named set of LoRA settings: {', '.join(RECIPES)}. Options override it.")
     ] = None,
-    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, 'none', or 'auto'.")] = "none",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples on each device.")] = 1,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 1024,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward pass.")] = False,
+    quantization: Annotated[str, typer.Option(help="Backend of the frozen base, 'none' or 'auto'.")] = "none",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per device.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per example.")] = 1024,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
     optim: Annotated[str, typer.Option(help="Optimizer, as in TrainingArguments.")] = "adamw_torch_fused",
     devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
     strategy: Annotated[
         str | None, typer.Option(help="single, ddp, zero2, zero3 or fsdp.", show_default="single or ddp")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of a device, such as 24GiB.", show_default="the present GPU's")
+        str | None, typer.Option(help="Memory of a device, such as 24GiB.", show_default="this GPU's")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where the run will be, such as cuda.", show_default="cuda where there is one")
+        str | None, typer.Option(help="Device of the run, such as cuda.", show_default="cuda if available")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Such as causal-lm.", show_default="the configuration's")] = None,
     dtype: Annotated[
@@ -58,12 +60,12 @@ def plan(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     serve: Annotated[
         list[str] | None,
-        typer.Option(help="Server that the adapter is for; several times.", show_default="all that are known"),
+        typer.Option(help="Server that the adapter is for; repeatable.", show_default="all known"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart of the memory to this PNG file.")] = None,
 ) -> None:
-    """Show what a LoRA run would train, and whether it fits. Needs the configuration only, no weights.
+    """Show what a LoRA run would train, and whether it fits. Reads the configuration only, no weights.
 
     \b
     Examples:

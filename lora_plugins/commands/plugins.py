@@ -21,12 +21,12 @@ SHOWN = 4
 
 
 def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print every name of everything, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all names as JSON.")] = False,
 ) -> None:
-    """List every plugin with what it provides, or why it is disabled.
+    """List plugins with what they provide, or why they are disabled.
 
-    For each quantization backend it says which of the packages it needs are installed, and how to install the
-    others. Only its library knows whether a backend runs on this machine: `lora-plugins plan` asks it.
+    For each quantization backend it shows which required packages are installed, and how to install the others.
+    Whether a backend runs on this machine is checked by `lora-plugins plan`.
 
     \b
     Examples:

@@ -14,18 +14,16 @@ __all__ = ["servers"]
 
 
 def servers(
-    adapter: Annotated[
-        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
-    ],
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder (/… or ./…), or org/name@version in the registry.")],
     serve: Annotated[
-        list[str] | None, typer.Option(help="Server that must take it; several times. Ends with 1 if one does not.")
+        list[str] | None, typer.Option(help="Server that must accept the adapter, else the exit code is 1; repeatable.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
 ) -> None:
-    """Say which servers take an adapter, and why the others do not. Needs the base's configuration only.
+    """Show which servers accept an adapter, and why others do not. Reads the base's configuration only.
 
     \b
     Examples:

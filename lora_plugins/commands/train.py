@@ -27,12 +27,12 @@ All other flags have defaults: `lora-plugins train --help`, --help-all, or --con
 EXAMPLES = """\
 Examples:
   lora-plugins train --model org/base --dataset examples.jsonl
-  lora-plugins train --model ./base --dataset chats.jsonl --template chat --eval-split 0.1
+  lora-plugins train --model ./base --dataset chats.jsonl --template chat
   lora-plugins train --config run.yaml --resume --json"""
 
 
 def train(context: typer.Context) -> None:
-    """Fine-tune a language model with LoRA: packing, int8, training, merge."""
+    """Fine-tune a language model with LoRA, from a data set to the merged model."""
     words = context.args
     if not words:
         typer.echo(NEEDED, err=True)

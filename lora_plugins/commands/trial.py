@@ -19,33 +19,29 @@ __all__ = ["try_"]
 
 
 def try_(
-    adapter: Annotated[
-        str, typer.Argument(help="Adapter: a folder as /… or ./…, or org/name@version in the registry.")
-    ],
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder (/… or ./…), or org/name@version in the registry.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to answer; several times. Else standard input.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; repeatable. Default is standard input.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk: a line is a message, an empty one ends.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Show what the base answers without the adapter.")] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, also where there is a chat template.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the same for base and adapter.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat: each line is a message, an empty line ends.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the answer without the adapter.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed, the same for base and adapter.")] = 0,
     base: Annotated[str | None, typer.Option(help="Base model; default is the one the adapter names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")] = None,
     hub: HubOption = None,
     quantization: Annotated[str | None, typer.Option(help="Backend to quantize the base with.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all answers as JSON, at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all answers as JSON at the end.")] = False,
 ) -> None:
-    """Load an adapter on its base, and see what it writes, and what the base writes without it.
+    """Generate text with an adapter, and without it for comparison.
 
     \b
     Examples:
       lora-plugins try org/name@1.2.0 --prompt "Summarize: …" --compare
       lora-plugins try ./demo-output/adapter --chat
-      lora-plugins try org/name --prompt "Hello" --temperature 0.8 --hub ./registry
+      lora-plugins try org/name --prompt "Hello" --temperature 0.8
     """
     if chat and (prompt or as_json):
         raise typer.BadParameter("cannot be combined with --prompt or --json: type the messages", param_hint="--chat")

@@ -49,7 +49,7 @@ class Plan(PlanFigures):
         return f"<Plan of {self.model}: {self.trainable:,} of {self.total:,} trained, {self.chosen.label}, {needed}>"
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, record=True, force_jupyter=False)
+        console = Console(file=io.StringIO(), width=_NOTEBOOK, color_system=None, record=True, force_jupyter=False)
         console.print(self)
         return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
@@ -61,6 +61,8 @@ class Plan(PlanFigures):
 
 #: Width of the text outside a terminal, in characters.
 _WIDTH = 120
+#: The same in a notebook, whose cells are narrower.
+_NOTEBOOK = 110
 
 _ANSWERS = {True: "yes", False: "no", None: "?"}
 

@@ -1,4 +1,4 @@
-"""The hooks of lora_plugins. Each collects; none decides."""
+"""The hooks of lora_plugins. Each collects the results of all plugins."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-body]
-    """Return the model types that this plugin knows.
+    """Return a record for each model type that this plugin supports.
 
     ```python
     from lora_plugins import Architecture, hookimpl
@@ -53,7 +53,7 @@ def register_architectures() -> Iterable[Architecture]:  # type: ignore[empty-bo
 
 @hookspec
 def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
-    """Return the quantization backends that this plugin adds: subclasses of `Quantizer`.
+    """Return the quantization backends that this plugin adds: instances of subclasses of `Quantizer`.
 
     ```python
     from lora_plugins import hookimpl
@@ -61,7 +61,7 @@ def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
 
 
     class CarefulInt8(Int8):
-        # LLM.int8() that keeps more of the large activations in float.
+        # LLM.int8() with more of the large activations in float.
         name = "int8-careful"
 
         def quantize_linear(self, linear, options):
@@ -77,9 +77,9 @@ def register_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
 
 @hookspec
 def register_formats() -> Iterable[Format]:  # type: ignore[empty-body]
-    """Return the storage formats of checkpoints that this plugin knows.
+    """Return the checkpoint formats that this plugin supports.
 
-    A base whose format has no record is refused before training. A format that your own backend trains on:
+    A base whose format has no record is refused before training. This format is trained by your own backend:
 
     ```python
     from lora_plugins import Format, hookimpl
@@ -123,10 +123,10 @@ def register_commands(app: typer.Typer) -> None:
 
 @hookspec
 def register_checks() -> Iterable[AdapterCheck]:  # type: ignore[empty-body]
-    """Return the checks of adapters that this plugin adds: records of type ``registry.Check``.
+    """Return the adapter checks that this plugin adds: records of type ``registry.Check``.
 
-    ``lora-plugins doctor`` runs all of them. One that names a stage in ``refused`` is enforced there, too: ``push``,
-    ``pull`` or ``load``. Its name is shown after that of the plugin, so it may be called like another one.
+    ``lora-plugins doctor`` runs all of them. A check also refuses adapters at each stage that it names in ``refused``:
+    ``push``, ``pull`` or ``load``. Names are shown as ``plugin/check``, so two plugins may use the same one.
 
     ```python
     from lora_plugins import hookimpl
@@ -134,29 +134,39 @@ def register_checks() -> Iterable[AdapterCheck]:  # type: ignore[empty-body]
 
 
     def find_large_rank(files):
-        if max(files.config.ranks) > 64:
-            yield f"The rank is {max(files.config.ranks)}; our servers take 64 at most"
+        rank = max(files.config.ranks)
+        if rank > 64:
+            yield f"The rank is {rank}; our servers take 64 at most"
 
 
     @hookimpl
     def register_checks():
-        cure = "Train it with r=64"
-        refused = {"push": InvalidAdapter}
-        return [Check("servable-rank", "error", ("configuration",), find_large_rank, cure, refused)]
+        return [
+            Check(
+                "servable-rank",
+                "error",
+                reads=("configuration",),
+                find=find_large_rank,
+                cure="Train it with r=64",
+                refused={"push": InvalidAdapter},
+            )
+        ]
     ```
     """
 
 
 @hookspec
 def register_servers() -> Iterable[Server]:  # type: ignore[empty-body]
-    """Return the inference servers that this plugin knows, with what they do not take of an adapter.
+    """Return the inference servers that this plugin knows, with rules for the adapters that each refuses.
 
     ```python
     from lora_plugins import Server, ServerRule, hookimpl
 
 
     def refuse_high_ranks(traits):
-        return f"rank {traits.rank} is refused; the highest is 64" if traits.rank > 64 else None
+        if traits.rank > 64:
+            return f"rank {traits.rank} is refused; the highest is 64"
+        return None
 
 
     @hookimpl

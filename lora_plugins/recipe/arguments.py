@@ -61,46 +61,46 @@ class RecipeArguments:
 
     model: str = field(metadata={"help": "Base model: Hub id or folder."})
     dataset: str = field(
-        metadata={"help": "Hub id, a .json, .jsonl, .csv or .parquet file, a folder of such files or of save_to_disk."}
+        metadata={"help": "Hub id, .json, .jsonl, .csv or .parquet file, a folder of such files, or of save_to_disk."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on; a number below 1 holds out that share of the training split."},
+        metadata={"help": "Split to evaluate on; a number below 1 holds out this share of the training split."},
     )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Data set to evaluate on, given like --dataset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data set to evaluate on, as for --dataset."})
     template: str = field(
         default=TEMPLATE,
         metadata={
             "help": (
                 "Text of an example: columns in braces, {eos_token}, \\n for a new line. The last column is the "
-                "completion. 'chat' renders the column messages by the tokenizer's chat template."
+                "completion. 'chat' renders the column messages with the tokenizer's chat template."
             )
         },
     )
     loss_on: Literal["all", "completion"] | None = field(
         default=None,
-        metadata={"help": "Which tokens count in the loss; by default all, with --template chat the assistant's."},
+        metadata={"help": "Tokens that count in the loss; default: all, with --template chat the assistant's."},
     )
     packing: str | None = field(
         default=None,
         metadata={
             "help": (
-                "wrapped (or true) joins examples and cuts them into chunks; best-fit puts whole examples into chunks, "
-                "in which none sees another; none (or false) pads them. By default wrapped where the loss is on all, "
-                "else none."
+                "wrapped (or true) joins examples and cuts them into chunks; best-fit packs whole examples that do not "
+                "see each other; none (or false) pads each. Default: wrapped if the loss is on all tokens, else "
+                "none."
             )
         },
     )
     over_long: Literal["drop", "cut"] | None = field(
         default=None,
-        metadata={"help": "With --packing best-fit, what becomes of examples longer than a chunk [default: drop]."},
+        metadata={"help": "For --packing best-fit: what to do with examples longer than a chunk [default: drop]."},
     )
     chunk_length: int = field(
-        default=1536, metadata={"help": "Tokens in a chunk; without packing, tokens that an example may have."}
+        default=1536, metadata={"help": "Tokens in a chunk; without packing, the maximum of an example."}
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes for preparing the data."})
     quantization: str = field(
         default="int8",
         metadata={
@@ -115,30 +115,24 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": (
-                "Storage format (quant_method) of a base to train on although it is refused; nothing checks the "
-                "gradients of such a base."
+                "Storage format (quant_method) to train on although it is refused; the gradients of such a base "
+                "are not checked."
             )
         },
     )
     recipe: str | None = field(
         default=None,
-        metadata={
-            "help": (
-                f"LoRA flags by one word ({', '.join(RECIPES)}), whatever their defaults are; flags that are given win."
-            )
-        },
+        metadata={"help": (f"Named set of LoRA settings: {', '.join(RECIPES)}. Flags override it.")},
     )
     r: int = field(default=8, metadata={"help": "Rank of the adapters.", "aliases": ["-r"]})
-    lora_alpha: int = field(
-        default=32, metadata={"help": "Scale of the adapters: the update is multiplied by alpha / r."}
-    )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     target_modules: list[str] | None = field(
         default=None,
         metadata={
             "help": (
-                "Names of the modules that get adapters, a scope such as attention, or a regular expression; by "
-                "default those registered for the architecture."
+                "Modules that get adapters: names, a scope such as attention, or a regular expression. Default: "
+                "those registered for the architecture."
             )
         },
     )
@@ -146,44 +140,44 @@ class RecipeArguments:
         default=None, metadata={"help": "More fields of peft.LoraConfig as JSON: '{\"use_dora\": true}'."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better one."}
+        default=None, metadata={"help": "Stop after this many evaluations without improvement."}
     )
     merge: Literal["none", "fp16", "bf16", "same"] = field(
         default="fp16",
         metadata={
             "help": (
-                "Also write the merged model: into the base reloaded in 16 bits, or (same) into the dequantized "
-                "weights that the adapter was trained against."
+                "Also write the merged model. fp16 and bf16 reload the base in 16 bits; same uses the dequantized "
+                "weights of the training."
             )
         },
     )
     adapter_folder: str | None = field(
-        default=None, metadata={"help": "Where the adapter goes; by default adapter/ in the output folder."}
+        default=None, metadata={"help": "Folder of the adapter; default: adapter/ in the output folder."}
     )
     model_folder: str | None = field(
-        default=None, metadata={"help": "Where the merged model goes; by default model/ in the output folder."}
+        default=None, metadata={"help": "Folder of the merged model; default: model/ in the output folder."}
     )
     report_folder: str | None = field(
-        default=None, metadata={"help": "Where reports and the loss curve go; by default the output folder."}
+        default=None, metadata={"help": "Folder of reports and loss curve; default: the output folder."}
     )
     samples: int = field(
         default=0,
         metadata={
             "help": (
-                "Rows, held out if there are any, for which the report page shows the model's text before and after. "
-                "The text of the rows is in that page and nowhere else."
+                "Number of (if possible held-out) rows for which the report page shows the model's text before and "
+                "after training. Their text is in no other file."
             )
         },
     )
     push: str | None = field(
-        default=None, metadata={"help": "Publish the adapter: org/name@1.2.0, or org/name@patch, @minor, @major."}
+        default=None, metadata={"help": "Publish the adapter as org/name@1.2.0, or org/name@patch, @minor or @major."}
     )
     push_base_model: str | None = field(
-        default=None, metadata={"help": "Its base model on the Hub, org/base@revision, where --model is a folder."}
+        default=None, metadata={"help": "For --push, if --model is a folder: the base on the Hub, org/base@revision."}
     )
     resume: bool = field(
         default=False,
-        metadata={"help": "Go on from the newest complete checkpoint in the output folder, if there is one."},
+        metadata={"help": "Resume from the newest complete checkpoint in the output folder, if there is one."},
     )
 
 

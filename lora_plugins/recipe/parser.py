@@ -52,13 +52,13 @@ _INPUTS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")
 
 _DESCRIPTION = (
     "Fine-tune a causal language model with LoRA. The defaults are the recipe: int8 base, rank 8, chunks of 1536 "
-    "tokens, three epochs, the merged model in fp16."
+    "tokens, three epochs, merged model in fp16."
 )
 
 _EPILOG = (
-    "Every flag of transformers.TrainingArguments is one here too; --help-all lists them. They stand at: "
+    "All flags of transformers.TrainingArguments work, too; --help-all lists them. Their defaults here: "
     + ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
-    + ", bf16 where the hardware multiplies in it."
+    + ", bf16 if the hardware supports it."
 )
 
 
@@ -121,7 +121,7 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
         usage=f"{PROGRAM} --model MODEL --dataset DATASET [options]",
         formatter_class=_Formatter,
     )
-    parser.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of flags; those on the command line win.")
+    parser.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of flags; the command line overrides it.")
     parser.add_argument(
         JSON_FLAG, action="store_true", default=argparse.SUPPRESS, help="Print the result as JSON, the rest to stderr."
     )

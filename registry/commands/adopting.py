@@ -21,57 +21,55 @@ _SHOWN = 10
 def adopt(
     source: Annotated[
         str,
-        typer.Argument(help="org/name, org/name@<commit>, @branch, org/name/folder@…; or a folder as ./… or /…."),
+        typer.Argument(help="org/name, org/name@<commit>, @branch, org/name/folder@…; or a folder (./… or /…)."),
     ],
-    name: Annotated[str, typer.Argument(help="org/name of the release.")],
-    version: Annotated[str, typer.Option(help="A version, or 'patch', 'minor', 'major' after the newest.")],
+    name: Annotated[str, typer.Argument(help="Name of the release: org/name.")],
+    version: Annotated[str, typer.Option(help="Version, or 'patch', 'minor', 'major' to increment it.")],
     hub: HubOption = None,
     source_hub: Annotated[
         str | None,
         typer.Option(
             "--from-hub",
-            help="Registry of the source; default is --hub if on the network, else the Hugging Face Hub.",
+            help="Registry of the source; default is --hub if that is on the network, else the Hugging Face Hub.",
             show_default=False,
         ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Adopt all adapters in and below the source, as org/name-<folder>.")
     ] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="Folder to leave out of --all; can be given again.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Folder that --all leaves out; repeatable.")] = None,
     from_pickle: Annotated[
         bool,
-        typer.Option(
-            "--from-pickle", help="Convert adapter_model.bin in a process of its own that builds tensors only."
-        ),
+        typer.Option("--from-pickle", help="Convert adapter_model.bin in a separate process that builds tensors only."),
     ] = False,
     base_model: Annotated[
-        str | None, typer.Option(help="org/base or org/base@revision, where the base has another id or none.")
+        str | None, typer.Option(help="org/base or org/base@revision, if the adapter names another base or none.")
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="Id of the licence, where the original's card states none.")
+        str | None, typer.Option("--license", help="License id, if the original card names none.")
     ] = None,
     allow: Annotated[
-        list[str] | None, typer.Option(help="Module whose tensors may be large although they are not LoRA's.")
+        list[str] | None, typer.Option(help="Module that may have large tensors that are not LoRA's; repeatable.")
     ] = None,
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Publish into a base model's repository, and over others' files.")
+        bool, typer.Option("--force", help="Publish even into a base model's repository, or over other files.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show names and changes, and change nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, show names and changes, and publish nothing.")
     ] = False,
     sign: Annotated[
         str | None, typer.Option(help="PEM file of the private key to sign with.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an adapter that any tool has saved: from a repository, a folder, a checkpoint or the Hub's cache.
+    """Publish an adapter that any tool saved: from a repository, a folder, a checkpoint or the Hub's cache.
 
     \b
     Examples:
       lora-plugins adopt org/plain@main org/name --version 1.0.0
       lora-plugins adopt ./run org/name --version 1.0.0 --all --dry-run
-      lora-plugins adopt org/old org/name --version 1.0.0 --hub ./registry --from-pickle
+      lora-plugins adopt org/old org/name --version 1.0.0 --from-pickle
     """
     from registry.adopting.adopt import adopt as publish
 
@@ -131,7 +129,7 @@ def _print_all(done: Sequence[Adopted], *, dry_run: bool) -> None:
         )
         for each in done
     ]
-    print_rows(("source", "release", "licence", "renamed", ""), rows, figures=("renamed",))
+    print_rows(("source", "release", "license", "renamed", "result"), rows, figures=("renamed",))
 
 
 def _list_changes(adopted: Adopted) -> Iterator[str]:

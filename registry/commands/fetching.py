@@ -27,7 +27,7 @@ _RequireSignature = Annotated[
     list[str] | None,
     typer.Option(
         "--require-signature",
-        help="PEM file of a public key or certificate that must have signed; with several, any of them.",
+        help="PEM file of a public key or certificate; the release must be signed by it, or by one of several.",
         show_default=False,
     ),
 ]
@@ -41,15 +41,15 @@ def pull(
         ),
     ],
     hub: HubOption = None,
-    lock: Annotated[bool, typer.Option("--lock", help="Write what was pulled to the lock file.")] = False,
+    lock: Annotated[bool, typer.Option("--lock", help="Record the pulled release in the lock file.")] = False,
     lock_file: _LockFile = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Pull only what the lock file says.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Use the cache only.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Refuse what is not in the lock file.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use the cache only, no network.")] = False,
     require_signature: _RequireSignature = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Get a release or an unversioned adapter, check every byte of it, and print the folder it is in.
+    """Download a release or an unversioned adapter, check every byte, and print its folder.
 
     \b
     Examples:
@@ -80,7 +80,7 @@ def pull(
 
 def lock(
     references: Annotated[
-        list[str] | None, typer.Argument(help="What to lock anew. Without any, the locked releases are pulled.")
+        list[str] | None, typer.Argument(help="References to lock again. Without any, the locked releases are pulled.")
     ] = None,
     hub: HubOption = None,
     lock_file: _LockFile = None,
@@ -88,7 +88,7 @@ def lock(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Write the versions that references resolve to now into a lock file.
+    """Record in a lock file the versions that references resolve to now.
 
     \b
     Examples:
@@ -122,7 +122,7 @@ def verify(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Download a release and compare every byte with its manifest, the lock and earlier pulls.
+    """Download a release and compare every byte with its manifest, the lock file and earlier pulls.
 
     \b
     Examples:
@@ -150,12 +150,12 @@ def verify(
 
 
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Delete what is found instead of listing it.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what was found, instead of listing it.")] = False,
     hub: HubOption = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Find what no version, alias or pull refers to any more, in a folder registry and in the cache.
+    """List, or delete, what no version, alias or recent pull refers to, in a registry and in the cache.
 
     \b
     Examples:

@@ -15,10 +15,10 @@ __all__ = ["COMMANDS", "doctor"]
 
 
 def doctor(
-    source: Annotated[str, typer.Argument(help="A folder, or a reference: org/name@1.2.0.")],
+    source: Annotated[str, typer.Argument(help="Folder, or a reference such as org/name@1.2.0.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Base model to compare with: org/base@<commit>, or a folder.", show_default=False),
+        typer.Option(help="Base model to compare with: org/base@<commit> or a folder.", show_default=False),
     ] = None,
     values: Annotated[
         bool | None,
@@ -27,14 +27,14 @@ def doctor(
     fix: Annotated[str | None, typer.Option(help="New folder for a cured copy.", show_default=False)] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="The base that the cured copy names: org/base@<commit>.", show_default=False),
+        typer.Option(help="Base that the cured copy names: org/base@<commit>.", show_default=False),
     ] = None,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Examine any adapter: what is wrong, how bad it is, and how to cure it.
+    """Examine any adapter: what is wrong, how serious it is, and how to fix it.
 
-    The exit code is 0 for nothing or notes, 3 for warnings and 4 for errors.
+    Exit code: 0 for nothing or notes, 3 for warnings, 4 for errors.
 
     \b
     Examples:

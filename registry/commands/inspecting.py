@@ -64,7 +64,7 @@ def versions(
         for release in found
     ]
     tags = [(tag, commit[:12], "", "foreign tag, not a release") for tag, commit in foreign.items()]
-    print_rows(("version", "commit", "aliases", ""), [*releases, *tags])
+    print_rows(("version", "commit", "aliases", "notes"), [*releases, *tags])
 
 
 def _describe_release(release: Release) -> str:
@@ -74,7 +74,7 @@ def _describe_release(release: Release) -> str:
 
 
 def list_(
-    base: Annotated[str | None, typer.Option(help="Id of a base model: only its adapters.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="Only adapters of this base model.", show_default=False)] = None,
     search: Annotated[
         str | None,
         typer.Option(help="Words in name, base, aliases, tags, note or task.", show_default=False),
@@ -82,7 +82,7 @@ def list_(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """List the adapters of a registry, each with its newest stable version.
+    """List the adapters of a registry with their newest stable version.
 
     \b
     Examples:
@@ -98,7 +98,7 @@ def list_(
         print_json([{**asdict(each.release), **{k: getattr(each.manifest, k) for k in fields}} for each in found])
         return
     print_rows(
-        ("adapter", "version", "base", "aliases", ""),
+        ("adapter", "version", "base", "aliases", "notes"),
         (
             (r.name, r.version, each.manifest.base.id or "-", ", ".join(r.aliases), _describe_release(r))
             for each in found
@@ -112,7 +112,7 @@ def show(
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show the manifest of a release, or what is known of an unversioned adapter.
+    """Show the manifest of a release, or what is known about an unversioned adapter.
 
     \b
     Examples:
@@ -170,12 +170,12 @@ def diff(
     after: Annotated[str, typer.Argument(help="org/name@1.1.0.")],
     hub: HubOption = None,
     page: Annotated[
-        Path | None, typer.Option(help="Write the comparison to this HTML file, too.", show_default=False)
+        Path | None, typer.Option(help="Also write the comparison to this HTML file.", show_default=False)
     ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two releases: configuration, metrics, lineage, and how far each layer's weight moved.
+    """Compare two releases: configuration, metrics, lineage, and how much each layer changed.
 
     \b
     Examples:

@@ -15,24 +15,24 @@ __all__ = ["GROUP", "export", "serve"]
 
 #: The commands under ``lora-plugins registry``.
 GROUP = typer.Typer(
-    name="registry", help="Pages of a registry: serve them, or export them as files.", no_args_is_help=True
+    name="registry", help="Serve the web pages of a registry, or export them as files.", no_args_is_help=True
 )
 
 
 @GROUP.command()
 def serve(
     hub: HubOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; by default this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 is any free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 means any free one.")] = 8765,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Name by which browsers may ask, besides localhost; can be given again."),
+        typer.Option(help="Host name that browsers may use, besides localhost; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> None:
-    """Serve the pages of a registry on this machine.
+    """Serve the web pages of a registry: adapters, versions, metrics, cards, comparisons.
 
-    Adapters, versions, aliases, metrics, cards, comparisons. Read-only.
+    Read-only, and without a login.
 
     \b
     Examples:
@@ -61,10 +61,10 @@ def export(
     title: Annotated[str, typer.Option(help="Heading of the first page.")] = "Registry",
     as_json: Json = False,
 ) -> None:
-    """Export the pages of a registry as files.
+    """Export the web pages of a registry as files.
 
-    They need neither server nor network. Pages of an earlier export are replaced; files of others are not overwritten.
-    An adapter that cannot be read has a page that says so, and the command ends with 1 after it has written the others.
+    They need neither server nor network. Pages of an earlier export are replaced, other files never. An adapter that
+    cannot be read has a page that says why; the command writes the others and then exits with 1.
 
     \b
     Examples:

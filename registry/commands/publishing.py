@@ -23,25 +23,25 @@ __all__ = ["COMMANDS", "alias", "mirror", "note", "push", "yank"]
 def push(
     source: Annotated[Path, typer.Argument(help="Folder with an adapter, or a Trainer's checkpoint.")],
     name: Annotated[str, typer.Argument(help="org/name.")],
-    version: Annotated[str, typer.Option(help="A version, or 'patch', 'minor', 'major' after the newest.")] = "patch",
+    version: Annotated[str, typer.Option(help="Version, or 'patch', 'minor', 'major' to increment it.")] = "patch",
     hub: HubOption = None,
     base_model: Annotated[
-        str | None, typer.Option(help="org/base or org/base@revision, where the base has another id or none.")
+        str | None, typer.Option(help="org/base or org/base@revision, if the adapter names another base or none.")
     ] = None,
     base_alias: Annotated[
-        list[str] | None, typer.Option(help="Other id of the base, should its own be gone; can be given again.")
+        list[str] | None, typer.Option(help="Another id of the base, used if its own is gone; repeatable.")
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Result as name=number; can be given again.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric as name=number; repeatable.")] = None,
     allow: Annotated[
-        list[str] | None, typer.Option(help="Module whose tensors may be large although they are not LoRA's.")
+        list[str] | None, typer.Option(help="Module that may have large tensors that are not LoRA's; repeatable.")
     ] = None,
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
-    message: Annotated[str | None, typer.Option(help="For the history of the repository.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it instead of publishing it.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of publishing.")] = False,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Publish into a base model's repository, and over others' files with a release's names."
+            "--force", help="Publish even into a base model's repository, or over other files with a release's names."
         ),
     ] = False,
     dry_run: Annotated[
@@ -54,29 +54,29 @@ def push(
         str | None, typer.Option(help="PEM file of that key's certificate.", show_default=False)
     ] = None,
     chain: Annotated[
-        list[str] | None, typer.Option(help="PEM file of a certificate between that and the trusted one.")
+        list[str] | None, typer.Option(help="PEM file of an intermediate certificate; repeatable.")
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="For the card: id of a license, such as apache-2.0.")
+        str | None, typer.Option("--license", help="For the card: license id, such as apache-2.0.")
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="For the card: id of a training dataset; can be given again.")
+        list[str] | None, typer.Option(help="For the card: id of a training data set; repeatable.")
     ] = None,
     language: Annotated[
-        list[str] | None, typer.Option(help="For the card: code of a language, such as en; can be given again.")
+        list[str] | None, typer.Option(help="For the card: language code, such as en; repeatable.")
     ] = None,
     serve: Annotated[
         list[str] | None,
-        typer.Option(help="Server that must take it, such as vllm; can be given again. Refused if it does not."),
+        typer.Option(help="Server that must accept the adapter, such as vllm, else the push is refused; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an adapter as a version that never changes again.
+    """Publish an adapter as a version that never changes.
 
     \b
     Examples:
       lora-plugins push ./adapter org/name
-      lora-plugins push run/checkpoint-500 org/name --version minor --metric f1=0.9
+      lora-plugins push run/checkpoint-500 org/name --metric f1=0.9
       lora-plugins push ./adapter org/name --hub ./registry --dry-run
       lora-plugins push ./adapter org/name --serve vllm
     """
@@ -142,12 +142,12 @@ def _read_metrics(given: list[str]) -> dict[str, float]:
 
 def yank(
     reference: Annotated[str, typer.Argument(help="org/name@version.")],
-    reason: Annotated[str | None, typer.Option(help="One line that everybody sees who uses it.")] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Offer the version again.")] = False,
+    reason: Annotated[str | None, typer.Option(help="One line, shown to everybody who uses the version.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo the withdrawal.")] = False,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Withdraw a version: ranges no longer pick it, exact pins and locks still do, with a warning.
+    """Withdraw a version: ranges skip it; exact references and locks still get it, with a warning.
 
     \b
     Examples:
@@ -168,24 +168,24 @@ def yank(
 
 
 def alias(
-    reference: Annotated[str, typer.Argument(help="org/name@version; only org/name to list or remove.")],
-    name: Annotated[str | None, typer.Argument(help="The alias. Without it, all are listed.")] = None,
+    reference: Annotated[str, typer.Argument(help="org/name@version; org/name to list or remove.")],
+    name: Annotated[str | None, typer.Argument(help="The alias. Without it, all aliases are listed.")] = None,
     expect: Annotated[
-        str | None, typer.Option(help="Version it must stand for now, or 'none'.", show_default=False)
+        str | None, typer.Option(help="Version that it must point to now, or 'none'.", show_default=False)
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Let it stand for nothing.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
     if_better: Annotated[
         str | None,
-        typer.Option("--if-better", help="Metric that must be better than now for it to move.", show_default=False),
+        typer.Option("--if-better", help="Move it only if this metric is better.", show_default=False),
     ] = None,
     better: Annotated[
         str | None,
-        typer.Option(help="'lower' or 'higher', where the metric's name does not say it.", show_default=False),
+        typer.Option(help="'lower' or 'higher', if the metric's name does not tell.", show_default=False),
     ] = None,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Point a name such as 'champion' at a version, or list such names with their history.
+    """Point an alias such as 'champion' to a version, or list aliases with their history.
 
     \b
     Examples:
@@ -241,13 +241,13 @@ def _move_if_better(
 
 def note(
     reference: Annotated[str, typer.Argument(help="org/name@version.")],
-    text: Annotated[str | None, typer.Argument(help="One line; '' removes it.", show_default=False)] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="Tag to add; can be given again.")] = None,
-    untag: Annotated[list[str] | None, typer.Option(help="Tag to remove; can be given again.")] = None,
+    text: Annotated[str | None, typer.Argument(help="One line; '' removes the note.", show_default=False)] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to add; repeatable.")] = None,
+    untag: Annotated[list[str] | None, typer.Option(help="Tag to remove; repeatable.")] = None,
     hub: HubOption = None,
     as_json: Json = False,
 ) -> None:
-    """Put a note or tags on a version; the release itself stays as it is.
+    """Add a note or tags to a version. The release itself does not change.
 
     \b
     Examples:
@@ -283,14 +283,14 @@ def _list_aliases(name: str, hub: str | None, *, as_json: bool) -> None:
 
 
 def mirror(
-    reference: Annotated[str, typer.Argument(help="org/name for all its releases; or one of them.")],
-    target: Annotated[str, typer.Argument(help="Registry to copy to: https://… or file:///….")],
+    reference: Annotated[str, typer.Argument(help="org/name for all its releases, or one release.")],
+    target: Annotated[str, typer.Argument(help="Registry to copy to: https://…, s3://…, or a folder.")],
     hub: HubOption = None,
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.", show_default=False)] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Copy into a base model's repository, and over others' files with a release's names."
+            "--force", help="Copy even into a base model's repository, or over other files with a release's names."
         ),
     ] = False,
     cache_dir: CacheDir = None,
@@ -311,7 +311,7 @@ def mirror(
     if as_json:
         print_json([dict(zip(("release", "digest", "state"), row, strict=True)) for row in rows])
     else:
-        print_rows(("release", "digest", ""), rows)
+        print_rows(("release", "digest", "result"), rows)
 
 
 #: Commands that this module adds to the program.

@@ -19,15 +19,13 @@ HubOption = Annotated[
     str | None,
     typer.Option(
         "--hub",
-        help="Registry: https://…, s3://bucket/prefix, or a folder as ./… or file:///…; default is LORA_REGISTRY, "
+        help="Registry: https://…, s3://bucket/prefix, or a folder (./… or file:///…); default is LORA_REGISTRY, "
         "else the Hugging Face Hub.",
         show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-CacheDir = Annotated[
-    str | None, typer.Option(help="Folder of the cache; default is LORA_REGISTRY_CACHE.", show_default=False)
-]
+CacheDir = Annotated[str | None, typer.Option(help="Cache folder; default is LORA_REGISTRY_CACHE.", show_default=False)]
 
 
 def say(text: str) -> None:

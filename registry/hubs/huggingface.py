@@ -46,8 +46,8 @@ class HuggingFaceHub:
             elsewhere; ``True`` is that token for any endpoint, ``False`` is none.
         timeout: Seconds that a call may take, besides the transfer of its bytes.
 
-        Raises:
-            InvalidReference: The endpoint is not a valid address.
+    Raises:
+        InvalidReference: The endpoint is not a valid address.
     """
 
     local = False

@@ -22,12 +22,12 @@ def demo(
         str | None, typer.Option(help="Folder or id of a causal language model.", show_default="SmolLM2-135M-Instruct")
     ] = None,
     quantization: Annotated[str, typer.Option(help="Backend of the frozen base, or 'none'.")] = "int8",
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of eight examples.")] = 20,
-    output: Annotated[Path, typer.Option(help="Folder for adapter, report and picture.")] = Path("demo-output"),
-    seed: Annotated[int, typer.Option(help="Two runs with one seed print the same numbers.")] = 42,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps, eight examples each.")] = 20,
+    output: Annotated[Path, typer.Option(help="Folder for adapter, report and loss curve.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Seed; two runs with the same seed print the same numbers.")] = 42,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
 ) -> None:
-    """Train an adapter on this machine, compare before and after, publish it, pull it, reload it. Offline."""
+    """Train an adapter on this machine, compare before and after, publish, pull and reload it. Works offline."""
     from lora_plugins.commands.demo.run import Demo, DemoOptions
 
     options = DemoOptions(model, None if quantization == "none" else quantization, steps, output, seed)

@@ -15,15 +15,15 @@ __all__ = ["report"]
 
 def report(
     source: Annotated[
-        str, typer.Argument(help="A run's output folder or an adapter's folder, as /… or ./…, or org/name@version.")
+        str, typer.Argument(help="Output folder of a run or folder of an adapter (/… or ./…), or org/name@version.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
     hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON.")] = False,
 ) -> None:
-    """Write a page of a run: curves, parameters, targets, what each layer learned, lineage.
+    """Write a page about a run: curves, parameters, targets, how much each layer changed, lineage.
 
-    One HTML file without scripts, which needs no network.
+    It is one HTML file without scripts, and needs no network.
 
     \b
     Examples:

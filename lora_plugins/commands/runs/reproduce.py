@@ -20,25 +20,25 @@ CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
 def reproduce(
     context: typer.Context,
     reference: Annotated[
-        str, typer.Argument(help="Adapter: org/name@version, its folder as /… or ./…, or a run's output folder.")
+        str, typer.Argument(help="Adapter: org/name@version, its folder (/… or ./…), or a run's output folder.")
     ],
     check: Annotated[
-        bool, typer.Option("--check", help="Only say what is missing or different here; train nothing.")
+        bool, typer.Option("--check", help="Only show what is missing or different here; train nothing.")
     ] = False,
     hub: HubOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, the rest to stderr.")] = False,
 ) -> None:
-    """Train an adapter again as it was recorded, and say whether it is the same.
+    """Train an adapter again with its recorded recipe, and compare the two.
 
-    Flags of `lora-plugins train` after the adapter replace recorded ones, or give what was not recorded, such as
-    --dataset and --model for local files. Exit code 0: the same; 1: another one, or with --check something that is
-    missing or different here.
+    Flags of `lora-plugins train` after the adapter replace recorded ones, or supply what was not recorded, such as
+    --dataset and --model for local files. Exit code: 0 if the adapters are the same, else 1. With --check: 1 if
+    anything is missing or different here.
 
     \b
     Examples:
       lora-plugins reproduce org/name@1.2.0 --check
       lora-plugins reproduce org/name@1.2.0 --dataset train.jsonl
-      lora-plugins reproduce ./lora-output --model ./base --dataset train.jsonl --json
+      lora-plugins reproduce ./lora-output --dataset train.jsonl --json
     """
     if reference.startswith("-"):
         raise typer.BadParameter(f"{reference} stands where the adapter is expected; flags of train come after it")
