@@ -107,7 +107,7 @@ class Lock:
             return None
         raise LockMismatch(
             f"{self.path} has {reference.key} at {entry.version}, which is not {reference}. To change the lock: "
-            f"lora-plugins pull {reference} --lock (in Python, lock=True)"
+            f"lora-plugins pull {reference} --lock (lock=True in Python)"
         )
 
     def entries(self) -> Mapping[str, LockEntry]:
