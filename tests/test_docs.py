@@ -170,6 +170,19 @@ def test_every_python_block_is_marked_or_runs() -> None:
             assert known, f"{page.name}: unknown marks {match['info']!r}"
 
 
+#: Characters of code in a line in a window of 1,280 pixels; the second on a page without a table of contents.
+COLUMNS, WIDE = 80, 110
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_code_fits_a_window_of_1280_pixels(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    width = WIDE if "hide: [toc]" in text else COLUMNS
+    # Lists that a program reads have a language of their own.
+    blocks = [match["text"] for match in FENCE.finditer(text) if match["info"] != "peers"]
+    assert [line for block in blocks for line in block.splitlines() if len(line) > width] == []
+
+
 def tool(name: str) -> ModuleType:
     """Load one of the programs in tools/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
