@@ -249,3 +249,9 @@ def test_a_malformed_lineage_of_a_foreign_manifest_can_be_shown(value: dict[str,
     rows = list_lineage(value)
     assert rows
     assert all(isinstance(label, str) and isinstance(text, str) for label, text in rows)
+
+
+def test_checks_are_listed_in_two_rows() -> None:
+    rows = list_lineage({"checks": {"on": ["dead-loss", "frozen-head"], "switched off": []}})
+    assert ("checks: on", "dead-loss, frozen-head") in rows
+    assert ("checks: switched off", "none") in rows

@@ -296,7 +296,7 @@ def _describe(name: str, value: Any) -> Iterator[tuple[str, str]]:
     elif name == "code" and isinstance(value, Mapping):
         changed = ", with changes that are not committed" if value.get("dirty") else ""
         yield "", f"commit {value.get('commit')} of {value.get('of', 'the script')}{changed}"
-    elif name == "recipe" and isinstance(value, Mapping):
+    elif name in ("recipe", "checks") and isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key), _show(item)
     else:
@@ -335,5 +335,5 @@ def _show(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_show, value))
+        return ", ".join(map(_show, value)) or "none"
     return "none" if value is None else str(value)
