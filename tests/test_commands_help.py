@@ -173,6 +173,7 @@ def test_a_path_is_a_registry(call: Any, tmp_path: Path, monkeypatch: pytest.Mon
         ("or pass force=False.", "or pass no --force."),
         ("with message=None it", "with no --message it"),
         ("dry_run=False (--dry-run) writes", "no --dry-run writes"),
+        ("push with version='patch' (--version patch).", "push with --version patch."),
         ("name=number and nosuch=True", "name=number and nosuch=True"),
         ("push_adapter(force=True) in Python", "push_adapter(force=True) in Python"),
     ],

@@ -133,6 +133,19 @@ def test_doctor_knows_the_base_of_a_release_and_the_one_it_is_given(tmp_path: Pa
     assert "the type of the base" in plain.not_known
 
 
+def test_doctor_says_that_rules_ask_for_a_base_that_it_was_not_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, it said "serves on vllm" of GPT-2's adapter, and nothing of what it had not looked at."""
+    served.write("gpt2", tmp_path)
+    for words, on_vllm, asks in (([], True, True), (["--base", str(tmp_path / "base")], False, False)):
+        with pytest.raises(SystemExit):
+            main(["doctor", str(tmp_path / "adapter"), *words])
+        out = capsys.readouterr().out
+        assert ("vllm" in out.partition("serves on: ")[2].splitlines()[0]) == on_vllm
+        assert ("not known: the type of the base, which some rules ask for; --base says which" in out) == asks
+
+
 def test_doctor_of_what_is_not_readable_names_no_server(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     assert diagnose(tmp_path).servers == ()

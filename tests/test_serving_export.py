@@ -23,6 +23,7 @@ from lora_plugins import export_adapter, prepare_model
 from lora_plugins.commands.cli import main
 from lora_plugins.errors import ExportError, MergeError, UnsupportedExport
 from lora_plugins.serving.gguf_families import FAMILIES
+from registry import push_adapter
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -293,6 +294,30 @@ def test_existing_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
     export_adapter(tmp_path / "adapter", tmp_path / "out", "peft", base=tmp_path / "base", overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_release_of_a_base_in_a_folder_is_named_where_the_base_must_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, the message named a folder of the cache."""
+    hub = str(tmp_path / "registry")
+    push_adapter(served.write("gpt2", tmp_path), "org/name", version="1.0.0", hub=hub)
+    reason = "does not say which base model it is for: it was trained on a model in a folder, of which it has the"
+    for words in (["export", "org/name@1.0.0", str(tmp_path / "out"), "--to", "peft"], ["try", "org/name", "-p", "a"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--hub", hub])
+        told = " ".join(capsys.readouterr().err.split())
+        assert told.endswith(f"org/name@1.0.0 {reason} fingerprint. Pass --base.")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(MergeError, match=r"^The adapter in .*adapter does not say which base model it is for\. Pass"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "peft")
+
+
+def test_a_message_names_an_option_and_its_value_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path), str(tmp_path / "a.gguf"), "--to", "gguf", "--merged"])
+    assert "export with --to peft and --merged, and give" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_link_that_others_planted_beside_an_export_is_not_followed(tmp_path: Path) -> None:

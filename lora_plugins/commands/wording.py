@@ -37,7 +37,7 @@ def use_option_names(text: str, options: Mapping[str, tuple[str, str | None]]) -
     if not options:
         return text
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    written = re.compile(rf"(?<![\w.(\-])({names})=({_VALUE})?( \(--[\w-]+\))?")
+    written = re.compile(rf"(?<![\w.(\-])({names})=({_VALUE})?( \(--[\w-]+( [^()\n]+)?\))?")
     return written.sub(lambda found: _write_option(*options[found[1]], found[2]), text)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lora_plugins.adapters import files as adapters
 from lora_plugins.errors import MergeError, QuantizationError
 from lora_plugins.quantization.request import Quantization, parse_quantization
-from registry import expand_path, is_path
+from registry import Adapter, expand_path, is_path
 
 __all__ = ["AS_TRAINED", "RECIPE_FILE", "Job", "MergeDtype", "read_job"]
 
@@ -96,7 +96,10 @@ def read_job(
     manifest = _read_object(folder / MANIFEST_FILE) or {}
     named = os.fspath(base) if base is not None else recipe.get("base") or config.base_model_name_or_path
     if not named:
-        raise MergeError(f"The adapter in {folder} does not say which base model it is for. Pass base= (--base).")
+        raise MergeError(
+            f"{_name_adapter(adapter, folder)} does not say which base model it is for{_find_reason(manifest)}. "
+            "Pass base= (--base)."
+        )
     if is_path(named):
         named = str(expand_path(named))
     if revision is not None and Path(named).exists():
@@ -123,6 +126,18 @@ def read_job(
         class_name=_take_typed(kind.get("class_name"), str),
         vocabulary=_take_typed(kind.get("vocab_size"), int),
     )
+
+
+def _name_adapter(adapter: str | os.PathLike[str], folder: Path) -> str:
+    """Return how a message calls an adapter: a release by its name."""
+    is_release = isinstance(adapter, Adapter) or (isinstance(adapter, str) and not is_path(adapter))
+    return str(adapter) if is_release else f"The adapter in {folder}"
+
+
+def _find_reason(manifest: Mapping[str, Any]) -> str:
+    base = manifest.get("base")
+    known = isinstance(base, dict) and base.get("fingerprint") is not None
+    return ": it was trained on a model in a folder, of which it has the fingerprint" if known else ""
 
 
 def _read_quantization(

@@ -77,7 +77,7 @@ def read_source(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | 
         MismatchedBase: The adapter was trained on another base.
     """
     pulled = pull_adapter(adapter) if isinstance(adapter, str) and not is_path(adapter) else adapter
-    job = read_job(Path(os.fspath(pulled)), base, revision, AS_TRAINED)
+    job = read_job(pulled, base, revision, AS_TRAINED)
     config = read_config(job)
     check_base(job.folder, Path(job.base) if Path(job.base).is_dir() else config, warn=False)
     stored = job.folder / MANIFEST_FILE

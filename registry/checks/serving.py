@@ -32,6 +32,10 @@ class Verdict(Protocol):
         """Why it does not take the adapter; empty if it does."""
 
     @property
+    def not_known(self) -> tuple[str, ...]:
+        """What the rules leave open."""
+
+    @property
     def served(self) -> bool:
         """Whether no rule speaks against it."""
 

@@ -75,6 +75,15 @@ def _say_servers(found: Diagnosis) -> None:
     for verdict in found.servers:
         if not verdict.served:
             say(f"not on {visible(f'{verdict.server} {verdict.version}: ' + '; '.join(verdict.reasons))}")
+    unknown = _find_unknown(found)
+    if unknown:
+        say(f"not known: {visible(', '.join(unknown))}, which some rules ask for; --base says which model to read")
+
+
+def _find_unknown(found: Diagnosis) -> list[str]:
+    """Return what the rules of every server leave open: it is the base that was not at hand."""
+    first = found.servers[0].not_known if found.servers else ()
+    return [phrase for phrase in first if all(phrase in verdict.not_known for verdict in found.servers)]
 
 
 def _describe_cure(cure: str, curable: bool) -> str:
