@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,15 @@ SMALL: dict[str, Any] = {
 
 def llama(**fields: Any) -> LlamaConfig:
     return LlamaConfig(**{**SMALL, **fields})
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_plan_says_nothing_of_names_that_transformers_has_changed(quantization: str | None) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        planned = plan(llama(), quantization=quantization, length=8, gradient_checkpointing=True)
+    assert {row.checkpointing for row in planned.rows} == {False, True}
+    assert [str(warning.message) for warning in said if warning.category is FutureWarning] == []
 
 
 # -- published figures -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -476,14 +477,18 @@ def quantize_by_stand_ins(job: Job) -> None:
 
 def _set_checkpointing(model: Any, wanted: bool) -> bool:
     """Switch gradient checkpointing as the Trainer does; return false if the model does not support it."""
-    if not wanted:
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
+    with warnings.catch_warnings():
+        # transformers 5.23 has other names and warns of these, which releases from 5.5 on have.
+        former = r"`\w*gradient_checkpointing\w*` is deprecated"
+        warnings.filterwarnings("ignore", message=former, category=FutureWarning)
+        if not wanted:
+            if getattr(model, "is_gradient_checkpointing", False):
+                model.gradient_checkpointing_disable()
+            return True
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            return False
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError:
+            return False
         return True
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        return False
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError:
-        return False
-    return True
