@@ -135,6 +135,10 @@ def _check_experts(quantization: Quantization, dtype: torch.dtype) -> None:
     said = stack.form.bytes(columns, rows, dtype)
     found = sum(part.nbytes for part in stack.list_tensors())
     assert said is None or 2 * said == found, f"bytes() says {said} for an expert and two have {found}"
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    for wanted in (dtype, other):
+        same = torch.equal(stack.read_expert(1, wanted), stack.read_expert(1).to(wanted))
+        assert same, f"unpack_as() gives another weight in {wanted} than unpack()"
     again = copy.deepcopy(stack)
     assert torch.equal(dequantize_stack(again), dequantize_stack(stack)), "a copied expert has other weights"
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import importlib
+import itertools
 import pickle
 import weakref
 from collections.abc import Callable
@@ -48,7 +49,13 @@ from lora_plugins.errors import (
 from lora_plugins.models.experts import is_computable, list_expert_stacks
 from lora_plugins.planning.step import LiveBytes
 from lora_plugins.quantization.counting import tensor_bytes
-from lora_plugins.quantization.stacks import QuantizedStack, dequantize_stack, list_quantized_stacks
+from lora_plugins.quantization.request import parse_quantization
+from lora_plugins.quantization.stacks import (
+    QuantizedStack,
+    dequantize_stack,
+    list_quantized_stacks,
+    quantize_stack,
+)
 from lora_plugins.testing import check_quantizer
 from lora_plugins.trainer.engines import prepare_quantized
 
@@ -505,8 +512,8 @@ def test_base_in_bfloat16_is_multiplied_in_bfloat16() -> None:
     assert held == {"QuantizedStack"}
 
 
-def peak_floats(step: Callable[[], Any], size: int) -> int:
-    """Most float tensors of one expert's size that were alive at once while a function ran."""
+def peak_floats(step: Callable[[], Any], values: int) -> int:
+    """Most float tensors of one expert's number of values that were alive at once while a function ran."""
 
     class Watch(TorchDispatchMode):
         def __init__(self) -> None:
@@ -523,7 +530,9 @@ def peak_floats(step: Callable[[], Any], size: int) -> int:
 
         def note(self, tensor: torch.Tensor) -> None:
             storage = tensor.untyped_storage()
-            if tensor.is_floating_point() and storage.nbytes() == size and storage._cdata not in self.alive:
+            if not tensor.is_floating_point() or storage.nbytes() != values * tensor.element_size():
+                return
+            if storage._cdata not in self.alive:
                 self.alive.add(storage._cdata)
                 self.peak = max(self.peak, len(self.alive))
                 weakref.finalize(storage, self.alive.discard, storage._cdata)
@@ -534,18 +543,32 @@ def peak_floats(step: Callable[[], Any], size: int) -> int:
     return watch.peak
 
 
-@pytest.mark.parametrize(("backend", "most"), [("int8", 1), ("nf4", 1), ("fp4", 1), ("int8-torchao", 2)])
-def test_step_holds_one_float_expert_at_a_time(backend: str, most: int) -> None:
-    """Of sizes that nothing else has: 4 bytes for each value of one expert's first or second projection.
-
-    torchao multiplies by the scales into a second tensor.
-    """
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["int8", "nf4", "fp4", "int8-torchao", "float8-torchao"])
+def test_step_holds_one_float_expert_at_a_time(backend: str, dtype: torch.dtype) -> None:
+    """Of sizes that nothing else has: the values of one expert's first or second projection, in any float dtype."""
     config = Qwen3MoeConfig(
         **{**SMALL, "hidden_size": 46}, head_dim=16, moe_intermediate_size=26, num_experts=6, num_experts_per_tok=2
     )
-    model = prepare_model(make(config), quantization=backend, r=2, lora_dropout=0.0, experts="routed").train()
+    wanted = {"quantization": backend, "compute_dtype": dtype, "lora_dropout": 0.0, "experts": "routed"}
+    model = prepare_model(make(config, dtype), r=2, **wanted).train()
     for rows, columns in ((52, 46), (46, 26)):
-        assert peak_floats(lambda: run(model), 4 * rows * columns) == most
+        assert peak_floats(lambda: run(model), rows * columns) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["int8", "nf4", "fp4", "int8-torchao", "float8-torchao"])
+def test_dequantizing_an_expert_takes_the_memory_of_the_result(backend: str, dtype: torch.dtype) -> None:
+    """Counted by the allocator, which sees what operators hold inside."""
+    quantization = parse_quantization(backend)
+    assert quantization is not None
+    stack = quantize_stack(torch.randn(1, 512, 1024, dtype=dtype), quantization)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        weight = stack.read_expert(0, dtype)
+    sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert weight.dtype == dtype
+    assert weight.nbytes <= max(itertools.accumulate(sizes)) < 1.4 * weight.nbytes
+    assert torch.equal(weight, stack.read_expert(0).to(dtype))
 
 
 @pytest.mark.parametrize("backend", ["int8", "nf4", "fp4", "int8-torchao"])

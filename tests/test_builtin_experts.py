@@ -1,64 +1,60 @@
 """Every type with experts: quantized, adapted, saved and merged."""
 
-# ruff: noqa: SIM905 - names separated by white space stay readable
-
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_plugins import dequantize_model, plan, prepare_model
 from lora_plugins.adapters.report import make_report
-from lora_plugins.errors import UnmatchedTargets
+from lora_plugins.errors import PreparationError, UnmatchedTargets
 from lora_plugins.models.experts import list_expert_stacks
+from lora_plugins.quantization.request import parse_quantization
 from lora_plugins.quantization.stacks import QuantizedStack
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import architecture_coverage  # noqa: E402
 import small_models  # noqa: E402
-from small_models import NOT_TRAINED, Case  # noqa: E402
+from small_models import (  # noqa: E402
+    EXPERTS_AS_LAYERS,
+    EXPERTS_IN_FLOAT,
+    EXPERTS_NOT_ADAPTED,
+    NOT_TRAINED,
+    Case,
+)
 
 CASES = small_models.first_cases()
 
-#: Types whose experts are linear layers, which every backend quantizes as such.
-AS_LAYERS = "switch_transformers nllb-moe".split()
-
-#: Types whose stacks stay in float, with what the report says of it.
-IN_FLOAT = {
+#: What the report says of the types whose stacks stay in float.
+SAID = {
     "jetmoe": "stay in float: never touched in this architecture",
     "inkling_text": "InklingSharedExperts computes its experts in a way of its own",
     "inkling_mm_model": "InklingSharedExperts computes its experts in a way of its own",
 }
 
-
-#: Types that do not go through the whole check yet, and what is known of it.
-LISTED = {
-    "mistral_large4": "PEFT renames the adapter's tensors, which is refused by name",
-}
+#: The types that hold stacked experts, by the committed table.
+COMMITTED = json.loads(architecture_coverage.SNAPSHOT.read_text(encoding="utf-8"))
+TYPES = sorted(
+    {name for entry in COMMITTED["tasks"].values() for name in entry["experts"]} - set(NOT_TRAINED) - {"dbrx"}
+)
+of_the_table = pytest.mark.skipif(
+    transformers.__version__ != COMMITTED["transformers"],
+    reason=f"the table of types is of transformers {COMMITTED['transformers']}",
+)
 
 
 def fresh(case: Case) -> Any:
     return small_models.build(case, "cpu", small_only=True).eval()
-
-
-def find_types() -> list[str]:
-    """The types that hold stacked experts."""
-    found = []
-    for name, case in CASES.items():
-        try:
-            model = small_models.build(case, "meta", small_only=True)
-        except small_models.CannotBuild:
-            continue
-        if next(list_expert_stacks(model), None) is not None and name not in NOT_TRAINED:
-            found.append(name)
-    return found
 
 
 def output(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -72,10 +68,22 @@ def check_type(case: Case, backend: str, folder: Path) -> float:
     base = fresh(case)
     batch = small_models.inputs(base)
     model: Any = prepare_model(base, quantization=backend, experts="routed", r=2, lora_dropout=0.0)
-    stacks = [stack for *_, stack in list_expert_stacks(model)]
-    share = sum(s.numel() for s in stacks if isinstance(s, QuantizedStack)) / sum(s.numel() for s in stacks)
+    share = measure_share(model)
     if share < 1:
-        assert IN_FLOAT[case.model_type] in " ".join(make_report(model).notes)
+        assert SAID[case.model_type] in " ".join(make_report(model).notes)
+    train(model, batch)
+    check_files(case, model, backend, batch, folder)
+    return share
+
+
+def measure_share(model: Any) -> float:
+    """The share of the weights in stacked experts that is quantized."""
+    stacks = [stack for *_, stack in list_expert_stacks(model)]
+    return sum(s.numel() for s in stacks if isinstance(s, QuantizedStack)) / sum(s.numel() for s in stacks)
+
+
+def train(model: Any, batch: dict[str, Any]) -> None:
+    """Two steps; the first must reach B of an adapter on the experts, the second A."""
     for step in range(2):
         output(model, batch).backward()
         part = "lora_A" if step else "lora_B"
@@ -84,8 +92,6 @@ def check_type(case: Case, backend: str, folder: Path) -> float:
         assert any(p.grad is not None and p.grad.any() for p in routed), f"no {part} of an expert gets a gradient"
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
         model.zero_grad()
-    check_files(case, model, backend, batch, folder)
-    return share
 
 
 def check_files(case: Case, model: Any, backend: str, batch: dict[str, Any], folder: Path) -> None:
@@ -134,26 +140,59 @@ def test_experts_that_are_rows_of_one_matrix_stay_in_float_and_that_is_said(back
 def test_the_documentation_lists_the_types_that_are_not_wholly_quantized_or_adapted() -> None:
     rows = [line for line in (ROOT / "docs" / "quantization.md").read_text().splitlines() if line.startswith("| `")]
     listed = " ".join(row.split("|")[1] for row in rows)
-    assert [name for name in (*IN_FLOAT, *LISTED, "dbrx") if f"`{name}`" not in listed] == []
+    assert [name for name in (*EXPERTS_IN_FLOAT, *EXPERTS_NOT_ADAPTED) if f"`{name}`" not in listed] == []
 
 
+def test_the_table_of_types_says_for_each_whether_its_experts_are_quantized_and_adapted() -> None:
+    page = architecture_coverage.PAGE.read_text(encoding="utf-8").partition("## Experts")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    found = {name: row[:2] for row in rows for name in row[3].split(", ")}
+    assert set(TYPES) <= set(found)
+    expected = {"mixtral": ["yes", "yes"], "jetmoe": ["no", "yes"], "mistral_large4": ["yes", "refused by name"]}
+    assert {name: found[name] for name in expected} == expected
+    assert {*EXPERTS_IN_FLOAT, *EXPERTS_NOT_ADAPTED, *EXPERTS_AS_LAYERS} <= set(found)
+
+
+@of_the_table
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["int8", "nf4"])
-def test_experts_of_every_type_are_quantized_and_adapted(backend: str, tmp_path: Path) -> None:
-    """One table for all types, printed: the share of the experts' bytes, or what went wrong."""
-    table = {}
-    for name in find_types():
-        folder = tmp_path / name
-        try:
-            table[name] = f"{check_type(CASES[name], backend, folder):.0%}"
-        except Exception as error:
-            table[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    for name, result in table.items():
-        print(f"{name:28} {result}", flush=True)
-    assert {name: result for name, result in table.items() if name not in LISTED and not holds(name, result)} == {}
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in EXPERTS_NOT_ADAPTED])
+def test_experts_of_every_type_are_quantized_and_adapted(model_type: str, backend: str, tmp_path: Path) -> None:
+    share = check_type(CASES[model_type], backend, tmp_path)
+    print(f"{model_type} {backend}: {share:.0%} of the experts' bytes quantized")
+    assert share == 1 or model_type in EXPERTS_IN_FLOAT
 
 
-def holds(name: str, result: str) -> bool:
-    """Whether all experts were quantized, or all but those that are said to stay in float."""
-    return result == "100%" or (name in IN_FLOAT and result.endswith("%"))
+@of_the_table
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name in EXPERTS_NOT_ADAPTED])
+def test_experts_that_cannot_be_adapted_are_quantized_and_refused_by_name(model_type: str, backend: str) -> None:
+    assert measure_share(prepare_model(fresh(CASES[model_type]), quantization=backend, experts="none", r=2)) == 1
+    with pytest.raises(PreparationError, match="PEFT"):
+        prepare_model(fresh(CASES[model_type]), quantization=backend, experts="routed", r=2)
+
+
+@of_the_table
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+@pytest.mark.parametrize("model_type", EXPERTS_AS_LAYERS)
+def test_experts_that_are_layers_are_quantized_and_adapted_as_such(
+    model_type: str, backend: str, tmp_path: Path
+) -> None:
+    base = fresh(CASES[model_type])
+    batch = small_models.inputs(base)
+    model: Any = prepare_model(base, quantization=backend, experts="routed", r=2, lora_dropout=0.0)
+    quantizer = parse_quantization(backend).quantizer  # type: ignore[union-attr]
+    layers = {path: module for path, module in model.named_modules() if ".experts." in path and is_layer(path, module)}
+    assert layers
+    assert [path for path, module in layers.items() if not quantizer.owns(module)] == []
+    train(model, batch)
+    check_files(CASES[model_type], model, backend, batch, tmp_path)
+
+
+def is_layer(module: Any) -> bool:
+    """Whether a module is a linear layer of the base, quantized or not."""
+    return (
+        getattr(module, "in_features", None) is not None and not hasattr(module, "lora_A") and module._parameters != {}
+    )

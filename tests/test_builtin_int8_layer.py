@@ -16,7 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_plugins import prepare_model
 from lora_plugins.builtin.quantizers import int8_layer
 from lora_plugins.builtin.quantizers.bitsandbytes import Int8
-from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, _Int8Product, dequantize_rows, quantize_rows
+from lora_plugins.builtin.quantizers.int8_layer import (
+    Int8Linear,
+    _Int8Product,
+    dequantize_rows,
+    dequantize_weight,
+    quantize_rows,
+)
 from lora_plugins.quantization.counting import tensor_bytes
 
 
@@ -249,3 +255,13 @@ def test_a_moved_layer_holds_its_weight_once(passed: bool) -> None:
         again = layer.state.CB if passed else layer.weight.CB
         assert again.data_ptr() == layer.weight.data_ptr()
     assert tensor_bytes(model) == size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(40, 24), (1, 7), (7, 1), (300, 512)])
+def test_dequantized_weight_has_the_values_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, scale = quantize_rows(torch.randn(shape) * torch.logspace(-3, 2, shape[0]).unsqueeze(1))
+    expected = bnb.functional.int8_vectorwise_dequant(weight, scale)
+    assert torch.equal(dequantize_weight(weight, scale), expected)
+    assert torch.equal(dequantize_weight(weight, scale, dtype), expected.to(dtype))

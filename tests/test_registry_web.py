@@ -228,7 +228,8 @@ def test_a_metric_of_odd_values_stops_no_page(tmp_path: Path) -> None:
         {"near": 0.48592769656281265, "far": 1e308, "largest": 1.797e308, "least": 0.0},
         {"near": 0.4859276965628127, "far": -1e308, "largest": 1.797e308, "least": 5e-324},
     )
-    made = list(Site(FolderHub(tmp_path), "Registry", served=False).list_pages())
+    site = Site(FolderHub(tmp_path), "Registry", served=False)
+    made = list(site.list_pages(site.read_names()))
     assert not [page.problem for page in made if page.unread]
     pages = {page.path: page.content for page in made}
     adapter = check_harmless(pages["a/org/some/index.html"])
@@ -564,6 +565,40 @@ def test_an_export_overwrites_nothing_of_others(tmp_path: Path, name: str) -> No
         export_pages(root, tmp_path / "pages")
     assert [path for path in (tmp_path / "pages").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
+
+
+class Named(FolderHub):
+    """A registry with the same content under names of one's own."""
+
+    def __init__(self, root: Path, *names: str) -> None:
+        super().__init__(root)
+        self._named = names
+
+    def names(self, base: str | None = None) -> Iterator[str]:
+        yield from self._named
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["org/a", "org/first", "org/First"], "org/First and org/first are the same files"),
+        (["org/a", "Org/a", "org/z"], "Org/a and org/a are the same files"),
+        (["org/a", "org/z", "ORG/Z"], "ORG/Z and org/z are the same files"),
+        (["x/B", "x/a", "x/A", "x/b"], "x/A and x/a are the same files on many systems .1 more such names."),
+    ],
+)
+def test_an_export_of_names_that_differ_only_in_case_is_refused_before_a_page_is_written(
+    tmp_path: Path, names: list[str], said: str
+) -> None:
+    with pytest.raises(ExportConflict, match=said):
+        export_pages(Named(tmp_path / "registry", *names), tmp_path / "pages")
+    assert not (tmp_path / "pages").exists()
+    root = page_registries.make_registry(tmp_path / "sound", 2, 1)
+    before = export_pages(root, tmp_path / "pages")
+    with pytest.raises(ExportConflict, match="nothing was exported"):
+        export_pages(Named(root, *names), tmp_path / "pages")
+    left = [path for path in (tmp_path / "pages").rglob("*") if path.is_file()]
+    assert len(left) == before.pages
 
 
 def test_an_export_follows_no_link_and_replaces_no_file(tmp_path: Path) -> None:
@@ -937,7 +972,7 @@ def test_an_export_reads_branches_and_tags_once_for_each_adapter(tmp_path: Path)
 
     root = page_registries.make_registry(tmp_path / "registry", 1, 20)
     site = Site(Counting(root), "Registry", served=False)
-    assert len(list(site.list_pages())) == 1 + 1 + 20 + 19
+    assert len(list(site.list_pages(site.read_names()))) == 1 + 1 + 20 + 19
     assert len(reads) == 2
     served = Site(Counting(root), "Registry", served=True)
     for path in (

@@ -20,6 +20,7 @@ from typing import Any
 import small_models
 
 from lora_plugins.errors import TargetError, TargetWarning
+from lora_plugins.models.experts import list_expert_stacks, list_flat_stacks
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.targets.resolution import TargetPlan, resolve_targets
 
@@ -49,6 +50,15 @@ mappings, each built from a small configuration without weights. A type counts i
 `make test-architectures` tests training, publishing and merging; the last two for every task.
 """
 
+EXPERTS = """\
+## Experts
+
+Whether the experts of a type are quantized by a backend that has a form for them, and adapted with
+`experts="routed"`. Of each type a small random model is quantized with `int8` and with `nf4`, adapted, trained, saved,
+loaded by PEFT onto a float base and by us onto a quantized one, and merged: `pytest -m slow
+tests/test_builtin_experts.py`. See [Quantization](quantization.md#experts).
+"""
+
 
 @dataclass
 class Coverage:
@@ -61,6 +71,7 @@ class Coverage:
         published: Those whose small model the tests publish, pull, check and load.
         merged: Those whose small model the tests merge with its adapter.
         peft: Those that PEFT's own table has an entry for.
+        experts: Those that hold stacked routed experts.
         unbuildable: Type -> why no model of it could be made here.
         unresolved: Type -> why its default does not do.
         untrained: Type -> why its small model is not trained and reloaded.
@@ -74,6 +85,7 @@ class Coverage:
     published: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     peft: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     unbuildable: dict[str, str] = field(default_factory=dict)
     unresolved: dict[str, str] = field(default_factory=dict)
     untrained: dict[str, str] = field(default_factory=dict)
@@ -104,6 +116,8 @@ def measure(host: PluginHost, only: Sequence[str] = ()) -> dict[str, Coverage]:
         except small_models.CannotBuild as error:
             entry.unbuildable[case.model_type] = _short(str(error))
             continue
+        if next(list_expert_stacks(model), None) is not None or list_flat_stacks(model):
+            entry.experts.append(case.model_type)
         flaw = shortcoming(model, host)
         if flaw is None:
             entry.resolved.append(case.model_type)
@@ -176,6 +190,7 @@ def page(coverage: dict[str, Coverage], host: PluginHost) -> str:
     lines += _reasons({task: entry.unpublished for task, entry in coverage.items()})
     lines += ["", "Types that are trained, but not merged:\n"]
     lines += _reasons({task: entry.unmerged for task, entry in coverage.items()})
+    lines += ["", EXPERTS, *_markdown(_experts(coverage))]
     lines += ["", "## Default targets", "", *_markdown(_defaults(host))]
     return "\n".join(lines) + "\n"
 
@@ -200,6 +215,28 @@ def _defaults(host: PluginHost) -> list[list[str]]:
     return [*rows, *([targets, ", ".join(names)] for targets, names in sorted(groups.items()))]
 
 
+def _experts(coverage: dict[str, Coverage]) -> list[list[str]]:
+    """What becomes of the experts of each type that has some, types with the same answer in one row."""
+    names = {name for entry in coverage.values() for name in entry.experts}
+    present = {name for entry in coverage.values() for name in entry.types}
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name in sorted(names | present & set(small_models.EXPERTS_AS_LAYERS)):
+        groups.setdefault(_describe_experts(name), []).append(name)
+    rows = [["experts quantized", "experts adapted", "why", "model types"]]
+    return [*rows, *([*kind, ", ".join(found)] for kind, found in sorted(groups.items(), key=lambda one: -len(one[1])))]
+
+
+def _describe_experts(name: str) -> tuple[str, str, str]:
+    """Return which of a type's experts are quantized, whether they are adapted, and why if that is not all."""
+    if name in small_models.EXPERTS_AS_LAYERS:
+        return "yes", "yes", "they are linear layers of their own, as every backend quantizes"
+    quantized, reason = small_models.EXPERTS_IN_FLOAT.get(name, ("yes", ""))
+    refused = small_models.EXPERTS_NOT_ADAPTED.get(name, "")
+    reasons = list(dict.fromkeys(one for one in (reason, refused, small_models.NOT_TRAINED.get(name, "")) if one))
+    adapted = "not tried" if name in small_models.NOT_TRAINED else "refused by name" if refused else "yes"
+    return "not tried" if name in small_models.NOT_TRAINED else quantized, adapted, "; ".join(reasons)
+
+
 def _markdown(rows: list[list[str]]) -> list[str]:
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return [head, "|" + "---|" * len(rows[0]), *body]
@@ -212,6 +249,7 @@ def losses(coverage: dict[str, Coverage], snapshot: dict[str, Any]) -> list[str]
         now = coverage.get(task, Coverage())
         gone = sorted(set(before["resolved"]) - set(now.resolved))
         lost += [f"{task}: {name}: {_reason(now, name)}" for name in gone]
+        lost += [f"{task}: {name}: no experts" for name in sorted(set(before.get("experts", ())) - set(now.experts))]
         for part, reasons in (("trained", now.untrained), ("published", now.unpublished), ("merged", now.unmerged)):
             names = sorted(set(before[part]) - set(getattr(now, part)))
             lost += [f"{task}: {name}: not {part}: {_find_reason(now, name, reasons)}" for name in names]

@@ -402,6 +402,22 @@ NOT_MERGED: dict[str, str] = {
     "bit": "its convolutions standardize their weights in each step, and a sum with the update is another one: refused",
     **dict.fromkeys(("diffusion_gemma", "zamba"), _SHARED),
 }
+_ROWS = "its experts are rows of one matrix, which PEFT takes as one weight"
+_SHARED_EXPERTS = "its shared experts are stacks of their own, computed in a way of their own"
+
+#: Types with experts that are linear layers of their own, which every backend quantizes as such.
+EXPERTS_AS_LAYERS = ("nllb-moe", "switch_transformers")
+#: Types whose stacked experts are not all quantized: which of them are, and why not the others.
+EXPERTS_IN_FLOAT: dict[str, tuple[str, str]] = {
+    "dbrx": ("no", _ROWS),
+    "jetmoe": ("no", "they are of a class of its own, outside of transformers' interface"),
+    **dict.fromkeys(("inkling_text", "inkling_mm_model"), ("the routed ones", _SHARED_EXPERTS)),
+}
+#: Types whose experts take no adapters, which is refused by name, and why.
+EXPERTS_NOT_ADAPTED: dict[str, str] = {
+    "dbrx": _ROWS,
+    "mistral_large4": "PEFT renames the tensors of its shared experts when it loads them",
+}
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,18 @@ class ExpertFormat(ABC):
     def unpack(self, packed: Any) -> torch.Tensor:
         """Return the float weight of a stored expert, shape ``[out_features, in_features]``; change nothing."""
 
+    def unpack_as(self, packed: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight of `unpack` in a dtype, to the bit.
+
+        Override it where `unpack` computes in another dtype than the model's: a step then holds one float expert at a
+        time, and not a second one in the other dtype.
+
+        Args:
+            packed: What `pack` returned.
+            dtype: Float dtype of the result.
+        """
+        return self.unpack(packed).to(dtype)
+
     @abstractmethod
     def tensors(self, packed: Any) -> Iterable[torch.Tensor]:
         """Return the tensors that a stored expert holds, for counting bytes."""

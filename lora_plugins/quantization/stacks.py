@@ -66,10 +66,11 @@ class QuantizedStack(torch.Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: ``__new__`` has set everything."""
 
-    def read_expert(self, number: int) -> torch.Tensor:
-        """Return the weight of one expert, dequantized, shape ``[out, in]``."""
+    def read_expert(self, number: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the weight of one expert, dequantized, shape ``[out, in]``; by default in the backend's dtype."""
         with torch.no_grad():
-            return self.form.unpack(self.experts[number])
+            expert = self.experts[number]
+            return self.form.unpack(expert) if dtype is None else self.form.unpack_as(expert, dtype)
 
     def list_tensors(self) -> list[torch.Tensor]:
         """Return the plain tensors that the stack holds."""
@@ -139,7 +140,7 @@ class QuantizedStack(torch.Tensor):
         if func is torch.ops.aten._to_copy.default:
             return stack._move(kwargs.get("dtype"), kwargs.get("device"))
         if func is torch.ops.aten.select.int and args[1] == 0:
-            weight = stack.read_expert(int(args[2])).to(stack.dtype)
+            weight = stack.read_expert(int(args[2]), stack.dtype)
             return weight.T if stack.transposed else weight
         if func._schema.is_mutable:
             raise QuantizationError(

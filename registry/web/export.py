@@ -74,19 +74,35 @@ def export_pages(
     if root.exists() and not root.is_dir():
         raise ExportConflict(f"{root} is a file: give a folder")
     old = _find_own(root)
-    written: dict[str, str] = {}
+    names = site.read_names()
+    _refuse_twins(names)
+    written: set[str] = set()
     unread: dict[str, str] = {}
-    for page in site.list_pages():
-        twin = written.setdefault(page.path.lower(), page.path)
-        if twin != page.path:
-            raise ExportConflict(f"{twin} and {page.path} are one file on many systems, so both cannot be exported")
+    for page in site.list_pages(names):
         write_page(page.content, root / page.path)
+        written.add(page.path)
         if page.unread:
             unread.setdefault(page.unread, page.problem)
-    kept = set(written.values())
-    stale = [path for path in old if path.relative_to(root).as_posix() not in kept]
+    stale = [path for path in old if path.relative_to(root).as_posix() not in written]
     _remove(root, _find_torn(root))
     return Exported(root / _FIRST, len(written), _remove(root, stale), unread)
+
+
+def _refuse_twins(names: list[str]) -> None:
+    """Refuse adapters whose names differ only in case; of all else in the address of a page there is one spelling.
+
+    Raises:
+        ExportConflict: There are some.
+    """
+    seen: dict[str, str] = {}
+    twins = [(first, name) for name in names if (first := seen.setdefault(name.lower(), name)) != name]
+    if twins:
+        first, second = twins[0]
+        more = f" ({len(twins) - 1:,} more such names)" if len(twins) > 1 else ""
+        raise ExportConflict(
+            f"The pages of {first} and {second} are the same files on many systems{more}, so nothing was exported. "
+            "lora-plugins registry serve shows both"
+        )
 
 
 def _find_own(root: Path) -> list[Path]:

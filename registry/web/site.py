@@ -121,15 +121,25 @@ class Site:
             return "It cannot be shown; the log of the program says why."
         return self._hide(str(error))
 
-    def list_pages(self) -> Iterator[MadePage]:
-        """Yield every page of the registry; of comparisons, those of versions that follow each other.
-
-        An adapter, a version or a comparison that cannot be read is a page that says so.
+    def read_names(self) -> list[str]:
+        """Return the names of all adapters, sorted.
 
         Raises:
             RegistryError: The registry as a whole cannot be read.
         """
-        names = self._reader.read_names()
+        return self._reader.read_names()
+
+    def list_pages(self, names: list[str]) -> Iterator[MadePage]:
+        """Yield every page of the registry; of comparisons, those of versions that follow each other.
+
+        An adapter, a version or a comparison that cannot be read is a page that says so.
+
+        Args:
+            names: The adapters, as `read_names` returns them.
+
+        Raises:
+            RegistryError: The registry as a whole cannot be read.
+        """
         pages = max(1, -(-len(names) // self._reader.size))
         for page in range(1, pages + 1):
             yield MadePage(_page_name(page), self._render_list(page, {}, names))

@@ -61,7 +61,7 @@ class Projection:
     def weight(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight of one expert, shape ``[out, in]``; a view if the stack is in float."""
         if isinstance(self.stack, QuantizedStack):
-            return self.stack.read_expert(expert).to(dtype)
+            return self.stack.read_expert(expert, dtype)
         one = self.stack[expert].to(dtype)
         return one.T if self.transposed else one
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["FourBit", "Fp4", "Int8", "Nf4", "register_quantizers"]
+__all__ = ["FourBit", "Fp4", "Int8", "Int8Experts", "Nf4", "register_quantizers"]
 
 
 _REQUIRES = ("bitsandbytes>=0.50",)
@@ -25,6 +25,12 @@ def _import_library() -> Any:
     import bitsandbytes
 
     return bitsandbytes
+
+
+def _import_int8_layer() -> Any:
+    from lora_plugins.builtin.quantizers import int8_layer
+
+    return int8_layer
 
 
 def _is_layer(module: Any, layer: str) -> bool:
@@ -64,12 +70,10 @@ class Int8(Quantizer):
         return None
 
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
-        bnb = _import_library()
-
-        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear, quantize_rows
+        bnb, ours = _import_library(), _import_int8_layer()
 
         device = linear.weight.device
-        layer = Int8Linear(
+        layer: Any = ours.Int8Linear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -79,7 +83,7 @@ class Int8(Quantizer):
         )
         layer.lean = options.get("lean")
         if device.type == "cpu":
-            values, scale = quantize_rows(linear.weight.data)
+            values, scale = ours.quantize_rows(linear.weight.data)
             layer.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale)
         else:
             # bitsandbytes 0.50 quantizes a float weight when it moves from the CPU to another device.
@@ -93,12 +97,11 @@ class Int8(Quantizer):
         return _is_layer(module, "Linear8bitLt")
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        bnb = _import_library()
+        weight: torch.Tensor = _import_int8_layer().dequantize_weight(module.weight.data, _find_int8_scale(module))
+        return weight
 
-        return bnb.functional.int8_vectorwise_dequant(module.weight.data, _find_int8_scale(module))
-
-    def expert_format(self, options: Mapping[str, Any]) -> ExpertsAsLayers:
-        return ExpertsAsLayers(self, options)
+    def expert_format(self, options: Mapping[str, Any]) -> Int8Experts:
+        return Int8Experts(self, options)
 
     def load_config(self, options: Mapping[str, Any]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -126,14 +129,21 @@ class Int8(Quantizer):
         return in_features * out_features + 4 * out_features
 
     def after_quantize(self, model: Any, options: Mapping[str, Any]) -> None:
-        from lora_plugins.builtin.quantizers.int8_layer import Int8Linear
-
+        ours = _import_int8_layer()
         model.is_loaded_in_8bit = True
         for module in model.modules():
             # Not a class derived from it, such as this one.
             if _is_layer(module, "Linear8bitLt") and type(module).__name__ == "Linear8bitLt":
-                module.__class__ = Int8Linear
+                module.__class__ = ours.Int8Linear
                 module.lean = options.get("lean")
+
+
+class Int8Experts(ExpertsAsLayers):
+    """Experts stored like LLM.int8() layers, dequantized into the dtype in which they are multiplied."""
+
+    def unpack_as(self, packed: Any, dtype: torch.dtype) -> torch.Tensor:
+        made: torch.Tensor = _import_int8_layer().dequantize_weight(packed.weight.data, _find_int8_scale(packed), dtype)
+        return made
 
 
 def _read_loaded(config: Any, **names: str) -> dict[str, Any] | None:

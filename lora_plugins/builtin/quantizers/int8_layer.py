@@ -9,11 +9,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-__all__ = ["Int8Linear", "dequantize_rows", "quantize_rows"]
+__all__ = ["Int8Linear", "dequantize_rows", "dequantize_weight", "quantize_rows"]
 
 
 #: Weights that are converted at a time, so that the float32 intermediate stays in the CPU's cache.
 _BLOCK = 1 << 20
+#: The constant of bitsandbytes' ``int8_vectorwise_dequant``, 1 / 127.
+_PER_STEP = 7.874015718698502e-3
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -120,6 +122,26 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
             result[block].copy_(weight[block]).mul_(factors[block])
         else:
             result[block] = weight[block].float().mul_(factors[block])
+    return result
+
+
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return bitsandbytes' ``int8_vectorwise_dequant``, to the bit, on a CPU in no more memory than the result takes.
+
+    It rounds twice in float32, where `dequantize_rows`, with the values of bitsandbytes' layers, rounds once.
+
+    Args:
+        weight: Shape ``[out, in]``, int8.
+        scale: Largest magnitude of each row in float32, shape ``[out]``.
+        dtype: Dtype to which the values are rounded in the end.
+    """
+    scale = scale.view(-1, 1)
+    if dtype == torch.float32 or weight.device.type != "cpu":
+        return weight.float().mul_(scale).mul_(_PER_STEP).to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
+    # An eighth at most, so that no second weight is held in float32.
+    for block in _split_rows(weight, min(_BLOCK, weight.numel() // 8)):
+        result[block] = weight[block].float().mul_(scale[block]).mul_(_PER_STEP)
     return result
 
 

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["Float8Torchao", "Int8Torchao", "Torchao", "register_quantizers"]
 
 
+def _import_layer() -> Any:
+    from lora_plugins.builtin.quantizers import torchao_layer
+
+    return torchao_layer
+
+
 class Torchao(Quantizer):
     """Weights as torchao's tensors, in the original layer.
 
@@ -45,11 +51,9 @@ class Torchao(Quantizer):
     def quantize_linear(self, linear: nn.Linear, options: Mapping[str, Any]) -> nn.Module:
         from torchao.quantization import quantize_
 
-        from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
-
         linear.to(options.get("compute_dtype") or linear.weight.dtype)
         quantize_(linear, self.settings(options))
-        linear.__class__ = TorchaoLinear
+        linear.__class__ = _import_layer().TorchaoLinear
         return linear
 
     def settings(self, options: Mapping[str, Any]) -> Any:
@@ -68,7 +72,8 @@ class Torchao(Quantizer):
         return tensor is not None and isinstance(weight, tensor)
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        return module.weight.dequantize()
+        weight: torch.Tensor = _import_layer().dequantize_weight(module.weight)
+        return weight
 
     def layer_bytes(
         self, in_features: int, out_features: int, dtype: torch.dtype, options: Mapping[str, Any]
@@ -97,12 +102,10 @@ class Torchao(Quantizer):
         return {**options, "skip_modules": skip} if skip else options
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        from lora_plugins.builtin.quantizers.torchao_layer import TorchaoLinear
-
         for module in model.modules():
             # transformers 5.23 leaves the plain class on layers that it loads quantized.
             if self.owns(module) and type(module).__name__ == "Linear":
-                module.__class__ = TorchaoLinear
+                module.__class__ = _import_layer().TorchaoLinear
 
 
 def _are_same_settings(one: Any, other: Any) -> bool:
