@@ -191,8 +191,6 @@ def test_experts_that_are_layers_are_quantized_and_adapted_as_such(
     check_files(CASES[model_type], model, backend, batch, tmp_path)
 
 
-def is_layer(module: Any) -> bool:
+def is_layer(path: str, module: Any) -> bool:
     """Whether a module is a linear layer of the base, quantized or not."""
-    return (
-        getattr(module, "in_features", None) is not None and not hasattr(module, "lora_A") and module._parameters != {}
-    )
+    return isinstance(module, torch.nn.Linear) and "lora_" not in path

@@ -37,9 +37,10 @@ def inside(root: Path, path: Path) -> Path:
     Raises:
         PlantedLink: One is.
     """
-    current = root
+    # As a text: making a path of each part takes longer than looking at it.
+    current = os.fspath(root)
     for part in path.relative_to(root).parts:
-        current = current / part
+        current = os.path.join(current, part)
         try:
             mode = os.lstat(current).st_mode
         except FileNotFoundError:

@@ -303,11 +303,13 @@ class FolderHub:
 
     def _find_commit(self, name: str, commit: str) -> Path:
         folder = self._find_repository(name) / _COMMITS / commit
-        if commit.isalnum() and not folder_files.inside(self.root, folder).is_dir():
+        if commit.isalnum():
+            if folder_files.inside(self.root, folder).is_dir():
+                return folder
             self._restore_empty(name, folder)
-        if not commit.isalnum() or not folder_files.inside(self.root, folder).is_dir():
-            raise CommitNotFound(f"{name} in {self.location} has no commit {commit[:80]!r}")
-        return folder
+            if folder_files.inside(self.root, folder).is_dir():
+                return folder
+        raise CommitNotFound(f"{name} in {self.location} has no commit {commit[:80]!r}")
 
     def _restore_empty(self, name: str, folder: Path) -> None:
         """Recreate the folder of a repository's first commit: it is empty, so git and some archives drop it."""
