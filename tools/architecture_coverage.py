@@ -229,7 +229,8 @@ def _experts(coverage: dict[str, Coverage]) -> list[list[str]]:
 def _describe_experts(name: str) -> tuple[str, str, str]:
     """Return which of a type's experts are quantized, whether they are adapted, and why if that is not all."""
     if name in small_models.EXPERTS_AS_LAYERS:
-        return "yes", "yes", "they are linear layers of their own, as every backend quantizes"
+        more = small_models.EXPERTS_AS_LAYERS[name]
+        return "yes", "yes", f"they are linear layers of their own, as every backend quantizes{more}"
     quantized, reason = small_models.EXPERTS_IN_FLOAT.get(name, ("yes", ""))
     refused = small_models.EXPERTS_NOT_ADAPTED.get(name, "")
     reasons = list(dict.fromkeys(one for one in (reason, refused, small_models.NOT_TRAINED.get(name, "")) if one))

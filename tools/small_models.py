@@ -405,8 +405,15 @@ NOT_MERGED: dict[str, str] = {
 _ROWS = "its experts are rows of one matrix, which PEFT takes as one weight"
 _SHARED_EXPERTS = "its shared experts are stacks of their own, computed in a way of their own"
 
-#: Types with experts that are linear layers of their own, which every backend quantizes as such.
-EXPERTS_AS_LAYERS = ("nllb-moe", "switch_transformers")
+#: Types with experts that are linear layers of their own, which every backend quantizes as such, and what of that
+#: does not hold.
+EXPERTS_AS_LAYERS = {
+    "nllb-moe": "",
+    "switch_transformers": (
+        "; with bitsandbytes' 4 bits the second ones stay in float, because the model casts their input to the dtype "
+        "of their weight"
+    ),
+}
 #: Types whose stacked experts are not all quantized: which of them are, and why not the others.
 EXPERTS_IN_FLOAT: dict[str, tuple[str, str]] = {
     "dbrx": ("no", _ROWS),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_plugins.errors import QuantizationError, QuantizerSelfTestFailed, QuantizerUnavailable
+from lora_plugins.models.casts import find_cast_inputs
 from lora_plugins.models.wrapping import plain_path
 from lora_plugins.plugins.packages import missing_requirements
 from lora_plugins.plugins.types import Quantizer
@@ -24,6 +25,7 @@ __all__ = [
     "check_arrived",
     "check_usable",
     "check_usable_for_experts",
+    "find_spoiled_layers",
     "self_test",
     "weight_error",
     "why_unavailable",
@@ -62,6 +64,28 @@ def weight_error(quantization: Quantization, device: torch.device, dtype: torch.
     """
     options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
     return _measure_error(_Case(quantization.quantizer, options), device, dtype)
+
+
+def find_spoiled_layers(model: nn.Module, quantization: Quantization) -> dict[str, str]:
+    """Return the layers whose input a model would cast to integers if they were quantized, and the reason.
+
+    A backend that cannot run here, so that the dtype of its weights is not known, is taken to store integers.
+    """
+    casts = find_cast_inputs(model)
+    if not casts:
+        return {}
+    options = {key: value for key, value in quantization.options.items() if key != "skip_modules"}
+    dtype = _read_weight_dtype(_Case(quantization.quantizer, options))
+    reasons = {path: _explain_cast(dtype, exempt) for path, exempt in casts.items()}
+    return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+def _explain_cast(dtype: torch.dtype | None, exempt: frozenset[str]) -> str | None:
+    """Return why a layer with a weight of this dtype spoils its input, ``None`` if it does not."""
+    stored = "integers" if dtype is None else dtype_name(dtype)
+    if stored in exempt or (dtype is not None and dtype.is_floating_point):
+        return None
+    return f"the model casts its input to the dtype of its weight, which is {stored} where it is quantized"
 
 
 class _Case:
@@ -122,6 +146,19 @@ def _measure_error(case: _Case, device: torch.device, dtype: torch.dtype) -> flo
         except _FAILURES:
             return float("inf")
     return float((stored - values.float()).norm() / values.float().norm())
+
+
+@functools.lru_cache(maxsize=64)
+def _read_weight_dtype(case: _Case) -> torch.dtype | None:
+    """Return the dtype that the weight of a quantized layer says it has, ``None`` if that cannot be found out here."""
+    if missing_requirements(case.quantizer.requires):
+        return None
+    with _silence(case.quantizer.loggers), contextlib.suppress(*_FAILURES), torch.no_grad():
+        linear = nn.Linear(_IN, _OUT, bias=False).requires_grad_(False)
+        layer: Any = case.quantizer.quantize_linear(linear, {**case.options, "skip_modules": []})
+        dtype: torch.dtype = layer.weight.dtype
+        return dtype
+    return None
 
 
 class _Untrainable(Exception):
@@ -238,13 +275,16 @@ def check_arrived(model: nn.Module, quantization: Quantization) -> None:
         QuantizationError: The model has such a layer.
     """
     quantizer = quantization.quantizer
+    casts = find_cast_inputs(model)
     for path, module in model.named_modules():
         if not quantizer.owns(module):
             continue
         layer: Any = module
+        name = plain_path(path)
         reason = quantizer.unsuitable(layer.in_features, layer.out_features, quantization.options)
+        if reason is None and name in casts:
+            reason = _explain_cast(getattr(getattr(layer, "weight", None), "dtype", None), casts[name])
         if reason is not None:
-            name = plain_path(path)
             raise QuantizationError(
                 f"{name} was loaded quantized and {quantization.name!r} cannot compute it: {reason}. Load the model in "
                 f"float, or with quantization_config({{'name': {quantization.name!r}, 'skip_modules': [{name!r}, …]}})."

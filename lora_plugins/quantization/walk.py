@@ -15,7 +15,7 @@ from lora_plugins.models.experts import is_computable, is_transposed, list_exper
 from lora_plugins.models.sharding import gather
 from lora_plugins.models.wrapping import adapter_modules, base_of, module_places, plain_path
 from lora_plugins.quantization.request import Quantization, QuantizedLayers, owner_of
-from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts
+from lora_plugins.quantization.selftest import check_usable, check_usable_for_experts, find_spoiled_layers
 from lora_plugins.quantization.stacks import QuantizedStack, replace_stack
 
 __all__ = [
@@ -164,6 +164,7 @@ def layers_to_quantize(
     reasons |= dict.fromkeys(_find_kept_by_model(model), kept)
     reasons |= dict.fromkeys(quantization.options.get("skip_modules", ()), told)
     trainable = adapter_modules(model)
+    spoiled = find_spoiled_layers(model, quantization)
     targets: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -175,6 +176,7 @@ def layers_to_quantize(
             if owner_of(module) is None:
                 skipped[name] = f"{type(module).__name__} is read in its own way"
         else:
+            reason = reason or spoiled.get(name)
             reason = reason or quantization.quantizer.unsuitable(*_read_features(module), quantization.options)
             if reason:
                 skipped[name] = reason
