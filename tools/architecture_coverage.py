@@ -53,10 +53,10 @@ mappings, each built from a small configuration without weights. A type counts i
 EXPERTS = """\
 ## Experts
 
-Whether the experts of a type are quantized by a backend that has a form for them, and adapted with
-`experts="routed"`. Of each type a small random model is quantized with `int8` and with `nf4`, adapted, trained, saved,
-loaded by PEFT onto a float base and by us onto a quantized one, and merged: `pytest -m slow
-tests/test_builtin_experts.py`. See [Quantization](quantization.md#experts).
+The table says which types' experts are quantized and adapted with `experts="routed"`. For each type, a small random
+model is quantized with `int8` and with `nf4`, adapted, trained, saved, and merged. Its adapter is loaded by PEFT onto a
+float base, and by this package onto a quantized one. `pytest -m slow tests/test_builtin_experts.py` runs this. See
+[Quantization](quantization.md#experts).
 """
 
 
