@@ -985,6 +985,17 @@ def test_an_export_reads_branches_and_tags_once_for_each_adapter(tmp_path: Path)
         assert len(reads) == 1
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_an_empty_registry_says_how_to_publish_and_offers_no_search(tmp_path: Path, served: bool) -> None:
+    site = Site(FolderHub(tmp_path), "Registry", served=served)
+    page = check_harmless(site.render(""))
+    assert "The registry holds no adapter yet: lora-plugins push FOLDER org/name publishes one." in page.text
+    assert [tag for tag, _ in page.tags if tag == "input"] == []
+    asked = check_harmless(site.render("", {"q": "some"}))
+    assert [tag for tag, _ in asked.tags if tag == "input"] == (["input"] if served else [])
+    assert ("None matches." in asked.text) == served
+
+
 def test_many_adapters_come_in_pages_and_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Many(FolderHub):
         def names(self, base: str | None = None) -> Iterator[str]:
