@@ -321,7 +321,8 @@ def collect_nothing() -> RunFacts:
 
 def test_a_page_of_nothing_says_what_is_not_recorded() -> None:
     text = Page(render_page(collect_nothing())).text
-    assert text.count("not recorded") >= 6
+    assert text.count("not recorded") >= 7
+    assert "Lineage and environment not recorded: there is no lineage.json" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -437,6 +438,11 @@ def test_the_page_in_a_browser(ran: Any, tmp_path: Path, kind: str) -> None:
                 browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
                 browser.take_picture(folder / f"{kind}-{'dark' if dark else 'light'}-{width}.png")
                 assert browser.run("document.documentElement.scrollWidth") <= width
+                if kind == "run":
+                    # Why a module has no adapter is seen without scrolling the table.
+                    assert (
+                        browser.run("document.querySelector('.reasons .words').getBoundingClientRect().x") < width * 0.7
+                    )
                 assert browser.run("document.querySelectorAll('script, img, a, iframe').length") == 0
                 background = browser.run("getComputedStyle(document.body).backgroundColor")
                 assert background == ("rgb(15, 18, 22)" if dark else "rgb(246, 247, 249)")
