@@ -17,7 +17,7 @@ from lora_plugins.commands.cli import main
 from lora_plugins.errors import ReproductionError
 from lora_plugins.recipe.parser import parse
 from lora_plugins.recipe.reproduction.differences import Difference, compare_data, find_first_step
-from lora_plugins.recipe.reproduction.flags import describe_recipe
+from lora_plugins.recipe.reproduction.flags import describe_recipe, is_local_flag
 from lora_plugins.recipe.reproduction.reproduce import check_reproduction, reproduce
 from lora_plugins.recipe.reproduction.source import digest_adapter
 from lora_plugins.recipe.run import run
@@ -106,6 +106,32 @@ def test_a_published_run_is_trained_again_from_its_reference(
     assert "org/name@1.0.0: the same adapter, bit by bit" in out
     assert digest_adapter(Path("again", "adapter")) in out
     assert "base:" not in out, "the base is compared by the fingerprint in the manifest"
+
+
+def test_an_evaluation_before_training_is_part_of_the_recipe(
+    command: Callable[..., tuple[int, str, str]], at_place: Path
+) -> None:
+    """It draws random numbers, so dropout is another one after it."""
+    assert run([*HERE, "--output_dir", "started", *SETTINGS, "--eval_on_start", "true"]) == 0
+    assert digest_adapter(Path("started", "adapter")) != digest_adapter(Path("whole", "adapter"))
+    assert json.loads(Path("started", "adapter", "lineage.json").read_text())["recipe"]["eval_on_start"] is True
+    code, out, err = command("./started", *HERE, "--json")
+    assert code == 0, err
+    assert json.loads(out)["same"] is True
+    code, out, _ = command("./whole", *HERE, "--check", "--eval_on_start", "true")
+    assert code == 1
+    assert "recipe.eval_on_start was nothing and is True" in out
+
+
+def test_flags_that_are_not_recorded_leave_the_weights_as_they_are(at_place: Path) -> None:
+    local = [
+        *("--samples", "1", "--include_num_input_tokens_seen", "true", "--skip_memory_metrics", "false"),
+        *("--save_total_limit", "1", "--disable_tqdm", "true", "--log_level", "error", "--report_to", "tensorboard"),
+    ]
+    names = {word.removeprefix("--") for word in local if word.startswith("--")}
+    assert all(is_local_flag(name) for name in names)
+    assert run([*HERE, "--output_dir", "local", *SETTINGS, *local]) == 0
+    assert digest_adapter(Path("local", "adapter")) == digest_adapter(Path("whole", "adapter"))
 
 
 def test_another_seed_is_named_as_the_cause(command: Callable[..., tuple[int, str, str]]) -> None:

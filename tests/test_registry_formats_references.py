@@ -61,7 +61,10 @@ def test_forms(text: str, shown: str) -> None:
     [
         ("", "1 to 512 characters"),
         ("x" * 600, "1 to 512 characters"),
-        ("name", "has to be org/name"),
+        ("name", r"has to be org/name .*; a folder is given as '\./name'"),
+        ("lora-output", r"a folder is given as '\./lora-output'"),
+        ("out@1.0.0", r"a folder is given as '\./out'"),
+        ("a b", r"a folder is given as '\./a b'"),
         ("org/name/", "has to be org/name"),
         ("org/name//more", "has to be org/name"),
         ("org/name/../more", "is not a valid folder"),

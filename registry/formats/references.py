@@ -186,7 +186,8 @@ def check_name(name: str) -> str:
     """
     parts = name.split("/")
     if len(parts) != 2:
-        raise InvalidReference(f"{name[:200]!r} is not a valid adapter name: it has to be org/name ({_FORMS})")
+        folder = f"; a folder is given as {f'./{name[:200]}'!r}" if len(parts) == 1 and name else ""
+        raise InvalidReference(f"{name[:200]!r} is not a valid adapter name: it has to be org/name ({_FORMS}){folder}")
     for part in parts:
         if _PART.fullmatch(part) is None or ".." in part or "--" in part or part.endswith((".git", ".ipynb")):
             raise InvalidReference(

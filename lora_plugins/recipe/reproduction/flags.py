@@ -21,10 +21,11 @@ from registry import is_path
 __all__ = ["LOCAL_FLAGS", "UNRECORDED", "describe_recipe", "describe_run", "is_local_flag"]
 
 #: Flags that say where a run reads and writes, how much it says, and whom it tells. They are never recorded, and never
-#: taken from a recording. All but `UNRECORDED` leave the weights as they are.
+#: taken from a recording. All but `UNRECORDED` leave the weights as they are. ``eval_on_start`` is not one of them: an
+#: evaluation draws random numbers.
 LOCAL_FLAGS = frozenset(
     {
-        "adapter_folder", "ddp_timeout", "deepspeed", "disable_tqdm", "eval_on_start", "fsdp_config", "hub_always_push",
+        "adapter_folder", "ddp_timeout", "deepspeed", "disable_tqdm", "fsdp_config", "hub_always_push",
         "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
         "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "logging_dir", "merge",
         "model_folder", "num_proc", "output_dir", "project", "push", "push_base_model", "push_to_hub", "report_folder",
