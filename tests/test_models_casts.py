@@ -123,3 +123,26 @@ def test_a_model_that_was_loaded_so_is_refused_with_the_way_out(tmp_path: Any) -
 def test_layers_that_a_model_keeps_in_float32_are_as_before() -> None:
     model = prepare_model(make(T5Config(**SIZES)), quantization="nf4", r=2)
     assert "casts its input" not in " ".join(make_report(model).notes)
+
+
+class _Callable:
+    """A forward that is neither a function nor hashable."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Unusual(nn.Module):
+    forward = _Callable()
+
+
+@pytest.mark.parametrize("kind", ["scripted", "callable"])
+def test_modules_without_a_function_as_forward_are_passed_over(kind: str) -> None:
+    activation: Any = torch.jit.script(nn.SiLU()) if kind == "scripted" else Unusual()
+    model = nn.ModuleDict({"activation": activation, "block": Casting()})
+    assert find_cast_inputs(model) == {"block.gate": frozenset({"uint8"}), "block.inner.down": frozenset()}
+    base = make(LONG_T5)
+    base.encoder.block[0].layer[-1].DenseReluDense.act = activation
+    assert prepare_model(base, quantization="int8", r=2).get_base_model().config.model_type == "longt5"

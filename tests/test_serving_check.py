@@ -82,6 +82,12 @@ def test_every_rule_is_broken_by_one_of_these() -> None:
     assert found - broken == set()
 
 
+def test_an_embedding_that_vllm_calls_otherwise_is_taken() -> None:
+    for name, taken in (("embeddings", True), ("wte", False)):
+        (verdict,) = judge(AdapterTraits(model_type="nemotron_h", embeddings=(name,)), ["vllm"])
+        assert verdict.served is taken, name
+
+
 def test_rules_name_their_source_and_release() -> None:
     for name in plugin_host().server_names():
         server = plugin_host().server(name)

@@ -1,4 +1,4 @@
-"""Write docs/hooks.md from lora_plugins/hookspecs.py; with --check, fail when it is out of date."""
+"""Write docs/hooks.md from lora_plugins/plugins/hookspecs.py; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ FORMATS = (
             "transformers.GgufEmbedding",
         ),
         merges=_IN_FLOAT,
-        needs="gguf; transformers dequantizes it if the package kernels has none for the device, else with "
+        needs="gguf; transformers dequantizes it if the package kernels has no kernel for the device, else with "
         "GgufConfig(dequantize=True)",
         evidence=_RUN,
         reason=_KERNEL,
@@ -311,7 +311,7 @@ FORMATS = (
         "float",
         layers=("transformers.MetalLinear",),
         merges=_IN_FLOAT,
-        needs="transformers dequantizes it, on Apple silicon only with MetalConfig(dequantize=True)",
+        needs="transformers dequantizes it; on Apple silicon this needs MetalConfig(dequantize=True)",
         evidence=_READ,
         reason=_KERNEL,
         instead="load it with quantization_config=MetalConfig(dequantize=True)",

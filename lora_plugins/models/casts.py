@@ -31,7 +31,10 @@ def find_cast_inputs(model: nn.Module) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for path, module in model.named_modules():
         prefix = plain_path(path)
-        for child, exempt in _read_casts(type(module).forward).items():
+        # TorchScript's modules have no forward of their own class, and a class may have any callable object as its own.
+        forward = getattr(type(module), "forward", None)
+        casts = _read_casts(forward) if inspect.isfunction(forward) else {}
+        for child, exempt in casts.items():
             found[f"{prefix}.{child}" if prefix else child] = exempt
     return found
 
@@ -41,7 +44,7 @@ def _read_casts(forward: Any) -> dict[str, frozenset[str]]:
     try:
         source = inspect.getsource(inspect.unwrap(forward))
     except (OSError, TypeError, ValueError):
-        return {}  # without source, as in a notebook that is gone or in a compiled module
+        return {}  # without source, as in a notebook that is gone
     exempt: dict[str, set[str]] = {}
     for child, dtype in _EXEMPT.findall(source):
         exempt.setdefault(child, set()).add(dtype)

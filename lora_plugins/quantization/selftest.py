@@ -69,7 +69,8 @@ def weight_error(quantization: Quantization, device: torch.device, dtype: torch.
 def find_spoiled_layers(model: nn.Module, quantization: Quantization) -> dict[str, str]:
     """Return the layers whose input a model would cast to integers if they were quantized, and the reason.
 
-    A backend that cannot run here, so that the dtype of its weights is not known, is taken to store integers.
+    Where the dtype of its weights is not known, because the backend cannot run here or its layers have no ``weight``, a
+    layer counts as spoiled.
     """
     casts = find_cast_inputs(model)
     if not casts:
@@ -82,10 +83,12 @@ def find_spoiled_layers(model: nn.Module, quantization: Quantization) -> dict[st
 
 def _explain_cast(dtype: torch.dtype | None, exempt: frozenset[str]) -> str | None:
     """Return why a layer with a weight of this dtype spoils its input, ``None`` if it does not."""
-    stored = "integers" if dtype is None else dtype_name(dtype)
-    if stored in exempt or (dtype is not None and dtype.is_floating_point):
+    cast = "the model casts its input to the dtype of its weight, which is"
+    if dtype is None:
+        return f"{cast} not known for this backend"
+    if dtype_name(dtype) in exempt or dtype.is_floating_point:
         return None
-    return f"the model casts its input to the dtype of its weight, which is {stored} where it is quantized"
+    return f"{cast} {dtype_name(dtype)} where it is quantized"
 
 
 class _Case:

@@ -58,7 +58,7 @@ _DESCRIPTION = (
 _EPILOG = (
     "All flags of transformers.TrainingArguments work, too; --help-all lists them. Their defaults here: "
     + ", ".join(f"{name} {value}" for name, value in TRAINING_DEFAULTS.items())
-    + ", bf16 if the hardware supports it."
+    + ", bf16 if the hardware is fast at it."
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_plugins import AdapterTraits, Server, ServerRule
 from lora_plugins.builtin.servers.traits import find_ends, forbid, forbid_extras
-from lora_plugins.builtin.servers.vllm_types import ENDS, WITHOUT_ADAPTERS
+from lora_plugins.builtin.servers.vllm_types import ENDS, RENAMED, WITHOUT_ADAPTERS
 
 __all__ = ["SGLANG", "TGI", "TRANSFORMERS", "VLLM"]
 
@@ -37,8 +37,9 @@ def _check_vllm_type(traits: AdapterTraits) -> str | None:
 
 
 def _check_vllm_ends(traits: AdapterTraits) -> str | None:
-    taken = ENDS.get(traits.model_type or "")
-    refused = [name for name in find_ends(traits) if taken is not None and name not in taken]
+    kind = traits.model_type or ""
+    taken, renamed = ENDS.get(kind), RENAMED.get(kind, {})
+    refused = [name for name in find_ends(traits) if taken is not None and renamed.get(name, name) not in taken]
     return f"an adapter on {', '.join(refused)} of a {traits.model_type!r} is refused" if refused else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ENDS", "WITHOUT_ADAPTERS"]
+__all__ = ["ENDS", "RENAMED", "WITHOUT_ADAPTERS"]
 
 _WITHOUT = """
     beam bloom cohere2_moe dbrx dots3_note dots3_note_text falcon falcon_mamba flint gemma3n gemma3n_text gpt-sw3
@@ -38,3 +38,6 @@ _TAKEN: Mapping[tuple[str, ...], str] = {
 
 #: Type -> the input embedding and output head that take an adapter.
 ENDS: Mapping[str, tuple[str, ...]] = {kind: taken for taken, kinds in _TAKEN.items() for kind in kinds.split()}
+
+#: Type -> what vLLM's class calls an embedding (its ``hf_to_vllm_mapper``), by the name in transformers.
+RENAMED: Mapping[str, Mapping[str, str]] = {"nemotron_h": {"embeddings": "embed_tokens"}}
