@@ -146,6 +146,7 @@ WHOLE = {
     "canaries",
     "docs",
     "docs_notebooks",
+    "docs_site",
     "numbers",
     "old_releases",
     "project",
