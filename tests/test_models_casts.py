@@ -20,6 +20,7 @@ from lora_plugins import plan, prepare_model
 from lora_plugins.adapters.report import make_report
 from lora_plugins.errors import QuantizationError
 from lora_plugins.models.casts import find_cast_inputs
+from lora_plugins.quantization import selftest
 from lora_plugins.quantization.counting import tensor_bytes
 
 SIZES: dict[str, Any] = {
@@ -146,3 +147,18 @@ def test_modules_without_a_function_as_forward_are_passed_over(kind: str) -> Non
     base = make(LONG_T5)
     base.encoder.block[0].layer[-1].DenseReluDense.act = activation
     assert prepare_model(base, quantization="int8", r=2).get_base_model().config.model_type == "longt5"
+
+
+@pytest.mark.parametrize(
+    ("stored", "spoils"),
+    [(torch.float8_e4m3fn, True), (torch.float8_e5m2, True), (torch.bfloat16, False), (torch.float32, False)],
+    ids=str,
+)
+def test_eight_bits_of_float_spoil_an_input_as_integers_do(
+    stored: torch.dtype, spoils: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "_read_weight_dtype", lambda case: stored)
+    model = prepare_model(nn.Sequential(Casting()), quantization="int8", target_modules=["up"], r=2)
+    block = model.base_model.model[0]
+    assert (block.inner.down.weight.dtype == torch.float32) is spoils
+    assert block.up.get_base_layer().weight.dtype == torch.int8

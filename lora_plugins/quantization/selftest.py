@@ -67,7 +67,7 @@ def weight_error(quantization: Quantization, device: torch.device, dtype: torch.
 
 
 def find_spoiled_layers(model: nn.Module, quantization: Quantization) -> dict[str, str]:
-    """Return the layers whose input a model would cast to integers if they were quantized, and the reason.
+    """Return the layers whose input a model would cast to integers or eight bits if they were quantized, and why.
 
     Where the dtype of its weights is not known, because the backend cannot run here or its layers have no ``weight``, a
     layer counts as spoiled.
@@ -86,7 +86,8 @@ def _explain_cast(dtype: torch.dtype | None, exempt: frozenset[str]) -> str | No
     cast = "the model casts its input to the dtype of its weight, which is"
     if dtype is None:
         return f"{cast} not known for this backend"
-    if dtype_name(dtype) in exempt or dtype.is_floating_point:
+    # A float of eight bits spoils activations, too.
+    if dtype_name(dtype) in exempt or (dtype.is_floating_point and dtype.itemsize > 1):
         return None
     return f"{cast} {dtype_name(dtype)} where it is quantized"
 
