@@ -100,9 +100,20 @@ def check_quantizer(
     found = tensor_bytes(layer).total
     assert said is None or said == found, f"layer_bytes() says {said} bytes and the layer has {found}"
     _check_dtypes(asked, dtype)
+    _check_zeros(asked, dtype)
     _check_division(asked, layer, weight)
     if quantizer.expert_format(asked.options) is not None:
         _check_experts(asked, dtype)
+
+
+def _check_zeros(quantization: Quantization, dtype: torch.dtype) -> None:
+    """Assert that rows of zeros, which have no scale, are zeros again: layers added to a model may begin so."""
+    for rows in (slice(3, 4), slice(None)):
+        linear = nn.Linear(256, 192, bias=False, dtype=dtype).requires_grad_(False)
+        linear.weight[rows] = 0
+        found = quantization.quantizer.dequantize(quantization.quantize(linear))
+        assert bool(found.isfinite().all()), "a weight with a row of zeros is not finite when it is dequantized"
+        assert not found[rows].any(), "a row of zeros is dequantized to other values"
 
 
 def _check_division(quantization: Quantization, layer: nn.Module, weight: torch.Tensor) -> None:

@@ -196,11 +196,13 @@ def test_lost_type_fails_the_check(builtin_host: PluginHost, snapshot: dict[str,
     before = copy.deepcopy(snapshot)
     for task, entry in before["tasks"].items():
         entry["resolved"] = list(coverage[task].resolved)
-        entry |= {part: list(getattr(coverage[task], part)) for part in ("trained", "published", "merged")}
+        entry |= {part: list(getattr(coverage[task], part)) for part in ("trained", "published", "merged", "experts")}
     assert architecture_coverage.losses(coverage, before) == []
     coverage["causal LM"].resolved.remove("phi3")
     coverage["causal LM"].unresolved["phi3"] = "no reason"
     assert architecture_coverage.losses(coverage, before) == ["causal LM: phi3: no reason"]
+    before["tasks"]["causal LM"]["experts"].append("llama")
+    assert "causal LM: llama: no experts" in architecture_coverage.losses(coverage, before)
 
 
 def test_type_that_is_not_trained_any_more_fails_the_check(

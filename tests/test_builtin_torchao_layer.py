@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
+from lora_plugins import prepare_model, quantization_config
 from lora_plugins.builtin.quantizers import torchao_layer
 from lora_plugins.builtin.quantizers.torchao_layer import dequantize_weight
 
@@ -101,3 +104,32 @@ def test_takes_the_memory_of_the_result(name: str, dtype: torch.dtype) -> None:
     size = 1024 * 1024 * dtype.itemsize
     assert count_peak(weight.dequantize) >= 2 * size
     assert count_peak(lambda: dequantize_weight(weight)) < 1.4 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("rows", [slice(3, 5), slice(None)], ids=["rows", "all"])
+def test_zeros_stay_zeros(dtype: torch.dtype, rows: slice) -> None:
+    linear = torch.nn.Linear(64, 96, bias=False).requires_grad_(False)
+    linear.weight[rows] = 0
+    expected = linear.weight.clone()
+    config = torchao.Float8WeightOnlyConfig(weight_dtype=dtype)
+    base = torch.nn.Sequential(linear)
+    model = prepare_model(base, quantization={"name": "float8-torchao", "config": config}, target_modules=["0"], r=2)
+    layer = model.base_model.model[0].get_base_layer()
+    assert type(layer.weight).__name__ == "Float8Tensor"
+    weight = dequantize_weight(layer.weight)
+    assert not weight[rows].any()
+    torch.testing.assert_close(weight, expected, rtol=0.13, atol=1e-2)
+    assert model(torch.randn(2, 64)).isfinite().all()
+
+
+def test_zeros_of_a_model_that_is_loaded_quantized_stay_zeros(tmp_path: Path) -> None:
+    base = tiny.llama()
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight.zero_()
+    base.save_pretrained(tmp_path)
+    config = quantization_config("float8-torchao")
+    loaded = tiny.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    model = prepare_model(loaded, r=2)
+    loss = model(input_ids=torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss
+    assert loss.isfinite()

@@ -53,7 +53,9 @@ class Torchao(Quantizer):
 
         linear.to(options.get("compute_dtype") or linear.weight.dtype)
         quantize_(linear, self.settings(options))
-        linear.__class__ = _import_layer().TorchaoLinear
+        ours = _import_layer()
+        ours.restore_zeros(linear.weight)
+        linear.__class__ = ours.TorchaoLinear
         return linear
 
     def settings(self, options: Mapping[str, Any]) -> Any:
@@ -102,10 +104,13 @@ class Torchao(Quantizer):
         return {**options, "skip_modules": skip} if skip else options
 
     def after_quantize(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        for module in model.modules():
+        ours = _import_layer()
+        for module in filter(self.owns, model.modules()):
+            loaded: Any = module
+            ours.restore_zeros(loaded.weight)
             # transformers 5.23 leaves the plain class on layers that it loads quantized.
-            if self.owns(module) and type(module).__name__ == "Linear":
-                module.__class__ = _import_layer().TorchaoLinear
+            if type(loaded).__name__ == "Linear":
+                loaded.__class__ = ours.TorchaoLinear
 
 
 def _are_same_settings(one: Any, other: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_plugins import CastsInput
 
-__all__ = ["TorchaoLinear", "dequantize_weight"]
+__all__ = ["TorchaoLinear", "dequantize_weight", "restore_zeros"]
 
 
 #: Values that are scaled at a time on a CPU, which scales half precision in float32 copies.
@@ -18,6 +18,18 @@ _BLOCK = 1 << 16
 
 class TorchaoLinear(CastsInput, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` whose weight is a quantized tensor, which multiplies in the dtype it was quantized from."""
+
+
+def restore_zeros(weight: Any) -> None:
+    """Make zeros of the values that torchao 0.18 divides by a scale of zero in float8, which are NaN.
+
+    A row of zeros has such a scale, as in layers that were added to a model with weights of zero.
+
+    Args:
+        weight: A ``Float8Tensor``; it is changed in place. Others are left alone.
+    """
+    if weight.qdata.is_floating_point() and not weight.scale.all():
+        weight.qdata.view(torch.uint8).masked_fill_(weight.qdata.float().isnan(), 0)
 
 
 def dequantize_weight(weight: Any) -> torch.Tensor:
