@@ -15,14 +15,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_plugins import LoraCallback, dequantize_model, prepare_model, quantization_config
 from lora_plugins.adapters.report import make_report
+from lora_plugins.commands.cli import main
 from lora_plugins.errors import UnknownLayer
 from lora_plugins.quantization.request import parse_quantization
 from lora_plugins.trainer.callbacks import Int8PreparationCallback
+from registry import push_adapter
 
 
 def facts_of(model: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = model.lora_plugins_facts
+    """The facts without the share of weights, which has a test of its own."""
+    facts: dict[str, Any] = dict(model.lora_plugins_facts)
     assert json.loads(json.dumps(facts)) == facts
+    assert ("share" in facts) is (facts["quantization"] is not None)
+    facts.pop("share", None)
     return facts
 
 
@@ -52,6 +57,36 @@ def test_a_model_quantized_here_says_how(asked: Any, options: dict[str, Any]) ->
     found = parse_quantization({"name": again["name"], **again["options"]})
     assert found is not None
     assert found.name == name, "merging reads it back as quantization="
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize("backend", ["int8", "nf4", None])
+def test_the_share_that_is_quantized_is_in_report_manifest_card_and_show(
+    backend: str | None, experts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    base = tiny.mixtral() if experts else tiny.llama()
+    model = prepare_model(base, quantization=backend, **({"experts": "routed"} if experts else {}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    share = make_report(model).quantized_share
+    done = push_adapter(model, "org/name", version="1.0.0", hub=tmp_path, metrics={"loss": 0.5})
+    if backend is None:
+        assert share == 0
+        assert "quantized_share" not in done.manifest.training
+        assert dict(done.manifest.list_facts())["quantization"] == "none"
+        return
+    assert 0.5 < share < 1
+    assert done.manifest.training["quantized_share"] == pytest.approx(share, abs=5e-5)
+    told = f"{backend}, {share:.1%} of the weights"
+    assert dict(done.manifest.list_facts())["quantization"] == told
+    assert told in done._repr_html_()
+    (card,) = tmp_path.rglob("README.md")
+    assert f"| quantized\\_share | {round(share, 4)} |" in card.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["show", "org/name", "--hub", str(tmp_path)])
+    assert f"quantized_share = {round(share, 4)}" in capsys.readouterr().out
 
 
 def test_a_float_model_says_so_and_a_dequantized_one_too() -> None:

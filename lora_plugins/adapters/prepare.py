@@ -26,7 +26,7 @@ from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
 from lora_plugins.plugins.types import Quantizer
-from lora_plugins.quantization.counting import tensor_bytes
+from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.facts import RECORD_ATTRIBUTE, record_facts
 from lora_plugins.quantization.formats import check_format
 from lora_plugins.quantization.marks import untag_dequantized
@@ -213,7 +213,8 @@ def _prepare_wrapped(
 def _finish(model: Any, record: Preparation) -> Any:
     record.after = tensor_bytes(model)
     setattr(model, RECORD_ATTRIBUTE, record)
-    record_facts(model)
+    count = count_parameters(model)
+    record_facts(model, count.quantized / count.total if count.total else None)
     return model
 
 

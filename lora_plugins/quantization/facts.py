@@ -21,14 +21,15 @@ FACTS_ATTRIBUTE = "lora_plugins_facts"
 RECORD_ATTRIBUTE = "lora_plugins_preparation"
 
 
-def record_facts(model: nn.Module) -> dict[str, Any]:
+def record_facts(model: nn.Module, share: float | None = None) -> dict[str, Any]:
     """Record on a model how its base is stored, and return the record.
 
     ``model.lora_plugins_facts`` is a dict that goes into JSON as it is::
 
-        {"quantization": {"name": "int8", "options": {"threshold": 5.0}}, "known": True}
+        {"quantization": {"name": "int8", "options": {"threshold": 5.0}}, "known": True, "share": 0.8086}
 
-    ``quantization`` is ``None`` for a base in float. If ``known`` is true, name and options reproduce the quantization
+    ``quantization`` is ``None`` for a base in float. ``share`` is the share of all weights that quantized layers and
+    stacks hold, 0 to 1; a base in float has none. If ``known`` is true, name and options reproduce the quantization
     of the base (``quantization={"name": …, **options}``); if not, the base was quantized with options, or into layers,
     that no backend here can read. A base whose files are quantized and whose weights transformers dequantized while
     loading is in float, and ``stored`` names the format of the files: ``{"quantization": None, "known": True, "stored":
@@ -36,9 +37,12 @@ def record_facts(model: nn.Module) -> dict[str, Any]:
 
     Args:
         model: A prepared model, wrapped or not.
+        share: Share of its weights that are quantized, 0 to 1, if it is known.
     """
     base = base_of(model)
     facts = describe_quantization(base)
+    if facts["quantization"] is not None and share is not None:
+        facts["share"] = round(share, 4)
     setattr(base, FACTS_ATTRIBUTE, facts)
     return facts
 

@@ -87,11 +87,12 @@ class Manifest:
 
     def list_facts(self) -> list[tuple[str, object]]:
         """Return what a person wants to see of it first: base, quantization, metrics, size, time; label and value."""
-        quantization = self.training.get("quantization")
+        quantization, share = self.training.get("quantization"), self.training.get("quantized_share")
+        name = quantization.get("name") if isinstance(quantization, Mapping) else quantization
         commit = f"@{self.base.commit[:12]}" if self.base.commit else ""
         return [
             ("base", f"{self.base.id}{commit}" if self.base.id else "not recorded"),
-            ("quantization", quantization.get("name") if isinstance(quantization, Mapping) else quantization),
+            ("quantization", f"{name}, {share:.1%} of the weights" if name and isinstance(share, float) else name),
             *self.metrics.items(),
             ("bytes", f"{sum(file.size for file in self.files.values()):,}"),
             ("created", self.created),

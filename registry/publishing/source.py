@@ -197,9 +197,15 @@ def _collect_model(model: Any, folder: Path, adapter_name: str | None) -> _Found
     save_model(model, name, state, saved_config, folder)
     config = AdapterConfig.parse((folder / ADAPTER_CONFIG).read_bytes(), own=True)
     base, architecture = base_of_model(model.get_base_model(), config)
-    facts = {"quantization": training_facts.read_quantization(model), "libraries": training_facts.libraries()}
-    stored = training_facts.read_base_format(model)
-    facts |= {"base_format": stored} if stored else {}
+    facts: dict[str, Any] = {
+        "quantization": training_facts.read_quantization(model),
+        "libraries": training_facts.libraries(),
+    }
+    further = {
+        "quantized_share": training_facts.read_quantized_share(model),
+        "base_format": training_facts.read_base_format(model),
+    }
+    facts |= {name: value for name, value in further.items() if value is not None}
     return _Found(
         base, architecture, Training(facts, lineage=_read_lineage(model, name)), at_hand=model.get_base_model()
     )

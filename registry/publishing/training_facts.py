@@ -21,6 +21,7 @@ __all__ = [
     "of_run",
     "read_base_format",
     "read_quantization",
+    "read_quantized_share",
 ]
 
 #: Arguments that describe the training; others may hold paths, machine names or tokens.
@@ -92,6 +93,13 @@ def read_quantization(model: Any) -> str | dict[str, Any]:
         return UNKNOWN
     options = stored.get("options")
     return {**(options if isinstance(options, dict) else {}), "name": stored["name"]}
+
+
+def read_quantized_share(model: Any) -> float | None:
+    """Return the share of a model's weights that quantized layers hold, 0 to 1; ``None`` if it is not known or none."""
+    facts = getattr(model, _FACTS, None)
+    share = facts.get("share") if isinstance(facts, dict) else None
+    return share if isinstance(share, float) and 0 <= share <= 1 else None
 
 
 def read_base_format(model: Any) -> str | None:
