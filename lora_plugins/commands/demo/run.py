@@ -156,6 +156,7 @@ class Demo:
         Raises:
             DemoError: The model is missing, or the reloaded adapter is not the one that was trained.
         """
+        self.say("Starting torch, transformers and PEFT …")
         quiet()
         from transformers import AutoTokenizer, set_seed
 
