@@ -27,6 +27,7 @@ from releases import NAME, release
 from registry.catalog.listing import list_adapters, show, versions
 from registry.errors import HubError, HubUnavailable, RegistryError, StaleWarning
 from registry.hubs.client import Repositories, Secret
+from registry.hubs.http import reading
 from registry.hubs.http.deadline import Deadline, limit_operation
 from registry.hubs.http.failures import HubFailed
 from registry.hubs.huggingface import HuggingFaceHub
@@ -130,14 +131,26 @@ def test_a_listing_that_never_ends_has_one_deadline(place: LoopbackPlace) -> Non
     endpoint = place.loopback.endpoint
     for route, path in (("tree", f"/api/models/{NAME}/tree/main"), ("list_models", "/api/models")):
         link = f'<{endpoint}{path}?page=next>; rel="next"'
-        place.loopback.faults.answer(route, b"[]", times=None, Link=link)
+        # The wait is first, for the answer ends the handling of a request: a fast machine would come to the last page.
         place.loopback.faults.slow(route, 0.2, times=None)
+        place.loopback.faults.answer(route, b"[]", times=None, Link=link)
     started = time.monotonic()
     with pytest.raises(HubError):
         verify(NAME, hub=place.hub)
     with pytest.raises(HubError):
         list(list_adapters(hub=place.hub))
     assert time.monotonic() - started < 12
+
+
+def test_a_listing_that_never_ends_is_given_up_after_its_last_page(
+    place: LoopbackPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_MAX_PAGES", 5)
+    path = f"/api/models/{NAME}/tree/main"
+    link = f'<{place.loopback.endpoint}{path}?page=next>; rel="next"'
+    place.loopback.faults.answer("tree", b"[]", times=None, Link=link)
+    (problem,) = verify(NAME, hub=place.hub).problems
+    assert "does not end after 5 pages" in problem
 
 
 def test_an_operation_has_one_deadline_for_all_its_calls() -> None:
