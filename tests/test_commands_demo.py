@@ -471,7 +471,13 @@ def test_the_demos_text(base: Path, tmp_path: Path, result: dict[str, Any]) -> N
     shown = re.findall(r"── (\S+)", done.stdout)
     assert all(told.count(f"  {module}: ") == 2 for module in shown), "each answer is printed when it is there"
     assert told.count("held-out loss ") == 3
-    steps = ("loading the base afresh", "pulling demo/summaries@0.1.0", "loading the adapter", "comparing logits")
+    steps = (
+        "importing PEFT",
+        "loading the base afresh",
+        "pulling demo/summaries@0.1.0",
+        "loading the adapter",
+        "comparing logits",
+    )
     assert all(f"  {step}" in done.stderr for step in steps), "the new process says what it does"
     in_float, before = re.findall(r"(?:base as loaded, float|before: float base, adapter zero) +([\d.]+)", done.stdout)
     assert in_float == before

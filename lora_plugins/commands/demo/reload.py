@@ -128,5 +128,6 @@ def find_cache(registry: Path) -> Path:
 
 if __name__ == "__main__":
     quiet()
+    _say("importing PEFT")
     result = _compare(*sys.argv[1:])
     print(json.dumps(result.__dict__))
