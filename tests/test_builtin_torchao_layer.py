@@ -13,6 +13,7 @@ import torch
 from lora_plugins import prepare_model, quantization_config
 from lora_plugins.builtin.quantizers import torchao_layer
 from lora_plugins.builtin.quantizers.torchao_layer import dequantize_weight
+from lora_plugins.quantization.request import parse_quantization
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -133,3 +134,11 @@ def test_zeros_of_a_model_that_is_loaded_quantized_stay_zeros(tmp_path: Path) ->
     model = prepare_model(loaded, r=2)
     loss = model(input_ids=torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["int8-torchao", "float8-torchao"])
+def test_a_layer_without_values_can_be_quantized(name: str) -> None:
+    asked = parse_quantization(name)
+    assert asked is not None
+    layer: Any = asked.quantize(torch.nn.Linear(64, 32, bias=False, device="meta").requires_grad_(False))
+    assert layer.weight.qdata.is_meta

@@ -162,3 +162,23 @@ def test_eight_bits_of_float_spoil_an_input_as_integers_do(
     block = model.base_model.model[0]
     assert (block.inner.down.weight.dtype == torch.float32) is spoils
     assert block.up.get_base_layer().weight.dtype == torch.int8
+
+
+class Keyword(nn.Module):
+    """The same casts by keyword, as in BLIP-2, and beside a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.beside = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.named(x.to(dtype=self.named.weight.dtype))
+        return self.beside(x.to(device=x.device, dtype=self.beside.weight.dtype))
+
+
+@pytest.mark.parametrize("backend", ["int8", "nf4"])
+def test_a_cast_by_keyword_is_found(backend: str) -> None:
+    assert find_cast_inputs(Keyword()) == {"named": frozenset(), "beside": frozenset()}
+    model = prepare_model(nn.Sequential(Keyword(), nn.Linear(64, 64)), quantization=backend, target_modules=["1"], r=2)
+    block = model.base_model.model[0]
+    assert block.named.weight.dtype == block.beside.weight.dtype == torch.float32

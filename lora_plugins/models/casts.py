@@ -13,8 +13,8 @@ from lora_plugins.models.wrapping import plain_path
 
 __all__ = ["find_cast_inputs"]
 
-#: ``hidden_states.to(self.wo.weight.dtype)``, as in T5 and its relatives.
-_CAST = re.compile(r"\.to\(\s*self\.([\w.]+)\.weight\.dtype\s*\)")
+#: ``hidden_states.to(self.wo.weight.dtype)``, as in T5 and its relatives; also by keyword or beside a device.
+_CAST = re.compile(r"\.to\([^()]*?self\.([\w.]+)\.weight\.dtype\b")
 #: ``self.wo.weight.dtype != torch.int8``, which keeps that cast away from layers of bitsandbytes.
 _EXEMPT = re.compile(r"self\.([\w.]+)\.weight\.dtype\s*!=\s*torch\.(\w+)")
 

@@ -26,8 +26,10 @@ def restore_zeros(weight: Any) -> None:
     A row of zeros has such a scale, as in layers that were added to a model with weights of zero.
 
     Args:
-        weight: A ``Float8Tensor``; it is changed in place. Others are left alone.
+        weight: A ``Float8Tensor``; it is changed in place. Others are left alone, and so are those without values.
     """
+    if weight.qdata.is_meta:
+        return
     if weight.qdata.is_floating_point() and not weight.scale.all():
         weight.qdata.view(torch.uint8).masked_fill_(weight.qdata.float().isnan(), 0)
 

@@ -40,7 +40,7 @@ def _check_vllm_ends(traits: AdapterTraits) -> str | None:
     kind = traits.model_type or ""
     taken, renamed = ENDS.get(kind), RENAMED.get(kind, {})
     refused = [name for name in find_ends(traits) if taken is not None and renamed.get(name, name) not in taken]
-    return f"an adapter on {', '.join(refused)} of a {traits.model_type!r} is refused" if refused else None
+    return f"an adapter on {', '.join(refused)} of a {kind!r} is refused" if refused else None
 
 
 VLLM = Server(

@@ -7,14 +7,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_plugins.errors import DemoError, LoraPluginsError
-from lora_plugins.text import one_line
+from lora_plugins.text import one_line, private_folder
 from registry import expand_path, is_path
 
 if TYPE_CHECKING:
@@ -125,17 +123,13 @@ def _convert(weights: Path, folder: Path) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise DemoError("Reading the demo's model needs the package gguf. Run `pip install gguf`.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with private_folder(folder) as partial:
         model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
         # transformers 5.23 returns float weights and still marks the model as quantized, which would be saved.
         untag_dequantized(model)
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
         _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
