@@ -204,6 +204,30 @@ def test_shards_have_the_size_asked_for_and_load(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "merged").glob("model*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_weights_without_a_configuration_are_replaced_only_when_asked(name: str, tmp_path: Path) -> None:
+    adapter, _ = make(tmp_path, bloom(), None)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / name).write_bytes(b"weights of a download that goes on")
+    with pytest.raises(MergeError, match=rf"already holds a model \({name}\)"):
+        merge_and_save(adapter, tmp_path / "merged", "same", probe=None)
+    assert (tmp_path / "merged" / name).read_bytes() == b"weights of a download that goes on"
+    merge_and_save(adapter, tmp_path / "merged", "same", overwrite=True, probe=None)
+    assert reload(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["model_ema.safetensors", "model.fp16.safetensors", "models.index.json"])
+def test_files_of_others_stay_beside_a_merged_model(name: str, tmp_path: Path) -> None:
+    adapter, _ = make(tmp_path, bloom(), None)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / name).write_bytes(b"of somebody else")
+    merge_and_save(adapter, tmp_path / "merged", "same", probe=None)
+    merge_and_save(adapter, tmp_path / "merged", "same", overwrite=True, probe=None)
+    assert (tmp_path / "merged" / name).read_bytes() == b"of somebody else"
+
+
 def test_tokenizer_and_recipe_go_with_the_model(tmp_path: Path) -> None:
     adapter, _ = make(tmp_path, bloom())
     merge_and_save(adapter, tmp_path / "merged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from lora_plugins.merging.job import RECIPE_FILE, Job
 
 __all__ = ["check_output", "partial_folder", "publish", "write"]
 
+
+#: The files of a model that `save_pretrained` writes: one, or shards with their index.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 #: Subfolder for the files until all of them are written and checked.
 _PARTIAL = ".merging"
@@ -40,10 +44,16 @@ def check_output(target: Path, *, overwrite: bool) -> None:
     if (target / ADAPTER_CONFIG).is_file():
         # transformers 5.23 would load the merged model and apply the adapter a second time.
         raise MergeError(f"{target} holds an adapter. The merged model needs a folder of its own.")
-    if (target / "config.json").is_file() and not overwrite:
+    model = [target / "config.json", *_find_weights(target)]
+    present = next((path.name for path in model if path.is_file()), None)
+    if present is not None and not overwrite:
         raise MergeError(
-            f"{target} already holds a model. Choose another folder, or pass overwrite=True (--overwrite)."
+            f"{target} already holds a model ({present}). Choose another folder, or pass overwrite=True (--overwrite)."
         )
+
+
+def _find_weights(target: Path) -> list[Path]:
+    return sorted(path for path in target.glob("model*") if _WEIGHTS.fullmatch(path.name))
 
 
 @contextlib.contextmanager
@@ -91,7 +101,7 @@ def write(
 
 def publish(partial: Path, target: Path) -> None:
     """Move the files into ``target``, the configuration last, because nothing loads without it."""
-    for stale in (target / "config.json", *target.glob("model*.safetensors"), *target.glob("model*.index.json")):
+    for stale in (target / "config.json", *_find_weights(target)):
         stale.unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, target / path.name)
