@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from versions import needs
 
 from lora_plugins import Format, LoraCallback, attach, dequantize_model, prepare_model
@@ -39,6 +39,8 @@ COMPRESSED = {
     "float8 rows": {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"},
     "float8 whole": {"num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"},
 }
+
+MXFP8 = needs("transformers", "5.23", "it does not know MXFP8")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_the_backend_of_compressed_tensors_passes_the_self_test(options: dict[st
     "method",
     [
         "fp8",
-        "mxfp8",
+        pytest.param("mxfp8", marks=MXFP8),
         "mxfp4",
         pytest.param("gguf", marks=needs("transformers", "5.23", "it keeps no record of a GGUF file's format")),
     ],
@@ -226,7 +228,7 @@ def test_a_base_that_was_dequantized_while_loading_trains_in_float_and_says_what
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["fp8", pytest.param("mxfp8", marks=MXFP8), "mxfp4"])
 def test_what_it_was_is_known_from_its_files_where_loading_leaves_no_trace(
     folders: Callable[..., Path], method: str
 ) -> None:
@@ -256,6 +258,49 @@ def test_a_base_that_was_dequantized_while_loading_is_saved_as_the_float_base_th
 
 
 # -- refused -----------------------------------------------------------------------------------
+
+
+#: Formats that transformers dequantizes or whose layers it makes, each with its checkpoint.
+UNREAD: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
+    "mxfp8": (stored_bases.fp8, {"method": "mxfp8"}),
+    "fp8": (stored_bases.fp8, {"method": "fp8"}),
+    "mxfp4": (stored_bases.mxfp4, {}),
+    "compressed-tensors": (stored_bases.compressed, COMPRESSED["float8 rows"]),
+}
+
+
+@pytest.mark.parametrize("method", UNREAD)
+def test_a_format_that_this_transformers_does_not_know_is_refused(
+    folders: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    """As transformers 5.5 and MXFP8: it warns, and takes the stored numbers for the weights, without their scales."""
+    make, arguments = UNREAD[method]
+    folder = folders(make, **arguments)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, method, raising=False)
+    base = load(folder)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    with pytest.raises(
+        UntrainableFormat,
+        match=rf"{method}'\).*does not know this format.*without their scales. Instead, install a rel",
+    ):
+        prepare_model(base, target_modules=["q_proj", "v_proj"], **LORA)
+    with pytest.raises(UntrainableFormat, match="does not know this format"):
+        attach(tiny.trainer(tmp_path, base), target_modules=["q_proj", "v_proj"])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["mxfp8", "fp8", "mxfp4"])
+def test_a_plan_refuses_a_format_that_this_transformers_does_not_know(
+    folders: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    make, arguments = UNREAD[method]
+    folder = folders(make, **arguments)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, method, raising=False)
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", str(folder)])
+    assert f"quant_method '{method}') and adapters cannot be trained on it: transformers" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def integration(name: str) -> Any:

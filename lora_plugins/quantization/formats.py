@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import transformers
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from lora_plugins.errors import UntrainableFormat
 from lora_plugins.models.checkpoint import read_stored_config
@@ -165,9 +167,22 @@ def _find_reason(base: nn.Module, method: str, unknown: Mapping[str, str], host:
     if owned and not unknown and record.trains == "stored":
         return _find_unready(base, host)
     if not owned and is_float(base, host) and record.trains != "no":
+        unread = _find_unread(method)
+        if unread is not None:
+            return unread
         setattr(base, _ORIGIN, method)
         return None
     return record.reason or "its layers are of a kind that no registered backend reads"
+
+
+def _find_unread(method: str) -> str | None:
+    """Return why float weights of a format are not its weights: transformers skips a format that it does not know."""
+    if method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return None
+    return (
+        f"transformers {transformers.__version__} does not know this format, and reads the stored numbers as weights "
+        "without their scales"
+    )
 
 
 def _find_unready(base: nn.Module, host: PluginHost) -> str | None:
@@ -209,10 +224,11 @@ def check_config(config: Any, allowed: str | None = None, host: PluginHost | Non
     if method is None:
         return None
     record = host.format(method)
-    if record is not None and record.trains in ("stored", "float"):
+    unread = _find_unread(method) if record is not None and record.trains == "float" else None
+    if record is not None and record.trains in ("stored", "float") and unread is None:
         return record
     if method != allowed:
-        reason = "no plugin describes this format" if record is None else record.reason
+        reason = "no plugin describes this format" if record is None else unread or record.reason
         raise UntrainableFormat(write_refusal(method, reason, host, allowed))
     return record
 
@@ -232,6 +248,8 @@ def write_refusal(
         path, kind = next(iter(unknown.items()))
         layers = f" ({len(unknown)} layers, first {path}, a {kind})"
     instead = record.instead if record is not None and record.instead else "load a float model"
+    if record is not None and _find_unread(method) is not None:
+        instead = "install a release of transformers that knows it, or load a float model"
     wrong = ""
     if allowed is not None:
         hint = did_you_mean(allowed, [one.method for one in host.formats()])
