@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -25,6 +26,7 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
+from lora_plugins.plugins.recipes import read_recipe
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.facts import RECORD_ATTRIBUTE, record_facts
@@ -224,7 +226,7 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
     Raises:
         TargetError: Targets match nothing, or cover the blocks unevenly.
     """
-    return resolve_targets(
+    plan = resolve_targets(
         model,
         **settings.asked(stored),
         experts=settings.experts,
@@ -232,6 +234,15 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
         literal=stored is not None,
         strict=settings.strict,
     )
+    return _name_recipe(plan, settings) if settings.recipe else plan
+
+
+def _name_recipe(plan: TargetPlan, settings: LoraSettings) -> TargetPlan:
+    """Return the plan with a note on what the recipe gave, and the recipe as source if it named the targets."""
+    given = {name: value for name, value in read_recipe(settings.recipe).items() if settings.lora.get(name) == value}
+    shown = [f"{name}={', '.join(value) if isinstance(value, list) else value}" for name, value in given.items()]
+    plan.notes.append(f"the recipe {settings.recipe!r} gave {'; '.join(shown) or 'nothing that was not passed'}")
+    return replace(plan, source=f"the recipe {settings.recipe!r}") if "target_modules" in given else plan
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:

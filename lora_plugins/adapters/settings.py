@@ -41,6 +41,7 @@ class LoraSettings:
         fused: Whether LoRA layers compute their branch as one function during training.
         frozen: Names of newly initialized parts that are deliberately not trained.
         allow_format: Storage format of the base to train on although it is refused.
+        recipe: Name of the recipe that gave fields of ``lora``, empty if none did.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class LoraSettings:
     fused: bool = True
     frozen: Sequence[str] = ()
     allow_format: str | None = None
+    recipe: str = ""
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
@@ -71,11 +73,11 @@ class LoraSettings:
         recipe = arguments.pop("recipe", None)
         if recipe is not None:
             _check_recipe(recipe, arguments)
-            arguments = {**read_recipe(recipe), **arguments}
+            arguments = {**read_recipe(recipe), **arguments, "recipe": recipe}
         ours = {item.name for item in fields(cls)} - {"lora"}
         own = {key: value for key, value in arguments.items() if key in ours}
         lora = {key: value for key, value in arguments.items() if key not in ours}
-        _check_fields(lora, ours | {"recipe"})
+        _check_fields(lora, ours)
         own["quantization"] = parse_quantization(own.get("quantization"))
         settings = cls(lora=lora, **own)
         settings._check_sources()

@@ -145,6 +145,10 @@ class PluginHost:
         """
         return self._architectures.get(model_type)
 
+    def architecture_plugin(self, model_type: str) -> PluginInfo | None:
+        """Return the plugin whose record `architecture` returns, ``None`` if no plugin registers the type."""
+        return self._architectures.owner(model_type)
+
     def scopes(self) -> list[str]:
         """Return every scope name that some architecture defines, sorted."""
         return sorted({scope for record in self._architectures.things() for scope in record.scopes})

@@ -82,6 +82,11 @@ class Table(Generic[T]):
             raise self._conflict(self._describe_clash(name, [info for info, _ in best]))
         return best[0][1] if best else None
 
+    def owner(self, name: str) -> PluginInfo | None:
+        """Return the plugin whose entry `get` returns, ``None`` if there is no entry."""
+        best = self._choose(name)
+        return best[0][0] if best else None
+
     def _describe_clash(self, name: str, infos: list[PluginInfo]) -> str:
         # Entry points of two packages may share a name; blocking that name would switch off both.
         names = [info.name for info in infos]

@@ -210,6 +210,8 @@ def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
     }
     if recipe.target_modules:
         arguments["target_modules"] = read_words(recipe.target_modules)
+    if recipe.recipe is not None:
+        arguments["recipe"] = recipe.recipe
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Find the registered record of a model, complete with its inner models."""
+"""Find the registered record of a model, and say which default it gave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import nn
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.plugins.types import Architecture
 
-__all__ = ["find_record"]
+__all__ = ["explain_registered", "explain_structure", "find_record"]
+
+#: How to choose other targets than the default.
+_OTHERS = "target_modules='all-linear', another scope or a list of names chooses others"
 
 
 def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
@@ -53,3 +56,30 @@ def _find_registered(config: Any, host: PluginHost) -> Architecture | None:
 
 def _join(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups for name in group))
+
+
+def explain_registered(record: Architecture, names: Sequence[str], host: PluginHost) -> str:
+    """Return the note on targets that were not named and come from a record.
+
+    Args:
+        record: The record of the model.
+        names: Those of its targets that the model has.
+        host: Where the record was registered.
+    """
+    plugin = host.architecture_plugin(record.model_type)
+    by = "" if plugin is None else f", registered by {plugin}"
+    return f"no targets were named: {', '.join(names)}, the default for {record.model_type!r}{by}; {_OTHERS}"
+
+
+def explain_structure(why: str, chosen: str, blocks: int) -> str:
+    """Return the note on targets that were not named and come from the model's structure.
+
+    Args:
+        why: Why there is no record that gives them, as a clause.
+        chosen: What was chosen, with its number.
+        blocks: Number of the model's blocks.
+    """
+    return (
+        f"no targets were named, and {why}: its structure was read, and all {chosen} in {blocks} blocks were chosen; "
+        f"{_OTHERS}"
+    )

@@ -21,7 +21,7 @@ from lora_plugins.errors import (
 )
 from lora_plugins.models.structure import BlockKind, Structure, is_under, matches
 from lora_plugins.plugins.host import PluginHost
-from lora_plugins.targets.architectures import find_record
+from lora_plugins.targets.architectures import explain_registered, explain_structure, find_record
 from lora_plugins.targets.candidates import SCOPES, Candidates, list_left_out
 from lora_plugins.targets.check import check_fields
 from lora_plugins.targets.heads import choose_heads, choose_tokens
@@ -73,6 +73,7 @@ class Resolver:
         self.asked_experts = experts
         self.policy = experts if experts != "default" else (self.record.expert_policy if self.record else "none")
         self.strict = strict
+        self.host = host
         self.notes: list[str] = [self.heads.required.note]
         self.named: set[str] = set()
 
@@ -224,6 +225,7 @@ class Resolver:
         if self.record is not None:
             hits = self._find_by_record(self.record.targets)
             if hits:
+                self.notes.append(explain_registered(self.record, [hit.name for hit in hits], self.host))
                 return hits, f"the registered architecture {self.record.model_type!r}"
             why = (
                 f"the record of {self.record.model_type!r} names {', '.join(self.record.targets)}, none of which is in "
@@ -235,10 +237,7 @@ class Resolver:
         attention = [path for path in available if self.candidates.is_attention(path)]
         chosen = attention or available
         what = "attention layers" if attention else "linear layers, as no attention was recognised"
-        self.notes.append(
-            f"{why}: its structure was read, and all {len(chosen)} {what} in {len(self.structure.blocks)} blocks "
-            "were chosen"
-        )
+        self.notes.append(explain_structure(why, f"{len(chosen)} {what}", len(self.structure.blocks)))
         return self._group(chosen), "the model's structure"
 
     def _read_scope(self, name: str) -> list[TargetHit] | None:
