@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +14,7 @@ import tiny
 import torch
 from torch import nn
 
-from lora_plugins import plan, prepare_model
+from lora_plugins import attach, plan, prepare_model
 from lora_plugins.adapters import steps
 from lora_plugins.adapters.prepare import choose_targets
 from lora_plugins.adapters.settings import LoraSettings
@@ -138,3 +140,16 @@ def test_a_norm_that_the_user_unfroze_stays_so() -> None:
     prepare_model(wrapped, quantization="int8", compute_dtype="bfloat16")
     assert norm.requires_grad
     assert norm.dtype == torch.float32
+
+
+def test_layers_that_keep_their_weight_transposed_need_no_warning(tmp_path: Path) -> None:
+    """GPT-2's: PEFT sets fan_in_fan_out itself; a user who gave no such field has nothing to do."""
+    tiny.gpt2().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan(tmp_path / "base")
+        plan(tiny.gpt2())
+        model = prepare_model(tiny.gpt2())
+        attach(tiny.trainer(tmp_path / "out", tiny.gpt2()))
+    assert [str(warning.message) for warning in caught if "fan_in_fan_out" in str(warning.message)] == []
+    assert model.peft_config["default"].fan_in_fan_out is True

@@ -162,6 +162,10 @@ def _wrap(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
+            # PEFT sets the field right where a layer is GPT-2's Conv1D, and the user has nothing to do.
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`"
+            )
             # An adapter's base may stand in a folder here. Whether it is the one is compared before.
             warnings.filterwarnings("ignore", message=r"The PEFT config's `base_model_name_or_path` was renamed")
             return get_peft_model(model, config, adapter_name=adapter_name)
