@@ -73,7 +73,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str, *, empt
     """
     try:
         length = int.from_bytes(read(0, 8), "little")
-        if size < 8 or length > size - 8:
+        if length > size - 8:
             raise JsonRefused(f"its header should have {length:,} bytes, and the file has {size:,}")
         if length > MAX_HEADER:
             raise JsonRefused(f"its header has {length:,} bytes, and may have {MAX_HEADER:,}")
@@ -124,7 +124,7 @@ def _parse_header(document: object, start: int, size: int, empty: bool) -> Heade
         offsets[name] = (start + begin, start + end)
     position = start
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
-        if begin != position or end < begin or (end == begin and not empty):
+        if begin != position or (end == begin and not empty):
             raise JsonRefused(
                 f"the bytes of {shown(name)} are not behind those of the tensor before, or there are none"
             )
