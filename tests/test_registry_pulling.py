@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from safetensors.numpy import save
 from registry.catalog.aliases import remove_alias, set_alias
 from registry.catalog.state import STATE_BRANCH
 from registry.catalog.withdrawal import unyank, yank
+from registry.disk.owners import new_name
 from registry.errors import (
     AdapterWarning,
     CacheError,
@@ -232,52 +235,93 @@ def test_a_damaged_record_deletes_nothing(place: Place) -> None:
     assert path.is_dir()
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_sixteen_pullers_and_gc_on_one_cache(tmp_path: Path, seconds: int) -> None:
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_sixteen_pullers_and_gc_on_one_cache(tmp_path: Path, seconds: int, capsys: pytest.CaptureFixture[str]) -> None:
     """No pull fails, and nothing that was handed out is gone, while gc deletes whatever nobody has in use."""
-    place = FolderPlace(tmp_path / "registry")
-    digests = [release(place.hub, f"1.{number}.0", number).manifest.digest for number in range(3)]
-    end, failures, pulls, deleted = time.monotonic() + seconds, [], [0], [0]
-    users, counting = [0, 0, 0], threading.Lock()
+    place, shelf = FolderPlace(tmp_path / "registry"), Shelf(32)
+    shelf.digests = [release(place.hub, f"1.{number}.0", number).manifest.digest for number in range(32)]
+    end, limit = time.monotonic() + seconds, time.monotonic() + seconds + 120
 
-    def use(number: int, change: int) -> None:
-        with counting:
-            users[number] += change
+    def is_over() -> bool:
+        """After these seconds, on a busy machine not before both sides have done something."""
+        now, few = time.monotonic(), shelf.pulls < 50 or len(shelf.deleted) < 10
+        return bool(shelf.failures) or now > limit or (now > end and not few)
 
-    def pull(number: int) -> None:
+    def pull(seed: int) -> None:
+        chance = random.Random(seed)
         try:
-            while time.monotonic() < end and not failures:
-                use(number, 1)
-                fetched = fetch(place, f"{NAME}@1.{number}.0", lock=False)
-                time.sleep(0.01)
-                sizes = {name: (fetched.path / name).stat().st_size for name in fetched.manifest.files}
+            while not is_over():
+                number = chance.randrange(32)
+                with shelf.borrow(number):
+                    fetched = fetch(place, f"{NAME}@1.{number}.0", lock=False)
+                    time.sleep(chance.uniform(0, 0.03))
+                    sizes = {name: (fetched.path / name).stat().st_size for name in fetched.manifest.files}
                 assert sizes == {name: record.size for name, record in fetched.manifest.files.items()}
-                use(number, -1)
-                time.sleep(0.02 * (number + 1))
-                pulls[0] += 1
+                shelf.pulls += 1
         except Exception as error:
-            failures.append(error)
+            shelf.failures.append(error)
 
     def clean() -> None:
-        cache = Cache()
-        while time.monotonic() < end:
-            for number, digest in enumerate(digests):
-                with counting, contextlib.suppress(FileNotFoundError):
-                    if users[number] == 0:  # a day passes for this one
-                        os.utime(cache.folder / "checked" / f"{digest}.json", (0, 0))
-            cache.record_path(place.hub.location, NAME).unlink(missing_ok=True)
-            deleted[0] += len(collect_garbage(place.hub, dry_run=False).paths)
+        while not is_over():
+            shelf.let_a_day_pass()
+            Cache().record_path(place.hub.location, NAME).unlink(missing_ok=True)
+            half = leave_half(Cache().folder / "releases")
+            found = collect_garbage(place.hub, dry_run=False)
+            shelf.deleted += [path for path in found.paths if Path(path).name in shelf.digests]
+            shelf.halves += not half.exists()
 
-    threads = [threading.Thread(target=pull, args=(number % 3,)) for number in range(16)]
+    threads = [threading.Thread(target=pull, args=(seed,)) for seed in range(16)]
     threads.append(threading.Thread(target=clean))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    print(f"{pulls[0]} pulls, {deleted[0]} deleted")
-    assert failures == []
-    assert pulls[0] >= 16
+    with capsys.disabled():
+        print(
+            f"\n16 pullers and gc for {seconds} s: {shelf.pulls} pulls, {len(shelf.failures)} failed; gc deleted "
+            f"{len(shelf.deleted)} releases and {shelf.halves} unfinished ones"
+        )
+    assert shelf.failures == []
+    assert len(shelf.deleted) >= 10
+    assert shelf.halves >= 1
     assert list((Cache().folder / "releases").glob(".tmp-*")) == []
+
+
+class Shelf:
+    """The releases of one cache, and how many have each of them in use."""
+
+    def __init__(self, count: int) -> None:
+        self.digests: list[str] = []
+        self.users, self.counting = [0] * count, threading.Lock()
+        self.failures: list[Exception] = []
+        self.deleted: list[Path | str] = []
+        self.pulls = self.halves = 0
+
+    @contextlib.contextmanager
+    def borrow(self, number: int) -> Iterator[None]:
+        """Use a release; nobody lets a day pass for it meanwhile."""
+        with self.counting:
+            self.users[number] += 1
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.users[number] -= 1
+
+    def let_a_day_pass(self) -> None:
+        """End the leases of the releases that nobody uses; the next pull may come at any time."""
+        for number, digest in enumerate(self.digests):
+            with self.counting, contextlib.suppress(FileNotFoundError):
+                if self.users[number] == 0:
+                    os.utime(Cache().folder / "checked" / f"{digest}.json", (0, 0))
+
+
+def leave_half(folder: Path) -> Path:
+    """Leave what a process that was killed while it pulled leaves."""
+    half = folder / new_name().replace(f"-{os.getpid()}-", f"-{2**31 - 1}-")
+    half.mkdir(parents=True)
+    (half / "README.md").write_bytes(b"half")
+    return half
 
 
 # -- broken machines -----------------------------------------------------------------------------------------------
