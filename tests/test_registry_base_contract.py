@@ -28,7 +28,7 @@ from twin import make_tokenizer
 from lora_plugins import prepare_model
 from lora_plugins.adapters.files import adapter_shapes
 from registry import check_contract
-from registry.errors import BaseMismatch, IdentityWarning, UnknownBase, UnsafeFile
+from registry.errors import BaseMismatch, IdentityWarning, IntegrityError, UnknownBase, UnsafeFile
 from registry.formats.records import BaseRecord
 from registry.hubs.huggingface import HuggingFaceHub
 from registry.pulling.adapter import Adapter
@@ -254,6 +254,48 @@ def test_without_a_fingerprint_loading_says_that_identity_is_open(adapter: Adapt
     with warnings.catch_warnings():
         warnings.simplefilter("error", IdentityWarning)
         unknown.load(base(), trust_identity=True)
+
+
+def test_who_asks_for_it_is_warned_of_a_base_that_is_only_of_the_right_shape(adapter: Adapter, tmp_path: Path) -> None:
+    config = base().config
+    open_ = r"fits this base by names, shapes and configuration; .* could not be verified: compared: names and shapes"
+    with pytest.warns(IdentityWarning, match=open_):
+        assert check_contract(adapter, config, warn=True).identity == "unverified"
+    plain = copy_release(adapter, tmp_path / "plain")
+    (plain / "adapter_manifest.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IdentityWarning)
+        assert check_contract(adapter, config).identity == "unverified"
+        assert check_contract(adapter, base(), warn=True).identity == "verified"
+        # A plain folder records no base, so there is nothing that could have been verified.
+        assert check_contract(plain, base(), warn=True).identity == "unverified"
+
+
+def test_a_release_whose_files_were_changed_behind_its_back_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    """It was checked when it was pulled; what stands in its folder now is what would be loaded."""
+    folder = copy_release(adapter, tmp_path / "changed")
+    changed = dataclasses.replace(adapter, path=str(folder))
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    fields, sound = json.loads(config.read_text()), weights.read_bytes()
+    assert changed.check(base()).tensors == 8
+    for name, value in (("r", 8), ("target_modules", ["v_proj"]), ("use_rslora", True)):
+        config.write_text(json.dumps({**fields, name: value}))
+        with pytest.raises(IntegrityError, match=f"do not agree: {name} is"):
+            changed.check(base())
+    config.write_text(json.dumps(fields))
+    for content, error in ((sound[:-1], UnsafeFile), (b"", UnsafeFile)):
+        weights.write_bytes(content)
+        with pytest.raises(error, match="not a safetensors file"):
+            changed.check(base())
+    weights.write_bytes(sound)
+    assert changed.check(base()).tensors == 8
+
+
+def copy_release(adapter: Adapter, folder: Path) -> Path:
+    """Copy the files of a release to a folder that can be changed."""
+    shutil.copytree(adapter.path, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
 
 
 def test_training_goes_on(adapter: Adapter, tmp_path: Path) -> None:

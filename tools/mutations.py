@@ -10,6 +10,7 @@ other code. A mutant that all tests pass is a check that no test needs; it is pr
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import contextlib
@@ -320,27 +321,33 @@ def find_function(module: ModuleType, dotted: str) -> FunctionType:
 
 def find_mutants(module: str, source: str) -> Iterator[Mutant]:
     """Yield the mutants of a module."""
-    tree = ast.parse(source)
-    for path, function in _find_functions(tree):
-        count = len(list(_find_changes(function)))
-        for index in range(count):
-            changed = copy.deepcopy(tree)
-            twin = next(node for name, node in _find_functions(changed) if name == path)
-            changed_node, what, apply = list(_find_changes(twin))[index]
+    for path, function, owner in _find_functions(ast.parse(source)):
+        for index in range(len(list(_find_changes(function)))):
+            twin = copy.deepcopy(function)
+            node, what, apply = list(_find_changes(twin))[index]
             apply()
-            code = compile(ast.fix_missing_locations(changed), f"<{module}>", "exec", dont_inherit=True)
-            lines = range(changed_node.lineno, (changed_node.end_lineno or changed_node.lineno) + 1)
-            yield Mutant(module, path, lines, what, _find_code(code, path.split(".")))
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            yield Mutant(module, path, lines, what, _find_code(_compile(module, twin, owner), path.split(".")))
 
 
-def _find_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+def _find_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, ast.ClassDef | None]]:
+    """Yield name and node of each function and method, and the class of a method."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node.name, node
+            yield node.name, node, None
         elif isinstance(node, ast.ClassDef):
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef) and inner.name != "__repr__":
-                    yield f"{node.name}.{inner.name}", inner
+                    yield f"{node.name}.{inner.name}", inner, node
+
+
+def _compile(module: str, function: ast.FunctionDef, owner: ast.ClassDef | None) -> CodeType:
+    """Compile one function, in its class if it has one: the rest of the module stays as it is."""
+    body: list[ast.stmt] = [function]
+    if owner is not None:
+        body = [ast.ClassDef(owner.name, owner.bases, owner.keywords, body, [])]
+    tree = ast.fix_missing_locations(ast.Module(body, []))
+    return compile(tree, f"<{module}>", "exec", dont_inherit=True, flags=__future__.annotations.compiler_flag)
 
 
 def _find_code(code: CodeType, path: list[str]) -> CodeType:
