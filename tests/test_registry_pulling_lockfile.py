@@ -93,6 +93,14 @@ def test_what_is_recorded_is_read_again_and_nothing_else_changes() -> None:
     assert sorted(os.listdir()) == [".adapters.lock.lock.guard", "adapters.lock"] or os.listdir() == ["adapters.lock"]
 
 
+def test_a_commit_without_a_version_is_told_from_a_release() -> None:
+    plain = replace(ENTRY, version=f"0+g{ENTRY.commit}")
+    assert plain.unversioned
+    assert not ENTRY.unversioned
+    assert not replace(plain, commit="c" * 40).unversioned
+    assert write(NAME, entry=plain).entries() == {NAME: plain}
+
+
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a newer format": lambda r: r.update(format=2),
     "a format of zero": lambda r: r.update(format=0),

@@ -53,11 +53,8 @@ MODULES = {
     "registry.formats.manifest": (("formats_manifest",), "not data and not schema"),
     "registry.formats.tensors": (("formats_tensors", "publishing_source"), "not loopback"),
     "registry.formats.weights": (("formats_weights",), "not million and not thousand and not every_file"),
-    "registry.checks.tensors": (("formats_tensors", "publishing_source"), "not loopback"),
-    "registry.checks.configuration": (
-        ("publishing_checks", "formats_adapter_config", "publishing_source"),
-        "not loopback",
-    ),
+    "registry.checks.tensors": (("checks_tensors", "formats_tensors"), ""),
+    "registry.checks.configuration": (("checks_configuration",), ""),
     "registry.base.contract": (("base_contract",), ""),
 }
 
