@@ -11,6 +11,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,37 +197,59 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_own_folders(tmp_path, monkeypatch)
 
 
-def attempt(call: Callable[[], object], seed: object) -> bool:
-    """Whether an input was taken; it is an error of ours if not, within two seconds."""
-    started = time.thread_time()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call()
-        taken = True
-    except (RegistryError, JsonRefused):
-        taken = False
-    except BaseException as error:
-        raise AssertionError(f"input {seed}") from error
-    assert time.thread_time() - started < 2, f"input {seed}"
-    return taken
+@dataclass
+class Tally:
+    """What came of inputs: each is taken, or refused by an error of ours, within two seconds of processor time."""
+
+    taken: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+
+    def attempt(self, call: Callable[[], object], seed: object) -> None:
+        """Try one input."""
+        started = time.thread_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call()
+            self.taken += 1
+        except (RegistryError, JsonRefused):
+            self.refused += 1
+        except BaseException as error:
+            raise AssertionError(f"input {seed}") from error
+        seconds = time.thread_time() - started
+        assert seconds < 2, f"input {seed}"
+        self.slowest = max(self.slowest, seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.taken + self.refused:,} inputs: {self.refused:,} refused by an error of ours, {self.taken:,} taken, 0 "
+            f"unclean, the slowest in {self.slowest:.2f} s"
+        )
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(12_500, marks=pytest.mark.slow)])
-def test_mutated_files_are_taken_or_refused_by_an_error_of_ours(tmp_path: Path, count: int) -> None:
+def test_mutated_files_are_taken_or_refused_by_an_error_of_ours(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tally = Tally()
     for name, (document, mutate, parse) in make_targets(tmp_path).items():
         parse(document)
-        refused = 0
+        before = tally.refused
         for number in range(count):
             data = mutate(random.Random(f"{name} {number}"), document)
-            refused += not attempt(lambda data=data, parse=parse: parse(data), (name, number))  # type: ignore[misc]
-        assert refused > count // 10, name
+            tally.attempt(lambda data=data, parse=parse: parse(data), (name, number))  # type: ignore[misc]
+        assert tally.refused - before > count // 10, name
+    with capsys.disabled():
+        print(f"\n{tally}")
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.slow)])
-def test_a_pull_from_a_mutated_registry_ends_well(tmp_path: Path, count: int) -> None:
+def test_a_pull_from_a_mutated_registry_ends_well(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Any file of a folder registry, of its release, or of the machine's memory."""
-    place = FolderPlace(tmp_path / "registry")
+    place, tally = FolderPlace(tmp_path / "registry"), Tally()
     release(place.hub, "1.0.0")
     release(place.hub, "1.1.0", 1)
     fetch(place, f"{NAME}@1.0.0", lock=True)
@@ -239,7 +262,7 @@ def test_a_pull_from_a_mutated_registry_ends_well(tmp_path: Path, count: int) ->
         mutate = mutate_weights if path.suffix == ".safetensors" else mutate_json if before else mutate_bytes
         path.write_bytes(mutate(source, before or b"{}"))
         folders = {each: each.stat().st_mode for each in (path.parent,)}
-        attempt(lambda: fetch(place, lock=False), (path.name, number))
+        tally.attempt(lambda: fetch(place, lock=False), (path.name, number))
         for folder, bits in folders.items():
             if folder.exists():
                 folder.chmod(bits | 0o700)
@@ -248,3 +271,5 @@ def test_a_pull_from_a_mutated_registry_ends_well(tmp_path: Path, count: int) ->
         path.write_bytes(before)
         path.chmod(mode)
     fetch(place, f"{NAME}@1.0.0", lock=False)
+    with capsys.disabled():
+        print(f"\npulls from a registry: {tally}")
