@@ -223,8 +223,8 @@ class Tally:
 
     def __str__(self) -> str:
         return (
-            f"{self.taken + self.refused:,} inputs: {self.refused:,} refused by an error of ours, {self.taken:,} taken, 0 "
-            f"unclean, the slowest in {self.slowest:.2f} s"
+            f"{self.taken + self.refused:,} inputs: {self.refused:,} refused by an error of ours, {self.taken:,} taken"
+            f", 0 unclean, the slowest in {self.slowest:.2f} s"
         )
 
 
