@@ -104,7 +104,7 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return make_place(request, tmp_path, timeout=2)
+    return make_place(request, tmp_path, timeout=30)
 
 
 def adapter(tmp_path: Path, seed: int = 0) -> Path:
@@ -210,7 +210,7 @@ def test_the_signature_goes_along_with_a_mirror(place: Place, tmp_path: Path, ke
 def test_a_signature_is_kept_for_use_without_a_network(
     loopback_hub: LoopbackHub, tmp_path: Path, keys: dict[str, KeyPair]
 ) -> None:
-    place = LoopbackPlace(loopback_hub, timeout=1)
+    place = LoopbackPlace(loopback_hub, timeout=30)
     push(place, tmp_path, keys["ours"].private)
     pull_adapter(NAME, hub=place.hub)
     with pytest.raises(SignatureNotFound, match="is not in the cache"):
@@ -600,7 +600,7 @@ def test_a_setting_without_a_key_is_an_error_and_never_no_rule(
 def test_a_change_request_has_the_signature_and_becomes_the_release(
     loopback_hub: LoopbackHub, tmp_path: Path, keys: dict[str, KeyPair]
 ) -> None:
-    place, folder = LoopbackPlace(loopback_hub, timeout=5), adapter(tmp_path)
+    place, folder = LoopbackPlace(loopback_hub, timeout=30), adapter(tmp_path)
     proposed = push_adapter(folder, NAME, version="1.0.0", hub=place.hub, create_pr=True, sign=keys["ours"].private)
     assert proposed.url
     repo = loopback_hub.repo(NAME)
@@ -620,7 +620,7 @@ def test_a_change_request_has_the_signature_and_becomes_the_release(
 def test_a_change_request_after_a_release_replaces_its_signature(
     loopback_hub: LoopbackHub, tmp_path: Path, keys: dict[str, KeyPair]
 ) -> None:
-    place = LoopbackPlace(loopback_hub, timeout=5)
+    place = LoopbackPlace(loopback_hub, timeout=30)
     push(place, tmp_path, keys["ours"].private)
     push_adapter(adapter(tmp_path, 1), NAME, version="1.1.0", hub=place.hub, create_pr=True, sign=keys["ours"].private)
     repo = loopback_hub.repo(NAME)

@@ -250,7 +250,7 @@ def _holds(tensor: str, module: str) -> bool:
 
 def _find_unused_targets(files: AdapterFiles) -> Iterator[str]:
     targets = files.config.fields.get("target_modules")
-    if not isinstance(targets, list) or not targets:
+    if not isinstance(targets, list):
         return
     modules = [f".{name}" for name in lora_modules(files.tensors)]
     # PEFT writes trained tokens, too, for a target of that name.
