@@ -47,7 +47,8 @@ MODULES = {
     "registry.pulling.signatures": (("signing",), "not loopback"),
     "registry.pulling.fetch": (
         ("pulling", "pulling_fetch", "catalog_index", "catalog_plain"),
-        "not loopback and not thousand",
+        "not loopback and not thousand and not sixteen and not eight and not values_and_shapes and not hostile_names "
+        "and not at_once and not malformed and not sparse and not killed",
     ),
     "registry.signing.signatures": (("signing",), "not loopback"),
     "registry.signing.keys": (("signing",), "not loopback"),
