@@ -90,6 +90,7 @@ def test_what_a_field_cannot_be(fields: dict[str, Any], says: str) -> None:
         {"megatron_core": "megatron.core", "megatron_config": None, "trust_remote_code": False, "auto_map": {}},
         {"auto_mapping": {"base_model_class": "LlamaModel", "parent_library": "transformers.models.llama"}},
         {"modules_to_save": None, "target_parameters": None, "exclude_modules": None},
+        {"use_dora": None, "use_rslora": None, "fan_in_fan_out": None, "lora_bias": None},
     ],
 )  # fmt: skip
 def test_what_people_use_passes(fields: dict[str, Any]) -> None:

@@ -25,6 +25,10 @@ from lora_plugins.plugins.host import PluginHost
 from lora_plugins.targets.resolution import TargetPlan, resolve_targets
 
 ROOT = Path(__file__).parent.parent
+#: Types that the tests do not publish, and those that they do not merge.
+_LEFT_OUT = tuple(
+    {*small_models.NOT_TRAINED, *reasons} for reasons in (small_models.NOT_PUBLISHED, small_models.NOT_MERGED)
+)
 SNAPSHOT = ROOT / "docs" / "architecture-coverage.json"
 PAGE = ROOT / "docs" / "architectures.md"
 
@@ -48,6 +52,14 @@ mappings, each built from a small configuration without weights. A type counts i
 - **in PEFT's own table**, if PEFT has default targets for it.
 
 `make test-architectures` tests training, publishing and merging; the last two for every task.
+"""
+
+FURTHER = """\
+## Further heads
+
+Of the most used families, each further head is published, pulled, checked, loaded and merged in the same way, and once
+more on a base that has no head, as the training of a classifier begins. So are their heads for sequence, token and
+image classification.
 """
 
 EXPERTS = """\
@@ -190,6 +202,7 @@ def page(coverage: dict[str, Coverage], host: PluginHost) -> str:
     lines += _reasons({task: entry.unpublished for task, entry in coverage.items()})
     lines += ["", "Types that are trained, but not merged:\n"]
     lines += _reasons({task: entry.unmerged for task, entry in coverage.items()})
+    lines += ["", FURTHER, *_markdown(_further_heads())]
     lines += ["", EXPERTS, *_markdown(_experts(coverage))]
     lines += ["", "## Default targets", "", *_markdown(_defaults(host))]
     return "\n".join(lines) + "\n"
@@ -202,6 +215,23 @@ def _reasons(by_task: dict[str, dict[str, str]]) -> list[str]:
         for model_type, reason in reasons.items():
             found.setdefault((model_type, reason), []).append(task)
     return [f"- `{name}` ({', '.join(tasks)}): {reason}" for (name, reason), tasks in sorted(found.items())]
+
+
+def _further_heads() -> list[list[str]]:
+    """A row for each head beyond the tasks of the table: how many types have it, and which of them are tested."""
+    rows = [["head", "types", "published and loaded", "merged", "model types"]]
+    for task, types in further_heads().items():
+        parts = ([name for name in types if name not in left_out] for left_out in _LEFT_OUT)
+        rows.append([task, str(len(types)), *(str(len(part)) for part in parts), ", ".join(types)])
+    return rows
+
+
+def further_heads() -> dict[str, list[str]]:
+    """Return the types of the most used families that have each further head."""
+    found: dict[str, list[str]] = {task: [] for task in small_models.HEADS}
+    for case in small_models.head_cases():
+        found[case.task].append(case.model_type)
+    return found
 
 
 def _defaults(host: PluginHost) -> list[list[str]]:

@@ -157,7 +157,8 @@ def _check(fields: Fields, values: Mapping[str, Any]) -> None:
         if not _is_number(value) or abs(value) > 1e6:
             raise fields.refuse(key, "a number")
     for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
-        if not isinstance(values.get(key, False), bool):
+        # PEFT takes null for false.
+        if fields.has(key) and not isinstance(values[key], bool):
             raise fields.refuse(key, "true or false")
     _check_tables(fields)
     for key in ("modules_to_save", "target_parameters"):
