@@ -195,6 +195,28 @@ def test_vocabularies_that_grew(fields: dict[str, Any], tied: bool, tmp_path: Pa
     assert not check(tmp_path, trained, batch).notes
 
 
+@pytest.mark.parametrize("saved", [["shared"], ["shared", "lm_head"], ["encoder.embed_tokens"]])
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_one_of_several_tied_embeddings_was_trained_and_the_merge_says_so(
+    model_type: str, saved: list[str], tmp_path: Path
+) -> None:
+    """transformers gives the others its values at loading, so the merged model would be another one."""
+    case = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration"}[model_type]
+    base: Any = small_models.build(Case("", model_type, case), "cpu", small_only=True)
+    targets = {"t5": ["q", "v"], "bart": ATTENTION}[model_type]
+    train(tmp_path, base, LoraConfig(target_modules=targets, task_type="SEQ_2_SEQ_LM", modules_to_save=saved, **SMALL))
+    with pytest.raises(MergeError, match="share one weight and the adapter changes them differently"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged", "same", quantization="none")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_both_ends_of_a_tie_that_were_trained_as_one_are_merged(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = {"target_modules": ATTENTION, "task_type": "CAUSAL_LM", "ensure_weight_tying": True, **SMALL, **fields}
+    trained = train(tmp_path, tiny.llama(tie_word_embeddings=True), LoraConfig(**config))
+    check(tmp_path, trained, WORDS)
+
+
 def test_added_tokens_whose_embedding_was_not_saved_along(tmp_path: Path) -> None:
     """PEFT leaves it out where it cannot ask the Hub for the base's vocabulary."""
     base = tiny.llama(tie_word_embeddings=True)

@@ -170,6 +170,62 @@ def test_an_embedding_saved_along_unchanged_is_taken(tmp_path: Path) -> None:
     assert result.tensors == 10
 
 
+TIED_ENDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "head": (lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "lm_head"]}),
+    "both": (lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "other names": (tiny.gpt2, {"target_modules": ["c_attn", "wte", "lm_head"], "fan_in_fan_out": True}),
+    "saved along": (lambda: tiny.llama(tie_word_embeddings=True), {}),
+}
+
+
+@pytest.mark.parametrize("kind", TIED_ENDS)
+def test_the_head_of_a_tied_base_is_compared_though_its_files_hold_it_once(
+    kind: str, loopback_hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """PEFT writes embedding and head beside their adapters; a tied base's file has one of their names."""
+    make, lora = TIED_ENDS[kind]
+    make().save_pretrained(tmp_path / "base")
+    loopback_hub.create_repo("org/base")
+    loopback_hub.commit("org/base", {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()})
+    adapted(make(), **lora).save_pretrained(
+        tmp_path / "a", save_embedding_layers=True if kind == "saved along" else "auto"
+    )
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    head = next(name for name in stored if "lm_head" in name and "lora_" not in name)
+    on_hub = {"base_hub": loopback_hub.endpoint, "token": loopback_hub.token}
+    for base, options in ((make(), {}), (tmp_path / "base", {}), ("org/base", on_hub)):
+        assert check_contract(tmp_path / "a", base, **options).tensors == len(stored)
+    changed = plain(tmp_path / "a", tmp_path / "changed", lambda t: t[head][0].add_(1))
+    for base, options in ((make(), {}), (tmp_path / "base", {}), ("org/base", on_hub)):
+        with pytest.raises(BaseMismatch, match=r"replace lm_head\.weight of the base, from row 0 on"):
+            check_contract(changed, base, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "lora"),
+    [
+        (lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "embed_tokens"]}),
+        (lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": ["lm_head"]}),
+        (lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": r".*\.(q_proj|embed_tokens)"}),
+        (tiny.gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+    ],
+    ids=["embedding", "head", "expression", "other names"],
+)
+def test_a_folder_with_an_adapter_on_both_ends_of_a_tie_is_published_and_loaded(
+    make: Callable[[], Any], lora: dict[str, Any], tmp_path: Path
+) -> None:
+    """With ``ensure_weight_tying``, PEFT adapts the other end, too, and its configuration does not name that."""
+    make().save_pretrained(tmp_path / "base")
+    model = adapted(make(), ensure_weight_tying=True, **lora)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "folder")
+    adapter = pulled(
+        tmp_path / "folder", tmp_path / "release", base_model="org/base", allow=["embed_tokens", "wte", "lm_head"]
+    )
+    assert adapter.check(tmp_path / "base").tensors == len(adapter.manifest.tensors)
+    assert torch.equal(logits(adapter.load(tmp_path / "base", trust_identity=True)), expected)
+
+
 # -- grown vocabularies ------------------------------------------------------------------------------------------
 
 GROWN_KINDS: dict[str, dict[str, Any]] = {

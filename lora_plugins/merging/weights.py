@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Wrapped:
         places: Name in the file -> the adapter's tensor that holds its values, ``None`` if a tensor of the base
             holds them.
         dtypes: Dtype of each of the base's tensors, before the adapter was added.
-        tied: Ids of the weights that several modules of the base share, before the adapter was added.
+        tied: Ids of the weights that several modules of the base share, before the adapter was added, with the names
+            under which they share each.
         tied_head: Whether output head and input embedding of the base share one weight.
         quantization: Backend of the base in training, if the merge uses its rounded weights.
         unrounded: Layers whose weights are still to be rounded by it.
@@ -55,7 +56,7 @@ class Wrapped:
         model: PeftModel,
         places: Mapping[str, torch.Tensor | None],
         dtypes: Mapping[str, torch.dtype],
-        tied: frozenset[int],
+        tied: Mapping[int, list[str]],
     ) -> None:
         self.model = model
         self.places = places
@@ -101,9 +102,11 @@ def wrap(model: PreTrainedModel, job: Job) -> Wrapped:
     return Wrapped(wrapped, _find_places(wrapped, own, stored, job), dtypes, tied)
 
 
-def _shared_weights(model: nn.Module) -> frozenset[int]:
-    held = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    return frozenset(one for one, count in held.items() if count > 1)
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    held: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held[id(parameter)].append(name)
+    return {one: names for one, names in held.items() if len(names) > 1}
 
 
 def _separate(model: nn.Module, tied: Collection[int]) -> None:
@@ -261,6 +264,8 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
         _restore_dtypes(merged, wrapped.dtypes)
         if job.config.layer_replication:
             _separate(merged, wrapped.tied)
+        else:
+            _check_ties(merged, wrapped.tied)
     return _finish(merged, tied_head=wrapped.tied_head)
 
 
@@ -328,6 +333,30 @@ def _check_plain(merged: PreTrainedModel, wrapped: Wrapped, job: Job) -> None:
         )
 
 
+def _check_ties(merged: PreTrainedModel, tied: Mapping[int, list[str]]) -> None:
+    """Check that saved modules left one value to weights that transformers ties again at loading.
+
+    The tie of a head is left out: the configuration can switch it off.
+
+    Raises:
+        MergeError: They differ.
+    """
+    head = _find_module(merged, "get_output_embeddings")
+    heads = {name for name, module in merged.named_modules(remove_duplicate=False) if module is head}
+    held = dict(merged.named_parameters(remove_duplicate=False))
+    for names in tied.values():
+        others = [held[name] for name in names if name.rpartition(".")[0] not in heads]
+        if not all(other is others[0] or torch.equal(other, others[0]) for other in others[1:]):
+            raise MergeError(_describe_tie([name.removesuffix(".weight") for name in names]))
+
+
+def _describe_tie(names: Sequence[str]) -> str:
+    return (
+        f"{' and '.join(names)} share one weight and the adapter changes them differently: a merged model cannot hold "
+        "both. Use the adapter on its base."
+    )
+
+
 def _restore_dtypes(merged: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, parameter in merged.named_parameters():
         wanted = dtypes.get(name, dtypes.get(name.removesuffix("bias") + "weight"))
@@ -354,15 +383,19 @@ def _has_tied_head(model: Any) -> bool:
 
 def _find_end(model: Any, get: str) -> Any:
     """Return the weight of the input or output embedding, inside PEFT's wrappers; ``None`` if there is none."""
-    try:
-        module = getattr(model, get)()
-    except (AttributeError, NotImplementedError):
-        return None
+    module = _find_module(model, get)
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return getattr(module, "weight", None)
+
+
+def _find_module(model: Any, get: str) -> Any:
+    try:
+        return getattr(model, get)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
@@ -381,11 +414,7 @@ def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
     ends = [_find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")]
     # Layers that PEFT 0.21.2 replicated also share weights, but transformers does not tie those again.
     if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
-        names = " and ".join(name.replace(".base_layer", "") for name in sharing)
-        raise MergeError(
-            f"{names} share one weight and the adapter changes them differently: a merged model cannot hold both. Use "
-            "the adapter on its base."
-        )
+        raise MergeError(_describe_tie([name.replace(".base_layer", "") for name in sharing]))
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 

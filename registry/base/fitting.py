@@ -92,8 +92,8 @@ def _find_problems(adapter: StoredAdapter, candidate: Candidate, base: Base | No
     found.rename = placed.rename
     if base is not None and not found.problems:
         found.problems += _check_added_rows(adapter, placed.left_out, base, _count_special_rows(empty))
-        for name, inner in placed.copies.items():
-            _check_copy(found, adapter, name, inner, base)
+        for name, names in placed.copies.items():
+            _check_copy(found, adapter, name, names, base)
     return found
 
 
@@ -151,15 +151,15 @@ def _check_added_rows(adapter: StoredAdapter, left_out: list[str], base: Base, s
     ]
 
 
-def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, base: Base) -> None:
+def _check_copy(found: Findings, adapter: StoredAdapter, name: str, names: tuple[str, ...], base: Base) -> None:
     """Check that a whole embedding stored under a base name holds the base's own rows, plus rows for added tokens.
 
     When the vocabulary has grown, PEFT 0.21.2 saves the whole embedding and head, and replaces the base's with them on
     loading. Training an adapter leaves the old rows unchanged.
     """
-    stored = adapter.tensors[name].shape[0]
+    inner, stored = names[0], adapter.tensors[name].shape[0]
     count = min(stored, base.vocabulary or stored)
-    rows = base.tensors.rows(inner, count if base.local else ROWS) if base.tensors is not None else None
+    rows = _read_rows(base, names, count if base.local else ROWS)
     if rows is None or not rows.is_floating_point() or rows.device.type == "meta":
         if base.vocabulary is not None and base.vocabulary != stored:
             found.not_compared.append(f"the rows of {inner} that the base has, too (none can be read here)")
@@ -179,6 +179,12 @@ def _check_copy(found: Findings, adapter: StoredAdapter, name: str, inner: str, 
         f"its file would replace {inner} of the base, from row {same:,} on with other values, and its configuration "
         "does not train them"
     )
+
+
+def _read_rows(base: Base, names: tuple[str, ...], count: int) -> torch.Tensor | None:
+    """Read the first rows of a weight of the base under the first of its names that is there."""
+    found = (base.tensors.rows(name, count) for name in names if base.tensors is not None)
+    return next((rows for rows in found if rows is not None), None)
 
 
 def _count_equal(one: torch.Tensor, other: torch.Tensor) -> int:

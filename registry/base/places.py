@@ -31,14 +31,15 @@ class Placement:
 
     Attributes:
         problems: Clauses about tensors without a place, places without a tensor, and shapes that differ.
-        copies: Tensors that hold an embedding or head of the base, with that parameter's name in the base.
+        copies: Tensors that hold an embedding or head of the base, with that parameter's names in the base: its own
+            first, then those of tied modules, as a file holds a tied weight once.
         left_out: Weights of embedding and head that the adapter's file does not hold as a whole.
         rename: Prefix of tensor names and what to rename it to, so that all tensors find their place; ``None`` if no
             such change helps.
     """
 
     problems: list[str] = field(default_factory=list)
-    copies: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     rename: tuple[str, str] | None = None
 
@@ -59,19 +60,18 @@ def place_tensors(stored: Mapping[str, TensorRecord], config: Any, base: nn.Modu
         # PEFT, torch and transformers may raise anything for an untrusted configuration.
         return Placement([f"PEFT cannot put it into this model ({_shorten_error(error)})"])
     given = {name: shape for name, shape in given.items() if not _is_made_later(name, expected, config)}
-    shapes = {name: tuple(parameter.shape) for name, parameter in ends.items()}
-    found = _compare(given, expected, shapes)
+    found = _compare(given, expected, ends)
     if found.problems:
         renamed = _rename_as_peft(given, wrapped, config)
-        again = _compare(renamed, expected, shapes) if renamed != given else found
+        again = _compare(renamed, expected, ends) if renamed != given else found
         found = found if again.problems else again
-    there = {original_name(name) for name in given} | set(found.copies.values())
+    there = {original_name(name) for name in given} | {names[0] for names in found.copies.values()}
     held = {id(ends[name]) for name in there if name in ends}
     found.left_out = [name for name, end in ends.items() if name.endswith("weight") and id(end) not in held]
     return found
 
 
-def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
+def _compare(given: Shapes, expected: Shapes, ends: Mapping[str, nn.Parameter]) -> Placement:
     found = Placement()
     extra = []
     for name in sorted(set(given) - set(expected)):
@@ -81,8 +81,8 @@ def _compare(given: Shapes, expected: Shapes, ends: Shapes) -> Placement:
         if _is_tied_twin(name, given[name], expected, ends):
             continue
         inner = original_name(name)
-        if "lora_" not in name and inner in ends and given[name][1:] == ends[inner][1:]:
-            found.copies[name] = inner
+        if "lora_" not in name and inner in ends and given[name][1:] == tuple(ends[inner].shape[1:]):
+            found.copies[name] = (inner, *(other for other in ends if other != inner and ends[other] is ends[inner]))
         else:
             extra.append(name)
     missing = sorted(set(expected) - set(given))
@@ -110,7 +110,7 @@ def _is_made_later(name: str, expected: Shapes, config: Any) -> bool:
     return bool(found) and used and f"{module}.lora_A.weight" in expected
 
 
-def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Shapes) -> bool:
+def _is_tied_twin(name: str, shape: tuple[int, ...], expected: Shapes, ends: Mapping[str, nn.Parameter]) -> bool:
     """Return whether PEFT wrote these trained tokens a second time, for the tied embedding or head."""
     place, found, _ = name.removeprefix(PREFIX).partition(_TRAINED_TOKENS)
     alike = [other for other in expected if other.endswith(_TRAINED_TOKENS) and expected[other] == shape]
