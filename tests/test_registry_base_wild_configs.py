@@ -71,6 +71,8 @@ CLASSES = {
     "stablelm": ("stablelm", "StableLmForCausalLM"),
     "starcoder2": ("starcoder2", "Starcoder2ForCausalLM"),
     "wav2vec2ctc": ("wav2vec2", "Wav2Vec2ForCTC"),
+    "codegen": ("codegen", "CodeGenForCausalLM"),
+    "gptneo": ("gpt_neo", "GPTNeoForCausalLM"),
     "xlmrtok": ("xlm-roberta", "XLMRobertaForTokenClassification"),
     "bertcls": ("bert", "BertForSequenceClassification"),
     "distilcls": ("distilbert", "DistilBertForSequenceClassification"),
@@ -230,5 +232,5 @@ def test_what_peft_cannot_make_is_refused_with_its_reason(number: int, tmp_path:
 def test_every_configuration_has_its_test() -> None:
     assert {entry["architecture"] for entry in (*CONFIGS, *INVENTED)} == {*CLASSES, *FOREIGN}
     assert len(CONFIGS) == 54
-    assert len(INVENTED) == 66
+    assert len(INVENTED) == 92
     assert {*FAST_INVENTED} <= {entry["note"] for entry in INVENTED}
