@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -265,7 +265,7 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
         if job.config.layer_replication:
             _separate(merged, wrapped.tied)
         else:
-            _check_ties(merged, wrapped.tied)
+            _separate_ties(merged, wrapped.tied)
     return _finish(merged, tied_head=wrapped.tied_head)
 
 
@@ -333,28 +333,20 @@ def _check_plain(merged: PreTrainedModel, wrapped: Wrapped, job: Job) -> None:
         )
 
 
-def _check_ties(merged: PreTrainedModel, tied: Mapping[int, list[str]]) -> None:
-    """Check that saved modules left one value to weights that transformers ties again at loading.
+def _separate_ties(merged: PreTrainedModel, tied: Mapping[int, list[str]]) -> None:
+    """Give weights that were one and differ now, because modules were saved, copies of their own.
 
-    The tie of a head is left out: the configuration can switch it off.
-
-    Raises:
-        MergeError: They differ.
+    A file holds a shared weight under one name, and transformers gives its values to all names that are missing.
     """
-    head = _find_module(merged, "get_output_embeddings")
-    heads = {name for name, module in merged.named_modules(remove_duplicate=False) if module is head}
     held = dict(merged.named_parameters(remove_duplicate=False))
+    embedding = _find_end(merged, "get_input_embeddings") if _has_tied_head(merged) else None
     for names in tied.values():
-        others = [held[name] for name in names if name.rpartition(".")[0] not in heads]
-        if not all(other is others[0] or torch.equal(other, others[0]) for other in others[1:]):
-            raise MergeError(_describe_tie([name.removesuffix(".weight") for name in names]))
-
-
-def _describe_tie(names: Sequence[str]) -> str:
-    return (
-        f"{' and '.join(names)} share one weight and the adapter changes them differently: a merged model cannot hold "
-        "both. Use the adapter on its base."
-    )
+        seen: set[int] = set()
+        for name in names if len({id(held[name]) for name in names}) > 1 else ():
+            path, _, key = name.rpartition(".")
+            if id(held[name]) in seen and held[name] is not embedding:
+                merged.get_submodule(path).register_parameter(key, nn.Parameter(held[name].detach().clone()))
+            seen.add(id(held[name]))
 
 
 def _restore_dtypes(merged: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -383,19 +375,15 @@ def _has_tied_head(model: Any) -> bool:
 
 def _find_end(model: Any, get: str) -> Any:
     """Return the weight of the input or output embedding, inside PEFT's wrappers; ``None`` if there is none."""
-    module = _find_module(model, get)
+    try:
+        module = getattr(model, get)()
+    except (AttributeError, NotImplementedError):
+        return None
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return getattr(module, "weight", None)
-
-
-def _find_module(model: Any, get: str) -> Any:
-    try:
-        return getattr(model, get)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
@@ -414,7 +402,11 @@ def _untie(layer: Any, model: PreTrainedModel, tied: Collection[int]) -> None:
     ends = [_find_end(model, "get_output_embeddings"), _find_end(model, "get_input_embeddings")]
     # Layers that PEFT 0.21.2 replicated also share weights, but transformers does not tie those again.
     if id(weight) in tied and (len(sharing) > 2 or not any(weight is end for end in ends)):
-        raise MergeError(_describe_tie([name.replace(".base_layer", "") for name in sharing]))
+        names = " and ".join(name.replace(".base_layer", "") for name in sharing)
+        raise MergeError(
+            f"{names} share one weight and the adapter changes them differently: a merged model cannot hold both. Use "
+            "the adapter on its base."
+        )
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
