@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -21,7 +22,7 @@ def _programs_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("page", "measure", "scaling"):
+    for name in ("page", "measure", "scaling", "defaults"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -109,3 +110,52 @@ def test_growth_is_told_in_stretches() -> None:
     ]
     told = module("scaling").findings({"batch": series})
     assert told == ["batch: linear from 1 to 4, then more than linear from 4 to 8"]
+
+
+# -- the table of defaults -----------------------------------------------------------------------
+
+
+def defaults_row(targets: str, loss: float, **fields: Any) -> dict[str, Any]:
+    row = {"model": "SmolLM2-135M", "text": "manual", "rank": 8, "rate": 1e-3, "seconds": 20, "steps": 9, "first": 3.5}
+    row |= {"step_cpu_seconds": 1.1, "peak": 2**30, "trainable": 460_800, "modules": ["q_proj", "v_proj"]}
+    return {**row, "targets": targets, "loss": loss, **fields}
+
+
+def defaults(*rows: dict[str, Any]) -> dict[str, Any]:
+    hardware = {**machine()["hardware"], "threads": 1}
+    settings = {"batch": 1, "length": 64, "held_out": 12}
+    return {**machine(), "hardware": hardware, "settings": settings, "rows": list(rows)}
+
+
+def test_the_best_of_each_choice_of_targets_is_shown_over_ranks_and_rates() -> None:
+    rows = [
+        defaults_row("default", 3.2),
+        defaults_row("default", 3.1, rate=2e-3),
+        defaults_row("all-linear", 3.05, rank=2),
+        defaults_row("all-linear", 3.15),
+    ]
+    text = "\n".join(module("page").defaults_section(defaults(*rows)))
+    assert "| SmolLM2-135M | manual | 20 | 3.5000 | 3.1000 (r=8, 0.002) | **3.0500** (r=2, 0.001) |" in text
+    assert "default (q_proj, v_proj) | 8 | 0.002 | 460,800 | 1.100 | 9 | 3.5000 | 3.1000 | 1024 |" in text
+    assert "This table has 1 text and 1 model." in text
+
+
+def test_rows_can_be_added_and_take_the_place_of_the_same_combination(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = module("defaults")
+    known = defaults(defaults_row("default", 3.2), defaults_row("all-linear", 3.1))
+    monkeypatch.setattr(program, "recorded", lambda: {"defaults": known})
+    monkeypatch.setattr(program, "hardware", lambda: known["hardware"])
+    monkeypatch.setattr(program, "versions", lambda: known["versions"])
+    monkeypatch.setattr(sys, "argv", ["defaults.py", "--add"])
+    options = argparse.Namespace(add=True, **known["settings"])
+    put = program.put_together(options, [defaults_row("all-linear", 3.0), defaults_row("attention", 3.3)])
+    assert [(row["targets"], row["loss"]) for row in put["rows"]] == [
+        ("default", 3.2),
+        ("all-linear", 3.0),
+        ("attention", 3.3),
+    ]
+    assert put["command"].endswith(" && python benchmarks/defaults.py --add")
+    with pytest.raises(SystemExit, match="of other settings"):
+        program.put_together(argparse.Namespace(**{**vars(options), "length": 128}), [])
+    alone = program.put_together(argparse.Namespace(**{**vars(options), "add": False}), [])
+    assert alone["rows"] == []
