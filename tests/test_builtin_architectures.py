@@ -20,6 +20,7 @@ from versions import needs
 
 from lora_plugins import prepare_model
 from lora_plugins.adapters.prepare import preparation_of
+from lora_plugins.errors import TargetError
 from lora_plugins.plugins.host import PluginHost
 from lora_plugins.trainer.liveness import MovementWatch
 
@@ -265,3 +266,13 @@ def test_records_name_each_type_once(builtin_host: PluginHost) -> None:
     info = next(info for info in builtin_host.plugins if info.name == "architectures")
     assert info.disabled is None
     assert len(info.architectures) > 400
+
+
+def test_layers_whose_weights_are_read_without_a_call_get_no_adapter() -> None:
+    """WavLM's attention hands its weights to a function of torch: an adapter there is never computed."""
+    model = fresh(Case("", "wavlm", "WavLMForCTC"))
+    batch = small_models.inputs(model)
+    adapted = prepare_model(model, r=2, lora_dropout=0.0)
+    assert dead(adapted, batch, "lora_B", ()) == []
+    with pytest.raises(TargetError, match="q_proj"):
+        prepare_model(fresh(Case("", "wavlm", "WavLMForCTC")), target_modules=["q_proj", "v_proj"])

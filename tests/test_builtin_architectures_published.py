@@ -30,6 +30,8 @@ FAST = (
     ("image-text-to-text", "smolvlm"),
     ("speech seq2seq", "whisper"),
     ("question answering", "bert"),
+    # Its attention reads weights without calling the layers.
+    ("speech recognition", "wavlm"),
 )
 #: Heads that are new on a base without one: the way to a classifier. Fast tests of a text and an image model.
 NEW_HEADS = ("sequence classification", "token classification", "image classification", *small_models.HEADS)

@@ -15,11 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["config_of", "empty_model", "find_classes", "rows_of_embedding", "with_labels"]
 
-#: PEFT task types that add a head to the base, with the transformers table of the classes that have it.
+#: PEFT task types that add a head to the base, with the transformers tables of the classes that have it. The classes
+#: of sounds and images have tables of their own, and no task type of their own.
 _HEADS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "SEQ_CLS": (
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING",
+    ),
+    "TOKEN_CLS": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING"),
+    "QUESTION_ANS": (
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+        "MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING",
+        "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING",
+    ),
 }
 #: The other task types. A base saved with its own head names its class in its configuration.
 _WITHOUT_HEADS = {
@@ -43,7 +53,7 @@ def find_classes(class_name: str | None, task_type: str | None, config: Pretrain
     """
     found = [
         _find_by_name(class_name),
-        _find_by_task(_HEADS.get(task_type or ""), config),
+        *(_find_by_task(table, config) for table in _HEADS.get(task_type or "", ())),
         *(_find_by_name(name) for name in config.architectures or ()),
         _find_by_task(_WITHOUT_HEADS.get(task_type or ""), config),
         _find_by_task("MODEL_MAPPING", config),

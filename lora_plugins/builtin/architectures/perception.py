@@ -66,6 +66,8 @@ ARCHITECTURES = [
         (*QKV_OUT, "linear_q", "linear_k", "linear_v", "linear_out"),
         ("intermediate_dense", "output_dense"),
     ),
+    # Its attention hands the weights to a function of torch, without calling the layers.
+    *single("wavlm", ("intermediate_dense", "output_dense"), never=QKV_OUT),
     *family(
         "seamless_m4t seamless_m4t_v2",
         (*QV, "linear_q", "linear_v"),
