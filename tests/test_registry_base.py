@@ -36,6 +36,7 @@ from versions import needs
 
 from lora_plugins import prepare_model, resolve_targets
 from registry import check_contract, shorten_tables
+from registry.base.classes import find_classes
 from registry.errors import BaseMismatch, IntegrityError, InvalidAdapter, RegistryError, UnknownBase, UnsafeFile
 from registry.formats.agreement import check_agreement
 from registry.publishing.snapshot import read_state
@@ -366,6 +367,21 @@ def test_the_number_of_labels_is_the_last_layer_s(kind: str, labels: int, tmp_pa
 
 
 @needs("peft", "0.21.2", "it cannot train a head alone")
+@pytest.mark.parametrize(
+    ("task", "config", "head"),
+    [
+        ("SEQ_CLS", "WavLMConfig", "WavLMForSequenceClassification"),
+        ("SEQ_CLS", "BeitConfig", "BeitForImageClassification"),
+        ("SEQ_CLS", "VivitConfig", "VivitForVideoClassification"),
+        ("TOKEN_CLS", "Wav2Vec2Config", "Wav2Vec2ForAudioFrameClassification"),
+        ("QUESTION_ANS", "ViltConfig", "ViltForQuestionAnswering"),
+    ],
+)
+def test_heads_of_sounds_and_images_are_found_for_a_base_without_one(task: str, config: str, head: str) -> None:
+    """A folder names a task of PEFT, which has none for sounds and images."""
+    assert getattr(transformers, head) in find_classes(None, task, getattr(transformers, config)())
+
+
 def test_a_head_without_a_task_gets_its_labels(tmp_path: Path) -> None:
     config = ViTConfig(**WIDTHS, image_size=32, patch_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")
