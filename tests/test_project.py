@@ -142,6 +142,7 @@ def test_words_are_written_out(package: str) -> None:
 #: Tests of the whole product, which no single room owns.
 WHOLE = {
     "benchmarks",
+    "benchmarks_defaults",
     "benchmarks_gpu",
     "canaries",
     "docs",
