@@ -22,6 +22,7 @@ __all__ = [
     "forward_names",
     "one_line",
     "private_folder",
+    "show_near",
     "suggest_arguments",
     "write_file",
     "write_json",
@@ -72,6 +73,12 @@ def did_you_mean(
     """
     near = find_near(name, known, most=most, cutoff=cutoff)
     return f" Did you mean {' or '.join(map(show, near))}?" if near else ""
+
+
+def show_near(name: str, near: Iterable[str]) -> str:
+    """Return a name that matches nothing, in quotes, with similar ones in brackets if there are any."""
+    close = ", ".join(near)
+    return f"{name!r} (near: {close})" if close else repr(name)
 
 
 def suggest_arguments(

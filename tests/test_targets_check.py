@@ -222,3 +222,10 @@ def test_invalid_pattern_names_its_field() -> None:
     for fields in ({"target_modules": "*q_proj"}, {"exclude_modules": "(q"}, {"rank_pattern": {"[": 4}}):
         with pytest.raises(TargetError, match=rf"{next(iter(fields))}=.* is not a valid regular expression"):
             prepare_model(tiny.llama(), **fields)
+
+
+def test_a_name_that_is_like_no_other_stands_without_suggestions() -> None:
+    with pytest.raises(UnmatchedTargets, match=r"is called 'xyz123'\. Linear layers of"):
+        prepare_model(tiny.llama(), target_modules=["q_proj", "xyz123"])
+    with pytest.raises(UnmatchedTargets, match=r"does not have: 'xyz123'\."):
+        prepare_model(tiny.llama(), frozen=["xyz123"])

@@ -15,7 +15,7 @@ from lora_plugins.models.structure import matches
 from lora_plugins.models.wrapping import base_of, plain_path
 from lora_plugins.targets.patterns import match_paths
 from lora_plugins.targets.tasks import PEFT_HEADS
-from lora_plugins.text import find_near
+from lora_plugins.text import find_near, show_near
 
 __all__ = ["check_fields", "check_names"]
 
@@ -106,8 +106,7 @@ class _Scene:
         """Return a name with similar names from ``among``, for a message."""
         last = name.rpartition(".")[2]
         leaves = sorted(leaf for path in among if not (leaf := path.rpartition(".")[2]).isdigit() and leaf != last)
-        close = find_near(last, dict.fromkeys(leaves), most=2, cutoff=0.5)
-        return f"{name!r} (near: {', '.join(close)})" if close else repr(name)
+        return show_near(name, find_near(last, dict.fromkeys(leaves), most=2, cutoff=0.5))
 
 
 def _is_of_adapter(path: str) -> bool:

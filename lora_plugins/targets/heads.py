@@ -17,7 +17,7 @@ from lora_plugins.targets.architectures import find_record
 from lora_plugins.targets.initialized import Grown, Initialized, find_initialized, find_untrained
 from lora_plugins.targets.peft_names import shortest_names
 from lora_plugins.targets.records import Required
-from lora_plugins.text import find_near
+from lora_plugins.text import find_near, show_near
 
 __all__ = ["Heads", "check_trained", "choose_heads", "choose_tokens", "find_required", "task_heads"]
 
@@ -156,8 +156,7 @@ def _check_frozen(structure: Structure, frozen: Sequence[str]) -> None:
     missing = [name for name in frozen if not any(is_under(path, [name]) for path in paths)]
     if missing:
         leaves = sorted({path.rpartition(".")[2] for path in structure.modules})
-        near = {name: find_near(name.rpartition(".")[2], leaves, most=2) for name in missing}
-        text = ", ".join(f"{name!r} (near: {', '.join(close) or 'nothing'})" for name, close in near.items())
+        text = ", ".join(show_near(name, find_near(name.rpartition(".")[2], leaves, most=2)) for name in missing)
         raise UnmatchedTargets(f"frozen= names what {type(structure.model).__name__} does not have: {text}.")
 
 

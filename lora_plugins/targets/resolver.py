@@ -29,7 +29,7 @@ from lora_plugins.targets.peft_names import rewritten_names, shortest_names
 from lora_plugins.targets.records import TargetHit, TargetPlan
 from lora_plugins.targets.tasks import PEFT_HEADS, task_type
 from lora_plugins.targets.written import keep_written, resolve_tables
-from lora_plugins.text import did_you_mean, find_near
+from lora_plugins.text import did_you_mean, find_near, show_near
 
 __all__ = ["Resolver"]
 
@@ -303,8 +303,7 @@ class Resolver:
         existing = [path for path in self.structure.modules if matches(path, name)]
         if existing:
             return f"{name!r} ({self._explain_refusal(existing[0])})"
-        near = find_near(name, self._list_leaves(), most=3, cutoff=0.5)
-        return f"{name!r} (near: {', '.join(near) or 'nothing'})"
+        return show_near(name, find_near(name, self._list_leaves(), most=3, cutoff=0.5))
 
     def _explain_refusal(self, path: str) -> str:
         if is_under(path, self.heads.modules):
