@@ -283,12 +283,13 @@ def test_lock_cache_and_gc_hold_as_for_releases(place: Place, tmp_path: Path) ->
 
 
 def test_a_hub_that_is_down_is_replaced_by_the_cache(loopback_hub: LoopbackHub) -> None:
-    place = LoopbackPlace(loopback_hub, timeout=1)
+    place = LoopbackPlace(loopback_hub, timeout=30)
     commit = put(place, contents())
     pull_adapter(f"{NAME}@{commit}", hub=place.hub)
     loopback_hub.faults.status("refs", 503, times=None)
+    hub = LoopbackPlace(loopback_hub, timeout=0.3).hub
     with pytest.warns(UserWarning, match="taken from the cache"):
-        assert pull_adapter(f"{NAME}@{commit}", hub=place.hub).commit == commit
+        assert pull_adapter(f"{NAME}@{commit}", hub=hub).commit == commit
 
 
 def test_show_verify_diff_and_mirror_take_them(place: Place, tmp_path: Path) -> None:

@@ -694,14 +694,14 @@ def test_a_damaged_state_is_said_to_be(stocked: Place, content: bytes) -> None:
 @pytest.fixture
 def down(loopback_hub: LoopbackHub) -> Iterator[LoopbackPlace]:
     """A hub that was there when 1.0.0 and 1.1.0 were pulled, and isn't any more."""
-    place = LoopbackPlace(loopback_hub, timeout=0.3)
+    place = LoopbackPlace(loopback_hub, timeout=30)
     for seed, number in enumerate(["1.0.0", "1.1.0", "1.2.0"]):
         release(place.hub, number, seed)
     fetch(place, f"{NAME}@1.0.0")
     fetch(place, f"{NAME}@1.1.0")
     loopback_hub.requests.clear()
     loopback_hub.faults.refuse_connection("*", times=None)
-    yield place
+    yield LoopbackPlace(loopback_hub, timeout=0.3)
     loopback_hub.faults.clear()
 
 
@@ -723,7 +723,7 @@ def test_a_hub_that_is_down(down: LoopbackPlace) -> None:
 
 def test_a_lock_works_offline(down: LoopbackPlace, tmp_path: Path) -> None:
     down.loopback.faults.clear()
-    fetch(down, f"{NAME}@1.0.0", lock=True)
+    fetch(LoopbackPlace(down.loopback, timeout=30), f"{NAME}@1.0.0", lock=True)
     down.loopback.faults.refuse_connection("*", times=None)
     assert version(down, offline=True, frozen=True) == "1.0.0"
     Cache().record_path(down.hub.location, NAME).unlink()
