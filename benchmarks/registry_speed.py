@@ -6,6 +6,7 @@ several runs, in which the candidates take turns.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -97,10 +98,12 @@ def pulling(endpoint: str, token: str, modules: int, rank: int) -> None:
             options = {"endpoint": endpoint, "token": token, "cache_dir": root / str(next(fresh))}
             snapshot_download(repository, revision="v1.0.0", allow_patterns=files, **options)
 
-        ours, theirs = best(cold, stock)
         print(f"\nadapter of {size / 1e6:.1f} MB, {2 * modules:,} tensors, {len(files)} files")
-        print(f"  cold pull, verified      {ours * 1000:8.1f} ms")
-        print(f"  snapshot_download        {theirs * 1000:8.1f} ms   ratio {ours / theirs:.2f}")
+        # By the clock, and in processor time of this process, which what else a busy machine does is not part of.
+        for title, clock in (("", time.perf_counter), (" of the processor's time", time.process_time)):
+            ours, theirs = best(cold, stock, clock=clock)
+            print(f"  cold pull, verified      {ours * 1000:8.1f} ms{title}")
+            print(f"  snapshot_download        {theirs * 1000:8.1f} ms{title}   ratio {ours / theirs:.2f}")
         mirror(repository, root / "registry", hub=endpoint, token=token, cache_dir=root / "passing")
         for title, hub, given in (("hub", endpoint, token), ("folder", root / "registry", None)):
 
@@ -152,14 +155,17 @@ def versions() -> None:
             many_versions(hub, "hub")
 
 
-def main() -> None:
-    """Print all figures."""
+def main(sizes: int) -> None:
+    """Print all figures, or those of the smallest adapters only."""
     os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     with loopback() as (endpoint, token):
-        for modules, rank in SIZES:
+        for modules, rank in SIZES[:sizes]:
             pulling(endpoint, token, modules, rank)
-    versions()
+    if sizes >= len(SIZES):
+        versions()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many adapters, the smallest first")
+    main(parser.parse_args().sizes)
