@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -39,6 +40,7 @@ from registry.errors import (
     YankedWarning,
 )
 from registry.formats.records import FileRecord
+from registry.hubs.folder import FolderHub
 from registry.publishing.snapshot import copy_adapter, copy_tokenizer
 from registry.pulling.cache import VARIABLE, Cache
 from registry.pulling.content import check_sizes
@@ -225,6 +227,34 @@ def test_gc_that_was_about_to_delete_finds_the_lease(tmp_path: Path) -> None:
     assert Cache().path(digest).is_dir()
 
 
+@pytest.mark.parametrize("what", ["half a pull", "a file of one", "a release", "a commit"])
+def test_gc_goes_on_when_another_process_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A pull sweeps what a dead one has left, and a second gc deletes the same: what gc has found is gone meanwhile."""
+    place, cache = FolderPlace(tmp_path / "registry"), Cache()
+    release(place.hub, "1.0.0")
+    gone = cache.folder / "releases" / ("f" * 64)
+    if what == "half a pull":
+        monkeypatch.setattr(Cache, "leftovers", lambda self: [gone])
+    elif what == "a release":
+        monkeypatch.setattr(Cache, "digests", lambda self: [gone.name])
+    elif what == "a commit":
+        monkeypatch.setattr(FolderHub, "unreachable", lambda self, name: [self.root / name / "commits" / ("f" * 64)])
+    else:
+        half, lstat = leave_half(cache.folder / "releases"), os.lstat
+
+        def vanish(path: Any, **options: Any) -> os.stat_result:
+            if Path(path).name == "README.md":
+                Path(path).unlink(missing_ok=True)
+            return lstat(path, **options)
+
+        monkeypatch.setattr(os, "lstat", vanish)
+        monkeypatch.setattr(Path, "lstat", lambda self: vanish(self))
+        gone = half
+    for dry_run in (True, False):
+        collect_garbage(place.hub, dry_run=dry_run)
+    assert not gone.exists()
+
+
 def test_a_damaged_record_deletes_nothing(place: Place) -> None:
     release(place.hub, "1.0.0")
     path = fetch(place).path
@@ -262,13 +292,16 @@ def test_sixteen_pullers_and_gc_on_one_cache(tmp_path: Path, seconds: int, capsy
             shelf.failures.append(error)
 
     def clean() -> None:
-        while not is_over():
-            shelf.let_a_day_pass()
-            Cache().record_path(place.hub.location, NAME).unlink(missing_ok=True)
-            half = leave_half(Cache().folder / "releases")
-            found = collect_garbage(place.hub, dry_run=False)
-            shelf.deleted += [path for path in found.paths if Path(path).name in shelf.digests]
-            shelf.halves += not half.exists()
+        try:
+            while not is_over():
+                shelf.let_a_day_pass()
+                Cache().record_path(place.hub.location, NAME).unlink(missing_ok=True)
+                half = leave_half(Cache().folder / "releases")
+                found = collect_garbage(place.hub, dry_run=False)
+                shelf.deleted += [path for path in found.paths if Path(path).name in shelf.digests]
+                shelf.halves += not half.exists()
+        except Exception as error:
+            shelf.failures.append(error)
 
     threads = [threading.Thread(target=pull, args=(seed,)) for seed in range(16)]
     threads.append(threading.Thread(target=clean))

@@ -101,4 +101,14 @@ def _find_forgotten(cache: Cache, problems: list[str]) -> list[str]:
 
 
 def _measure_folder(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in [folder, *folder.rglob("*")] if not path.is_dir())
+    """Return the bytes of a file or of a folder's files; those that another process deletes meanwhile count nothing."""
+    if folder.is_symlink() or not folder.is_dir():
+        return _measure_file(folder)
+    return sum(_measure_file(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+
+
+def _measure_file(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
