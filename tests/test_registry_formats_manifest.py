@@ -208,3 +208,23 @@ def test_names_that_are_allowed() -> None:
     for name in ("adapter_config.json", "loss.png", "tokenizer.json", "adapter_manifest.json", ".gitattributes"):
         assert allowed(name)
     assert not allowed("model.safetensors")
+
+
+def test_the_facts_that_a_person_sees_first() -> None:
+    import dataclasses
+
+    from releases import draft
+
+    made = draft("1.0.0").manifest
+    told = [
+        ({}, None),
+        ({"quantization": "nf4"}, "nf4"),
+        ({"quantization": {"name": "nf4"}, "quantized_share": 0.5}, "nf4, 50.0% of the weights"),
+        ({"quantization": {"name": "nf4"}, "quantized_share": "half"}, "nf4"),
+        ({"quantized_share": 0.5}, None),
+    ]
+    for training, expected in told:
+        facts = dict(dataclasses.replace(made, training=training, metrics={"eval_loss": 1.5}).list_facts())
+        assert (facts["quantization"], facts["base"], facts["eval_loss"]) == (expected, f"org/base@{'b' * 12}", 1.5)
+    assert not made.unversioned
+    assert dataclasses.replace(made, version=f"0+g{'a' * 40}").unversioned
