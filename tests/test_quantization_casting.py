@@ -110,6 +110,28 @@ def test_another_dtype_can_be_asked_for() -> None:
         prepare_model(tiny.llama(), trainable_dtype="float8")
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"modules_to_save": ["score"]}], ids=str)
+def test_a_factor_that_its_initialization_freezes_has_the_dtype_of_the_other(
+    fields: dict[str, Any], fused: bool
+) -> None:
+    """MiCA trains lora_A only."""
+    model = prepare_model(
+        reward_model(),
+        compute_dtype="bfloat16",
+        trainable_dtype="bfloat16",
+        target_modules=["q_proj"],
+        init_lora_weights="mica",
+        r=4,
+        fused=fused,
+        **fields,
+    )
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.requires_grad for p in factors.values()} == {True, False}
+    assert {p.dtype for p in factors.values()} == {torch.bfloat16}
+    check_step(model, input_ids=IDS, labels=torch.tensor([0.5], dtype=torch.bfloat16))
+
+
 def test_saved_modules_of_a_wrapped_model_are_float32_too() -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
     wrapped: Any = peft.get_peft_model(reward_model().bfloat16(), config)

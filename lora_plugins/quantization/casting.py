@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True)
     (https://github.com/huggingface/peft/pull/2433).
 
     A layer whose tensors are trained computes in that dtype and returns its input's dtype, or for tokens the dtype
-    of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype.
+    of the base. A trained bias beside a frozen weight matrix stays as it is: both must have one dtype. For the same
+    reason frozen tensors of a trained adapter are cast, too.
 
     Args:
         model: The prepared model, wrapped or not.
@@ -53,6 +55,11 @@ def cast_trained(model: nn.Module, dtype: torch.dtype, *, adapters: bool = True)
             _cast(own.values(), dtype)
             if around is not None and around != dtype:
                 return_input_dtype(module, around)
+    if adapters:
+        for tensors in _list_adapters(model):
+            # Some initializations freeze one factor, such as MiCA's lora_B: a layer's factors are multiplied.
+            if any(tensor.requires_grad for tensor in tensors):
+                _cast([tensor for tensor in tensors if tensor.is_floating_point() and not is_part(tensor)], dtype)
     return kept
 
 
@@ -72,6 +79,20 @@ def _find_adapter_parts(model: nn.Module) -> set[nn.Module]:
                 part for name, child in module.named_children() if name != "base_layer" for part in child.modules()
             )
     return found
+
+
+def _list_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters of each adapter in each adapter layer."""
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, child in layer.named_children():
+            if name != "base_layer" and isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
+                for adapter, held in child.items():
+                    tensors = [held] if isinstance(held, nn.Parameter) else held.parameters()
+                    found.setdefault(adapter, []).extend(tensors)
+        yield from found.values()
 
 
 def _find_main_dtype(model: nn.Module) -> torch.dtype | None:
