@@ -25,7 +25,7 @@ from lora_plugins.commands.cli import main
 from lora_plugins.errors import MergeError, UntrainableFormat
 from lora_plugins.plugins.host import plugin_host
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
-from lora_plugins.quantization.formats import read_dequantized
+from lora_plugins.quantization.formats import read_dequantized, write_refusal
 from lora_plugins.quantization.request import owner_of, parse_quantization, unknown_layers
 from lora_plugins.quantization.selftest import self_test
 from lora_plugins.trainer.callbacks import Int8PreparationCallback
@@ -287,6 +287,18 @@ def test_a_format_that_this_transformers_does_not_know_is_refused(
     with pytest.raises(UntrainableFormat, match="does not know this format"):
         attach(tiny.trainer(tmp_path, base), target_modules=["q_proj", "v_proj"])
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["nvfp4", "gemma"])
+def test_a_newer_transformers_is_no_advice_for_a_format_that_cannot_train(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, method, raising=False)
+    record = plugin_host().format(method)
+    assert record is not None
+    text = write_refusal(method, record.reason)
+    assert record.reason in text
+    assert "install a release" not in text
 
 
 @pytest.mark.parametrize("method", ["mxfp8", "fp8", "mxfp4"])

@@ -366,7 +366,6 @@ def test_the_number_of_labels_is_the_last_layer_s(kind: str, labels: int, tmp_pa
         assert torch.equal(logits(adapter.load(tmp_path / "base")), logits(model))
 
 
-@needs("peft", "0.21.2", "it cannot train a head alone")
 @pytest.mark.parametrize(
     ("task", "config", "head"),
     [
@@ -382,6 +381,7 @@ def test_heads_of_sounds_and_images_are_found_for_a_base_without_one(task: str, 
     assert getattr(transformers, head) in find_classes(None, task, getattr(transformers, config)())
 
 
+@needs("peft", "0.21.2", "it cannot train a head alone")
 def test_a_head_without_a_task_gets_its_labels(tmp_path: Path) -> None:
     config = ViTConfig(**WIDTHS, image_size=32, patch_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")

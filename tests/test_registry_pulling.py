@@ -241,9 +241,10 @@ def test_gc_goes_on_when_another_process_is_faster(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(FolderHub, "unreachable", lambda self, name: [self.root / name / "commits" / ("f" * 64)])
     else:
         half, lstat = leave_half(cache.folder / "releases"), os.lstat
+        readme = half / "README.md"
 
         def vanish(path: Any, **options: Any) -> os.stat_result:
-            if Path(path).name == "README.md":
+            if Path(path) == readme:
                 Path(path).unlink(missing_ok=True)
             return lstat(path, **options)
 

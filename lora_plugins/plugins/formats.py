@@ -20,7 +20,8 @@ class Format:
         method: ``quant_method`` in the checkpoint's ``config.json``, as transformers maps it.
         title: Name of the format as people write it.
         trains: ``"stored"``: adapters train over the stored weights, by the backends named in ``backends``.
-            ``"float"``: transformers dequantizes the weights while loading, and adapters train over those.
+            ``"float"``: transformers dequantizes the weights while loading, and adapters train over those; the method
+            must be in its table of quantizers (`register_quantization_config` adds one), as it skips any other.
             ``"untried"``: PEFT has a layer for it that was never run here; such a base is refused unless the user
             names the format in ``allow_format``. ``"no"``: its layers pass no gradient; refused likewise.
         layers: The classes of its layers, each as top-level package and class name: ``"transformers.FP8Linear"``.

@@ -248,8 +248,8 @@ def write_refusal(
         path, kind = next(iter(unknown.items()))
         layers = f" ({len(unknown)} layers, first {path}, a {kind})"
     instead = record.instead if record is not None and record.instead else "load a float model"
-    if record is not None and _find_unread(method) is not None:
-        instead = "install a release of transformers that knows it, or load a float model"
+    if reason == _find_unread(method):
+        instead = "install a release of transformers that knows it, or the package that registers it there"
     wrong = ""
     if allowed is not None:
         hint = did_you_mean(allowed, [one.method for one in host.formats()])
