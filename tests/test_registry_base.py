@@ -227,6 +227,30 @@ def test_a_folder_with_an_adapter_on_both_ends_of_a_tie_is_published_and_loaded(
     assert torch.equal(logits(adapter.load(tmp_path / "base", trust_identity=True)), expected)
 
 
+@pytest.mark.parametrize(
+    ("trained", "written"),
+    [
+        (["q_proj", "v_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], r".*\.q_proj"),
+        (["q_proj", "down_proj"], ["down_proj"]),
+        (["q_proj", "v_proj", "embed_tokens"], ["q_proj", "embed_tokens"]),
+    ],
+    ids=["list", "expression", "other layer", "beside a tied end"],
+)
+def test_a_module_within_the_layers_that_no_target_names_is_refused_with_tying_too(
+    trained: list[str], written: Any, tmp_path: Path
+) -> None:
+    """PEFT adapts the other end of a tie, too; no projection of a layer can be that end."""
+    tiny.llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = adapted(tiny.llama(tie_word_embeddings=True), ensure_weight_tying=True, target_modules=trained)
+    model.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": written}))
+    stray = next(name for name in trained if name not in written)
+    with pytest.raises(InvalidAdapter, match=rf"not among its targets, first model\.layers\.0\.\w+\.{stray}$"):
+        pulled(tmp_path / "folder", tmp_path / "release", base_model="org/base", allow=["embed_tokens", "lm_head"])
+
+
 # -- grown vocabularies ------------------------------------------------------------------------------------------
 
 GROWN_KINDS: dict[str, dict[str, Any]] = {

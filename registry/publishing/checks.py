@@ -85,11 +85,11 @@ def _describe_untargeted(modules: Collection[str], config: Any) -> str:
     if config.target_parameters or not config.target_modules or config.target_modules == "all-linear":
         # Which modules these are depends on the base.
         return ""
-    if config.ensure_weight_tying:
-        # PEFT also adapts the modules that the base ties to a target.
-        return ""
     names = [name.removeprefix(PREFIX) for name in modules]
     stray = [name for name in names if not check_target_module_exists(config, name)]
+    if config.ensure_weight_tying:
+        # PEFT also adapts what the base ties to a target: an embedding or a head, which no numbered block holds.
+        stray = [name for name in stray if any(part.isdecimal() for part in name.split("."))]
     return f"{len(stray)} of {len(names)} modules are not among its targets, first {stray[0]}" if stray else ""
 
 
