@@ -74,8 +74,8 @@ def test_train_takes_it_and_flags_win(tmp_path: Path) -> None:
     fields = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
     def read(*words: str) -> tuple[Any, ...]:
-        arguments = lora_arguments(parse([*NEEDED, *words])[0])
-        return tuple(arguments.get(name) for name in fields)
+        lora = settings.LoraSettings.from_arguments(**lora_arguments(parse([*NEEDED, *words])[0])).lora
+        return tuple(lora.get(name) for name in fields)
 
     assert read("--recipe", "bloomz-2023") == (8, 32, 0.05, ["query_key_value"])
     assert read("--recipe", "bloomz-2023", "--r", "16") == (16, 32, 0.05, ["query_key_value"])

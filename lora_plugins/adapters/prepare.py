@@ -26,7 +26,6 @@ from lora_plugins.adapters.settings import LoraSettings
 from lora_plugins.adapters.steps import Job, Progress, run_steps
 from lora_plugins.errors import PreparationError
 from lora_plugins.models.wrapping import base_of
-from lora_plugins.plugins.recipes import read_recipe
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.quantization.counting import count_parameters, tensor_bytes
 from lora_plugins.quantization.facts import RECORD_ATTRIBUTE, record_facts
@@ -239,10 +238,13 @@ def choose_targets(model: nn.Module, settings: LoraSettings, stored: peft.LoraCo
 
 def _name_recipe(plan: TargetPlan, settings: LoraSettings) -> TargetPlan:
     """Return the plan with a note on what the recipe gave, and the recipe as source if it named the targets."""
-    given = {name: value for name, value in read_recipe(settings.recipe).items() if settings.lora.get(name) == value}
-    shown = [f"{name}={', '.join(value) if isinstance(value, list) else value}" for name, value in given.items()]
-    plan.notes.append(f"the recipe {settings.recipe!r} gave {'; '.join(shown) or 'nothing that was not passed'}")
-    return replace(plan, source=f"the recipe {settings.recipe!r}") if "target_modules" in given else plan
+    recipe = f"the recipe {settings.recipe!r}"
+    gave = [(name, settings.lora[name]) for name in settings.from_recipe]
+    shown = [f"{name}={', '.join(value) if isinstance(value, list) else value}" for name, value in gave]
+    plan.notes.append(
+        f"{recipe} gave {'; '.join(shown)}" if shown else f"every field of {recipe} was passed explicitly"
+    )
+    return replace(plan, source=recipe) if "target_modules" in settings.from_recipe else plan
 
 
 def _check_arrived(model: nn.Module, wanted: Quantization | None) -> Quantization | None:

@@ -28,7 +28,7 @@ class LoraSettings:
     """The requested settings, checked without a model.
 
     Attributes:
-        lora: The fields of ``peft.LoraConfig`` that were passed explicitly.
+        lora: The fields of ``peft.LoraConfig`` that were passed explicitly or that the recipe gave.
         peft_config: A complete configuration, instead of ``lora``.
         adapter: An adapter folder or registry reference to continue from, instead of both.
         quantization: Backend and options, ``None`` for none.
@@ -42,6 +42,7 @@ class LoraSettings:
         frozen: Names of newly initialized parts that are deliberately not trained.
         allow_format: Storage format of the base to train on although it is refused.
         recipe: Name of the recipe that gave fields of ``lora``, empty if none did.
+        from_recipe: The fields of ``lora`` that it gave: those of the recipe that were not passed.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class LoraSettings:
     frozen: Sequence[str] = ()
     allow_format: str | None = None
     recipe: str = ""
+    from_recipe: tuple[str, ...] = ()
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
@@ -71,15 +73,17 @@ class LoraSettings:
             PreparationError: Two sources for the adapter's configuration were given.
         """
         recipe = arguments.pop("recipe", None)
+        found: dict[str, Any] = {}
         if recipe is not None:
             _check_recipe(recipe, arguments)
-            arguments = {**read_recipe(recipe), **arguments, "recipe": recipe}
-        ours = {item.name for item in fields(cls)} - {"lora"}
+            found = {name: value for name, value in read_recipe(recipe).items() if name not in arguments}
+            arguments = {**found, **arguments, "recipe": recipe}
+        ours = {item.name for item in fields(cls)} - {"lora", "from_recipe"}
         own = {key: value for key, value in arguments.items() if key in ours}
         lora = {key: value for key, value in arguments.items() if key not in ours}
         _check_fields(lora, ours)
         own["quantization"] = parse_quantization(own.get("quantization"))
-        settings = cls(lora=lora, **own)
+        settings = cls(lora=lora, from_recipe=tuple(found), **own)
         settings._check_sources()
         return settings
 

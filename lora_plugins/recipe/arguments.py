@@ -57,7 +57,14 @@ class RecipeArguments:
     """The recipe's arguments besides ``TrainingArguments``; the metadata hold the help texts.
 
     Fields that are ``None`` are decided later: from the template, the output folder, or the data.
+
+    Attributes:
+        from_recipe: Names of the fields that neither a flag nor a line of a file set and that ``recipe`` gave. It is
+            not a field: no flag sets it, and no record of a run has it.
     """
+
+    def __post_init__(self) -> None:
+        self.from_recipe: frozenset[str] = frozenset()
 
     model: str = field(metadata={"help": "Base model: Hub id or folder."})
     dataset: str = field(

@@ -77,15 +77,13 @@ def parse(arguments: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments]
     config, flags = _take_config(list(arguments))
     tokens = [*(_read_tokens(config, parser) if config else []), *flags]
     values, unknown = parser.parse_known_args(tokens)
-    if values.recipe is not None:
-        # Its fields stand in for the defaults, so that flags which are given win.
-        parser.set_defaults(**_read_recipe(values.recipe))
-        values, unknown = parser.parse_known_args(tokens)
+    from_recipe = _apply_recipe(values, parser, tokens) if values.recipe is not None else frozenset()
     if unknown:
         raise _describe_unknown(unknown, parser)
     given = {name: value for name, value in vars(values).items() if name not in ("help", "config")}
     _apply_hardware(given)
     recipe = RecipeArguments(**{item.name: given.pop(item.name) for item in fields(RecipeArguments)})
+    recipe.from_recipe = from_recipe
     _expand_inputs(recipe, given)
     _check(recipe)
     _check_steps(given)
@@ -128,6 +126,19 @@ def make_parser(*, everything: bool = True) -> HfArgumentParser:
     if everything:
         parser.set_defaults(**TRAINING_DEFAULTS, bf16=None)
     return parser
+
+
+def _apply_recipe(values: argparse.Namespace, parser: HfArgumentParser, tokens: Sequence[str]) -> frozenset[str]:
+    """Set the fields of the recipe that no flag set, and return their names."""
+    found = _read_recipe(values.recipe)
+    # A flag may repeat the usual default: only a default that no flag can have tells what was given.
+    unset = object()
+    parser.set_defaults(**dict.fromkeys(found, unset))
+    again, _ = parser.parse_known_args(tokens)
+    gave = frozenset(name for name in found if getattr(again, name) is unset)
+    for name in gave:
+        setattr(values, name, found[name])
+    return gave
 
 
 def _read_recipe(name: str) -> dict[str, Any]:

@@ -199,17 +199,16 @@ def collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, model:
 
 
 def lora_arguments(recipe: RecipeArguments) -> dict[str, Any]:
-    """Return the arguments of `LoraCallback` for a recipe."""
+    """Return the arguments of `LoraCallback` for a recipe, without those that its named recipe gives."""
+    fields: dict[str, Any] = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
+    if recipe.target_modules:
+        fields["target_modules"] = read_words(recipe.target_modules)
     arguments: dict[str, Any] = {
-        "r": recipe.r,
-        "lora_alpha": recipe.lora_alpha,
-        "lora_dropout": recipe.lora_dropout,
+        **{name: value for name, value in fields.items() if name not in recipe.from_recipe},
         "quantization": quantization_of(recipe),
         "allow_format": recipe.allow_format,
         **extra_lora_fields(recipe),
     }
-    if recipe.target_modules:
-        arguments["target_modules"] = read_words(recipe.target_modules)
     if recipe.recipe is not None:
         arguments["recipe"] = recipe.recipe
     return arguments
