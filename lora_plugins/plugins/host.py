@@ -146,7 +146,11 @@ class PluginHost:
         return self._architectures.get(model_type)
 
     def architecture_plugin(self, model_type: str) -> PluginInfo | None:
-        """Return the plugin whose record `architecture` returns, ``None`` if no plugin registers the type."""
+        """Return the plugin whose record `architecture` returns, ``None`` if no plugin registers the type.
+
+        Raises:
+            ArchitectureConflict: Two third-party plugins claim it.
+        """
         return self._architectures.owner(model_type)
 
     def scopes(self) -> list[str]:

@@ -77,15 +77,17 @@ class Table(Generic[T]):
 
     def get(self, name: str) -> T | None:
         """Return the entry for a name, ``None`` if there is none; raise the table's conflict error if two claim it."""
+        return self._find(name)[1]
+
+    def owner(self, name: str) -> PluginInfo | None:
+        """Return the plugin whose entry `get` returns, ``None`` if there is none; raise as `get` does."""
+        return self._find(name)[0]
+
+    def _find(self, name: str) -> tuple[PluginInfo, T] | tuple[None, None]:
         best = self._choose(name)
         if len(best) > 1:
             raise self._conflict(self._describe_clash(name, [info for info, _ in best]))
-        return best[0][1] if best else None
-
-    def owner(self, name: str) -> PluginInfo | None:
-        """Return the plugin whose entry `get` returns, ``None`` if there is no entry."""
-        best = self._choose(name)
-        return best[0][0] if best else None
+        return best[0] if best else (None, None)
 
     def _describe_clash(self, name: str, infos: list[PluginInfo]) -> str:
         # Entry points of two packages may share a name; blocking that name would switch off both.
