@@ -27,8 +27,7 @@ def find_record(model: nn.Module, host: PluginHost) -> Architecture | None:
     record = _find_registered(config, host)
     if record is None or not record.inner:
         return record
-    inner = [_find_registered(getattr(config, name, None), host) for name in record.inner]
-    known = [part for part in inner if part is not None]
+    known = _find_inner(record, config, host)
     if not known:
         return record
     scopes: dict[str, tuple[str, ...]] = {}
@@ -54,21 +53,38 @@ def _find_registered(config: Any, host: PluginHost) -> Architecture | None:
     return host.architecture(model_type) if isinstance(model_type, str) else None
 
 
+def _find_inner(record: Architecture, config: Any, host: PluginHost) -> list[Architecture]:
+    """Return the records of the inner models whose type is registered."""
+    inner = [_find_registered(getattr(config, name, None), host) for name in record.inner]
+    return [part for part in inner if part is not None]
+
+
 def _join(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups for name in group))
 
 
-def explain_registered(record: Architecture, names: Sequence[str], host: PluginHost) -> str:
-    """Return the note on targets that were not named and come from a record.
+def explain_registered(model: nn.Module, record: Architecture, names: Sequence[str], host: PluginHost) -> str:
+    """Return the note on targets that were not named and come from a record, or from those of inner models.
 
     Args:
-        record: The record of the model.
+        model: The model.
+        record: Its record, as `find_record` returns it.
         names: Those of its targets that the model has.
         host: Where the record was registered.
     """
-    plugin = host.architecture_plugin(record.model_type)
-    by = "" if plugin is None else f", registered by {plugin}"
-    return f"no targets were named: {', '.join(names)}, the default for {record.model_type!r}{by}; {_OTHERS}"
+    # Where an inner model has a record, all targets are from such records.
+    parts = _find_inner(record, getattr(model, "config", None), host) or [record]
+    owners = {name: part.model_type for part in reversed(parts) for name in part.targets}
+    by_type: dict[str, list[str]] = {}
+    for name in names:
+        by_type.setdefault(owners.get(name, record.model_type), []).append(name)
+    shown = []
+    for model_type, own in by_type.items():
+        inside = "" if model_type == record.model_type else f" (inside {record.model_type!r})"
+        plugin = host.architecture_plugin(model_type)
+        by = "" if plugin is None else f", registered by {plugin}"
+        shown.append(f"{', '.join(own)}, the default for {model_type!r}{inside}{by}")
+    return f"no targets were named: {', and '.join(shown)}; {_OTHERS}"
 
 
 def explain_structure(why: str, chosen: str, blocks: int) -> str:

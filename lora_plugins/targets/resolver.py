@@ -225,7 +225,7 @@ class Resolver:
         if self.record is not None:
             hits = self._find_by_record(self.record.targets)
             if hits:
-                self.notes.append(explain_registered(self.record, [hit.name for hit in hits], self.host))
+                self.notes.append(explain_registered(self.model, self.record, [hit.name for hit in hits], self.host))
                 return hits, f"the registered architecture {self.record.model_type!r}"
             why = (
                 f"the record of {self.record.model_type!r} names {', '.join(self.record.targets)}, none of which is in "
