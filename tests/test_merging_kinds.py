@@ -211,6 +211,29 @@ def test_each_of_several_tied_embeddings_keeps_its_own_values(
     check(tmp_path, train(tmp_path, base, config), batch)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "targets", "saved"),
+    [
+        ("bert", "BertForMaskedLM", ["query", "value"], ["word_embeddings"]),
+        ("roberta", "RobertaForMaskedLM", ["query", "value"], ["word_embeddings"]),
+        ("deberta-v2", "DebertaV2ForMaskedLM", ["query_proj", "value_proj"], ["word_embeddings"]),
+        ("bert", "BertForMaskedLM", ["query", "word_embeddings"], None),
+        ("bert", "BertForMaskedLM", ["query", "decoder"], None),
+    ],
+)
+def test_a_head_whose_bias_is_tied_keeps_it_when_the_embedding_is_no_longer(
+    model_type: str, name: str, targets: list[str], saved: list[str] | None, tmp_path: Path
+) -> None:
+    """An untied configuration also unties the bias of the head, which a file held under its other name alone."""
+    base: Any = small_models.build(Case("", model_type, name), "cpu", small_only=True).eval()
+    bias = base.get_output_embeddings().bias
+    assert sum(bias is one for _, one in base.named_parameters(remove_duplicate=False)) == 2
+    bias.data.normal_(generator=torch.Generator().manual_seed(2))
+    batch = small_models.inputs(base)
+    config = LoraConfig(target_modules=targets, modules_to_save=saved, **SMALL)
+    check(tmp_path, train(tmp_path, base, config), batch)
+
+
 @pytest.mark.parametrize("fields", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_both_ends_of_a_tie_that_were_trained_as_one_are_merged(fields: dict[str, Any], tmp_path: Path) -> None:
     config = {"target_modules": ATTENTION, "task_type": "CAUSAL_LM", "ensure_weight_tying": True, **SMALL, **fields}

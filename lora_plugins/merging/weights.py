@@ -265,7 +265,8 @@ def merge_layers(wrapped: Wrapped, job: Job) -> PreTrainedModel:
         if job.config.layer_replication:
             _separate(merged, wrapped.tied)
         else:
-            _separate_ties(merged, wrapped.tied)
+            untied = wrapped.tied_head and not _has_tied_head(merged)
+            _separate_ties(merged, wrapped.tied, untied=untied)
     return _finish(merged, tied_head=wrapped.tied_head)
 
 
@@ -333,16 +334,17 @@ def _check_plain(merged: PreTrainedModel, wrapped: Wrapped, job: Job) -> None:
         )
 
 
-def _separate_ties(merged: PreTrainedModel, tied: Mapping[int, list[str]]) -> None:
+def _separate_ties(merged: PreTrainedModel, tied: Mapping[int, list[str]], *, untied: bool) -> None:
     """Give weights that were one and differ now, because modules were saved, copies of their own.
 
     A file holds a shared weight under one name, and transformers gives its values to all names that are missing.
+    It does so for none if the configuration is ``untied``, so that all weights get copies then, a head's bias included.
     """
     held = dict(merged.named_parameters(remove_duplicate=False))
     embedding = _find_end(merged, "get_input_embeddings") if _has_tied_head(merged) else None
     for names in tied.values():
         seen: set[int] = set()
-        for name in names if len({id(held[name]) for name in names}) > 1 else ():
+        for name in names if untied or len({id(held[name]) for name in names}) > 1 else ():
             path, _, key = name.rpartition(".")
             if id(held[name]) in seen and held[name] is not embedding:
                 merged.get_submodule(path).register_parameter(key, nn.Parameter(held[name].detach().clone()))
