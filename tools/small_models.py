@@ -355,8 +355,8 @@ _SPEAKERS = {"tdnn_dim": [64] * 5, "tdnn_kernel": [5, 3, 1, 1, 1], "xvector_outp
 #: What a type needs for one task.
 TASK_OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
     ("causal LM", "reformer"): {"is_decoder": True},
-    # It shifts the words for its decoder by itself.
-    ("question answering", "t5"): {"decoder_start_token_id": 0},
+    # They shift the words for their decoder by themselves.
+    **{(task, "t5"): {"decoder_start_token_id": 0} for task in ("question answering", "sequence classification")},
     ("semantic segmentation", "beit"): {"out_indices": [1, 2, 3, 4]},
     **{("speaker verification", name): _SPEAKERS for name in ("unispeech-sat", "wav2vec2", "wavlm")},
 }
