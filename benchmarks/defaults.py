@@ -38,6 +38,9 @@ ROWS = 2048
 #: Steps of a combination in one round of finding their cost, without the first, and the rounds.
 COST_STEPS, COST_ROUNDS = 2, 2
 
+#: Options that all rows of a table have in common.
+SETTINGS = ("batch", "length", "held_out", "seconds", "seed")
+
 Combination = Mapping[str, Any]
 #: Rows of token ids.
 Rows = list[list[int]]
@@ -199,7 +202,7 @@ def put_together(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dic
         "command": " ".join(own),
         "hardware": hardware(),
         "versions": versions(),
-        "settings": {key: getattr(options, key) for key in ("batch", "length", "held_out")},
+        "settings": {key: getattr(options, key) for key in SETTINGS},
         "rows": rows,
     }
     known = recorded().get("defaults") if options.add else None

