@@ -20,7 +20,7 @@ from lora_plugins import Architecture, plan
 from lora_plugins.commands.cli import main
 from lora_plugins.commands.scaffold import write_package
 from lora_plugins.errors import PluginError
-from lora_plugins.plugins.host import BLOCK_VARIABLE, PluginHost
+from lora_plugins.plugins.host import BLOCK_VARIABLE, PluginHost, PluginInfo
 from lora_plugins.plugins.types import Quantizer
 from lora_plugins.targets.resolution import resolve_targets
 from lora_plugins.testing import check_architecture, check_quantizer
@@ -95,6 +95,9 @@ class _Host:
 
     def architecture(self, model_type: str) -> Architecture | None:
         return self.record if self.record is not None and model_type == self.record.model_type else None
+
+    def architecture_plugin(self, model_type: str) -> PluginInfo | None:
+        return None
 
 
 @pytest.mark.parametrize(

@@ -945,9 +945,9 @@ def everything_told(call: Callable[[], object]) -> list[str]:
 
 def test_the_token_is_nowhere(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
     token, texts = loopback_hub.token, []
-    place = LoopbackPlace(loopback_hub, timeout=0.5)
-    release(place.hub, "1.0.0")
-    fetch(place, lock=True)
+    patient, place = LoopbackPlace(loopback_hub, timeout=30), LoopbackPlace(loopback_hub, timeout=0.5)
+    release(patient.hub, "1.0.0")
+    fetch(patient, lock=True)
     calls: list[Callable[[], object]] = [
         lambda: fetch(place, "org/nothing"),
         lambda: fetch(place, f"{NAME}@9", lock=False),

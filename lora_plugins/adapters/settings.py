@@ -41,7 +41,7 @@ class LoraSettings:
         fused: Whether LoRA layers compute their branch as one function during training.
         frozen: Names of newly initialized parts that are deliberately not trained.
         allow_format: Storage format of the base to train on although it is refused.
-        recipe: Name of the recipe that gave fields of ``lora``, empty if none did.
+        recipe: Name of the recipe that gave fields of ``lora``, ``None`` for none.
         from_recipe: The fields of ``lora`` that it gave: those of the recipe that were not passed.
     """
 
@@ -58,8 +58,8 @@ class LoraSettings:
     fused: bool = True
     frozen: Sequence[str] = ()
     allow_format: str | None = None
-    recipe: str = ""
-    from_recipe: tuple[str, ...] = ()
+    recipe: str | None = None
+    from_recipe: tuple[str, ...] = field(default_factory=tuple)
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> LoraSettings:
