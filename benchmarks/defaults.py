@@ -197,7 +197,7 @@ def put_together(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dic
     Raises:
         SystemExit: The rows that are there are of other settings.
     """
-    own = ["python benchmarks/defaults.py", *(word for word in sys.argv[1:])]
+    own = ["python benchmarks/defaults.py", *sys.argv[1:]]
     section: dict[str, Any] = {
         "command": " ".join(own),
         "hardware": hardware(),
