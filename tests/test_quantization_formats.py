@@ -301,7 +301,7 @@ def test_a_newer_transformers_is_no_advice_for_a_format_that_cannot_train(
     assert "install a release" not in text
 
 
-@pytest.mark.parametrize("method", ["mxfp8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("method", UNREAD)
 def test_a_plan_refuses_a_format_that_this_transformers_does_not_know(
     folders: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:

@@ -224,7 +224,7 @@ def check_config(config: Any, allowed: str | None = None, host: PluginHost | Non
     if method is None:
         return None
     record = host.format(method)
-    unread = _find_unread(method) if record is not None and record.trains == "float" else None
+    unread = _find_unread(method) if record is not None and record.trains in ("stored", "float") else None
     if record is not None and record.trains in ("stored", "float") and unread is None:
         return record
     if method != allowed:
